@@ -1,0 +1,100 @@
+# Everything a clone needs, from one command each: Python >= 3.10, a C++ compiler and, for the CUDA module, nvcc.
+# The first command makes .venv and installs what it needs there; later ones start at once.
+#
+#   make demo                 train a small model on handwritten digits and sample from it (about 5 minutes)
+#   make test                 the test suite, against the installed wheel       ARGS="-k step"
+#   make bench                benchmarks against torch and diffusers            DEVICE=cuda on a machine with a GPU
+#   make test-gpu             the tests that need a GPU; fails when there is none
+#   make test-abi             one wheel under torch 2.10 and under the newest
+#   make gpu-report           info, GPU tests and GPU benchmarks in one file, to send to us
+#   make build | lint | format | clean | distclean
+
+SHELL := bash
+PYTHON ?= python3
+VENV ?= .venv
+DEVICE ?= cpu
+ARGS ?=
+
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+
+# Read by CMakeLists.txt at every build: warnings are errors here, never in a user's pip install. One architecture is
+# enough where kernels are compiled but not run; what runs on a GPU is built for all of them.
+export DIFFKERN_DEV ?= 1
+GPU_GOALS := test-gpu gpu-report $(if $(filter cuda,$(DEVICE)),demo bench)
+ifeq ($(filter $(GPU_GOALS),$(MAKECMDGOALS)),)
+export TORCH_CUDA_ARCH_LIST ?= 9.0
+endif
+
+# The same as build-system.requires in pyproject.toml (a test compares them).
+BUILD_REQUIRES := "setuptools>=77" "torch>=2.10" "pybind11>=2.13" "cmake>=3.24" "ninja"
+
+.PHONY: demo test bench test-gpu test-abi test-emulator gpu-report build lint format clean distclean
+.DELETE_ON_ERROR:
+
+# ---------------------------------------------------------------------------------------------- environment
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.build-requires: pyproject.toml | $(PY)
+	$(PY) -m pip install --upgrade $(BUILD_REQUIRES)
+	@touch $@
+
+# One stamp an extra, so that `make demo` does not wait for what only the benchmarks need. The install is editable.
+$(VENV)/.extra-%: pyproject.toml setup.py $(VENV)/.build-requires
+	$(PY) -m pip install --no-build-isolation --editable ".[$*]"
+	@touch $@
+
+# No stamp: CMake and ninja know best what changed, and find out in a second.
+build: $(VENV)/.build-requires
+	$(PY) setup.py --quiet build_ext --inplace
+
+# --------------------------------------------------------------------------------------------------- goals
+demo: $(VENV)/.extra-demo build
+	$(PY) -m diffkern demo --device $(DEVICE) $(ARGS)
+
+bench: $(VENV)/.extra-bench build
+	$(PY) -m benchmarks --device $(DEVICE) $(ARGS)
+
+# The wheel is built, unpacked beside the tree and put before it: what is tested is what a user installs.
+test: $(VENV)/.extra-test
+	rm -rf build/wheel build/site
+	$(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+	$(PY) -m pip install --quiet --no-deps --target build/site build/wheel/*.whl
+	DIFFKERN_TEST_WHEEL="$$(ls $(CURDIR)/build/wheel/*.whl)" PYTHONPATH=$(CURDIR)/build/site $(BIN)/pytest $(ARGS)
+
+test-gpu: $(VENV)/.extra-test build
+	$(BIN)/pytest --gpu $(ARGS)
+
+test-abi: $(VENV)/.extra-test
+	$(PY) tests/abi_check.py $(ARGS)
+
+# The emulator's own tests: slow, and changed only with the emulator.
+test-emulator: $(VENV)/.extra-test
+	cd tests/ptxsim && $(abspath $(BIN))/pytest -c /dev/null --rootdir . --confcutdir . --import-mode prepend tests $(ARGS)
+
+gpu-report: $(VENV)/.extra-test $(VENV)/.extra-bench build
+	@mkdir -p build
+	{ $(PY) -m diffkern info && $(BIN)/pytest --gpu -q && $(PY) -m benchmarks --device cuda; } 2>&1 \
+	  | tee build/gpu-report.txt; exit $${PIPESTATUS[0]}
+	@echo "written: build/gpu-report.txt"
+
+LINT_CPP = $$(git ls-files --cached --others --exclude-standard 'csrc/*.h' 'csrc/*.cuh' 'csrc/*.cpp' 'csrc/*.cu')
+
+lint: $(VENV)/.extra-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(LINT_CPP)
+
+format: $(VENV)/.extra-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(LINT_CPP)
+
+clean:
+	rm -rf build dist *.egg-info diffkern/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)

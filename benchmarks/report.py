@@ -1,0 +1,349 @@
+"""What a run found, as a Markdown table, CSV, JSON and a bar chart; and the facts about the machine it ran on."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import io
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.timing import Stats
+
+__all__ = [
+    "BaselineResult",
+    "Result",
+    "environment",
+    "markdown",
+    "summary",
+    "to_csv",
+    "to_json",
+    "write",
+    "write_chart",
+]
+
+
+@dataclass(frozen=True)
+class BaselineResult:
+    """One baseline: its time and time(baseline) / time(ours), both over the rounds. `stats` None: not available."""
+
+    name: str
+    stats: Stats | None
+    ratio: Stats | None
+    target: float | None
+    note: str = ""
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the median ratio reaches the target; None without a target or a measurement."""
+        return None if self.target is None or self.ratio is None else self.ratio.median >= self.target
+
+
+@dataclass(frozen=True)
+class Result:
+    """One case. Times are seconds of one update (a loop's time is divided by its steps)."""
+
+    name: str
+    title: str
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+    goal_us: float | None
+    checks: tuple[dict[str, Any], ...]
+    passed: bool
+    ours: Stats | None = None
+    copy: Stats | None = None
+    others: float | None = None
+    """Share of the cores that other processes used while this was timed."""
+    baselines: tuple[BaselineResult, ...] = field(default_factory=tuple)
+
+    @property
+    def rate(self) -> float:
+        """Bytes a second that ours moves, counting each input and output once."""
+        return self.bytes / self.ours.median if self.ours else math.nan
+
+    @property
+    def floor(self) -> float:
+        """Time of a copy that moves as many bytes, over ours: 1 is the floor."""
+        return self.copy.median / self.ours.median if self.copy and self.ours else math.nan
+
+    @property
+    def goal_met(self) -> bool | None:
+        return None if self.goal_us is None or self.ours is None else self.ours.median * 1e6 <= self.goal_us
+
+    @property
+    def missed(self) -> list[str]:
+        """The targets of this case that were not reached, in words."""
+        found = []
+        for b in self.baselines:
+            if b.met is False and b.ratio is not None:
+                found.append(f"{self.name}: {b.ratio.median:.2f}x of {b.name}, target {b.target:.3g}x")
+        if self.goal_met is False and self.ours is not None:
+            found.append(f"{self.name}: {self.ours.median * 1e6:.1f} us, goal {self.goal_us:g} us")
+        return found
+
+
+# ----------------------------------------------------------------------------------------------------- machine
+def _command(*words: str) -> str:
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=10, check=False, cwd=Path(__file__).parent)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _processor() -> str:
+    for line in _command("lscpu").splitlines():
+        if line.startswith("Model name:"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _commit() -> str:
+    commit = _command("git", "rev-parse", "--short=12", "HEAD")
+    return commit + (" with changes" if commit and _command("git", "status", "--porcelain") else "")
+
+
+def environment(device: str) -> dict[str, str]:
+    """Machine, versions, date and commit: enough to read a number a year later."""
+    import diffkern
+    from diffkern import _load
+
+    found = {
+        "date": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %z"),
+        "device": device,
+        "processor": _processor(),
+        "cores": f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()}",
+        "threads": f"{torch.get_num_threads()}",
+        "isa": str(_load.build_info().get("isa", "")),
+        "torch capability": torch.backends.cpu.get_cpu_capability(),
+        "load average": " ".join(f"{load:.2f}" for load in os.getloadavg()) if hasattr(os, "getloadavg") else "",
+        "diffkern": diffkern.__version__,
+        "torch": torch.__version__,
+        "diffusers": _version("diffusers"),
+        "python": platform.python_version(),
+        "commit": _commit(),
+    }
+    if device == "cuda":
+        found["gpu"] = torch.cuda.get_device_name()
+        found["cuda"] = f"{torch.version.cuda}"
+    return {key: value for key, value in found.items() if value}
+
+
+# ------------------------------------------------------------------------------------------------------- texts
+def _duration(seconds: float) -> str:
+    micro = seconds * 1e6
+    return f"{micro / 1000:.2f} ms" if micro >= 1000 else f"{micro:.0f} us" if micro >= 100 else f"{micro:.1f} us"
+
+
+def _timing(stats: Stats) -> str:
+    return f"{_duration(stats.median)} (min {_duration(stats.minimum)}, ±{50 * stats.spread:.0f} %)"
+
+
+def _shape(result: Result) -> str:
+    return "x".join(map(str, result.shape))
+
+
+def summary(result: Result) -> str:
+    """The lines printed as soon as a case is done."""
+    if not result.passed or result.ours is None:
+        failed = [
+            f"{c['what']}: error {c['error']:.2g} over {c['tolerance']:.2g}" for c in result.checks if not c["ok"]
+        ]
+        return f"{result.name}: NOT TIMED, differs from the reference ({'; '.join(failed)})"
+    busy = "" if result.others is None else f", others used {result.others:.0%} of the cores"
+    goal = "" if result.goal_us is None else f", goal {result.goal_us:g} us {'met' if result.goal_met else 'MISSED'}"
+    lines = [
+        f"{result.name} ({_shape(result)} {result.dtype}): {_timing(result.ours)}{goal}; "
+        f"{result.rate / 1e9:.1f} GB/s, {result.floor:.2f} of the floor{busy}"
+    ]
+    for b in result.baselines:
+        if b.stats is None or b.ratio is None:
+            lines.append(f"    {b.name}: {b.note}")
+            continue
+        target = "" if b.target is None else f", target {b.target:.3g}x {'met' if b.met else 'MISSED'}"
+        lines.append(
+            f"    {b.ratio.median:.2f}x of {b.name} [{b.ratio.p20:.2f}, {b.ratio.p80:.2f}]{target}: {_timing(b.stats)}"
+        )
+    return "\n".join(lines)
+
+
+def markdown(results: Sequence[Result], facts: dict[str, str]) -> str:
+    """The table, one line a case and baseline, under the facts of the machine."""
+    head = (
+        "case",
+        "shape",
+        "dtype",
+        "ours",
+        "baseline",
+        "its time",
+        "ratio [p20, p80]",
+        "target",
+        "of the floor",
+        "busy",
+    )
+    lines = [f"- {key}: {value}" for key, value in facts.items()]
+    lines += ["", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for r in results:
+        first = [r.title, _shape(r), r.dtype]
+        if r.ours is None:
+            lines.append("| " + " | ".join([*first, "differs from the reference: not timed", *[""] * 6]) + " |")
+            continue
+        goal = "" if r.goal_us is None else f", goal {r.goal_us:g} us {'✓' if r.goal_met else '✗'}"
+        mine = [_timing(r.ours) + goal]
+        after = [f"{r.floor:.2f}", "" if r.others is None else f"{r.others:.0%}"]
+        for i, b in enumerate(r.baselines):
+            lead = [*first, *mine] if i == 0 else [""] * 4
+            end = after if i == 0 else ["", ""]
+            if b.stats is None or b.ratio is None:
+                middle = [b.name, b.note, "", ""]
+            else:
+                target = "" if b.target is None else f"{b.target:.3g}x {'✓' if b.met else '✗'}"
+                ratio = f"**{b.ratio.median:.2f}x** [{b.ratio.p20:.2f}, {b.ratio.p80:.2f}]"
+                middle = [b.name, _timing(b.stats), ratio, target]
+            lines.append("| " + " | ".join([*lead, *middle, *end]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def to_csv(results: Sequence[Result]) -> str:
+    """One line a case and baseline; seconds, bytes and plain ratios."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    columns = [f"{who}_{what}" for who in ("ours", "baseline") for what in ("median_s", "min_s", "p20_s", "p80_s")]
+    head = ["case", "shape", "dtype", "bytes", "passed", "baseline", *columns]
+    writer.writerow([*head, "ratio_median", "ratio_p20", "ratio_p80", "target", "met", "copy_median_s", "others"])
+    for r in results:
+        for b in r.baselines or (BaselineResult("", None, None, None),):
+            times = [value for stats in (r.ours, b.stats) for value in _numbers(stats)]
+            ratios = [b.ratio.median, b.ratio.p20, b.ratio.p80] if b.ratio else [""] * 3
+            end = [b.target, b.met, r.copy.median if r.copy else None, r.others]
+            start = [r.name, _shape(r), r.dtype, r.bytes, r.passed, b.name]
+            writer.writerow([*start, *times, *ratios, *("" if value is None else value for value in end)])
+    return stream.getvalue()
+
+
+def _numbers(stats: Stats | None) -> list[Any]:
+    return [""] * 4 if stats is None else [stats.median, stats.minimum, stats.p20, stats.p80]
+
+
+def to_json(results: Sequence[Result], facts: dict[str, str]) -> str:
+    """Everything, as data."""
+    return json.dumps({"environment": facts, "results": [asdict(r) for r in results]}, indent=1) + "\n"
+
+
+# ------------------------------------------------------------------------------------------------------- chart
+_COLOURS = {"diffusers": "#3b6fb6", "eager": "#4a9d8f", "torch.compile": "#c98a2b", "torch.add": "#8d6ab8"}
+_OTHER, _MISSED, _INK, _PALE = "#4a9d8f", "#c0392b", "#222222", "#8a8a8a"
+
+
+def write_chart(results: Sequence[Result], facts: dict[str, str], path: Path) -> None:
+    """Bars of the speed ratio, one a case and baseline and one panel a shape; a black tick is the target."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    panels: dict[str, list[tuple[Result, BaselineResult]]] = {}
+    for r in results:
+        for b in r.baselines:
+            if b.ratio is not None:
+                panels.setdefault(_shape(r), []).append((r, b))
+    if not panels:
+        return
+    rows = [len(bars) for bars in panels.values()]
+    height = 0.26 * sum(rows) + 0.75 * len(rows) + 1.25
+    figure, axes = plt.subplots(
+        len(panels), 1, figsize=(10, height), height_ratios=[n + 0.6 for n in rows], sharex=True, squeeze=False
+    )
+    every = [
+        v for bars in panels.values() for _, b in bars if b.ratio for v in (b.ratio.p80, b.target or 1, b.ratio.p20)
+    ]
+    low, high = min(0.5, *(0.8 * v for v in every)), 1.9 * max(every)
+    for axis, (shape, bars) in zip(axes[:, 0], panels.items(), strict=True):
+        labels = []
+        for y, (r, b) in enumerate(bars):
+            assert b.ratio is not None
+            ratio = b.ratio
+            axis.barh(y, ratio.median - low, left=low, height=0.72, color=_COLOURS.get(b.name, _OTHER), zorder=2)
+            axis.plot([ratio.p20, ratio.p80], [y, y], color=_INK, lw=1.0, alpha=0.55, zorder=3)
+            if b.target is not None:
+                axis.plot([b.target] * 2, [y - 0.43, y + 0.43], color=_INK, lw=2.2, zorder=4)
+            text = f"{ratio.median:.1f}x" if ratio.median >= 2 else f"{ratio.median:.2f}x"
+            end = max(ratio.p80, ratio.median, b.target or 0.0) * 1.05
+            axis.text(
+                end, y, text, va="center", fontsize=8.5, zorder=5, color=_MISSED if b.met is False else _INK,
+                fontweight="bold" if b.target is not None else "normal",
+            )  # fmt: skip
+            same = y > 0 and bars[y - 1][0] is r
+            kind = "" if r.dtype == "float32" else f" ({r.dtype})"
+            labels.append(f"vs {b.name}" if same else f"{r.title}{kind}  vs {b.name}")
+        axis.set_yticks(range(len(bars)), labels, fontsize=8.5)
+        axis.set_ylim(len(bars) - 0.4, -0.6)
+        axis.set_xscale("log")
+        axis.set_xlim(low, high)
+        axis.axvline(1, color=_PALE, lw=1, zorder=1)
+        axis.grid(axis="x", which="major", color="#e4e4e4", lw=0.8, zorder=0)
+        axis.tick_params(axis="both", length=0)
+        axis.set_title(shape.replace("x", " × "), loc="left", fontsize=10, fontweight="bold")
+        for side in ("top", "right", "left"):
+            axis.spines[side].set_visible(False)
+        ticks = [v for v in (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128) if low <= v <= high]
+        axis.set_xticks(ticks, [f"{v:g}x" for v in ticks])
+        axis.minorticks_off()
+    axes[-1, 0].set_xlabel("time of the baseline / time of diffkern (higher is better, log scale)", fontsize=9)
+    used = [name for name in _COLOURS if any(b.name == name for bars in panels.values() for _, b in bars)]
+    handles: list[Any] = [Patch(color=_COLOURS[name], label=f"against {name}") for name in used]
+    if any(b.target is not None for bars in panels.values() for _, b in bars):
+        handles.append(Line2D([], [], color=_INK, lw=2.2, label="target (red: missed)"))
+    handles.append(Line2D([], [], color=_INK, lw=1.0, alpha=0.55, label="20–80 % of the rounds"))
+    machine = (
+        facts.get("gpu") or f"{facts.get('processor', '')}, {facts.get('threads', '?')} threads, {facts.get('isa', '')}"
+    )
+    names = ("diffkern", "torch", "diffusers")
+    versions = ", ".join(f"{name} {facts[name]}" for name in names if name in facts)
+    figure.suptitle("diffkern: how many times faster", x=0.012, y=1 - 0.1 / height, ha="left", va="top", fontsize=13)
+    figure.text(
+        0.012, 1 - 0.42 / height, f"{machine}  ·  {versions}  ·  {facts.get('date', '')}", fontsize=8.5, color="#555555",
+        va="top",
+    )  # fmt: skip
+    figure.legend(
+        handles=handles, loc="upper left", bbox_to_anchor=(0.004, 1 - 0.58 / height), ncol=len(handles), fontsize=8.5,
+        frameon=False, handlelength=1.4, columnspacing=1.4,
+    )  # fmt: skip
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.85 / height))
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def write(results: Sequence[Result], facts: dict[str, str], folder: Path) -> list[Path]:
+    """Write table.md, results.csv, results.json and ratios.png into `folder`; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {
+        "table.md": markdown(results, facts),
+        "results.csv": to_csv(results),
+        "results.json": to_json(results, facts),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    chart = folder / "ratios.png"
+    write_chart(results, facts, chart)
+    return [folder / name for name in texts] + ([chart] if chart.exists() else [])

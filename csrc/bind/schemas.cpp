@@ -1,0 +1,31 @@
+// The schemas of all ops: the order and the types of the functions in ops.h. The boxing layer compares only the number
+// of arguments, so tests/test_schemas.py calls every op with all arguments distinct.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(diffkern, m) {
+  m.def("randn(SymInt[] size, Tensor seeds, SymInt stream, ScalarType dtype) -> Tensor");
+  m.def("randn_out(Tensor seeds, SymInt stream, Tensor(a!) out) -> ()");
+  m.def(
+      "noising(Tensor x0, Tensor table, Tensor? index, Tensor? seeds, SymInt stream, Tensor? noise, bool want_target, "
+      "bool want_eps) -> (Tensor, Tensor?, Tensor?)");
+  m.def(
+      "noising_out(Tensor x0, Tensor table, Tensor? index, Tensor? seeds, SymInt stream, Tensor? noise, "
+      "Tensor(a!) out, Tensor(b!)? target, Tensor(c!)? eps) -> ()");
+  m.def(
+      "loss(Tensor pred, Tensor x0, Tensor table, Tensor? index, Tensor? seeds, SymInt stream, Tensor? noise, "
+      "int reduction, bool want_grad) -> (Tensor, Tensor?)");
+  m.def(
+      "step(Tensor? x, Tensor? m, Tensor? m2, Tensor? h0, Tensor? h1, Tensor? h2, Tensor? h3, Tensor table, SymInt row, "
+      "Tensor? index, Tensor? seeds, Tensor? noise, Tensor? mask, Tensor? known, bool want_x0, bool want_s, "
+      "int next_copies, ScalarType? next_dtype) -> (Tensor, Tensor?, Tensor?, Tensor?)");
+  // `step` with an autograd formula (diffkern/ops.py): a formula costs microseconds a call even where no gradient is
+  // wanted, so it has a name of its own.
+  m.def(
+      "step_ad(Tensor? x, Tensor? m, Tensor? m2, Tensor? h0, Tensor? h1, Tensor? h2, Tensor? h3, Tensor table, "
+      "SymInt row, Tensor? index, Tensor? seeds, Tensor? noise, Tensor? mask, Tensor? known, bool want_x0, bool want_s, "
+      "int next_copies, ScalarType? next_dtype) -> (Tensor, Tensor?, Tensor?, Tensor?)");
+  m.def(
+      "step_out(Tensor? x, Tensor? m, Tensor? m2, Tensor? h0, Tensor? h1, Tensor? h2, Tensor? h3, Tensor table, "
+      "SymInt row, Tensor? index, Tensor? seeds, Tensor? noise, Tensor? mask, Tensor? known, Tensor(a!) out, "
+      "Tensor(b!)? x0, Tensor(c!)? s, Tensor(d!)? next) -> ()");
+}

@@ -1,0 +1,57 @@
+// The dtypes of stored tensors, and their scalar conversions to and from float32 (round to nearest even, as torch).
+#pragma once
+
+#include "arith.h"
+
+namespace dk {
+
+enum class Dtype : int32_t { f64, f32, f16, bf16, u8 };  // u8: masks only (bool and uint8)
+
+DK_HD constexpr int size_of(Dtype d) { return d == Dtype::f64 ? 8 : d == Dtype::f32 ? 4 : d == Dtype::u8 ? 1 : 2; }
+
+struct Half {
+  uint16_t bits;
+};
+struct Bfloat16 {
+  uint16_t bits;
+};
+
+DK_HD float widen(Bfloat16 v) { return bits_float(static_cast<uint32_t>(v.bits) << 16); }
+
+DK_HD Bfloat16 narrow_bf16(float v) {
+  const uint32_t bits = float_bits(v);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return {static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded)};
+}
+
+// Host only: the device has instructions for float16.
+inline float widen(Half v) {
+  const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000u) << 16;
+  const uint32_t exponent = (v.bits >> 10) & 0x1fu, mantissa = v.bits & 0x3ffu;
+  if (exponent == 0) {  // zero or subnormal: mantissa 2^-24
+    const float magnitude = static_cast<float>(mantissa) * 5.9604644775390625e-08f;
+    return bits_float(sign | float_bits(magnitude));
+  }
+  if (exponent == 31) {  // infinity, or NaN made quiet as the hardware does
+    return bits_float(sign | 0x7f800000u | (mantissa << 13) | (mantissa ? 0x400000u : 0u));
+  }
+  return bits_float(sign | ((exponent + 112) << 23) | (mantissa << 13));
+}
+
+inline Half narrow_f16(float v) {
+  const uint32_t bits = float_bits(v), magnitude = bits & 0x7fffffffu;
+  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
+  uint32_t result;
+  if (magnitude > 0x7f800000u) {
+    result = 0x7e00u | ((magnitude >> 13) & 0x3ffu);  // NaN keeps its payload, as the hardware does
+  } else if (magnitude >= 0x477ff000u) {
+    result = 0x7c00u;  // rounds to infinity
+  } else if (magnitude >= 0x38800000u) {
+    result = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  } else {  // subnormal: adding 1/2 leaves mantissa 2^-24, rounded, in the low bits
+    result = float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000u;
+  }
+  return {static_cast<uint16_t>(sign | result)};
+}
+
+}  // namespace dk

@@ -1,0 +1,64 @@
+// The table of inner loops ("spans") that exist once for every instruction set. Drivers call them through isa(), so
+// that DIFFKERN_ISA=portable|avx2|avx512 can force a level and tests can compare the bits of all of them.
+#pragma once
+
+#include "../core/args.h"
+
+namespace dk::cpu {
+
+constexpr int64_t kBlock = 1024;  // elements of a span at most; a multiple of 64
+static_assert(kBlock == kLossBlock, "a loss block is one span");
+
+constexpr int64_t kQuadsAtOnce = 16;  // normals() writes whole groups of so many quads
+
+// Every pointer of a span is valid for n elements: absent operands read zeros, outputs nobody wants are scratch.
+template <class T>
+struct StepSpan {
+  const T *x, *u, *c, *h[kHistories], *z, *mask, *known, *z2;
+  T *out, *x0, *s, *next;
+  StepCoefficients<T> k;
+  uint32_t terms;
+  int64_t n;
+};
+
+template <class T>
+struct NoisingSpan {
+  const T *x0, *z;
+  T *out, *target;  // either may be null
+  NoisingCoefficients<T> k;
+  int64_t n;
+};
+
+template <class T>
+struct LossSpan {
+  const T *pred, *x0, *z;
+  T* grad;     // may be null
+  T* squares;  // kBlock values of scratch
+  LossCoefficients<T> k;
+  int64_t n;
+};
+
+struct Isa {
+  const char* name;
+  // Normals of quads q0 .. q0 + quads - 1, rounded up to whole groups: out has room for them.
+  void (*normals)(uint64_t seed, uint64_t stream, uint64_t q0, int64_t quads, float* out);
+  void (*step_f32)(const StepSpan<float>&);
+  void (*step_f64)(const StepSpan<double>&);
+  void (*noising_f32)(const NoisingSpan<float>&);
+  void (*noising_f64)(const NoisingSpan<double>&);
+  float (*loss_f32)(const LossSpan<float>&);
+  double (*loss_f64)(const LossSpan<double>&);
+  void (*widen_f16)(const Half*, float*, int64_t n);
+  void (*narrow_f16)(const float*, Half*, int64_t n);
+  void (*widen_bf16)(const Bfloat16*, float*, int64_t n);
+  void (*narrow_bf16)(const float*, Bfloat16*, int64_t n);
+};
+
+extern const Isa kPortable;
+#if defined(__x86_64__)
+extern const Isa kAvx2, kAvx512;
+#endif
+
+const Isa& isa();  // the level in use
+
+}  // namespace dk::cpu

@@ -1,0 +1,63 @@
+// Standard normals by address.
+#include "noise.cuh"
+
+namespace dk::cuda {
+namespace {
+
+template <class S, Access access>
+__global__ void __launch_bounds__(kThreads, kMinBlocks) randn_kernel(const RandnArgs args) {
+  using T = Arithmetic<S>;
+  constexpr int W = kWidth<S, access>;
+  __shared__ __align__(16) float staged[NoiseTile<S, access>::kRoom];
+  const int64_t b = block_sample();
+  if (b >= args.space.batch) return;
+  const int tile = static_cast<int>(blockDim.x) * W * kChunks<S, access>;
+  const int64_t begin = static_cast<int64_t>(blockIdx.x) * tile, left = args.space.count - begin;
+  const uint64_t seed = seed_of(args.seeds, b);
+  if (access != Access::direct) {
+    stage_noise(args.space, seed, args.stream, begin, left < tile ? static_cast<int>(left) : tile, staged);
+  }
+#pragma unroll 1
+  for (int k = 0; k < kChunks<S, access>; ++k) {
+    const int local = static_cast<int>(k * blockDim.x + threadIdx.x) * W;
+    const Place<access> place(args.space, b, begin + local, W);
+    if (place.n == 0) return;
+    T z[W];
+    chunk_noise<access>(staged, seed, args.stream, place.first, local, z);
+    store_state<S>(args.out, place, z);
+  }
+}
+
+template <class S>
+int run(const RandnArgs& args, void* stream) {
+  const Access access = choose_access<S>(args.space, true, args.out);
+  Shape shape;
+  const int per_thread = access == Access::scalar ? kChunks<S, Access::scalar> : kWidth<S, Access::direct>;
+  if (!make_shape(args.space.batch, args.space.count, per_thread, kThreads, shape)) return cudaErrorInvalidConfiguration;
+  if (access == Access::scalar) return launch(randn_kernel<S, Access::scalar>, shape, stream, args);
+  if constexpr (sizeof(S) != 8) {
+    if (access == Access::direct) return launch(randn_kernel<S, Access::direct>, shape, stream, args);
+  }
+  return launch(randn_kernel<S, Access::staged>, shape, stream, args);
+}
+
+}  // namespace
+
+int randn(const RandnArgs& args, void* stream) {
+  if (args.space.batch == 0 || args.space.count == 0) return cudaSuccess;
+  switch (args.out.dtype) {
+    case Dtype::f64:
+      return run<double>(args, stream);
+    case Dtype::f32:
+      return run<float>(args, stream);
+    case Dtype::f16:
+      return run<Half>(args, stream);
+    case Dtype::bf16:
+      return run<Bfloat16>(args, stream);
+    case Dtype::u8:
+      break;
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace dk::cuda

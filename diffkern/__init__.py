@@ -1,0 +1,75 @@
+"""diffkern: the inner loops of diffusion and flow-matching models, fast, exact and reproducible, in PyTorch.
+
+    schedule = diffkern.linear()
+    x = diffkern.initial(plan := diffkern.ddim(schedule, 50), (16, 3, 64, 64), seeds=0)
+    images = diffkern.sample(model, x, plan, seeds=0)
+
+Native ops: `ops` (randn, noising, loss, step). Schedules, prediction conversions and posteriors: `schedules`,
+`predictions`. Samplers as data: `plan`, `samplers`; running them: `sampling`. Training losses: `losses`.
+"""
+
+from diffkern import losses, ops, plan, predictions, reference, samplers, sampling, schedules, streams
+from diffkern._load import build_info, cuda_status
+from diffkern.losses import draw_seeds, edm_loss, flow_matching_loss, noised, prediction_loss, simple_loss
+from diffkern.ops import loss, noising, randn, seeds, step, step_out
+from diffkern.plan import Plan, Row
+from diffkern.predictions import convert
+from diffkern.samplers import ddim, ddpm, euler, get_sampler, heun
+from diffkern.sampling import Sampled, initial, sample
+from diffkern.schedules import (
+    cosine,
+    cosine_arc,
+    edm,
+    flow,
+    from_alphas_cumprod,
+    from_betas,
+    linear,
+    scaled_linear,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Plan",
+    "Row",
+    "Sampled",
+    "build_info",
+    "convert",
+    "cosine",
+    "cosine_arc",
+    "cuda_status",
+    "ddim",
+    "ddpm",
+    "draw_seeds",
+    "edm",
+    "edm_loss",
+    "euler",
+    "flow",
+    "flow_matching_loss",
+    "from_alphas_cumprod",
+    "from_betas",
+    "get_sampler",
+    "heun",
+    "initial",
+    "linear",
+    "loss",
+    "losses",
+    "noised",
+    "noising",
+    "ops",
+    "plan",
+    "prediction_loss",
+    "predictions",
+    "randn",
+    "reference",
+    "sample",
+    "samplers",
+    "sampling",
+    "scaled_linear",
+    "schedules",
+    "seeds",
+    "simple_loss",
+    "step",
+    "step_out",
+    "streams",
+]

@@ -1,0 +1,50 @@
+"""`python -m diffkern COMMAND`, also installed as `diffkern`.
+
+A command is one line in `_commands`: its name, what it does, and "module:function". The function is given the command's
+`argparse.ArgumentParser`, adds the arguments, and sets the default `run`, a function from the parsed arguments to the
+exit status. The module is imported only when its command is chosen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+__all__ = ["main"]
+
+
+class Command(NamedTuple):
+    help: str
+    target: str
+
+
+_commands: dict[str, Command] = {
+    "info": Command(
+        "versions, instruction set, CUDA, what is missing and what to do about it", "diffkern.info:add_command"
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns 0, or 2 after one sentence on stderr when its input or surroundings are wrong."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="diffkern", description="Fused kernels for diffusion models.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in _commands.items():
+        subparser = commands.add_parser(name, help=command.help, description=command.help)
+        if argv[:1] == [name]:
+            module, _, function = command.target.partition(":")
+            getattr(importlib.import_module(module), function)(subparser)
+    arguments = parser.parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        print(f"diffkern {arguments.command}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,280 @@
+"""A sampler as data: a plan is a list of rows of float64 coefficients that one fused kernel executes.
+
+A row computes, from the state x, the model output m (``u`` and ``c`` are its unconditional and conditional halves),
+the histories h_k and the noise z:
+
+    m   = u + w (c - u)                              w = 0: m is taken as it is
+    x0  = clamp(p x + q m + r z, -clip, clip)        clip = inf: no clamp
+    x'  = a x + b x0 + d m + sum_k e_k h_k + g z
+    s   = A x + B x0 + D m                           a second output, kept as history
+    next = k x'                                      the next model input
+    x'  = mask ? x' : known_s known + known_n z2     only where a mask is given (before ``next``)
+
+A term whose coefficient is 0 is neither read nor drawn. z lives on the row's ``stream``, z2 on its ``known_stream``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffkern import streams
+from diffkern.predictions import check_prediction
+
+COLUMNS = (
+    *("w", "p", "q", "r", "clip", "a", "b", "d", "e0", "e1", "e2", "e3", "g", "A", "B", "D", "k"),
+    *("known_s", "known_n", "stream", "known_stream"),
+)
+"""The columns of a plan's table, in the order of the enum in csrc/core/step.h."""
+
+SLOTS = 4
+"""A row can read this many histories."""
+SOURCES = ("x", "x0", "s")
+"""What a row can save: the state it read, its x0, its second output."""
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model call and the update after it; the coefficients' meaning is in the module's docstring."""
+
+    w: float = 0.0
+    p: float = 0.0
+    q: float = 0.0
+    r: float = 0.0
+    clip: float = math.inf
+    a: float = 0.0
+    b: float = 0.0
+    d: float = 0.0
+    e0: float = 0.0
+    e1: float = 0.0
+    e2: float = 0.0
+    e3: float = 0.0
+    g: float = 0.0
+    A: float = 0.0
+    B: float = 0.0
+    D: float = 0.0
+    k: float = 1.0
+    known_s: float = 0.0
+    known_n: float = 0.0
+    stream: int = 0
+    known_stream: int = 0
+    time: float = 0.0
+    """The time given to the model."""
+    calls_model: bool = True
+    saves: tuple[tuple[int, str], ...] = ()
+    """(slot, "x" | "x0" | "s"): after the row, that history slot holds the state the row read, its x0 or its s."""
+    ends_step: bool = True
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """The history slots whose coefficient is not 0."""
+        return tuple(slot for slot, e in enumerate((self.e0, self.e1, self.e2, self.e3)) if e != 0)
+
+    @property
+    def draws(self) -> bool:
+        """Whether the row reads z: g or r is not 0."""
+        return self.g != 0 or self.r != 0
+
+    @property
+    def makes_x0(self) -> bool:
+        """Whether the row has an x0 formula."""
+        return self.p != 0 or self.q != 0 or self.r != 0
+
+    def coefficients(self) -> tuple[float, ...]:
+        """The row's 21 entries of the table, in the order of `COLUMNS`."""
+        return tuple(float(getattr(self, name)) for name in COLUMNS)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole sampler run: immutable, comparable with ==, printable, and JSON by `to_json` / `from_json`.
+
+    The initial state is init_scale z with z on ``streams.INITIAL``; the first model input is first_k times it.
+    Raises ValueError for a coefficient that is NaN or infinite (clip may be inf), a history read before it is saved,
+    and every other row that could not run.
+    """
+
+    name: str
+    rows: tuple[Row, ...]
+    init_scale: float = 1.0
+    first_k: float = 1.0
+    prediction: str = "eps"
+    time_dtype: str = "float32"
+    """dtype of the times the model is given: "int64" or "float32"."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", tuple(self.rows))
+        check_prediction(self.prediction)
+        if not self.rows:
+            raise ValueError("rows must hold at least one row, got none")
+        if self.time_dtype not in ("int64", "float32"):
+            raise ValueError(f"time_dtype must be 'int64' or 'float32', got {self.time_dtype!r}")
+        for argument, value in (("init_scale", self.init_scale), ("first_k", self.first_k)):
+            if not math.isfinite(value):
+                raise ValueError(f"{argument} must be finite, got {value}")
+        saved: set[int] = set()
+        for i, row in enumerate(self.rows):
+            _check_row(i, row, saved, self.time_dtype)
+            saved.update(slot for slot, _ in row.saves)
+        if not self.rows[-1].ends_step:
+            raise ValueError("the last row must end a step, got ends_step=False")
+
+    @cached_property
+    def table(self) -> Tensor:
+        """[R, 21] float64 on the CPU, one row a row; do not write into it."""
+        return torch.tensor([row.coefficients() for row in self.rows], dtype=torch.float64)
+
+    @cached_property
+    def steps(self) -> tuple[range, ...]:
+        """The rows of each step: a step is what a user counts, one row for Euler, two for Heun."""
+        ends = [i + 1 for i, row in enumerate(self.rows) if row.ends_step]
+        return tuple(range(first, last) for first, last in zip([0, *ends[:-1]], ends, strict=True))
+
+    @cached_property
+    def live(self) -> tuple[frozenset[int], ...]:
+        """The history slots that are still read at or after each row, [R + 1]: what must be kept, and no more."""
+        live: set[int] = set()
+        found = [frozenset(live)]
+        for row in reversed(self.rows):
+            live = (live - {slot for slot, _ in row.saves}) | set(row.reads)
+            found.append(frozenset(live))
+        return tuple(reversed(found))
+
+    @property
+    def model_calls(self) -> int:
+        """Number of rows that call the model."""
+        return sum(row.calls_model for row in self.rows)
+
+    @property
+    def deterministic(self) -> bool:
+        """True if no row draws noise."""
+        return not any(row.draws for row in self.rows)
+
+    def level(self, step: int) -> tuple[float, float]:
+        """(signal, noise) of the state before ``step``: x = signal x0 + noise z; (0, init_scale) before step 0."""
+        if not 0 <= step < len(self.steps):
+            raise ValueError(
+                f"step must lie in 0..{len(self.steps) - 1} ({self.name} has {len(self.steps)}), got {step}"
+            )
+        if step == 0:
+            return 0.0, self.init_scale
+        before = self.rows[self.steps[step].start - 1]
+        return before.known_s, before.known_n
+
+    def with_guidance(self, w: float | Sequence[float]) -> Plan:
+        """The plan with classifier-free guidance weight ``w``: m = u + w (c - u) (lectures 000, 002; arXiv 2207.12598).
+
+        w = 1 is the conditional model alone, w = 0 the unconditional one; a plan whose weights are all 0 is unguided.
+        A sequence gives one weight a step, or one a row; interval guidance is 1 outside its interval.
+        """
+        if isinstance(w, int | float):
+            weights = [float(w)] * len(self.rows)
+        else:
+            weights = [float(value) for value in w]
+            if len(weights) == len(self.steps):
+                weights = [weights[j] for j, rows in enumerate(self.steps) for _ in rows]
+            elif len(weights) != len(self.rows):
+                raise ValueError(
+                    f"guidance must be a number, one weight a step ({len(self.steps)}) or one a row "
+                    f"({len(self.rows)}), got {len(weights)} weights"
+                )
+        for value in weights:
+            if not math.isfinite(value):
+                raise ValueError(f"guidance must be finite, got {value}")
+        rows = [
+            replace(row, w=value if row.calls_model else 0.0) for row, value in zip(self.rows, weights, strict=True)
+        ]
+        return replace(self, rows=tuple(rows))
+
+    def to_json(self) -> str:
+        """The plan as JSON text; `from_json` gives back an equal plan. Fields at their defaults are left out."""
+        rows = [
+            {f.name: getattr(row, f.name) for f in fields(Row) if getattr(row, f.name) != f.default}
+            for row in self.rows
+        ]
+        head = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rows"}
+        return json.dumps({"diffkern_plan": _FORMAT, **head, "rows": rows}, allow_nan=False)
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """The plan that `to_json` wrote; raises ValueError for anything else."""
+        try:
+            data: Any = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"text must be the JSON of a plan, got {text[:40]!r} ({error})") from error
+        if not isinstance(data, Mapping) or data.get("diffkern_plan") != _FORMAT:
+            found = data.get("diffkern_plan") if isinstance(data, Mapping) else type(data).__name__
+            raise ValueError(f"text must be the JSON of a plan with diffkern_plan = {_FORMAT}, got {found!r}")
+        head = {key: value for key, value in data.items() if key not in ("diffkern_plan", "rows")}
+        try:
+            rows = tuple(Row(**{**row, "saves": tuple(map(tuple, row.get("saves", ())))}) for row in data["rows"])
+            return Plan(rows=rows, **head)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"text must be the JSON of a plan, got a field that does not fit: {error}") from error
+
+    def __str__(self) -> str:
+        title = (
+            f"{self.name}: {len(self.steps)} steps, {len(self.rows)} rows, {self.model_calls} model calls, "
+            f"prediction {self.prediction}, time {self.time_dtype}, init_scale {self.init_scale:g}, "
+            f"first_k {self.first_k:g}"
+        )
+        defaults = asdict(Row())
+        names = [n for n in COLUMNS if n not in ("stream", "known_stream")]
+        names = [n for n in names if any(getattr(row, n) != defaults[n] for row in self.rows)]
+        cells = [["row", "time", *names, "stream", "saves"]]
+        for i, row in enumerate(self.rows):
+            saves = " ".join(f"h{slot}={source}" for slot, source in row.saves)
+            time = f"{row.time:.7g}" if row.calls_model else "-"
+            stream = streams.describe(row.stream) if row.draws else "-"
+            cells.append([f"{i}", time, *(f"{getattr(row, n):.7g}" for n in names), stream, saves])
+        widths = [max(len(line[c]) for line in cells) for c in range(len(cells[0]))]
+        lines = [
+            "  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in cells
+        ]
+        return "\n".join([title, *lines])
+
+
+def _check_row(i: int, row: Row, saved: set[int], time_dtype: str) -> None:
+    """Raise ValueError if row ``i`` could not run after rows that filled the history slots ``saved``."""
+    for name in COLUMNS:
+        value = getattr(row, name)
+        if name in ("stream", "known_stream"):
+            if value != int(value) or not 0 <= value < streams.LIMIT:
+                raise ValueError(f"row {i}: {name} must be an integer in [0, 2**53), got {value}")
+        elif name == "clip":
+            if not value > 0:
+                raise ValueError(f"row {i}: clip must be positive (inf for none), got {value}")
+        elif not math.isfinite(value):
+            raise ValueError(f"row {i}: coefficient {name} must be finite, got {value}")
+    if not math.isfinite(row.time):
+        raise ValueError(f"row {i}: time must be finite, got {row.time}")
+    if row.calls_model and time_dtype == "int64" and row.time != int(row.time):
+        raise ValueError(f"row {i}: time must be an integer when time_dtype is 'int64', got {row.time}")
+    for slot in row.reads:
+        if slot not in saved:
+            raise ValueError(
+                f"row {i}: history {slot} is read (e{slot} = {getattr(row, f'e{slot}')}) before any row saved it"
+            )
+    if not row.calls_model and (row.w, row.q, row.d, row.D) != (0, 0, 0, 0):
+        raise ValueError(
+            f"row {i}: w, q, d and D must be 0 in a row that calls no model, got {row.w, row.q, row.d, row.D}"
+        )
+    for slot, source in row.saves:
+        if slot not in range(SLOTS):
+            raise ValueError(f"row {i}: a history slot must lie in 0..{SLOTS - 1}, got {slot}")
+        if source not in SOURCES:
+            raise ValueError(f"row {i}: saves must name one of {', '.join(SOURCES)}, got {source!r}")
+        if source == "x0" and not row.makes_x0:
+            raise ValueError(f"row {i}: x0 is saved but the row has no x0 (p, q and r are 0)")
+        if source == "s" and (row.A, row.B, row.D) == (0, 0, 0):
+            raise ValueError(f"row {i}: s is saved but the row has no s (A, B and D are 0)")
+    if len({slot for slot, _ in row.saves}) != len(row.saves):
+        raise ValueError(f"row {i}: saves must name each history slot once, got {row.saves}")

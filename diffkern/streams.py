@@ -1,0 +1,56 @@
+"""The one place that names noise streams.
+
+Noise is an address (seed of the sample, stream, element): two uses of noise that must be independent differ in their
+stream. A stream is ``purpose << 40`` plus a counter below 2**40 (the step of a sampler, a node of a Brownian path ...).
+All streams stay below 2**53, so a stream is exact as a float64 entry of a plan's table.
+"""
+
+from __future__ import annotations
+
+SHIFT = 40
+"""Bits left for the counter inside one purpose."""
+
+INITIAL = 0
+"""The initial noise x_T of a sampler."""
+TRAINING = 1 << SHIFT
+"""The noise of forward noising, and of the loss that draws it again."""
+STEP = 2 << SHIFT
+"""``STEP + k``: the noise that row k of a plan adds."""
+KNOWN = 3 << SHIFT
+"""``KNOWN + k``: the noise that brings the known image to the level row k ends at (inpainting)."""
+HUTCHINSON = 4 << SHIFT
+"""Probe vectors of the stochastic trace estimate in log-likelihoods."""
+BROWNIAN = 5 << SHIFT
+"""Nodes of a Brownian path."""
+DROPOUT = 6 << SHIFT
+"""Which samples lose their condition in training (classifier-free guidance)."""
+TIME = 7 << SHIFT
+"""The random training time of a sample."""
+USER = 1024 << SHIFT
+"""First stream that diffkern never uses itself."""
+
+LIMIT = 1 << 53
+"""Streams are integers in [0, LIMIT)."""
+
+NAMES: dict[str, int] = {
+    "initial": INITIAL,
+    "training": TRAINING,
+    "step": STEP,
+    "known": KNOWN,
+    "hutchinson": HUTCHINSON,
+    "brownian": BROWNIAN,
+    "dropout": DROPOUT,
+    "time": TIME,
+}
+
+
+def describe(stream: int) -> str:
+    """A stream for people: ``describe(STEP + 3) == "step+3"``; streams from USER on are ``user+n``."""
+    if not 0 <= stream < LIMIT:
+        raise ValueError(f"stream must lie in [0, 2**53), got {stream}")
+    if stream >= USER:
+        return f"user+{stream - USER}"
+    purpose, counter = stream >> SHIFT, stream & ((1 << SHIFT) - 1)
+    names = {value >> SHIFT: name for name, value in NAMES.items()}
+    name = names.get(purpose, f"purpose{purpose}")
+    return f"{name}+{counter}" if counter else name

@@ -1,0 +1,51 @@
+"""Options and markers shared by all tests."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+# Helper modules beside the tests, and the PTX emulator as `ptxsim`.
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--gpu", action="store_true", help="run only the tests marked gpu, and fail when there is no GPU")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--gpu") and not _has_gpu():
+        raise pytest.UsageError("--gpu was given, and torch sees no CUDA GPU")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--gpu"):
+        others = [item for item in items if item.get_closest_marker("gpu") is None]
+        items[:] = [item for item in items if item.get_closest_marker("gpu") is not None]
+        config.hook.pytest_deselected(items=others)
+    elif not _has_gpu():
+        for item in items:
+            if item.get_closest_marker("gpu") is not None:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    import torch
+
+    import diffkern
+
+    return f"diffkern {diffkern.__version__} from {Path(diffkern.__file__).parent}, torch {torch.__version__}"
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The source folder."""
+    return Path(__file__).resolve().parent.parent

@@ -1,0 +1,3 @@
+"""Operand access and the per-thread (ALU / conversion) instruction semantics."""
+
+from __future__ import annotations
