@@ -5,6 +5,7 @@
 #   make test                 the test suite, against the installed wheel       ARGS="-k step"
 #   make bench                benchmarks against torch and diffusers            DEVICE=cuda on a machine with a GPU
 #   make test-gpu             the tests that need a GPU; fails when there is none
+#   make test-emulator        the tests of the PTX emulator that the kernel tests run in
 #   make test-abi             one wheel under torch 2.10 and under the newest
 #   make gpu-report           info, GPU tests and GPU benchmarks in one file, to send to us
 #   make build | lint | format | clean | distclean
@@ -69,9 +70,9 @@ test-gpu: $(VENV)/.extra-test build
 test-abi: $(VENV)/.extra-test
 	$(PY) tests/abi_check.py $(ARGS)
 
-# The emulator's own tests: slow, and changed only with the emulator.
+# The PTX emulator's own tests (minutes; needs nvcc).
 test-emulator: $(VENV)/.extra-test
-	cd tests/ptxsim && $(abspath $(BIN))/pytest -c /dev/null --rootdir . --confcutdir . --import-mode prepend tests $(ARGS)
+	$(BIN)/pytest tests/ptxsim $(ARGS)
 
 gpu-report: $(VENV)/.extra-test $(VENV)/.extra-bench build
 	@mkdir -p build

@@ -42,8 +42,10 @@ class CMakeBuild(build_ext):
         # Named each time: under build isolation, the ninja of the last build is gone.
         if ninja := shutil.which("ninja"):
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-        subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build), "--parallel", str(jobs())], check=True)
+        for command in (configure, ["cmake", "--build", str(build), "--parallel", str(jobs())]):
+            if subprocess.run(command).returncode:
+                # What is wrong stands above, in the words of CMake or the compiler; a traceback would bury it.
+                raise SystemExit(f"the native build failed: {' '.join(command)}")
 
 
 class CleanBuildPy(build_py):

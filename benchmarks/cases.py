@@ -69,7 +69,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison. `bytes`: what must be read and written once, the floor; `steps`: updates in one call of `ours`."""
+    """One comparison: `bytes` is what an update has to read and write, `steps` the updates in a call of `ours`."""
 
     name: str
     title: str

@@ -1,15 +1,23 @@
-"""Run the benchmarks: `python -m benchmarks.run [--device cpu|cuda] [--cases PATTERN ...] [--out DIR]`."""
+"""Run the benchmarks: `python -m benchmarks [--device cpu|cuda] [--cases PATTERN ...] [--out DIR]`.
+
+Each case has a process of its own for its check and a fresh one for its timing, so that neither the order of the cases
+nor the check's own allocations decide how the memory allocator behaves.
+"""
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import fnmatch
 import functools
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,7 +26,41 @@ from benchmarks.cases import CASES, Case, Setting
 from benchmarks.report import BaselineResult, Result
 from benchmarks.timing import Measured, Stats, Timer, device_timer, interleave, ratio, wall_timer
 
-__all__ = ["choose", "copy_of", "main", "measure"]
+__all__ = ["Options", "check", "choose", "copy_of", "main", "measure"]
+
+T = TypeVar("T")
+HEAPS = {
+    "system": "the allocator's defaults: large blocks go back to the system when freed",
+    "kept": "freed memory is kept by the process: no page faults, the best case of code that allocates",
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a case is run."""
+
+    device: str = "cpu"
+    compiled: bool = True
+    threads: int = 1
+    seconds: float = 4.0
+    heap: str = "system"
+
+    def enter(self) -> None:
+        """Set this process up."""
+        torch.set_num_threads(self.threads)
+        if self.heap == "kept":
+            keep_heap()
+
+
+def keep_heap() -> None:
+    """Tell glibc to keep what is freed: no block from mmap, no trimming."""
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        raise ValueError("--heap kept needs glibc's mallopt, which this system does not have")
+    libc.mallopt(mmap_max, 0)
+    libc.mallopt(mmap_threshold, 2**30)
+    libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def choose(patterns: Iterable[str], known: Iterable[str] = CASES) -> list[str]:
@@ -37,51 +79,108 @@ def copy_of(moved: int, device: str) -> Callable[[], object]:
     return functools.partial(target.copy_, source)
 
 
+def check(case: Case) -> Result:
+    """The result of comparing the case with the reference: not timed yet."""
+    with torch.set_grad_enabled(case.grad):
+        checks = case.check()
+    kept = tuple({**asdict(c), "ok": c.passed} for c in checks)
+    kind = str(case.dtype).removeprefix("torch.")
+    passed = all(c.passed for c in checks)
+    return Result(case.name, case.title, case.shape, kind, case.bytes, case.goal_us, kept, passed)
+
+
 def measure(
     case: Case,
     timer: Timer,
+    checked: Result,
     *,
     device: str = "cpu",
     seconds: float = 4.0,
-    rounds: int = 60,
+    rounds: int = 100,
     run: Callable[..., Measured] = interleave,
 ) -> Result:
-    """Check the case against the reference, then time it; a case that fails its check is not timed."""
+    """`checked` with the times of the case, its baselines and a copy of as many bytes, run in turns."""
+    contestants = {"diffkern": case.ours, "copy": copy_of(case.bytes, device)}
+    contestants |= {b.name: b.fn for b in case.baselines if b.fn is not None}
     with torch.set_grad_enabled(case.grad):
-        checks = case.check()
-        passed = all(check.passed for check in checks)
-        kept = tuple({**asdict(check), "ok": check.passed} for check in checks)
-        kind = str(case.dtype).removeprefix("torch.")
-        result = functools.partial(
-            Result, case.name, case.title, case.shape, kind, case.bytes, case.goal_us, kept, passed
-        )
-        if not passed:
-            return result()
-        contestants = {"diffkern": case.ours, "copy": copy_of(case.bytes * case.steps, device)}
-        contestants |= {b.name: b.fn for b in case.baselines if b.fn is not None}
         measured = run(contestants, timer, budget_seconds=seconds, rounds=rounds)
 
-    def per_step(name: str) -> Stats:
-        return Stats.of([sample / case.steps for sample in measured.samples[name]])
+    def one(b: Any) -> BaselineResult:
+        if b.fn is None:
+            return BaselineResult(b.name, None, None, b.target, b.note)
+        best = min(measured.samples[b.name]) / min(measured.samples["diffkern"])
+        times, faults = _per_step(measured, b.name, case.steps), measured.faults.get(b.name)
+        return BaselineResult(b.name, times, ratio(measured, b.name, "diffkern"), b.target, b.note, best, faults)
 
-    baselines = tuple(
-        BaselineResult(b.name, None, None, b.target, b.note)
-        if b.fn is None
-        else BaselineResult(b.name, per_step(b.name), ratio(measured, b.name, "diffkern"), b.target, b.note)
-        for b in case.baselines
+    return replace(
+        checked,
+        ours=_per_step(measured, "diffkern", case.steps),
+        copy=measured.stats("copy"),
+        others=measured.others,
+        baselines=tuple(one(b) for b in case.baselines),
+        faults=measured.faults.get("diffkern"),
     )
-    return result(ours=per_step("diffkern"), copy=per_step("copy"), others=measured.others, baselines=baselines)
 
 
+def _per_step(measured: Measured, name: str, steps: int) -> Stats:
+    return Stats.of([sample / steps for sample in measured.samples[name]])
+
+
+# ---------------------------------------------------------------------------------------- in a process of its own
+def _alone(work: Callable[..., T], *arguments: Any) -> T:
+    """work(*arguments) in a fresh process; what it raises is raised here, and so is its crash."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def _check_work(name: str, options: Options) -> Result:
+    options.enter()
+    return check(CASES[name](Setting(options.device, options.compiled)))
+
+
+def _measure_work(name: str, checked: Result, options: Options) -> Result:
+    options.enter()
+    case = CASES[name](Setting(options.device, options.compiled))
+    return measure(case, _timer(options.device, case.overhead), checked, device=options.device, seconds=options.seconds)
+
+
+def _run_case(name: str, options: Options) -> Result:
+    try:
+        checked = _alone(_check_work, name, options)
+        return _alone(_measure_work, name, checked, options) if checked.passed else checked
+    except Exception as error:  # one broken case must not take the others' results with it
+        lines = str(error).strip().splitlines() or [""]
+        return Result(name, name, (), "", 0, None, (), False, error=f"{type(error).__name__}: {lines[0][:200]}")
+
+
+def _timer(device: str, overhead: bool = False) -> Timer:
+    if device != "cuda":
+        return wall_timer()
+    return wall_timer(torch.cuda.synchronize) if overhead else device_timer()
+
+
+def _facts(options: Options) -> dict[str, str]:
+    """The environment, and the bytes read and written a second by torch's copy, beyond the caches and as in a step."""
+    options.enter()
+    facts = report.environment(options.device)
+    found = []
+    for moved, what in ((512 << 20, "512 MiB"), (36 << 20, "36 MiB")):
+        measured = interleave(
+            {"copy": copy_of(moved, options.device)}, _timer(options.device), rounds=15, budget_seconds=2.0
+        )
+        found.append(f"{moved / measured.stats('copy').median / 1e9:.1f} GB/s moving {what}")
+    return {**facts, "copy rate": ", ".join(found), "heap": f"{options.heap}: {HEAPS[options.heap]}"}
+
+
+# --------------------------------------------------------------------------------------------------- command line
 def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.run", description="Time diffkern against its baselines."
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Time diffkern against its baselines.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--cases", nargs="+", default=[], metavar="PATTERN", help="names or shell patterns; --list")
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=4.0, help="time for one case (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="torch's threads (default: every core it may use)")
+    parser.add_argument("--heap", choices=tuple(HEAPS), default="system", help="what happens to freed memory; README")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--strict", action="store_true", help="exit with 1 if a target is missed")
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
@@ -89,7 +188,7 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Exit status 0, or 1 where a case differs from the reference (or, with --strict, misses a target)."""
+    """Exit status: 1 where a case fails or differs from the reference (--strict: or misses a target), 2 for usage."""
     arguments = _arguments(words)
     if arguments.list:
         print("\n".join(CASES))
@@ -99,24 +198,18 @@ def main(words: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    device = arguments.device
-    if device == "cuda" and not torch.cuda.is_available():
+    if arguments.device == "cuda" and not torch.cuda.is_available():
         print("--device cuda needs a GPU, and torch sees none: run --device cpu", file=sys.stderr)
         return 2
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(arguments.threads or cores)
-    wall = wall_timer(torch.cuda.synchronize if device == "cuda" else None)
-    timer = device_timer() if device == "cuda" else wall
-    facts = report.environment(device)
-    facts["copy rate"] = _copy_rate(timer, device)
+    compiled = not arguments.no_compile
+    options = Options(arguments.device, compiled, arguments.threads or cores, arguments.seconds, arguments.heap)
+    facts = _alone(_facts, options)
     print("\n".join(f"{key}: {value}" for key, value in facts.items()), flush=True)
-    setting = Setting(device, not arguments.no_compile)
     results = []
     for i, name in enumerate(names):
-        case = CASES[name](setting)
-        result = measure(case, wall if case.overhead else timer, device=device, seconds=arguments.seconds)
-        results.append(result)
-        print(f"[{i + 1}/{len(names)}] {report.summary(result)}", flush=True)
+        results.append(_run_case(name, options))
+        print(f"[{i + 1}/{len(names)}] {report.summary(results[-1])}", flush=True)
     written = report.write(results, facts, arguments.out)
     print("\n" + report.markdown(results, {}).strip())
     missed = [line for result in results for line in result.missed]
@@ -124,17 +217,8 @@ def main(words: Sequence[str] | None = None) -> int:
     print("written: " + ", ".join(str(path) for path in written))
     wrong = [result.name for result in results if not result.passed]
     if wrong:
-        print(f"differ from the reference: {', '.join(wrong)}", file=sys.stderr)
+        print(f"failed, or differ from the reference: {', '.join(wrong)}", file=sys.stderr)
     return 1 if wrong or (arguments.strict and missed) else 0
-
-
-def _copy_rate(timer: Timer, device: str) -> str:
-    """Bytes read and written a second by torch's copy, beyond the caches and at the size of a large step."""
-    found = []
-    for moved, what in ((512 << 20, "512 MiB"), (36 << 20, "36 MiB")):
-        samples = interleave({"copy": copy_of(moved, device)}, timer, rounds=15, budget_seconds=2.0)
-        found.append(f"{moved / samples.stats('copy').median / 1e9:.1f} GB/s moving {what}")
-    return ", ".join(found)
 
 
 if __name__ == "__main__":

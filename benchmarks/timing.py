@@ -12,11 +12,16 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+
+try:
+    import resource
+except ImportError:  # not on every platform
+    resource = None  # type: ignore[assignment]
 
 __all__ = ["Measured", "Stats", "Timer", "calibrate", "cuda_timer", "interleave", "ratio", "wall_timer"]
 
@@ -66,6 +71,8 @@ class Measured:
     samples: dict[str, list[float]]
     calls: dict[str, int]
     others: float | None
+    faults: dict[str, float] = field(default_factory=dict)
+    """Page faults of a call, on average."""
 
     def stats(self, name: str) -> Stats:
         """Statistics over the rounds."""
@@ -151,6 +158,7 @@ def interleave(
         raise ValueError(f"rounds and least_rounds must be at least 1, got {rounds} and {least_rounds}")
     calls = {name: calibrate(fn, timer, sample_seconds) for name, fn in contestants.items()}
     samples: dict[str, list[float]] = {name: [] for name in contestants}
+    faults = dict.fromkeys(contestants, 0)
     names = list(contestants)
     collecting = gc.isenabled()
     gc.collect()
@@ -159,13 +167,22 @@ def interleave(
     try:
         for i in range(rounds):
             for name in names if i % 2 == 0 else reversed(names):
+                faulted = _page_faults()
                 samples[name].append(timer(contestants[name], calls[name]))
+                faults[name] += _page_faults() - faulted
             if i + 1 >= least_rounds and clock() - start > budget_seconds:
                 break
     finally:
         if collecting:
             gc.enable()
-    return Measured(samples, calls, _others(before, _cpu_seconds()))
+    others = _others(before, _cpu_seconds())
+    each = {name: faults[name] / (len(samples[name]) * calls[name]) for name in names}
+    return Measured(samples, calls, others, each)
+
+
+def _page_faults() -> int:
+    """Page faults of this process by now, 0 where the system does not tell: freed memory given back costs some."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt if resource is not None else 0
 
 
 def _cpu_seconds(stat: Path = Path("/proc/stat")) -> tuple[float, float, float, float] | None:

@@ -110,13 +110,35 @@ def _as(value: Tensor | float, like: Tensor) -> Tensor:
     return value.to(like.dtype) if isinstance(value, Tensor) else torch.zeros_like(like)
 
 
+def _refuse_grad(op: str, *tensors: Tensor | None) -> None:
+    """Ops that write into given tensors have no gradient: said, instead of a graph that ends in silence."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise RuntimeError(f"diffkern.{op}: not differentiable, and a tensor requires grad: use torch.no_grad()")
+
+
+def _wrote(*outputs: Tensor | None) -> None:
+    """Tells autograd that tensors have changed, so that a backward pass that saved one of them raises."""
+    torch.autograd.graph.increment_version([t for t in outputs if t is not None])
+
+
+def _one_device(op: str, **tensors: Tensor | None) -> None:
+    """For the fakes: a mix of meta and real tensors comes here, and must not pass for a result."""
+    given = {name: t for name, t in tensors.items() if t is not None}
+    first = next(iter(given))
+    for name, t in given.items():
+        if t.device != given[first].device and not (op == "step" and name == "table" and t.is_cpu):
+            raise RuntimeError(
+                f"diffkern.{op}: {name} must be on the device of {first} ({given[first].device}), got {t.device}"
+            )
+
+
 # ------------------------------------------------------------------------------------------------------ randn
 def randn(
     shape: Sequence[int],
     seeds: Tensor,
     stream: int = 0,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Standard normals by address, [B, ...] on the device of `seeds` (int64 [B], one a sample).
@@ -124,12 +146,19 @@ def randn(
     Element i (row-major within its sample) is lane i mod 4 of Philox4x32-10 (Salmon et al. 2011) at counter
     (i div 4, stream) under the key seed, made normal by Box and Muller's transform (1958) in fixed float32 arithmetic.
     The bits depend on nothing else: not on the batch, the memory format, threads, the SIMD level or the device.
-    float64 tensors hold the float32 normals, 16-bit tensors the rounded ones. `out`: written instead, any strides.
+    float64 tensors hold the float32 normals, 16-bit tensors the rounded ones. `dtype` is float32 unless given.
+    `out`, any strides: written instead; shape and dtype must be its own.
     """
-    if out is not None:
-        _ops.randn_out(seeds, stream, out)
-        return out
-    return _ops.randn(list(shape), seeds, stream, dtype)
+    if out is None:
+        return _ops.randn(list(shape), seeds, stream, torch.float32 if dtype is None else dtype)
+    if list(out.shape) != list(shape):
+        raise RuntimeError(f"diffkern.randn: out must have shape {list(shape)}, got {list(out.shape)}")
+    if dtype is not None and dtype != out.dtype:
+        raise RuntimeError(f"diffkern.randn: out must have dtype {dtype}, got {out.dtype}")
+    _refuse_grad("randn", out)
+    _ops.randn_out(seeds, stream, out)
+    _wrote(out)
+    return out
 
 
 @torch.library.register_fake("diffkern::randn")
@@ -139,7 +168,7 @@ def _(size: Sequence[int], seeds: Tensor, stream: int, dtype: torch.dtype) -> Te
 
 @torch.library.register_fake("diffkern::randn_out")
 def _(seeds: Tensor, stream: int, out: Tensor) -> None:
-    return None
+    _one_device("randn", out=out, seeds=seeds)
 
 
 # ---------------------------------------------------------------------------------------------------- noising
@@ -179,9 +208,11 @@ def noising_out(
     stream: int = 0,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """`noising` into given tensors; `out` may be x0 itself."""
+    """`noising` into given tensors; `out` may be x0 or noise itself, in place. Not differentiable."""
     _check_on_device("noising", index, table)
+    _refuse_grad("noising_out", x0, noise, out, target, eps)
     _ops.noising_out(x0, table, index, seeds, stream, noise, out, target, eps)
+    _wrote(out, target, eps)
     return out
 
 
@@ -196,12 +227,23 @@ def _(
     want_target: bool,
     want_eps: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    _one_device("noising", x0=x0, table=table, index=index, seeds=seeds, noise=noise)
     return _like(x0), _like(x0) if want_target else None, _like(x0) if want_eps else None
 
 
 @torch.library.register_fake("diffkern::noising_out")
-def _(*args: Any) -> None:
-    return None
+def _(
+    x0: Tensor,
+    table: Tensor,
+    index: Tensor | None,
+    seeds: Tensor | None,
+    stream: int,
+    noise: Tensor | None,
+    out: Tensor,
+    target: Tensor | None,
+    eps: Tensor | None,
+) -> None:
+    _one_device("noising", x0=x0, table=table, index=index, seeds=seeds, noise=noise, out=out, target=target, eps=eps)
 
 
 def _noising_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -263,6 +305,7 @@ def _(
     reduction: int,
     want_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
+    _one_device("loss", x0=x0, pred=pred, table=table, index=index, seeds=seeds, noise=noise)
     dtype = torch.float64 if x0.dtype == torch.float64 else torch.float32
     value = x0.new_empty([x0.shape[0]] if reduction == 0 else [], dtype=dtype)
     return value, _like(pred) if want_grad else None
@@ -281,6 +324,8 @@ def _loss_backward(ctx: Any, g_value: Tensor, g_grad: Tensor | None) -> tuple[An
     grad, table, index = ctx.saved_tensors
     if grad is None:
         raise RuntimeError("diffkern.loss: want_grad must be true where a gradient is asked for")
+    if torch.is_grad_enabled():  # create_graph: the stored gradient would pass for a constant
+        raise RuntimeError("diffkern.loss: differentiable once only, use diffkern.reference.loss for higher derivatives")
     if type(g_value) is Tensor and g_value.dim() == 0 and not g_value.is_cuda and g_value.item() == 1.0:
         g_pred = grad  # the usual loss.backward(): nothing to scale, and reading a CPU value costs nothing
     else:
@@ -372,7 +417,9 @@ def step_out(
 ) -> Tensor:
     """`step` into given tensors, for loops that allocate nothing; `out` may be x (in place). Not differentiable."""
     _check_on_device("step", index, table)
+    _refuse_grad("step_out", x, m, m2, h0, h1, h2, h3, noise, known, out, x0, s, next)
     _ops.step_out(x, m, m2, h0, h1, h2, h3, table, row, index, seeds, noise, mask, known, out, x0, s, next)
+    _wrote(out, x0, s, next)
     return out
 
 
@@ -397,6 +444,7 @@ def _step_fake(
     next_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     like = next(t for t in (x, h0, h1, h2, h3, noise, known, m) if t is not None)
+    _one_device("step", like=like, m=m, m2=m2, table=table, index=index, seeds=seeds, noise=noise, mask=mask, known=known)
     dtype = next_dtype if next_dtype is not None else (m if m is not None else like).dtype
     return (
         _like(like),
@@ -412,7 +460,10 @@ torch.library.register_fake("diffkern::step_ad", _step_fake)
 
 @torch.library.register_fake("diffkern::step_out")
 def _(*args: Any) -> None:
-    return None
+    x, m, m2, h0, h1, h2, h3, table, _, index, seeds, noise, mask, known, out, x0, s, next_ = args
+    inputs = {"x": x, "m": m, "m2": m2, "h0": h0, "h1": h1, "h2": h2, "h3": h3, "table": table, "index": index}
+    others = {"seeds": seeds, "noise": noise, "mask": mask, "known": known, "x0": x0, "s": s, "next": next_}
+    _one_device("step", out=out, **inputs, **others)
 
 
 def _step_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -443,7 +494,7 @@ def _step_backward(
     g_clean = _times(c["b"], g_out) + _times(c["B"], g_s) + (0.0 if g_x0 is None else g_x0)
     known_on_host = not table.is_cuda and not torch.compiler.is_compiling()
     if not known_on_host or bool(torch.isfinite(c["clip"]).any()):  # the gradient passes where x0 was inside
-        inputs = (x, m, m2, *histories, table, ctx.row, index, seeds, noise, None, None)
+        inputs = (x, m, m2, *histories, table, ctx.row, index, seeds, noise, None, known)
         x0 = _ops.step(*inputs, True, False, 0, None)[1]
         g_clean = g_clean * (x0.abs() < c["clip"].to(x0.dtype))
     g_m = _times(c["d"], g_out) + _times(c["q"], g_clean) + _times(c["D"], g_s)

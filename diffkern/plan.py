@@ -73,17 +73,17 @@ class Row:
     """(slot, "x" | "x0" | "s"): after the row, that history slot holds the state the row read, its x0 or its s."""
     ends_step: bool = True
 
-    @property
+    @cached_property
     def reads(self) -> tuple[int, ...]:
         """The history slots whose coefficient is not 0."""
         return tuple(slot for slot, e in enumerate((self.e0, self.e1, self.e2, self.e3)) if e != 0)
 
-    @property
+    @cached_property
     def draws(self) -> bool:
         """Whether the row reads z: g or r is not 0."""
         return self.g != 0 or self.r != 0
 
-    @property
+    @cached_property
     def makes_x0(self) -> bool:
         """Whether the row has an x0 formula."""
         return self.p != 0 or self.q != 0 or self.r != 0

@@ -277,7 +277,7 @@ class _Run:
         """Call the model if row i does, then make the row's outputs."""
         row, x = self.plan.rows[i], self.state
         m = self._call(model, i) if row.calls_model else None
-        m2 = m if m is not None and not len(x) and self.copies(row) == 2 else None  # two halves of an empty batch
+        m2 = m if m is not None and x.shape[0] == 0 and self.copies(row) == 2 else None  # two halves of an empty batch
         taken: list[Tensor] = []
         sources = {source for _, source in row.saves}
         out = self._take(taken)
@@ -327,7 +327,8 @@ class _Run:
         return m
 
     def _slots_for(self, row: Row) -> list[Tensor | None]:
-        return [self._slots[slot] if slot in row.reads else None for slot in range(4)]
+        reads = row.reads
+        return [t if slot in reads else None for slot, t in enumerate(self._slots)]
 
     def _needs_input(self, k: float, copies: int) -> bool:
         return k != 1.0 or copies != 1 or self.model_dtype != self.state.dtype

@@ -22,6 +22,16 @@ PYBIND11_MODULE(_C, m) {
       },
       "Version, compiler and the instruction set in use (DIFFKERN_ISA forces one).");
   m.def(
+      "normals",
+      [](uint64_t seed, uint64_t stream, uint64_t quad, int64_t quads) {
+        if (quads < 0 || quads > (int64_t{1} << 24)) throw py::value_error("quads must be in [0, 2^24]");
+        std::string bytes(static_cast<size_t>(quads) * 4 * sizeof(float), '\0');
+        dk::cpu::normals(seed, stream, quad, quads, reinterpret_cast<float*>(bytes.data()));
+        return py::bytes(bytes);
+      },
+      py::arg("seed"), py::arg("stream"), py::arg("quad"), py::arg("quads"),
+      "Float32 normals of quads quad, quad + 1, ...: known answers at counters that no tensor reaches.");
+  m.def(
       "columns",
       [] {
         py::dict sizes;

@@ -90,6 +90,10 @@ inline std::string dtype_text(int32_t dtype) {
   if (dtype == aoti_torch_dtype_int32()) return "int32";
   if (dtype == aoti_torch_dtype_bool()) return "bool";
   if (dtype == aoti_torch_dtype_uint8()) return "uint8";
+  if (dtype == aoti_torch_dtype_int8()) return "int8";
+  if (dtype == aoti_torch_dtype_int16()) return "int16";
+  if (dtype == aoti_torch_dtype_complex64()) return "complex64";
+  if (dtype == aoti_torch_dtype_complex128()) return "complex128";
   return "dtype number " + std::to_string(dtype);
 }
 
@@ -195,7 +199,8 @@ inline void check_index(const char* op, const Operand& index, int64_t batch, Row
   for (int64_t b = 0; b < (index.dims == 1 ? batch : 1); ++b) {
     if (row_number(rows, b) < 0) {
       const int64_t at = b * rows.index_stride;
-      const int64_t got = narrow ? static_cast<const int32_t*>(rows.index)[at] : static_cast<const int64_t*>(rows.index)[at];
+      const int64_t got =
+          narrow ? static_cast<const int32_t*>(rows.index)[at] : static_cast<const int64_t*>(rows.index)[at];
       fail(op, "index must be in [0, ", rows.count, "), the rows of the table, got ", got, " for sample ", b);
     }
   }
@@ -219,17 +224,18 @@ inline bool has_zero_stride(const Operand& o) {
 struct Extent {
   const char* begin;
   const char* end;
-  bool dense;  // every byte belongs to an element
+  bool dense;          // every byte belongs to an element
+  bool overlaps_self;  // more elements than places (stride-0 dimensions not counted)
 };
 inline Extent extent(const Operand& o, int64_t item) {
   const char* begin = static_cast<const char*>(o.data());
   int64_t last = 0, count = 1;
   for (int64_t d = 0; d < o.dims; ++d) {
-    count *= o.sizes[d];
-    if (o.sizes[d] > 0) last += (o.sizes[d] - 1) * o.strides[d];
+    if (o.sizes[d] == 0) return {begin, begin, false, false};
+    if (o.strides[d] != 0) count *= o.sizes[d];
+    last += (o.sizes[d] - 1) * o.strides[d];
   }
-  if (count == 0) return {begin, begin, false};
-  return {begin, begin + (last + 1) * item, last + 1 == count};
+  return {begin, begin + (last + 1) * item, last + 1 <= count, last + 1 < count};
 }
 
 inline bool same_memory(const Operand& a, const Operand& b) {
@@ -240,18 +246,27 @@ inline bool same_memory(const Operand& a, const Operand& b) {
   return true;
 }
 
-inline int64_t item_size(const Operand& o) { return is_mask_dtype(o.dtype) ? 1 : size_of(float_dtype("", o)); }
+inline int64_t item_size(const char* op, const Operand& o) {
+  if (o.dtype == aoti_torch_dtype_int64()) return 8;
+  if (o.dtype == aoti_torch_dtype_int32()) return 4;
+  return is_mask_dtype(o.dtype) ? 1 : size_of(float_dtype(op, o));
+}
 
-// An output may be exactly an input (in place), but may not overlap one partly, nor another output at all.
+// An output may be exactly one of `inputs` (in place), but may not overlap one partly, nor any of `others` (read before
+// or after the elements: tables, indices, seeds), nor another output.
 inline void check_output(const char* op, const Operand& out, std::initializer_list<const Operand*> inputs,
-                         std::initializer_list<const Operand*> outputs) {
+                         std::initializer_list<const Operand*> others, std::initializer_list<const Operand*> outputs) {
   if (has_zero_stride(out)) {
     fail(op, out.name, " must not have stride 0 (an expanded tensor cannot be written), got strides ",
          shape_text(out.strides, out.dims));
   }
-  const Extent mine = extent(out, item_size(out));
+  const Extent mine = extent(out, item_size(op, out));
+  if (mine.overlaps_self) {
+    fail(op, out.name, " must not overlap itself in memory, got shape ", shape_text(out), " with strides ",
+         shape_text(out.strides, out.dims));
+  }
   const auto overlaps = [&](const Operand& other) {
-    const Extent theirs = extent(other, item_size(other));
+    const Extent theirs = extent(other, item_size(op, other));
     return mine.dense && theirs.dense && mine.begin < theirs.end && theirs.begin < mine.end;
   };
   for (const Operand* in : inputs) {
@@ -259,8 +274,11 @@ inline void check_output(const char* op, const Operand& out, std::initializer_li
       fail(op, out.name, " must not overlap ", in->name, " in memory (the same tensor, in place, is fine)");
     }
   }
+  for (const Operand* in : others) {
+    if (*in && overlaps(*in)) fail(op, out.name, " must not overlap ", in->name, " in memory");
+  }
   for (const Operand* other : outputs) {
-    if (*other && other->handle != out.handle && overlaps(*other)) {
+    if (*other && other != &out && overlaps(*other)) {
       fail(op, out.name, " must not overlap the output ", other->name, " in memory");
     }
   }
@@ -296,6 +314,7 @@ inline Space make_space(const char* op, const Operand& first, const std::vector<
   space.count = 1;
   for (int64_t d = 1; d < first.dims; ++d) space.count *= first.sizes[d];
   space.channels = 1;
+  if (space.batch == 0 || space.count == 0) return space;  // nothing to address: any layout serves
   bool contiguous = true, last = true;
   for (const Operand* o : operands) {
     if (!*o) continue;
@@ -353,6 +372,18 @@ inline View make_view(const Space& space, const Operand& o, Dtype dtype) {
   return view;
 }
 
+inline Tensor allocate(const Operand& like, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                       int32_t dtype) {
+  const int64_t dims = static_cast<int64_t>(sizes.size());
+  AtenTensorHandle handle = nullptr;
+  if (aoti_torch_empty_strided(dims, sizes.data(), strides.data(), dtype, like.device_type, like.device_index,
+                               &handle) != AOTI_TORCH_SUCCESS) {
+    throw std::runtime_error("diffkern: a tensor of shape " + shape_text(sizes.data(), dims) + " and dtype " +
+                             dtype_text(dtype) + " could not be allocated on " + device_text(like));
+  }
+  return Tensor(handle);
+}
+
 // A new tensor on the device of `like`, [copies B, ...]: with its strides where they are dense and the batch is
 // outermost, else contiguous (diffkern/ops.py states the same rule for the fake tensors).
 inline Tensor empty_like(const Operand& like, int32_t dtype, int64_t copies = 1) {
@@ -369,10 +400,7 @@ inline Tensor empty_like(const Operand& like, int32_t dtype, int64_t copies = 1)
     strides[0] = inner;
   }
   sizes[0] *= copies;
-  AtenTensorHandle handle = nullptr;
-  check_status(aoti_torch_empty_strided(like.dims, sizes.data(), strides.data(), dtype, like.device_type,
-                                        like.device_index, &handle));
-  return Tensor(handle);
+  return allocate(like, sizes, strides, dtype);
 }
 
 inline Tensor new_empty(const Operand& like, const std::vector<int64_t>& sizes, int32_t dtype) {
@@ -382,10 +410,7 @@ inline Tensor new_empty(const Operand& like, const std::vector<int64_t>& sizes, 
     strides[d] = stride;
     stride *= sizes[d] > 1 ? sizes[d] : 1;
   }
-  AtenTensorHandle handle = nullptr;
-  check_status(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
-                                        like.device_type, like.device_index, &handle));
-  return Tensor(handle);
+  return allocate(like, sizes, strides, dtype);
 }
 
 }  // namespace dk::bind

@@ -21,7 +21,7 @@ struct Ops {
     args.stream = check_stream(op, stream);
     args.seeds = check_seeds(op, seeds, out, out.sizes[0]);
     const Dtype dtype = float_dtype(op, out);
-    check_output(op, out, {}, {});
+    check_output(op, out, {}, {&seeds}, {});
     args.space = make_space(op, out, {&out}, true, Backend::kMaxChannels);
     args.out = make_view(args.space, out, dtype);
     if (args.space.batch * args.space.count > 0) Backend::randn(args, out);
@@ -35,9 +35,11 @@ struct Ops {
     const Operand s("seeds", seeds);
     if (size.empty()) fail("randn", "size must have a batch dimension, got []");
     for (const int64_t n : size) {
-      if (n < 0) fail("randn", "size must not be negative, got ", shape_text(size.data(), static_cast<int64_t>(size.size())));
+      if (n < 0)
+        fail("randn", "size must not be negative, got ", shape_text(size.data(), static_cast<int64_t>(size.size())));
     }
     const int32_t code = static_cast<int32_t>(torch::stable::detail::from(dtype));
+    check_seeds("randn", s, s, size[0]);
     Tensor out = new_empty(s, size, code);
     randn_into("randn", s, stream, {"out", out});
     return out;
@@ -45,7 +47,8 @@ struct Ops {
 
   // ----------------------------------------------------------------------------------------- noising and loss
   // The rows of a noising or loss table: by index, or row b of [B] rows, or one row for all.
-  static Rows table_rows(const char* op, const Operand& table, const Operand& index, const Operand& first, int64_t columns) {
+  static Rows table_rows(const char* op, const Operand& table, const Operand& index, const Operand& first,
+                         int64_t columns) {
     check_same_device(op, table, first);
     check_same_device(op, index, first);
     const int64_t batch = first.sizes[0];
@@ -87,13 +90,14 @@ struct Ops {
       check_shape(op, *o, x0);
     }
     check_noise_source(op, seeds, noise);
-    for (const Operand* o : {&out, &target, &eps}) {
-      if (*o) check_output(op, *o, {&x0, &noise}, {&out, &target, &eps});
-    }
     NoisingArgs args{};
     args.rows = table_rows(op, table, index, x0, kNoisingColumns);
     args.seeds = check_seeds(op, seeds, x0, x0.sizes[0]);
     args.stream = check_stream(op, stream);
+    check_output(op, out, {&x0, &noise}, {&table, &index, &seeds}, {&out, &target, &eps});
+    for (const Operand* o : {&target, &eps}) {  // written before the inputs are read for the last time
+      if (*o) check_output(op, *o, {}, {&x0, &noise, &table, &index, &seeds}, {&out, &target, &eps});
+    }
     args.space = make_space(op, x0, {&x0, &noise, &out, &target, &eps}, seeds.handle != nullptr, Backend::kMaxChannels);
     args.x0 = make_view(args.space, x0, dtype);
     args.noise = make_view(args.space, noise, dtype);
@@ -151,7 +155,8 @@ struct Ops {
     if (want_grad) grad = empty_like(pred, pred.dtype);
     const Operand grad_operand("grad", grad);
     Tensor value = args.reduction == Reduction::none ? new_empty(x0, {batch}, sum_dtype) : new_empty(x0, {}, sum_dtype);
-    args.space = make_space(op, x0, {&x0, &pred, &noise, &grad_operand}, seeds.handle != nullptr, Backend::kMaxChannels);
+    args.space =
+        make_space(op, x0, {&x0, &pred, &noise, &grad_operand}, seeds.handle != nullptr, Backend::kMaxChannels);
     args.x0 = make_view(args.space, x0, dtype);
     args.pred = make_view(args.space, pred, pred_dtype);
     args.noise = make_view(args.space, noise, dtype);
@@ -185,10 +190,17 @@ struct Ops {
     }
   }
 
+  static void check_row_stream(const char* column, double stream, int64_t number) {
+    if (!(stream >= 0 && stream < 9007199254740992.0 && stream == std::floor(stream))) {
+      fail("step", column, " must be an integer in [0, 2^53), got ", stream, " in row ", number);
+    }
+  }
+
   // Host rows: every operand that the row reads must be there.
   static void check_row(const StepOperands& o, const double* row, int64_t number, uint32_t want) {
     check_row_finite("step", row, kColumns, number);
-    if (!(row[kClip] > 0)) fail("step", "clip must be positive (inf: no clipping), got ", row[kClip], " in row ", number);
+    if (!(row[kClip] > 0))
+      fail("step", "clip must be positive (inf: no clipping), got ", row[kClip], " in row ", number);
     const uint32_t terms = step_terms(row, want);
     need(o.x, terms & kTermP, "p", row[kP]);
     need(o.x, terms & kTermA, "a", row[kA]);
@@ -198,7 +210,8 @@ struct Ops {
     need(o.m, terms & kTermSlopeD, "D", row[kSlopeD]);
     const bool guided = o.m && (o.m2 || o.m.sizes[0] != state_like(o).sizes[0]);
     if ((terms & kTermW) && !guided) {
-      fail("step", "m must hold two predictions for guidance (a doubled batch [uncond | cond], or m2): the row has w = ",
+      fail("step",
+           "m must hold two predictions for guidance (a doubled batch [uncond | cond], or m2): the row has w = ",
            row[kW]);
     }
     static const char* const kWhy[kHistories] = {"e0", "e1", "e2", "e3"};
@@ -211,8 +224,8 @@ struct Ops {
     if ((terms & kTermKnownN) && !o.seeds) {
       fail("step", "seeds must be given: the row re-noises the known image with known_n = ", row[kKnownN]);
     }
-    if (terms & kReadsNoise) check_stream("step", static_cast<int64_t>(row[kStream]));
-    if (terms & kTermKnownN) check_stream("step", static_cast<int64_t>(row[kKnownStream]));
+    if (terms & kReadsNoise) check_row_stream("stream", row[kStream], number);
+    if (terms & kTermKnownN) check_row_stream("known_stream", row[kKnownStream], number);
   }
 
   static void step_into(const StepOperands& o, int64_t row) {
@@ -262,13 +275,6 @@ struct Ops {
       next_dtype = float_dtype(op, o.next);
     }
     if (o.seeds && o.noise) fail(op, "give either seeds (noise by address) or noise (a tensor), got both");
-    for (const Operand* w : {&out, &o.x0, &o.s, &o.next}) {
-      if (*w) {
-        check_output(op, *w, {&o.x, &o.m, &o.m2, &o.h[0], &o.h[1], &o.h[2], &o.h[3], &o.noise, &o.mask, &o.known},
-                     {&out, &o.x0, &o.s, &o.next});
-      }
-    }
-
     StepArgs args{};
     args.state = state;
     args.seeds = check_seeds(op, o.seeds, out, batch);
@@ -276,7 +282,8 @@ struct Ops {
     const int64_t rows = o.table.sizes[0];
     const bool host_table = o.table.device_type == aoti_torch_device_type_cpu();
     uint32_t want = (o.x0 ? kWantX0 : 0u) | (o.s ? kWantS : 0u) | (o.mask ? kTermMask : 0u);
-    if (!o.index && (row < 0 || row >= rows)) fail(op, "row must be in [0, ", rows, "), the rows of the table, got ", row);
+    if (!o.index && (row < 0 || row >= rows))
+      fail(op, "row must be in [0, ", rows, "), the rows of the table, got ", row);
     args.rows.count = rows;
     args.rows.first = row;
     bool draws = o.seeds.handle != nullptr;
@@ -300,7 +307,13 @@ struct Ops {
         }
       }
     }
-    std::vector<const Operand*> operands{&out,    &o.x,    &o.m,     &o.m2,   &o.h[0], &o.h[1], &o.h[2],
+    for (const Operand* w : {&out, &o.x0, &o.s, &o.next}) {
+      if (*w) {
+        check_output(op, *w, {&o.x, &o.m, &o.m2, &o.h[0], &o.h[1], &o.h[2], &o.h[3], &o.noise, &o.mask, &o.known},
+                     {&o.table, &o.index, &o.seeds}, {&out, &o.x0, &o.s, &o.next});
+      }
+    }
+    std::vector<const Operand*> operands{&out,    &o.x,     &o.m,    &o.m2,    &o.h[0], &o.h[1], &o.h[2],
                                          &o.h[3], &o.noise, &o.mask, &o.known, &o.x0,   &o.s,    &o.next};
     args.space = make_space(op, out, operands, draws, Backend::kMaxChannels);
     args.x = make_view(args.space, o.x, state);
@@ -331,10 +344,20 @@ struct Ops {
       Tensor table, int64_t row, MaybeTensor index, MaybeTensor seeds, MaybeTensor noise, MaybeTensor mask,
       MaybeTensor known, bool want_x0, bool want_s, int64_t next_copies,
       std::optional<torch::headeronly::ScalarType> next_dtype) {
-    StepOperands o{{"x", x},       {"m", m},         {"m2", m2},       {{"h0", h0}, {"h1", h1}, {"h2", h2}, {"h3", h3}},
-                   {"table", table}, {"index", index}, {"seeds", seeds}, {"noise", noise},
-                   {"mask", mask},   {"known", known}, {},               {},
-                   {},               {}};
+    StepOperands o{{"x", x},
+                   {"m", m},
+                   {"m2", m2},
+                   {{"h0", h0}, {"h1", h1}, {"h2", h2}, {"h3", h3}},
+                   {"table", table},
+                   {"index", index},
+                   {"seeds", seeds},
+                   {"noise", noise},
+                   {"mask", mask},
+                   {"known", known},
+                   {},
+                   {},
+                   {},
+                   {}};
     const Operand& like = state_like(o);
     check_batched("step", like);
     if (next_copies < 0 || next_copies > 2) fail("step", "next_copies must be 0, 1 or 2, got ", next_copies);
@@ -359,10 +382,20 @@ struct Ops {
                        MaybeTensor h3, Tensor table, int64_t row, MaybeTensor index, MaybeTensor seeds,
                        MaybeTensor noise, MaybeTensor mask, MaybeTensor known, Tensor out, MaybeTensor x0,
                        MaybeTensor s, MaybeTensor next) {
-    step_into({{"x", x},         {"m", m},         {"m2", m2},       {{"h0", h0}, {"h1", h1}, {"h2", h2}, {"h3", h3}},
-               {"table", table}, {"index", index}, {"seeds", seeds}, {"noise", noise},
-               {"mask", mask},   {"known", known}, {"out", out},     {"x0", x0},
-               {"s", s},         {"next", next}},
+    step_into({{"x", x},
+               {"m", m},
+               {"m2", m2},
+               {{"h0", h0}, {"h1", h1}, {"h2", h2}, {"h3", h3}},
+               {"table", table},
+               {"index", index},
+               {"seeds", seeds},
+               {"noise", noise},
+               {"mask", mask},
+               {"known", known},
+               {"out", out},
+               {"x0", x0},
+               {"s", s},
+               {"next", next}},
               row);
   }
 

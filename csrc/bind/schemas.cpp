@@ -15,14 +15,16 @@ STABLE_TORCH_LIBRARY(diffkern, m) {
       "loss(Tensor pred, Tensor x0, Tensor table, Tensor? index, Tensor? seeds, SymInt stream, Tensor? noise, "
       "int reduction, bool want_grad) -> (Tensor, Tensor?)");
   m.def(
-      "step(Tensor? x, Tensor? m, Tensor? m2, Tensor? h0, Tensor? h1, Tensor? h2, Tensor? h3, Tensor table, SymInt row, "
+      "step(Tensor? x, Tensor? m, Tensor? m2, Tensor? h0, Tensor? h1, Tensor? h2, Tensor? h3, Tensor table, SymInt "
+      "row, "
       "Tensor? index, Tensor? seeds, Tensor? noise, Tensor? mask, Tensor? known, bool want_x0, bool want_s, "
       "int next_copies, ScalarType? next_dtype) -> (Tensor, Tensor?, Tensor?, Tensor?)");
   // `step` with an autograd formula (diffkern/ops.py): a formula costs microseconds a call even where no gradient is
   // wanted, so it has a name of its own.
   m.def(
       "step_ad(Tensor? x, Tensor? m, Tensor? m2, Tensor? h0, Tensor? h1, Tensor? h2, Tensor? h3, Tensor table, "
-      "SymInt row, Tensor? index, Tensor? seeds, Tensor? noise, Tensor? mask, Tensor? known, bool want_x0, bool want_s, "
+      "SymInt row, Tensor? index, Tensor? seeds, Tensor? noise, Tensor? mask, Tensor? known, bool want_x0, bool "
+      "want_s, "
       "int next_copies, ScalarType? next_dtype) -> (Tensor, Tensor?, Tensor?, Tensor?)");
   m.def(
       "step_out(Tensor? x, Tensor? m, Tensor? m2, Tensor? h0, Tensor? h1, Tensor? h2, Tensor? h3, Tensor table, "

@@ -12,13 +12,14 @@ constexpr int kMaxDims = 6;  // dimensions of a sample after neighbouring ones h
 // How positions of a sample map to memory.
 enum class Layout : int32_t {
   contiguous,     // every operand: address = data + b batch_stride + i, i = logical index (row-major)
-  channels_last,  // every operand: address = data + b batch_stride + p, p = i_inner C + c; logical i = c inner + i_inner
+  channels_last,  // every operand: address = data + b batch_stride + p, p = i_inner C + c; logical i = c inner +
+                  // i_inner
   strided,        // anything else: address from the strides, positions in logical order
 };
 
 struct Space {
-  int64_t batch;   // samples
-  int64_t count;   // elements of a sample
+  int64_t batch;  // samples
+  int64_t count;  // elements of a sample
   Layout layout;
   int64_t channels;  // C of channels_last, else 1
   int32_t dims;      // of a sample
@@ -105,6 +106,7 @@ void noising(const NoisingArgs& args, int64_t begin, int64_t end);
 void step(const StepArgs& args, int64_t begin, int64_t end);
 void loss(const LossArgs& args, int64_t begin, int64_t end);
 void loss_finish(const LossArgs& args);
+void normals(uint64_t seed, uint64_t stream, uint64_t quad, int64_t quads, float* out);  // any counter, for tests
 const char* isa_name();
 const char* isa_best();
 }  // namespace cpu

@@ -22,13 +22,13 @@
 
 namespace dk {
 
-DK_HD float mul(float a, float b) { DK_RN(__fmul_rn(a, b), a* b); }
+DK_HD float mul(float a, float b) { DK_RN(__fmul_rn(a, b), a * b); }
 DK_HD float add(float a, float b) { DK_RN(__fadd_rn(a, b), a + b); }
 DK_HD float sub(float a, float b) { DK_RN(__fadd_rn(a, -b), a - b); }
 DK_HD float fma(float a, float b, float c) { DK_RN(__fmaf_rn(a, b, c), __builtin_fmaf(a, b, c)); }
 DK_HD float sqrt(float a) { DK_RN(__fsqrt_rn(a), __builtin_sqrtf(a)); }
 
-DK_HD double mul(double a, double b) { DK_RN(__dmul_rn(a, b), a* b); }
+DK_HD double mul(double a, double b) { DK_RN(__dmul_rn(a, b), a * b); }
 DK_HD double add(double a, double b) { DK_RN(__dadd_rn(a, b), a + b); }
 DK_HD double sub(double a, double b) { DK_RN(__dadd_rn(a, -b), a - b); }
 DK_HD double fma(double a, double b, double c) { DK_RN(__fma_rn(a, b, c), __builtin_fma(a, b, c)); }

@@ -28,7 +28,8 @@ struct LossCoefficients {
 template <class T>
 DK_HD LossCoefficients<T> loss_coefficients(const double* row, int64_t count, int64_t batch) {
   const double scale = row[kLossWeight] / (static_cast<double>(count) * static_cast<double>(batch));
-  return {static_cast<T>(row[kLossX0]), static_cast<T>(row[kLossEps]), static_cast<T>(scale), static_cast<T>(2 * scale)};
+  return {static_cast<T>(row[kLossX0]), static_cast<T>(row[kLossEps]), static_cast<T>(scale),
+          static_cast<T>(2 * scale)};
 }
 
 }  // namespace dk

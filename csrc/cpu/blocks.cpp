@@ -144,8 +144,12 @@ void narrow(const double* in, Dtype dtype, void* out, int64_t n) {
   narrow(part, dtype, out, n);
 }
 
-void gather(const Space& space, const View& view, const Block& block, float* out) { gather_any(space, view, block, out); }
-void gather(const Space& space, const View& view, const Block& block, double* out) { gather_any(space, view, block, out); }
+void gather(const Space& space, const View& view, const Block& block, float* out) {
+  gather_any(space, view, block, out);
+}
+void gather(const Space& space, const View& view, const Block& block, double* out) {
+  gather_any(space, view, block, out);
+}
 void scatter(const Space& space, const View& view, const Block& block, const float* in) {
   scatter_any(space, view, block, in);
 }

@@ -52,7 +52,9 @@ void widen(Dtype dtype, const void* in, double* out, int64_t n);
 void narrow(const float* in, Dtype dtype, void* out, int64_t n);
 void narrow(const double* in, Dtype dtype, void* out, int64_t n);
 
-inline char* address(const View& view, int64_t offset) { return static_cast<char*>(view.data) + offset * size_of(view.dtype); }
+inline char* address(const View& view, int64_t offset) {
+  return static_cast<char*>(view.data) + offset * size_of(view.dtype);
+}
 
 template <class T>
 constexpr Dtype kDtypeOf = sizeof(T) == 8 ? Dtype::f64 : Dtype::f32;

@@ -17,8 +17,8 @@ struct Avx2Noise {
     for (int64_t i = 0; i < kQuadsAtOnce; i += 8) {
       __m256i c0[2], c1[2], c2[2], c3[2];
       for (int half = 0; half < 2; ++half) {  // even and odd quads
-        const __m256i q = _mm256_add_epi64(_mm256_set1_epi64x(static_cast<int64_t>(q0) + i + half),
-                                           _mm256_setr_epi64x(0, 2, 4, 6));
+        const __m256i q =
+            _mm256_add_epi64(_mm256_set1_epi64x(static_cast<int64_t>(q0) + i + half), _mm256_setr_epi64x(0, 2, 4, 6));
         c0[half] = q;
         c1[half] = _mm256_srli_epi64(q, 32);
         c2[half] = _mm256_set1_epi64x(static_cast<int64_t>(stream & 0xffffffffu));
@@ -50,8 +50,10 @@ struct Avx2Noise {
       const __m256d ab0 = _mm256_castps_pd(_mm256_unpacklo_ps(a, b)), ab2 = _mm256_castps_pd(_mm256_unpackhi_ps(a, b));
       const __m256d cd0 = _mm256_castps_pd(_mm256_unpacklo_ps(c, d)), cd2 = _mm256_castps_pd(_mm256_unpackhi_ps(c, d));
       // quad k in the low half, quad k + 4 in the high half
-      const __m256 q0 = _mm256_castpd_ps(_mm256_unpacklo_pd(ab0, cd0)), q1 = _mm256_castpd_ps(_mm256_unpackhi_pd(ab0, cd0));
-      const __m256 q2 = _mm256_castpd_ps(_mm256_unpacklo_pd(ab2, cd2)), q3 = _mm256_castpd_ps(_mm256_unpackhi_pd(ab2, cd2));
+      const __m256 q0 = _mm256_castpd_ps(_mm256_unpacklo_pd(ab0, cd0)),
+                   q1 = _mm256_castpd_ps(_mm256_unpackhi_pd(ab0, cd0));
+      const __m256 q2 = _mm256_castpd_ps(_mm256_unpacklo_pd(ab2, cd2)),
+                   q3 = _mm256_castpd_ps(_mm256_unpackhi_pd(ab2, cd2));
       _mm256_storeu_ps(out + 4 * i, _mm256_permute2f128_ps(q0, q1, 0x20));
       _mm256_storeu_ps(out + 4 * i + 8, _mm256_permute2f128_ps(q2, q3, 0x20));
       _mm256_storeu_ps(out + 4 * i + 16, _mm256_permute2f128_ps(q0, q1, 0x31));

@@ -7,8 +7,7 @@
 
 #include "spans.h"
 
-#define DK_AVX512 \
-  __attribute__((target("avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl,prefer-vector-width=512")))
+#define DK_AVX512 __attribute__((target("avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl,prefer-vector-width=512")))
 
 namespace dk::cpu {
 namespace {
@@ -51,8 +50,10 @@ struct Avx512Noise {
     const __m512d ab0 = _mm512_castps_pd(_mm512_unpacklo_ps(a, b)), ab2 = _mm512_castps_pd(_mm512_unpackhi_ps(a, b));
     const __m512d cd0 = _mm512_castps_pd(_mm512_unpacklo_ps(c, d)), cd2 = _mm512_castps_pd(_mm512_unpackhi_ps(c, d));
     // q<k> holds quads k, k + 4, k + 8, k + 12 in its four 128-bit parts
-    const __m512 q0 = _mm512_castpd_ps(_mm512_unpacklo_pd(ab0, cd0)), q1 = _mm512_castpd_ps(_mm512_unpackhi_pd(ab0, cd0));
-    const __m512 q2 = _mm512_castpd_ps(_mm512_unpacklo_pd(ab2, cd2)), q3 = _mm512_castpd_ps(_mm512_unpackhi_pd(ab2, cd2));
+    const __m512 q0 = _mm512_castpd_ps(_mm512_unpacklo_pd(ab0, cd0)),
+                 q1 = _mm512_castpd_ps(_mm512_unpackhi_pd(ab0, cd0));
+    const __m512 q2 = _mm512_castpd_ps(_mm512_unpacklo_pd(ab2, cd2)),
+                 q3 = _mm512_castpd_ps(_mm512_unpackhi_pd(ab2, cd2));
     const __m512 low01 = _mm512_shuffle_f32x4(q0, q1, 0x44), low23 = _mm512_shuffle_f32x4(q2, q3, 0x44);
     const __m512 high01 = _mm512_shuffle_f32x4(q0, q1, 0xee), high23 = _mm512_shuffle_f32x4(q2, q3, 0xee);
     _mm512_storeu_ps(out, _mm512_shuffle_f32x4(low01, low23, 0x88));

@@ -54,7 +54,9 @@ void finish(const LossArgs& args) {
     const T sum = ordered_sum(static_cast<const T*>(args.partials) + b * blocks, blocks);
     samples[b] = mul(loss_coefficients<T>(row, space.count, averaged).value, sum);
   }
-  if (args.reduction != Reduction::none) *static_cast<T*>(args.value) = ordered_sum(samples, space.batch);
+  if (args.reduction == Reduction::none) return;
+  const bool nothing = args.reduction == Reduction::mean && space.batch == 0;  // NaN, as torch's mean of nothing
+  *static_cast<T*>(args.value) = nothing ? not_a_number<T>() : ordered_sum(samples, space.batch);
 }
 
 }  // namespace
@@ -63,8 +65,6 @@ void loss(const LossArgs& args, int64_t begin, int64_t end) {
   args.x0.dtype == Dtype::f64 ? run<double>(args, begin, end) : run<float>(args, begin, end);
 }
 
-void loss_finish(const LossArgs& args) {
-  args.x0.dtype == Dtype::f64 ? finish<double>(args) : finish<float>(args);
-}
+void loss_finish(const LossArgs& args) { args.x0.dtype == Dtype::f64 ? finish<double>(args) : finish<float>(args); }
 
 }  // namespace dk::cpu

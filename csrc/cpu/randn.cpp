@@ -1,7 +1,18 @@
 // Standard normals by address.
+#include <cstring>
+
 #include "blocks.h"
 
 namespace dk::cpu {
+
+void normals(uint64_t seed, uint64_t stream, uint64_t quad, int64_t quads, float* out) {
+  float group[4 * kQuadsAtOnce];
+  for (int64_t done = 0; done < quads; done += kQuadsAtOnce) {
+    const int64_t n = quads - done < kQuadsAtOnce ? quads - done : kQuadsAtOnce;
+    isa().normals(seed, stream, quad + static_cast<uint64_t>(done), n, group);
+    std::memcpy(out + 4 * done, group, static_cast<size_t>(4 * n) * sizeof(float));
+  }
+}
 
 void randn(const RandnArgs& args, int64_t begin, int64_t end) {
   const int64_t room = 4 * kQuadsAtOnce;

@@ -86,9 +86,12 @@ DK_BODY void step_loop(const StepSpan<T>& span, const uint32_t terms) {
   }
 }
 
-constexpr uint32_t kFromEps = kTermP | kTermQ | kTermB | kTermD;  // x' = b x0 + d eps
-constexpr uint32_t kFromX0 = kTermP | kTermQ | kTermA | kTermB;   // x' = a x + b x0
-constexpr uint32_t kSlopeTerms = kWantS | kTermSlopeA | kTermSlopeB;       // s = A x + B x0
+constexpr uint32_t kX0 = kTermP | kTermQ;
+constexpr uint32_t kFromEps = kX0 | kTermB | kTermD;             // x' = b x0 + d eps
+constexpr uint32_t kFromX0 = kX0 | kTermA | kTermB;              // x' = a x + b x0
+constexpr uint32_t kFromSlope = kTermA | kTermD;                 // x' = a x + d m
+constexpr uint32_t kSlope = kWantS | kTermSlopeA | kTermSlopeD;  // s = A x + D m
+constexpr uint32_t kFromHistory = kTermD | kTermE0;              // x' = d m + e0 h0
 
 // Rows met in every common sampler get loops of their own; the others run one loop that tests the terms (the tests do
 // not depend on i). Both give the same bits: it is the same formula.
@@ -103,36 +106,46 @@ DK_BODY void step_body(const StepSpan<T>& span) {
       return step_loop<false>(span, kFromEps | kTermW);
     case kFromEps | kTermG:
       return step_loop<false>(span, kFromEps | kTermG);
+    case kFromEps | kTermA:
+      return step_loop<false>(span, kFromEps | kTermA);
+    case kX0 | kTermB:
+      return step_loop<false>(span, kX0 | kTermB);
     case kFromX0:
       return step_loop<false>(span, kFromX0);
     case kFromX0 | kWantX0:
       return step_loop<false>(span, kFromX0 | kWantX0);
-    case kFromX0 | kWantNext:
-      return step_loop<false>(span, kFromX0 | kWantNext);
     case kFromX0 | kTermClip:
       return step_loop<false>(span, kFromX0 | kTermClip);
+    case kFromX0 | kTermClip | kWantX0:
+      return step_loop<false>(span, kFromX0 | kTermClip | kWantX0);
+    case kFromX0 | kTermClip | kWantNext:
+      return step_loop<false>(span, kFromX0 | kTermClip | kWantNext);
     case kFromX0 | kTermG:
       return step_loop<false>(span, kFromX0 | kTermG);
     case kFromX0 | kTermClip | kTermG:
       return step_loop<false>(span, kFromX0 | kTermClip | kTermG);
-    case kFromX0 | kTermClip | kTermG | kWantX0:
-      return step_loop<false>(span, kFromX0 | kTermClip | kTermG | kWantX0);
-    case kFromX0 | kTermE0:
-      return step_loop<false>(span, kFromX0 | kTermE0);
     case kFromX0 | kTermE0 | kWantX0:
       return step_loop<false>(span, kFromX0 | kTermE0 | kWantX0);
-    case kFromX0 | kTermE0 | kWantNext:
-      return step_loop<false>(span, kFromX0 | kTermE0 | kWantNext);
-    case kFromX0 | kSlopeTerms:
-      return step_loop<false>(span, kFromX0 | kSlopeTerms);
-    case kFromX0 | kSlopeTerms | kWantNext:
-      return step_loop<false>(span, kFromX0 | kSlopeTerms | kWantNext);
-    case kTermA | kTermD:
-      return step_loop<false>(span, kTermA | kTermD);
-    case kTermA | kTermD | kTermG:
-      return step_loop<false>(span, kTermA | kTermD | kTermG);
-    case kTermA | kTermD | kWantNext:
-      return step_loop<false>(span, kTermA | kTermD | kWantNext);
+    case kFromSlope:
+      return step_loop<false>(span, kFromSlope);
+    case kFromSlope | kWantNext:
+      return step_loop<false>(span, kFromSlope | kWantNext);
+    case kFromSlope | kTermG:
+      return step_loop<false>(span, kFromSlope | kTermG);
+    case kFromSlope | kTermW | kWantNext:
+      return step_loop<false>(span, kFromSlope | kTermW | kWantNext);
+    case kFromSlope | kSlope:
+      return step_loop<false>(span, kFromSlope | kSlope);
+    case kFromSlope | kSlope | kWantNext:
+      return step_loop<false>(span, kFromSlope | kSlope | kWantNext);
+    case kFromHistory:
+      return step_loop<false>(span, kFromHistory);
+    case kFromHistory | kWantNext:
+      return step_loop<false>(span, kFromHistory | kWantNext);
+    case kFromHistory | kTermA:
+      return step_loop<false>(span, kFromHistory | kTermA);
+    case kFromHistory | kTermA | kWantNext:
+      return step_loop<false>(span, kFromHistory | kTermA | kWantNext);
     default:
       return step_loop<true>(span, span.terms);
   }
@@ -190,29 +203,30 @@ DK_BODY void narrow_bf16_body(const float* in, Bfloat16* out, int64_t n) {
 
 }  // namespace dk::cpu
 
-// Defines the functions of one table: NAME of the Isa, TARGET attribute, NOISE (as PortableNoise), widen and narrow f16.
-#define DK_DEFINE_ISA(VARIABLE, NAME, TARGET, NOISE, WIDEN_F16, NARROW_F16)                                   \
-  namespace dk::cpu {                                                                                          \
-  namespace {                                                                                                  \
-  TARGET void normals(uint64_t seed, uint64_t stream, uint64_t q0, int64_t quads, float* out) {                \
-    const Keys keys(seed);                                                                                     \
-    for (int64_t done = 0; done < quads; done += kQuadsAtOnce) {                                               \
-      Group words;                                                                                             \
-      Lanes lanes;                                                                                             \
-      NOISE::words(keys, stream, q0 + static_cast<uint64_t>(done), words);                                     \
-      normals_of_group(words, lanes);                                                                          \
-      NOISE::interleave(lanes, out + 4 * done);                                                                \
-    }                                                                                                          \
-  }                                                                                                            \
-  TARGET void step_f32(const StepSpan<float>& span) { step_body(span); }                                       \
-  TARGET void step_f64(const StepSpan<double>& span) { step_body(span); }                                      \
-  TARGET void noising_f32(const NoisingSpan<float>& span) { noising_body(span); }                              \
-  TARGET void noising_f64(const NoisingSpan<double>& span) { noising_body(span); }                             \
-  TARGET float loss_f32(const LossSpan<float>& span) { return loss_body(span); }                               \
-  TARGET double loss_f64(const LossSpan<double>& span) { return loss_body(span); }                             \
-  TARGET void widen_bf16_span(const Bfloat16* in, float* out, int64_t n) { widen_bf16_body(in, out, n); }      \
-  TARGET void narrow_bf16_span(const float* in, Bfloat16* out, int64_t n) { narrow_bf16_body(in, out, n); }    \
-  }                                                                                                            \
-  const Isa VARIABLE{NAME,        normals,  step_f32, step_f64,  noising_f32, noising_f64,                      \
-                     loss_f32,    loss_f64, WIDEN_F16, NARROW_F16, widen_bf16_span, narrow_bf16_span};          \
+// Defines the functions of one table: NAME of the Isa, TARGET attribute, NOISE (as PortableNoise), widen and narrow
+// f16.
+#define DK_DEFINE_ISA(VARIABLE, NAME, TARGET, NOISE, WIDEN_F16, NARROW_F16)                                 \
+  namespace dk::cpu {                                                                                       \
+  namespace {                                                                                               \
+  TARGET void normals_span(uint64_t seed, uint64_t stream, uint64_t q0, int64_t quads, float* out) {        \
+    const Keys keys(seed);                                                                                  \
+    for (int64_t done = 0; done < quads; done += kQuadsAtOnce) {                                            \
+      Group words;                                                                                          \
+      Lanes lanes;                                                                                          \
+      NOISE::words(keys, stream, q0 + static_cast<uint64_t>(done), words);                                  \
+      normals_of_group(words, lanes);                                                                       \
+      NOISE::interleave(lanes, out + 4 * done);                                                             \
+    }                                                                                                       \
+  }                                                                                                         \
+  TARGET void step_f32(const StepSpan<float>& span) { step_body(span); }                                    \
+  TARGET void step_f64(const StepSpan<double>& span) { step_body(span); }                                   \
+  TARGET void noising_f32(const NoisingSpan<float>& span) { noising_body(span); }                           \
+  TARGET void noising_f64(const NoisingSpan<double>& span) { noising_body(span); }                          \
+  TARGET float loss_f32(const LossSpan<float>& span) { return loss_body(span); }                            \
+  TARGET double loss_f64(const LossSpan<double>& span) { return loss_body(span); }                          \
+  TARGET void widen_bf16_span(const Bfloat16* in, float* out, int64_t n) { widen_bf16_body(in, out, n); }   \
+  TARGET void narrow_bf16_span(const float* in, Bfloat16* out, int64_t n) { narrow_bf16_body(in, out, n); } \
+  }                                                                                                         \
+  const Isa VARIABLE{NAME,     normals_span, step_f32,  step_f64,   noising_f32,     noising_f64,           \
+                     loss_f32, loss_f64,     WIDEN_F16, NARROW_F16, widen_bf16_span, narrow_bf16_span};     \
   }

@@ -48,6 +48,25 @@ __device__ __forceinline__ T fold_strided(const T* values) {
   }
 }
 
+// The squares of a chunk to shared memory. Threads with 8 values write two halves of 16 bytes, every other four of them
+// the second half first, so that neighbours hit different banks.
+template <class T, int W>
+__device__ __forceinline__ void store_squares(T* squares, int local, const T (&v)[W]) {
+  if constexpr (W == 8) {
+    const bool second = threadIdx.x & 4;
+    T a[4], b[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      a[j] = second ? v[4 + j] : v[j];
+      b[j] = second ? v[j] : v[4 + j];
+    }
+    store_as<T>(squares, local + (second ? 4 : 0), 4, a);
+    store_as<T>(squares, local + (second ? 0 : 4), 4, b);
+  } else {
+    store_as<T>(squares, local, W, v);
+  }
+}
+
 // Chunks that a thread of the partial kernel holds: kThreadsOf threads make one loss block.
 template <class S, Access access>
 constexpr int kHeld = sizeof(S) == 8 && access != Access::scalar ? 2 : kChunks<S, access>;
@@ -75,7 +94,7 @@ __global__ void __launch_bounds__(kLossThreads<S, access>, kMinBlocks) partial_k
   for (int k = 0; k < kHeld<S, access>; ++k) {
     const int local = (k * kLossThreads<S, access> + static_cast<int>(threadIdx.x)) * W;
     const Place<access> place(args.space, b, begin + local, W);
-    T pred[W] = {}, x0[W] = {}, z[W] = {}, grad[W];
+    T pred[W] = {}, x0[W] = {}, z[W] = {}, grad[W], square[W];
     if (place.n > 0) {
       load_any(args.pred, place.offset(args.pred), place.n, pred);
       if (row.k.u != T(0)) load_state<S>(args.x0, place, x0);
@@ -87,8 +106,9 @@ __global__ void __launch_bounds__(kLossThreads<S, access>, kMinBlocks) partial_k
       T difference = sub(pred[j], affine(row.k.u, x0[j], row.k.v, z[j]));
       if (row.invalid) difference = not_a_number<T>();
       grad[j] = row.invalid ? difference : mul(row.k.gradient, difference);
-      squares[local + j] = j < place.n ? mul(difference, difference) : T(0);
+      square[j] = j < place.n ? mul(difference, difference) : T(0);
     }
+    store_squares(squares, local, square);
     if (args.grad.data != nullptr && place.n > 0) {
       store_any(args.grad, place.offset(args.grad), place.n, grad);
     }

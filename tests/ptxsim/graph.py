@@ -94,7 +94,7 @@ def structural_order(nodes: list[int], succ: dict[int, list[int]], entry: int) -
             cid[v] = i
     ns = set(nodes)
     csucc: dict[int, set[int]] = {i: set() for i in range(len(comps))}
-    indeg = {i: 0 for i in range(len(comps))}
+    indeg = dict.fromkeys(range(len(comps)), 0)
     for v in nodes:
         for w in succ[v]:
             if w in ns and cid[w] != cid[v] and cid[w] not in csucc[cid[v]]:
@@ -150,7 +150,7 @@ def layout(f: Func) -> tuple[list[Ins], dict[int, int]]:
             leaders.add(i + 1)
     ls = sorted(leaders)
     blocks = {}
-    for a, b in zip(ls, ls[1:] + [n], strict=True):
+    for a, b in zip(ls, [*ls[1:], n], strict=True):
         blocks[a] = b
     succ = {}
     for a, b in blocks.items():

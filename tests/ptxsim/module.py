@@ -222,7 +222,7 @@ class Module:
         if mx and nt > int(np.prod(mx)):
             raise LaunchError(f"{k.demangled}: block {block} exceeds .maxntid {mx}")
         rq = k.attrs.get("reqntid")
-        if rq and tuple((rq + [1, 1, 1])[:3]) != block:
+        if rq and tuple(([*rq, 1, 1, 1])[:3]) != block:
             raise LaunchError(f"{k.demangled}: block {block} differs from .reqntid {rq}")
         if params is not None:
             if len(params) < k.param_size:
@@ -265,17 +265,17 @@ class Module:
         dt = time.time() - t0
         rep = st.report(
             self.mem,
-            dict(
-                kernel=k.demangled,
-                grid=grid,
-                block=block,
-                seconds=dt,
-                ctas=len(ctas),
-                static_shared=prog.static_bytes,
-                dynamic_shared=shared_bytes,
-                stdout="".join(res["_out"]),
-                warnings=[w + (f" (x{c})" if c > 1 else "") for w, c in res["_warn"].values()],
-            ),
+            {
+                "kernel": k.demangled,
+                "grid": grid,
+                "block": block,
+                "seconds": dt,
+                "ctas": len(ctas),
+                "static_shared": prog.static_bytes,
+                "dynamic_shared": shared_bytes,
+                "stdout": "".join(res["_out"]),
+                "warnings": [w + (f" (x{c})" if c > 1 else "") for w, c in res["_warn"].values()],
+            },
         )
         rep["hotspots"] = st.hotspots()
         self.last = result = Result(rep)

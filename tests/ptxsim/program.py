@@ -110,7 +110,7 @@ class Program:
                     todo.append(m.funcs[n])
         for n in indirect:
             edges[n] |= {t for t in taken if t in seen}
-        names = [kernel.name] + sorted(n for n in seen if n != kernel.name)
+        names = [kernel.name, *sorted(n for n in seen if n != kernel.name)]
         rec = set()
         for c in components(names, {n: [e for e in edges[n] if e in seen] for n in names}):
             if len(c) > 1 or c[0] in edges[c[0]]:

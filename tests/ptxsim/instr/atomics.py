@@ -114,7 +114,7 @@ def b_atom(cx: Ctx) -> Exec:
     red = ins.parts[0] == "red"
     if red and ins.parts[1] == "async":
         raise cx.bad()
-    sp, vec, ty, strong, rest = memparts(cx)
+    sp, vec, ty, _strong, rest = memparts(cx)
     rest = [x for x in rest if x != "noftz"]
     if len(rest) != 1 or sp not in ("generic", "global", "shared"):
         raise cx.bad(f"(modifiers {rest})")

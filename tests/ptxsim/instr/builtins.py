@@ -22,7 +22,7 @@ def builtin(cx: Ctx, name: str, pin: list[tuple[int, int]], pout: list[tuple[int
     ins = cx.ins
 
     def arg(m: Machine, i: int, lane: int, ty: str) -> int:
-        idx, s = pin[i]
+        idx, _s = pin[i]
         return int(m.P[idx][lane, : WIDTH[ty] // 8].view(NPD[ty])[0])
 
     if name == "vprintf":

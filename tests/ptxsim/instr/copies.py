@@ -71,7 +71,7 @@ def b_cp(cx: Ctx) -> Exec:
     rsz = rig = None
     if extra:
         o = extra[0]
-        if o[0] == "reg" and o[1].width == 1 or o[0] == "not":
+        if (o[0] == "reg" and o[1].width == 1) or o[0] == "not":
             rig = cx.rd(o, "pred")
         else:
             rsz = cx.rd(o, "u32")

@@ -188,7 +188,7 @@ class Barriers(Copies):
 
 
 def _ranges(t: Iterable[int]) -> str:
-    t = sorted(set(int(x) for x in t))
+    t = sorted({int(x) for x in t})
     out, i = [], 0
     while i < len(t):
         j = i

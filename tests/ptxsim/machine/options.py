@@ -44,7 +44,7 @@ class Options:
 class Group:
     """Lanes at one pc and call depth, run together."""
 
-    __slots__ = ("pc", "depth", "lanes", "sel", "lsel", "full", "mm", "nw")
+    __slots__ = ("depth", "full", "lanes", "lsel", "mm", "nw", "pc", "sel")
 
     def __init__(self, pc: int, depth: int, lanes: Array) -> None:
         self.pc, self.depth, self.lanes = pc, depth, lanes
@@ -62,7 +62,7 @@ class Group:
 class Bar:
     """Arrivals at one CTA barrier."""
 
-    __slots__ = ("lanes", "pcs", "depth", "kind", "count", "preds")
+    __slots__ = ("count", "depth", "kind", "lanes", "pcs", "preds")
 
     def __init__(self) -> None:
         self.lanes: Array = np.zeros(0, np.int64)
@@ -76,7 +76,7 @@ class Bar:
 class MBar:
     """State of one mbarrier object."""
 
-    __slots__ = ("count", "pending", "tx", "phase", "acc", "acc_done")
+    __slots__ = ("acc", "acc_done", "count", "pending", "phase", "tx")
 
     def __init__(self, count: int) -> None:
         self.count = self.pending = count

@@ -173,7 +173,7 @@ class Memory:
         self._tab = None
 
     def unregister(self, x: Any) -> None:
-        sp, sn, dp, dn = buffer_span(x)
+        sp, sn, _dp, _dn = buffer_span(x)
         r = self._by_host.pop((sp, sn), None)
         if r is not None:
             self.regions.remove(r)

@@ -241,4 +241,4 @@ def b_cvt_pack(cx: Ctx) -> Exec:
             r = r | (z[0] << U32(2 * w))
         return r
 
-    return alu(cx, d, "b32", [a, b] + c, [aty, aty] + ["b32"] * len(c), f)
+    return alu(cx, d, "b32", [a, b, *c], [aty, aty] + ["b32"] * len(c), f)

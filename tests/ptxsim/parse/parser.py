@@ -58,7 +58,7 @@ class Parser(BodyParser):
         for a, b in self.aliases.items():
             if b in self.funcs:
                 self.funcs[a] = self.funcs[b]
-        demangle([f for f in self.funcs.values()])
+        demangle(list(self.funcs.values()))
         return self
 
     def top_decl(self) -> None:

@@ -20,7 +20,7 @@ WIDTH = {name: bits for bits, names in _OF_WIDTH.items() for name in names.split
 class Reg:
     """A virtual register; `slot` numbers the registers of a function."""
 
-    __slots__ = ("name", "ty", "width", "slot")
+    __slots__ = ("name", "slot", "ty", "width")
 
     def __init__(self, name: str, ty: str, slot: int) -> None:
         self.name, self.ty, self.slot = name, ty, slot
@@ -33,7 +33,7 @@ class Reg:
 class Var:
     """A variable in some state space."""
 
-    __slots__ = ("name", "space", "align", "ty", "size", "init", "extern", "addr", "func", "dyn", "line", "uid")
+    __slots__ = ("addr", "align", "dyn", "extern", "func", "init", "line", "name", "size", "space", "ty", "uid")
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Var:
 class Ins:
     """One instruction."""
 
-    __slots__ = ("op", "parts", "args", "pred", "neg", "line", "loc", "scope", "func", "text", "pc", "target")
+    __slots__ = ("args", "func", "line", "loc", "neg", "op", "parts", "pc", "pred", "scope", "target", "text")
 
     def __init__(
         self,

@@ -22,7 +22,7 @@ _TOK = re.compile(
 
 
 class Tok:
-    __slots__ = ("k", "v", "line")
+    __slots__ = ("k", "line", "v")
 
     def __init__(self, k: str | None, v: str, line: int) -> None:
         self.k, self.v, self.line = k, v, line

@@ -443,16 +443,16 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp* p, int d) {
   memset(p, 0, sizeof *p);
   strcpy(p->name, "ptxsim");
   int v;
-#define A(f, a)                     \
-  cudaDeviceGetAttribute(&v, a, d); \
-  p->f = v;
-  A(major, cudaDevAttrComputeCapabilityMajor)
-  A(minor, cudaDevAttrComputeCapabilityMinor)
-  A(multiProcessorCount, cudaDevAttrMultiProcessorCount) A(sharedMemPerBlock, cudaDevAttrMaxSharedMemoryPerBlock)
-      A(sharedMemPerBlockOptin, cudaDevAttrMaxSharedMemoryPerBlockOptin)
-          A(sharedMemPerMultiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor)
-              A(maxThreadsPerBlock, cudaDevAttrMaxThreadsPerBlock)
-                  A(maxThreadsPerMultiProcessor, cudaDevAttrMaxThreadsPerMultiProcessor) p->warpSize = 32;
+#define A(f, a) cudaDeviceGetAttribute(&v, a, d), p->f = v
+  A(major, cudaDevAttrComputeCapabilityMajor);
+  A(minor, cudaDevAttrComputeCapabilityMinor);
+  A(multiProcessorCount, cudaDevAttrMultiProcessorCount);
+  A(sharedMemPerBlock, cudaDevAttrMaxSharedMemoryPerBlock);
+  A(sharedMemPerBlockOptin, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  A(sharedMemPerMultiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  A(maxThreadsPerBlock, cudaDevAttrMaxThreadsPerBlock);
+  A(maxThreadsPerMultiProcessor, cudaDevAttrMaxThreadsPerMultiProcessor);
+  p->warpSize = 32;
   p->regsPerBlock = 65536;
   p->totalGlobalMem = 80ull << 30;
   p->maxGridSize[0] = 2147483647;

@@ -36,7 +36,7 @@ def run(mod: ptxsim.Module, dt: Any, H: Any, N: int, D: int, causal: int, **kw: 
 
 
 @pytest.mark.parametrize(
-    "dt,D", [(torch.float16, 32), (torch.float16, 64), (torch.bfloat16, 64), (torch.bfloat16, 128)]
+    ("dt", "D"), [(torch.float16, 32), (torch.float16, 64), (torch.bfloat16, 64), (torch.bfloat16, 128)]
 )
 @pytest.mark.parametrize("N", [1, 17, 64, 100, 128, 193])
 @pytest.mark.parametrize("causal", [0, 1])
@@ -51,13 +51,13 @@ def test_attention(arch: str, dt: Any, D: int, N: int, causal: int) -> None:
 
 def test_attention_speed() -> None:
     mod = mod_of("attn", "sm_80")
-    e, r, dt = run(mod, torch.bfloat16, 1, 128, 64, 0)
+    _e, r, dt = run(mod, torch.bfloat16, 1, 128, 64, 0)
     assert r["ctas"] == 2
     print(f"\n2 CTA x 128 threads attention N=128 d=64: {dt:.2f} s", r["warp_instructions"], "warp instructions")
     assert dt < 20
 
 
-@pytest.mark.parametrize("bug,exc", [(1, "AsyncHazardError"), (2, "SharedRaceError"), (3, "SharedRaceError")])
+@pytest.mark.parametrize(("bug", "exc"), [(1, "AsyncHazardError"), (2, "SharedRaceError"), (3, "SharedRaceError")])
 def test_attention_bugs(arch: str, bug: int, exc: Any) -> None:
     mod = mod_of("attn", arch, defines=(f"BUG={bug}",))
     with pytest.raises((ptxsim.AsyncHazardError, ptxsim.SharedRaceError, ptxsim.UninitSharedError)) as ei:

@@ -30,7 +30,8 @@ def test_ew_f32(mod: ptxsim.Module, n: int) -> None:
         assert r["global_store"]["bytes"] == 4 * n
         assert r["global_load"]["bytes"] == 8 * n
         assert r["global_load"]["sectors"] == 2 * 125
-        assert r["unique_sectors"]["read"] == 250 and r["unique_sectors"]["write"] == 125
+        assert r["unique_sectors"]["read"] == 250
+        assert r["unique_sectors"]["write"] == 125
 
 
 @pytest.mark.parametrize("n", [1, 2, 255, 1001])
@@ -96,7 +97,8 @@ def test_boxmuller(mod: ptxsim.Module) -> None:
     )
     assert np.abs(o - ref).max() < 1e-3
     assert np.median(np.abs(o - ref)) < 1e-6
-    assert abs(o.mean()) < 0.05 and abs(o.std() - 1) < 0.05
+    assert abs(o.mean()) < 0.05
+    assert abs(o.std() - 1) < 0.05
 
 
 def test_block_reduce(mod: ptxsim.Module) -> None:
@@ -107,7 +109,7 @@ def test_block_reduce(mod: ptxsim.Module) -> None:
     assert r["barriers"] == 3
 
 
-@pytest.mark.parametrize("T,n", [(32, 32), (256, 250), (1024, 1000), (96, 70)])
+@pytest.mark.parametrize(("T", "n"), [(32, 32), (256, 250), (1024, 1000), (96, 70)])
 def test_scan(mod: ptxsim.Module, T: int, n: int) -> None:
     x = rng.integers(-100, 100, n).astype(np.int32)
     o = np.zeros(n, np.int32)
@@ -135,7 +137,8 @@ def test_transpose_bank_conflicts(mod: ptxsim.Module) -> None:
         # 128 row writes (conflict free) + 128 column reads (32-way without padding)
         assert r["shared"]["warp_requests"] == 256
         assert r["shared"]["bank_conflicts"] == (128 * 31 if pad == 0 else 0)
-        assert r["global_load"]["efficiency"] == 1.0 and r["global_store"]["efficiency"] == 1.0
+        assert r["global_load"]["efficiency"] == 1.0
+        assert r["global_store"]["efficiency"] == 1.0
     o = np.zeros((50, 50), np.float32)
     y = x[:50, :50].copy()
     mod.launch("transpose<1>", (2, 2), (32, 8), [y, o, 50])
@@ -156,16 +159,24 @@ def test_atomics(mod: ptxsim.Module) -> None:
     mod.launch("atomics", 4, 128, [h, u, f, d, ll, h2, b2, n])
     i = np.arange(n)
     assert (h[:13] == np.bincount(i % 13, weights=i)).all()
-    assert h[16] == (i * 7 % 1001).max() and h[17] == -(n - 1) and h[18] == np.bitwise_xor.reduce(i)
-    assert h[19] == 0x7FFFFFFF and h[20] == np.int32(-(2**31))
-    assert u[0] == n % 37 and (u[2:39] == np.bincount(i % 37)).all()
+    assert h[16] == (i * 7 % 1001).max()
+    assert h[17] == -(n - 1)
+    assert h[18] == np.bitwise_xor.reduce(i)
+    assert h[19] == 0x7FFFFFFF
+    assert h[20] == np.int32(-(2**31))
+    assert u[0] == n % 37
+    assert (u[2:39] == np.bincount(i % 37)).all()
     v = 3
     for _ in range(n):
         v = 10 if v == 0 or v > 10 else v - 1
     assert u[1] == v
-    assert f[0] == (0.5 * (i & 3)).sum() and f[1] == (i * 37 % 911).max() and f[2] == n
-    assert abs(d[0] - 0.1 * i.sum()) < 1e-8 and ll[0] == (i.astype(np.uint64) << np.uint64(33)).sum()
-    assert h2[0] == n and h2[1] == n / 2
+    assert f[0] == (0.5 * (i & 3)).sum()
+    assert f[1] == (i * 37 % 911).max()
+    assert f[2] == n
+    assert abs(d[0] - 0.1 * i.sum()) < 1e-8
+    assert ll[0] == (i.astype(np.uint64) << np.uint64(33)).sum()
+    assert h2[0] == n
+    assert h2[1] == n / 2
     acc = [torch.tensor(0.0).bfloat16(), torch.tensor(0.0).bfloat16()]
     for _ in range(n):
         acc = [acc[0] + torch.tensor(0.25).bfloat16(), acc[1] + torch.tensor(1.0).bfloat16()]
@@ -293,7 +304,7 @@ def test_printf_assert_trap(mod: ptxsim.Module) -> None:
     r = mod.launch("k_printf", 1, 32, [3])
     assert r.stdout == "".join(f"t{t} {t * 1.5:5.2f} str {0x123456789A + t:x}|{chr(97 + t)}%\n" for t in range(3))
     mod.launch("k_assert", 1, 32, [32])
-    with pytest.raises(ptxsim.TrapError, match="threadIdx.x < n"):
+    with pytest.raises(ptxsim.TrapError, match=r"threadIdx\.x < n"):
         mod.launch("k_assert", 1, 32, [20])
     mod.launch("k_trap", 1, 32, [40])
     with pytest.raises(ptxsim.TrapError):

@@ -48,7 +48,8 @@ def test_host(arch: str) -> None:
     ref = x * 2 + (np.arange(n) & 3) + 1 + 10
     ref[:32] += 1
     assert (y == ref).all()
-    assert len(h.launches) == 2 and h.launches[0]["kernel"].startswith("void k<float>")
+    assert len(h.launches) == 2
+    assert h.launches[0]["kernel"].startswith("void k<float>")
     assert run(1) == 719
     with pytest.raises(ptxsim.OutOfBoundsError):
         h.check()
@@ -87,5 +88,9 @@ def test_cub_device_algorithms(arch: str) -> None:
     e = h.lib.run(p(x), p(s), p(c), p(k), p(ns), p(sl), n)
     h.check()
     u = np.unique(x)
-    assert e == 0 and s[0] == x.sum() and (c == np.cumsum(x)).all() and (k == np.sort(x)).all()
-    assert ns[0] == len(u) and (sl[: len(u)] == u).all()
+    assert e == 0
+    assert s[0] == x.sum()
+    assert (c == np.cumsum(x)).all()
+    assert (k == np.sort(x)).all()
+    assert ns[0] == len(u)
+    assert (sl[: len(u)] == u).all()

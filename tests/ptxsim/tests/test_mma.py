@@ -112,14 +112,17 @@ def test_stmatrix_elect_vecatomics() -> None:
         g, q = lane // 4, lane % 4
         for i in range(4):
             lo, hi = x[lane, i] & 0xFFFF, x[lane, i] >> 16
-            assert s[0, i, g, 2 * q] == lo and s[0, i, g, 2 * q + 1] == hi
-            assert s[1, i, 2 * q, g] == lo and s[1, i, 2 * q + 1, g] == hi
+            assert s[0, i, g, 2 * q] == lo
+            assert s[0, i, g, 2 * q + 1] == hi
+            assert s[1, i, 2 * q, g] == lo
+            assert s[1, i, 2 * q + 1, g] == hi
     assert list(o[512:]) == [1] + [0] * 31
     f = mod.mem.alloc(80, np.float32)
     v = np.array([1, 2, 3, 4], np.float32)
     mod.launch("t_atomvec", 1, 32, [f, v.tobytes()])
     assert list(f[:6]) == [32, 64, 96, 128, 32, 64]
-    assert sorted(f[8:72:2]) == list(range(32)) and (f[9:72:2] == 2 * f[8:72:2]).all()
+    assert sorted(f[8:72:2]) == list(range(32))
+    assert (f[9:72:2] == 2 * f[8:72:2]).all()
 
 
 def test_mma_bugs(mod: ptxsim.Module) -> None:
@@ -133,7 +136,7 @@ def test_mma_bugs(mod: ptxsim.Module) -> None:
 
 
 @pytest.mark.parametrize(
-    "key,dt,ct,M,N,K,ra,rb",
+    ("key", "dt", "ct", "M", "N", "K", "ra", "rb"),
     [
         ("__half, float", torch.float16, torch.float32, 16, 16, 32, 1, 0),
         ("__half, __half", torch.float16, torch.float16, 32, 8, 32, 0, 1),
@@ -181,7 +184,7 @@ LAYOUTS = {
 def test_fragment_maps(key: Any) -> None:
     maps = frag_maps(key[0], key[1], key[1])
     assert maps is not None
-    M, N, K, A, B, C = maps
+    M, N, _K, A, B, C = maps
 
     def build(ts: Any, digits: Any) -> Any:
         out = []

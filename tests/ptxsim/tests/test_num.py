@@ -120,7 +120,7 @@ def test_float_to_int(mod: ptxsim.Module) -> None:
     x = interesting32(400)
     n = len(x)
     outs = [np.zeros((4, n), d) for d in (np.int32, np.uint32, np.int64, np.uint64)]
-    mod.launch("f2i", -(-n // 128), 128, [x] + outs + [n])
+    mod.launch("f2i", -(-n // 128), 128, [x, *outs, n])
     for o, ty in zip(outs, ("s32", "u32", "s64", "u64"), strict=False):
         for k, m in enumerate(MODES):
             for i in range(n):
@@ -134,7 +134,7 @@ def test_float_to_int(mod: ptxsim.Module) -> None:
     )
     n = len(d)
     outs = [np.zeros((4, n), t) for t in (np.int32, np.uint32, np.int64, np.uint64, np.float32)]
-    mod.launch("d2i", -(-n // 128), 128, [d] + outs + [n])
+    mod.launch("d2i", -(-n // 128), 128, [d, *outs, n])
     for o, ty in zip(outs, ("s32", "u32", "s64", "u64"), strict=False):
         for k, m in enumerate(MODES):
             for i in range(n):
@@ -155,7 +155,7 @@ def test_int_to_float(mod: ptxsim.Module) -> None:
     )
     n = len(x)
     outs = [np.zeros((4, n), t) for t in (np.float32,) * 4 + (np.float64,)]
-    mod.launch("i2f", -(-n // 128), 128, [x] + outs + [n])
+    mod.launch("i2f", -(-n // 128), 128, [x, *outs, n])
     for i in range(n):
         v = int(x[i])
         s32 = (v + 2**31) % 2**32 - 2**31
@@ -181,7 +181,7 @@ def test_arith32(mod: ptxsim.Module, tiny: int) -> None:
     a, b, c = _triples(400, tiny)
     n = len(a)
     outs = [np.zeros((4, n), np.float32) for _ in range(6)]
-    mod.launch("arith", -(-n // 128), 128, [a, b, c] + outs + [n])
+    mod.launch("arith", -(-n // 128), 128, [a, b, c, *outs, n])
     F = Fraction
     for i in range(n):
         x, y, z = float(a[i]), float(b[i]), float(c[i])
@@ -207,7 +207,7 @@ def test_arith64(mod: ptxsim.Module) -> None:
     a, b = rng.standard_normal(n), rng.standard_normal(n) * np.exp2(rng.uniform(-20, 20, n))
     c = np.where(rng.random(n) < 0.5, -(a * b), rng.standard_normal(n))
     outs = [np.zeros((4, n)) for _ in range(5)]
-    mod.launch("arith64", 2, 128, [a, b, c] + outs + [n])
+    mod.launch("arith64", 2, 128, [a, b, c, *outs, n])
     F = Fraction
     for i in range(n):
         x, y, z = float(a[i]), float(b[i]), float(c[i])
@@ -382,16 +382,16 @@ def test_approx_and_float_misc(mod: ptxsim.Module) -> None:
             assert not bad.any(), (k, x[bad][:5], g[bad][:5], r32[bad][:5])
             sg = (g == 0) & (r32 == 0)
             assert (np.signbit(g[sg]) == np.signbit(r32[sg])).all(), k
-        assert np.isnan(o[9][np.isinf(x)]).all() and (o[9][np.isfinite(x)] == 0).all()
+        assert np.isnan(o[9][np.isinf(x)]).all()
+        assert (o[9][np.isfinite(x)] == 0).all()
         assert (np.isnan(x) | (o[10] == z.astype(np.float32))).all()
         assert (o[11] == np.where(np.isnan(x), 0, np.clip(x + np.float32(0.25), 0, 1))).all()
-        assert ((o[12] == np.minimum(x, 1)) | np.isnan(x)).all() and np.isnan(o[12][np.isnan(x)]).all()
+        assert ((o[12] == np.minimum(x, 1)) | np.isnan(x)).all()
+        assert np.isnan(o[12][np.isnan(x)]).all()
         m = np.fmax(x, np.float32(-0.0))
-        assert (
-            (o[13] == m).all()
-            and not np.signbit(o[13][x == 0][0])
-            and np.signbit(o[13][(x == 0) & np.signbit(x)]).all()
-        )
+        assert (o[13] == m).all()
+        assert not np.signbit(o[13][x == 0][0])
+        assert np.signbit(o[13][(x == 0) & np.signbit(x)]).all()
         xs = np.where(np.isnan(x), 2, np.minimum(np.abs(x), 2)) * np.where(np.signbit(x), 1, -1)
         ok = ~np.isnan(x)
         assert (o[14] == xs)[ok].all()
@@ -419,7 +419,8 @@ def test_numerics_half_exhaustive() -> None:
     t = torch.from_numpy(u.view(np.int16).copy()).view(torch.bfloat16)
     f = t.float().numpy()
     ok = np.isfinite(f)
-    assert (N.f2b(f[ok]) == u[ok]).all() and (N.d2b(f[ok].astype(np.float64)) == u[ok]).all()
+    assert (N.f2b(f[ok]) == u[ok]).all()
+    assert (N.d2b(f[ok].astype(np.float64)) == u[ok]).all()
     assert np.array_equal(N.b2f(u)[ok], f[ok])
 
 

@@ -83,10 +83,10 @@ def test_initialisers_and_directives() -> None:
 def test_unsupported_and_errors() -> None:
     bad = HEAD + ".visible .entry k()\n{ .reg .b32 %r<3>;\n mov.u32 %r1, %tid.x;\n frob.u32 %r1, %r1;\n ret; }"
     m = ptxsim.load(bad)
-    with pytest.raises(ptxsim.UnsupportedError, match="line 7.*frob"):
+    with pytest.raises(ptxsim.UnsupportedError, match=r"line 7.*frob"):
         m.launch("k", 1, 32, [])
     m = ptxsim.load(bad, strict=False)
-    with pytest.raises(ptxsim.UnsupportedError, match="line 7.*frob"):
+    with pytest.raises(ptxsim.UnsupportedError, match=r"line 7.*frob"):
         m.launch("k", 1, 32, [])
     with pytest.raises(ptxsim.PtxParseError, match="line 5"):
         ptxsim.load(HEAD + ".visible .entry k()\n{ mov.u32 %zz, 3; }").launch("k", 1, 32, [])
@@ -109,7 +109,8 @@ def test_b128_and_vectors() -> None:
     o[:] = np.arange(64)
     m.launch("k", 1, 32, [o])
     i = np.arange(32)
-    assert (o[0::2] == 2 * i + 2).all() and (o[1::2] == 2 * i).all()
+    assert (o[0::2] == 2 * i + 2).all()
+    assert (o[1::2] == 2 * i).all()
 
 
 def test_predicated_and_misc() -> None:

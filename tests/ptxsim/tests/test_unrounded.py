@@ -34,7 +34,7 @@ HEAD = ".version 8.0\n.target sm_80\n.address_size 64\n"
 
 
 @pytest.mark.parametrize(
-    "ins,found",
+    ("ins", "found"),
     [
         ("mul.f32 %f1, %f2, %f3", True),
         ("mul.rn.f32 %f1, %f2, %f3", False),
@@ -56,8 +56,10 @@ def test_modifiers(ins: str, found: bool) -> None:
     regs = ".reg .f32 %f<4>; .reg .f64 %d<4>; .reg .b16 %h<4>; .reg .b32 %r<4>; "
     text = f"{HEAD}.visible .entry k()\n{{ {regs}\n {ins};\n ret; }}\n.visible .entry other()\n{{ ret; }}"
     got = ptxsim.unrounded(text, "k")
-    assert len(got) == found and all("k: line 6" in s and ins in s for s in got)
-    assert ptxsim.unrounded(text) == got and not ptxsim.unrounded(text, "other")
+    assert len(got) == found
+    assert all("k: line 6" in s and ins in s for s in got)
+    assert ptxsim.unrounded(text) == got
+    assert not ptxsim.unrounded(text, "other")
 
 
 def test_callees_count() -> None:

@@ -42,7 +42,8 @@ def test_shfl_pred(mod: ptxsim.Module) -> None:
     for t in range(n):  # segment mask 0x18 -> width 8, clamp 0x1f
         lane = t % 8
         ok = lane + 5 < 8
-        assert o[1, t] == ok and o[0, t] == x[t + 5 if ok else t]
+        assert o[1, t] == ok
+        assert o[0, t] == x[t + 5 if ok else t]
 
 
 def test_vote_match_redux(mod: ptxsim.Module) -> None:
@@ -59,15 +60,15 @@ def test_vote_match_redux(mod: ptxsim.Module) -> None:
                 return sum(1 << i for i in range(32) if p[i])
 
             assert (o[0, s] == bits(v & 1)).all()
-            assert (o[1, s] == (v == 3).any()).all() and (o[2, s] == (v < 90).all()).all()
+            assert (o[1, s] == (v == 3).any()).all()
+            assert (o[2, s] == (v < 90).all()).all()
             assert (o[3, s] == [bits(v % 5 == q % 5) for q in v]).all()
             al = len(set(v // 100)) == 1
-            assert (o[4, s] == (0xFFFFFFFF if al else 0)).all() and (o[5, s] == al).all()
-            assert (
-                (o[6, s] == v.sum()).all()
-                and (o[7, s].astype(np.int32) == (-v).min()).all()
-                and (o[8, s] == v.max()).all()
-            )
+            assert (o[4, s] == (0xFFFFFFFF if al else 0)).all()
+            assert (o[5, s] == al).all()
+            assert (o[6, s] == v.sum()).all()
+            assert (o[7, s].astype(np.int32) == (-v).min()).all()
+            assert (o[8, s] == v.max()).all()
             r = np.bitwise_xor.reduce(v) + np.bitwise_or.reduce(v) * 256 + np.bitwise_and.reduce(v | 8) * 65536
             assert (o[9, s] == r).all()
             assert (o[10, s] == [0xFFFFFFFF ^ i for i in range(32)]).all()
@@ -112,13 +113,15 @@ def test_divergence(mod: ptxsim.Module) -> None:
 
     ref = np.array([f(t, int(x[t])) for t in range(n)])
     assert (o == ref[np.arange(n) ^ 1]).all()
-    assert r["divergent_branches"] > 0 and r["simt_efficiency"] < 1
+    assert r["divergent_branches"] > 0
+    assert r["simt_efficiency"] < 1
 
 
 def test_spinlock_forward_progress(mod: ptxsim.Module) -> None:
     lock, cnt = np.zeros(1, np.int32), np.zeros(1, np.int32)
     mod.launch("k_spin", 2, 64, [lock, cnt])
-    assert cnt[0] == 128 and lock[0] == 0
+    assert cnt[0] == 128
+    assert lock[0] == 0
 
 
 def test_cooperative_wait(mod: ptxsim.Module) -> None:
@@ -203,14 +206,16 @@ def expect(
 ) -> Any:
     with pytest.raises(exc, match=match) as ei:
         mod.launch(name, grid, block, args, **kw)
-    assert ei.value.line > 0 and ei.value.kernel
+    assert ei.value.line > 0
+    assert ei.value.kernel
     return ei.value
 
 
 def test_bug_oob(mod: ptxsim.Module) -> None:
     x = np.zeros(100, np.float32)
     e = expect(mod, ptxsim.OutOfBoundsError, "b_oob", 2, 64, [x, 100], "b_oob|outside|unregistered")
-    assert e.cta == 1 and e.tid == 36
+    assert e.cta == 1
+    assert e.tid == 36
     mod.launch("b_oob", 2, 64, [x, 99])
     expect(mod, ptxsim.OutOfBoundsError, "b_oob_ld", 1, 32, [np.zeros((31, 4), np.float32), np.zeros(32, np.float32)])
     # a view: bytes before/after belong to the same allocation but not to the registered span

@@ -181,37 +181,66 @@ __global__ void bits(const unsigned* x, const unsigned* y, const unsigned* z, un
   int k = 0;
 #define P(S)                                 \
   asm(S : "=r"(r) : "r"(a), "r"(b), "r"(c)); \
-  o[(k++) * n + i] = r;
-  P("bfe.u32 %0, %1, %2, %3;")
-  P("bfe.s32 %0, %1, %2, %3;") P("bfi.b32 %0, %1, %3, %2, 9;") P("bfi.b32 %0, %1, %2, 5, %3;") P(
-      "prmt.b32 %0, %1, %2, %3;") P("prmt.b32.f4e %0, %1, %2, %3;") P("prmt.b32.b4e %0, %1, %2, %3;")
-      P("prmt.b32.rc8 %0, %1, %2, %3;") P("prmt.b32.ecl %0, %1, %2, %3;") P("prmt.b32.ecr %0, %1, %2, %3;") P(
-          "prmt.b32.rc16 %0, %1, %2, %3;") P("shf.l.wrap.b32 %0, %1, %2, %3;") P("shf.r.wrap.b32 %0, %1, %2, %3;")
-          P("shf.l.clamp.b32 %0, %1, %2, %3;") P("shf.r.clamp.b32 %0, %1, %2, %3;") P("lop3.b32 %0, %1, %2, %3, 0x1b;")
-              P("lop3.b32 %0, %1, %2, %3, 0xe8;") P("shl.b32 %0, %1, %3;") P("shr.u32 %0, %1, %3;")
-                  P("shr.s32 %0, %1, %3;") P("popc.b32 %0, %1;") P("clz.b32 %0, %2;") P("brev.b32 %0, %1;") P(
-                      "bfind.u32 %0, %2;") P("bfind.s32 %0, %1;") P("bfind.shiftamt.u32 %0, %2;")
-                      P("sad.s32 %0, %1, %2, %3;") P("sad.u32 %0, %1, %2, %3;") P("mul24.lo.s32 %0, %1, %2;") P(
-                          "mad24.hi.u32 %0, %1, %2, %3;") P("dp4a.s32.u32 %0, %1, %2, %3;")
-                          P("dp4a.u32.u32 %0, %1, %2, %3;") P("dp2a.hi.s32.s32 %0, %1, %2, %3;") P(
-                              "add.sat.s32 %0, %1, %2;") P("sub.sat.s32 %0, %1, %2;") P("mad.hi.s32 %0, %1, %2, %3;")
-                              P("mul.hi.u32 %0, %1, %2;") P("mad.hi.sat.s32 %0, %1, %2, %3;") P(
-                                  "slct.u32.s32 %0, %1, %2, %3;") P("cnot.b32 %0, %2;") P("min.s32 %0, %1, %2;")
-                                  P("max.u32 %0, %1, %2;") P("abs.s32 %0, %1;") P("neg.s32 %0, %1;") P(
-                                      "cvt.sat.s8.s32 %0, %1;") P("cvt.sat.u16.s32 %0, %1;") P("cvt.s32.s8 %0, %1;")
-                                      P("cvt.pack.sat.u8.s32.b32 %0, %1, %2, %3;") P("cvt.pack.sat.s16.s32 %0, %1, %2;")
-                                          P("{.reg .u32 l, h; add.cc.u32 l, %1, %2; addc.u32 h, %3, 0; sub.cc.u32 l, "
-                                            "l, %3; subc.u32 h, h, %1; xor.b32 %0, l, h;}") P(
-                                              "{.reg .u32 l, h; mad.lo.cc.u32 l, %1, %2, %3; madc.hi.u32 h, %1, %2, "
-                                              "%3; xor.b32 %0, l, h;}") P("bmsk.clamp.b32 %0, %1, %3;")
-                                              P("bmsk.wrap.b32 %0, %1, %3;") P("szext.clamp.s32 %0, %1, %3;") P(
-                                                  "szext.wrap.u32 %0, %1, %3;")
-                                                  P("{.reg .b16 l, h; mov.b32 {l, h}, %1; mad.lo.u16 l, l, h, l; "
-                                                    "mov.b32 %0, {h, l};}") P(
-                                                      "{.reg .b64 d; mov.b64 d, {%1, %2}; shr.s64 d, d, %3; "
-                                                      "cvt.u32.u64 %0, d;}")
-                                                      P("{.reg .s32 w; .reg .s16 p, q; cvt.s16.s32 p, %1; cvt.s16.s32 "
-                                                        "q, %2; mad.wide.s16 w, p, q, %3; mov.b32 %0, w;}")
+  o[(k++) * n + i] = r
+  P("bfe.u32 %0, %1, %2, %3;");
+  P("bfe.s32 %0, %1, %2, %3;");
+  P("bfi.b32 %0, %1, %3, %2, 9;");
+  P("bfi.b32 %0, %1, %2, 5, %3;");
+  P("prmt.b32 %0, %1, %2, %3;");
+  P("prmt.b32.f4e %0, %1, %2, %3;");
+  P("prmt.b32.b4e %0, %1, %2, %3;");
+  P("prmt.b32.rc8 %0, %1, %2, %3;");
+  P("prmt.b32.ecl %0, %1, %2, %3;");
+  P("prmt.b32.ecr %0, %1, %2, %3;");
+  P("prmt.b32.rc16 %0, %1, %2, %3;");
+  P("shf.l.wrap.b32 %0, %1, %2, %3;");
+  P("shf.r.wrap.b32 %0, %1, %2, %3;");
+  P("shf.l.clamp.b32 %0, %1, %2, %3;");
+  P("shf.r.clamp.b32 %0, %1, %2, %3;");
+  P("lop3.b32 %0, %1, %2, %3, 0x1b;");
+  P("lop3.b32 %0, %1, %2, %3, 0xe8;");
+  P("shl.b32 %0, %1, %3;");
+  P("shr.u32 %0, %1, %3;");
+  P("shr.s32 %0, %1, %3;");
+  P("popc.b32 %0, %1;");
+  P("clz.b32 %0, %2;");
+  P("brev.b32 %0, %1;");
+  P("bfind.u32 %0, %2;");
+  P("bfind.s32 %0, %1;");
+  P("bfind.shiftamt.u32 %0, %2;");
+  P("sad.s32 %0, %1, %2, %3;");
+  P("sad.u32 %0, %1, %2, %3;");
+  P("mul24.lo.s32 %0, %1, %2;");
+  P("mad24.hi.u32 %0, %1, %2, %3;");
+  P("dp4a.s32.u32 %0, %1, %2, %3;");
+  P("dp4a.u32.u32 %0, %1, %2, %3;");
+  P("dp2a.hi.s32.s32 %0, %1, %2, %3;");
+  P("add.sat.s32 %0, %1, %2;");
+  P("sub.sat.s32 %0, %1, %2;");
+  P("mad.hi.s32 %0, %1, %2, %3;");
+  P("mul.hi.u32 %0, %1, %2;");
+  P("mad.hi.sat.s32 %0, %1, %2, %3;");
+  P("slct.u32.s32 %0, %1, %2, %3;");
+  P("cnot.b32 %0, %2;");
+  P("min.s32 %0, %1, %2;");
+  P("max.u32 %0, %1, %2;");
+  P("abs.s32 %0, %1;");
+  P("neg.s32 %0, %1;");
+  P("cvt.sat.s8.s32 %0, %1;");
+  P("cvt.sat.u16.s32 %0, %1;");
+  P("cvt.s32.s8 %0, %1;");
+  P("cvt.pack.sat.u8.s32.b32 %0, %1, %2, %3;");
+  P("cvt.pack.sat.s16.s32 %0, %1, %2;");
+  P("{.reg .u32 l, h; add.cc.u32 l, %1, %2; addc.u32 h, %3, 0; sub.cc.u32 l, l, %3; subc.u32 h, h, %1; xor.b32 %0, l, "
+    "h;}");
+  P("{.reg .u32 l, h; mad.lo.cc.u32 l, %1, %2, %3; madc.hi.u32 h, %1, %2, %3; xor.b32 %0, l, h;}");
+  P("bmsk.clamp.b32 %0, %1, %3;");
+  P("bmsk.wrap.b32 %0, %1, %3;");
+  P("szext.clamp.s32 %0, %1, %3;");
+  P("szext.wrap.u32 %0, %1, %3;");
+  P("{.reg .b16 l, h; mov.b32 {l, h}, %1; mad.lo.u16 l, l, h, l; mov.b32 %0, {h, l};}");
+  P("{.reg .b64 d; mov.b64 d, {%1, %2}; shr.s64 d, d, %3; cvt.u32.u64 %0, d;}");
+  P("{.reg .s32 w; .reg .s16 p, q; cvt.s16.s32 p, %1; cvt.s16.s32 q, %2; mad.wide.s16 w, p, q, %3; mov.b32 %0, w;}");
 }
 __global__ void bits64(const unsigned long long* x, const unsigned long long* y, const unsigned* p, const unsigned* q,
                        unsigned long long* o, int n) {
@@ -222,23 +251,35 @@ __global__ void bits64(const unsigned long long* x, const unsigned long long* y,
   int k = 0;
 #define Q(S)                                         \
   asm(S : "=l"(r) : "l"(a), "l"(b), "r"(c), "r"(d)); \
-  o[(k++) * n + i] = r;
-  Q("bfe.u64 %0, %1, %3, %4;")
-  Q("bfe.s64 %0, %1, %3, %4;") Q("bfi.b64 %0, %1, %2, %3, %4;") Q("shl.b64 %0, %1, %3;") Q("shr.u64 %0, %1, %3;")
-      Q("shr.s64 %0, %1, %3;") Q("{.reg .u32 t; bfind.u64 t, %1; cvt.u64.u32 %0, t;}") Q(
-          "{.reg .u32 t; bfind.s64 t, %1; cvt.u64.u32 %0, t;}") Q("{.reg .u32 t; clz.b64 t, %2; cvt.u64.u32 %0, t;}")
-          Q("min.s64 %0, %1, %2;") Q("max.u64 %0, %1, %2;") Q("mul.hi.s64 %0, %1, %2;") Q("mad.lo.s64 %0, %1, %2, %1;")
-              Q("mul.wide.u32 %0, %3, %4;") Q("mul.wide.s32 %0, %3, %4;") Q("mad.wide.s32 %0, %3, %4, %1;")
-                  Q("{.reg .b64 l, h; add.cc.u64 l, %1, %2; addc.u64 h, %1, %2; xor.b64 %0, l, h;}")
-                      Q("{.reg .b64 l, h; sub.cc.u64 l, %1, %2; subc.u64 h, %2, %1; xor.b64 %0, l, h;}")
-                          Q("{.reg .b32 l, h; mov.b64 {l, h}, %1; mov.b64 %0, {h, l};}")
-                              Q("{.reg .b16 a, b, c, d; mov.b64 {a, b, c, d}, %1; mov.b64 %0, {d, a, c, b};}")
-                                  Q("abs.s64 %0, %1;") Q("div.s64 %0, %1, 1000;") Q("rem.s64 %0, %1, 1000;")
-                                      Q("{.reg .b16 a; cvt.u16.u32 a, %3; shl.b16 a, a, %4; cvt.u64.u16 %0, a;}")
-                                          Q("{.reg .s16 a; cvt.u16.u32 a, %3; shr.s16 a, a, %4; cvt.s64.s16 %0, a;}")
-                                              Q("{.reg .pred t; setp.lt.s64 t, %1, %2; selp.b64 %0, %1, %2, t;}")
-                                                  Q("cvt.sat.u64.s64 %0, %1;")
-                                                      Q("{.reg .s32 t; cvt.sat.s32.s64 t, %1; cvt.s64.s32 %0, t;}")
-                                                          Q("{.reg .u8 t; cvt.u8.u64 t, %1; cvt.s64.s8 %0, t;}")
-                                                              Q("mad.hi.u64 %0, %1, %2, %1;")
+  o[(k++) * n + i] = r
+  Q("bfe.u64 %0, %1, %3, %4;");
+  Q("bfe.s64 %0, %1, %3, %4;");
+  Q("bfi.b64 %0, %1, %2, %3, %4;");
+  Q("shl.b64 %0, %1, %3;");
+  Q("shr.u64 %0, %1, %3;");
+  Q("shr.s64 %0, %1, %3;");
+  Q("{.reg .u32 t; bfind.u64 t, %1; cvt.u64.u32 %0, t;}");
+  Q("{.reg .u32 t; bfind.s64 t, %1; cvt.u64.u32 %0, t;}");
+  Q("{.reg .u32 t; clz.b64 t, %2; cvt.u64.u32 %0, t;}");
+  Q("min.s64 %0, %1, %2;");
+  Q("max.u64 %0, %1, %2;");
+  Q("mul.hi.s64 %0, %1, %2;");
+  Q("mad.lo.s64 %0, %1, %2, %1;");
+  Q("mul.wide.u32 %0, %3, %4;");
+  Q("mul.wide.s32 %0, %3, %4;");
+  Q("mad.wide.s32 %0, %3, %4, %1;");
+  Q("{.reg .b64 l, h; add.cc.u64 l, %1, %2; addc.u64 h, %1, %2; xor.b64 %0, l, h;}");
+  Q("{.reg .b64 l, h; sub.cc.u64 l, %1, %2; subc.u64 h, %2, %1; xor.b64 %0, l, h;}");
+  Q("{.reg .b32 l, h; mov.b64 {l, h}, %1; mov.b64 %0, {h, l};}");
+  Q("{.reg .b16 a, b, c, d; mov.b64 {a, b, c, d}, %1; mov.b64 %0, {d, a, c, b};}");
+  Q("abs.s64 %0, %1;");
+  Q("div.s64 %0, %1, 1000;");
+  Q("rem.s64 %0, %1, 1000;");
+  Q("{.reg .b16 a; cvt.u16.u32 a, %3; shl.b16 a, a, %4; cvt.u64.u16 %0, a;}");
+  Q("{.reg .s16 a; cvt.u16.u32 a, %3; shr.s16 a, a, %4; cvt.s64.s16 %0, a;}");
+  Q("{.reg .pred t; setp.lt.s64 t, %1, %2; selp.b64 %0, %1, %2, t;}");
+  Q("cvt.sat.u64.s64 %0, %1;");
+  Q("{.reg .s32 t; cvt.sat.s32.s64 t, %1; cvt.s64.s32 %0, t;}");
+  Q("{.reg .u8 t; cvt.u8.u64 t, %1; cvt.s64.s8 %0, t;}");
+  Q("mad.hi.u64 %0, %1, %2, %1;");
 }

@@ -1,0 +1,27 @@
+// The CPU kernels behind the same C functions as the CUDA launchers in launch.cu.
+#include "flat.h"
+
+namespace {
+
+template <class Args>
+int64_t all_blocks(const Args& args) {
+  return args.space.count == 0 ? 0 : args.space.batch * dk::cpu::blocks_per_sample(args.space);
+}
+void run(const dk::RandnArgs& args) { dk::cpu::randn(args, 0, all_blocks(args)); }
+void run(const dk::NoisingArgs& args) { dk::cpu::noising(args, 0, all_blocks(args)); }
+void run(const dk::StepArgs& args) { dk::cpu::step(args, 0, all_blocks(args)); }
+void run(const dk::LossArgs& args) {
+  dk::cpu::loss(args, 0, all_blocks(args));
+  dk::cpu::loss_finish(args);
+}
+
+}  // namespace
+
+#define DEFINE(NAME)                        \
+  extern "C" int dk_##NAME(FLAT_PARAMETERS) { \
+    run(flat::NAME(FLAT_ARGUMENTS));        \
+    return 0;                               \
+  }
+FLAT_OPS(DEFINE)
+
+extern "C" const char* dk_isa() { return dk::cpu::isa_name(); }

@@ -1,0 +1,109 @@
+// The argument PODs of csrc/core/args.h from flat arrays of int64, so that no other language has to know their layout.
+// Used by launch.cu (the CUDA launchers, in the emulator) and cpu.cpp (their CPU twins).
+#pragma once
+
+#include <core/args.h>
+
+#include <initializer_list>
+
+namespace flat {
+
+constexpr int kViewWords = 3 + dk::kMaxDims;  // data, dtype, batch stride, strides
+
+inline dk::Space space(const int64_t* v) {  // batch, count, layout, channels, dims, sizes
+  dk::Space s{};
+  s.batch = v[0];
+  s.count = v[1];
+  s.layout = static_cast<dk::Layout>(v[2]);
+  s.channels = v[3];
+  s.dims = static_cast<int32_t>(v[4]);
+  for (int d = 0; d < dk::kMaxDims; ++d) s.size[d] = v[5 + d];
+  return s;
+}
+
+inline dk::View view(const int64_t* views, int i) {
+  const int64_t* v = views + i * kViewWords;
+  dk::View w{};
+  w.data = reinterpret_cast<void*>(v[0]);
+  w.dtype = static_cast<dk::Dtype>(v[1]);
+  w.batch_stride = v[2];
+  for (int d = 0; d < dk::kMaxDims; ++d) w.stride[d] = v[3 + d];
+  return w;
+}
+
+inline dk::Rows rows(const int64_t* v) {  // table, count, index, index stride, index is int32, first, step
+  dk::Rows r{};
+  r.table = reinterpret_cast<const double*>(v[0]);
+  r.count = v[1];
+  r.index = reinterpret_cast<const void*>(v[2]);
+  r.index_stride = v[3];
+  r.index_is_int32 = v[4] != 0;
+  r.first = v[5];
+  r.step = v[6];
+  return r;
+}
+
+inline dk::Seeds seeds(const int64_t* v) { return {reinterpret_cast<const int64_t*>(v[0]), v[1]}; }
+
+inline dk::RandnArgs randn(const int64_t* s, const int64_t* views, const int64_t*, const int64_t* key, uint64_t stream,
+                           const int64_t*, const double*) {
+  return {space(s), view(views, 0), seeds(key), stream};
+}
+
+inline dk::NoisingArgs noising(const int64_t* s, const int64_t* views, const int64_t* r, const int64_t* key,
+                               uint64_t stream, const int64_t*, const double*) {
+  dk::NoisingArgs a{};
+  a.space = space(s);
+  a.x0 = view(views, 0);
+  a.noise = view(views, 1);
+  a.out = view(views, 2);
+  a.target = view(views, 3);
+  a.eps = view(views, 4);
+  a.rows = rows(r);
+  a.seeds = seeds(key);
+  a.stream = stream;
+  return a;
+}
+
+inline dk::LossArgs loss(const int64_t* s, const int64_t* views, const int64_t* r, const int64_t* key, uint64_t stream,
+                         const int64_t* extra, const double*) {  // extra: reduction, partials, value, samples
+  dk::LossArgs a{};
+  a.space = space(s);
+  a.pred = view(views, 0);
+  a.x0 = view(views, 1);
+  a.noise = view(views, 2);
+  a.grad = view(views, 3);
+  a.rows = rows(r);
+  a.seeds = seeds(key);
+  a.stream = stream;
+  a.reduction = static_cast<dk::Reduction>(extra[0]);
+  a.partials = reinterpret_cast<void*>(extra[1]);
+  a.value = reinterpret_cast<void*>(extra[2]);
+  a.samples = reinterpret_cast<void*>(extra[3]);
+  return a;
+}
+
+inline dk::StepArgs step(const int64_t* s, const int64_t* views, const int64_t* r, const int64_t* key, uint64_t,
+                         const int64_t* extra, const double* row) {  // extra: dtype of the state
+  dk::StepArgs a{};
+  a.space = space(s);
+  int i = 0;
+  for (dk::View* v : {&a.x, &a.u, &a.c, &a.h[0], &a.h[1], &a.h[2], &a.h[3], &a.noise, &a.mask, &a.known, &a.out, &a.x0,
+                      &a.s, &a.next, &a.next2}) {
+    *v = view(views, i++);
+  }
+  a.state = static_cast<dk::Dtype>(extra[0]);
+  a.rows = rows(r);
+  for (int k = 0; row != nullptr && k < dk::kColumns; ++k) a.row[k] = row[k];
+  a.seeds = seeds(key);
+  return a;
+}
+
+}  // namespace flat
+
+// One C function an op, all with the same signature.
+#define FLAT_OPS(OP) OP(randn) OP(noising) OP(loss) OP(step)
+#define FLAT_PARAMETERS                                                                                     \
+  const int64_t *s, const int64_t *views, const int64_t *rows, const int64_t *seeds, uint64_t stream,       \
+      const int64_t *extra, const double *row
+#define FLAT_ARGUMENTS s, views, rows, seeds, stream, extra, row

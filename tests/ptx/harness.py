@@ -1,0 +1,335 @@
+"""Runs one call of an op through the CUDA launchers (in the PTX emulator) and through the CPU kernels.
+
+A `Call` names the op, its operands as torch CPU tensors and its outputs by dtype. `Device.run` and `Cpu.run` allocate
+the outputs, poison them, run the kernels and give the outputs back; `Device.run` also checks what the emulator can
+see: inputs unchanged, every output element written, no race, no access outside of a tensor, no warning.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(os.environ.get("DIFFKERN_PTX_ROOT", Path(__file__).resolve().parent.parent.parent))
+HERE = Path(__file__).resolve().parent
+CUDA_FILES = ("randn.cu", "noising.cu", "step.cu", "loss.cu")
+CPU_FILES = ("isa", "isa_portable", "isa_avx2", "isa_avx512", "blocks", "randn", "noising", "step", "loss")
+# As in CMakeLists.txt; ptxas has no part in the tests, so it need not optimise.
+NVCC_FLAGS = ("-O3", "-std=c++17", "--fmad=false", "-Xptxas", "-O0")
+CPU_FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+CODES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.uint8: 4, torch.bool: 4}
+MAX_DIMS = 6
+LAYOUTS = {"contiguous": 0, "misaligned": 0, "padded": 0, "channels_last": 1, "channels_last_misaligned": 1, "strided": 2}
+
+# Views of the PODs in core/args.h, in the order of flat.h.
+VIEWS = {
+    "randn": ("out",),
+    "noising": ("x0", "noise", "out", "target", "eps"),
+    "loss": ("pred", "x0", "noise", "grad"),
+    "step": ("x", "u", "c", "h0", "h1", "h2", "h3", "noise", "mask", "known", "out", "x0", "s", "next", "next2"),
+}
+COLUMNS = "w p q r clip a b d e0 e1 e2 e3 g A B D k known_s known_n stream known_stream".split()
+LOSS_BLOCK = 1024
+
+
+class NoNvcc(RuntimeError):
+    """There is no nvcc: the message says what to do."""
+
+
+def find_nvcc() -> None:
+    """Put nvcc on PATH if it is only in the PyPI packages."""
+    if shutil.which("nvcc"):
+        return
+    spec = importlib.util.find_spec("nvidia")
+    for folder in spec.submodule_search_locations or () if spec else ():
+        for sub in ("cu13/bin", "cuda_nvcc/bin"):
+            if (Path(folder) / sub / "nvcc").exists():
+                os.environ["PATH"] = f"{Path(folder) / sub}{os.pathsep}{os.environ['PATH']}"
+                return
+    raise NoNvcc(
+        "the CUDA kernels are tested by compiling them to PTX, and no nvcc was found: put one on PATH, or "
+        "pip install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-crt nvidia-nvvm nvidia-cuda-cccl"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ tensors
+def empty(layout: str, batch: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """[batch, *shape] in memory as `layout` says; channels_last wants shape (C, inner...)."""
+    count = 1
+    for n in shape:
+        count *= n
+    if layout == "contiguous":
+        return torch.empty(batch, *shape, dtype=dtype)
+    if layout == "misaligned":  # one element past an aligned address
+        return torch.empty(batch * count + 1, dtype=dtype)[1:].view(batch, *shape)
+    if layout == "padded":  # a gap between samples that keeps them aligned
+        stride = (count + 15) // 16 * 16 + 16
+        return torch.empty(batch, stride, dtype=dtype)[:, :count].unflatten(1, tuple(shape))
+    if layout.startswith("channels_last"):
+        channels, inner = shape[0], shape[1:]
+        if layout == "channels_last":
+            flat = torch.empty(batch, *inner, channels, dtype=dtype)
+        else:
+            flat = torch.empty(batch * count + 1, dtype=dtype)[1:].view(batch, *inner, channels)
+        return flat.movedim(-1, 1)
+    assert layout == "strided"  # dimensions reversed in memory, every second element of the last
+    sizes = [batch, *reversed(shape[1:]), 2 * shape[0] + 1]
+    memory = torch.empty(sizes, dtype=dtype)[..., 1 : 2 * shape[0] + 1 : 2]
+    return memory.permute(0, *range(len(shape), 0, -1))
+
+
+def place(values: Tensor, layout: str) -> Tensor:
+    """The same values in another memory layout."""
+    out = empty(layout, values.shape[0], values.shape[1:], values.dtype)
+    out.copy_(values)
+    return out
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Bit for bit, where every NaN equals every NaN (a GPU's NaNs have other payloads than a CPU's)."""
+    return first_difference(a, b) is None
+
+
+def first_difference(a: Tensor, b: Tensor) -> str | None:
+    assert a.shape == b.shape and a.dtype == b.dtype, (a.shape, b.shape, a.dtype, b.dtype)
+    as_int = {8: torch.int64, 4: torch.int32, 2: torch.int16}[a.element_size()]
+    a, b = a.contiguous(), b.contiguous()
+    wrong = (a.view(as_int) != b.view(as_int)) & ~(a.isnan() & b.isnan())
+    if not wrong.any():
+        return None
+    at = tuple(int(i) for i in wrong.nonzero()[0])
+    return f"{int(wrong.sum())} of {a.numel()} differ, first at {at}: {a[at].item()!r} and {b[at].item()!r}"
+
+
+# --------------------------------------------------------------------------------------------------------- calls
+@dataclass
+class Call:
+    """One call of an op. `outputs`: name -> dtype; `in_place`: output name -> input name whose tensor it overwrites."""
+
+    op: str
+    layout: str
+    batch: int
+    shape: tuple[int, ...]
+    inputs: dict[str, Tensor]
+    outputs: dict[str, torch.dtype]
+    table: Tensor | None = None
+    index: Tensor | None = None
+    first: int = 0
+    every: int = 0  # row first + b every of sample b, without an index
+    row: Sequence[float] | None = None  # by value
+    seeds: Tensor | None = None
+    stream: int = 0
+    reduction: int = 0
+    state: torch.dtype = torch.float32
+    in_place: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        n = 1
+        for size in self.shape:
+            n *= size
+        return n
+
+
+def _words(call: Call, view: Tensor | None) -> list[int]:
+    if view is None:
+        return [0] * (3 + MAX_DIMS)
+    strides = list(view.stride()[1:]) if LAYOUTS[call.layout] == 2 else []
+    return [view.data_ptr(), CODES[view.dtype], view.stride(0), *strides, *[0] * (MAX_DIMS - len(strides))]
+
+
+def _ints(values: Sequence[int]) -> Any:
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def _prepare(call: Call) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(outputs to compare, views by name)."""
+    results: dict[str, Tensor] = {}
+    views: dict[str, Tensor] = dict(call.inputs)
+    for name, dtype in call.outputs.items():
+        if name in call.in_place:
+            source = views[call.in_place[name]]
+            made = empty(call.layout, call.batch, call.shape, dtype)
+            made.copy_(source)
+            views[call.in_place[name]] = made
+        elif name == "next2":  # the second half of a doubled batch
+            both = empty(call.layout, 2 * call.batch, call.shape, dtype)
+            results["next"] = both
+            views["next"], views["next2"] = both[: call.batch], both[call.batch :]
+            continue
+        elif name == "next" and "next2" in call.outputs:
+            continue
+        else:
+            made = empty(call.layout, call.batch, call.shape, dtype)
+        results[name] = views[name] = made
+    if call.op == "loss":
+        sums = torch.float64 if call.state == torch.float64 else torch.float32
+        blocks = (call.count + LOSS_BLOCK - 1) // LOSS_BLOCK
+        results["partials"] = torch.empty(call.batch, blocks, dtype=sums)
+        results["value"] = torch.empty(call.batch if call.reduction == 0 else 1, dtype=sums)
+        results["samples"] = torch.empty(call.batch if call.reduction else 0, dtype=sums)
+    return results, views
+
+
+def _invoke(lib: ctypes.CDLL, call: Call, results: dict[str, Tensor], views: dict[str, Tensor]) -> int:
+    sizes = list(call.shape) if LAYOUTS[call.layout] == 2 else []
+    channels = call.shape[0] if LAYOUTS[call.layout] == 1 else 1
+    space = [call.batch, call.count, LAYOUTS[call.layout], channels, len(sizes), *sizes, *[0] * (MAX_DIMS - len(sizes))]
+    words = [w for name in VIEWS[call.op] for w in _words(call, views.get(name))]
+    index = call.index
+    rows = [
+        0 if call.table is None else call.table.data_ptr(),
+        0 if call.table is None else call.table.shape[0],
+        0 if index is None else index.data_ptr(),
+        index.stride(0) if index is not None and index.dim() else 0,
+        int(index is not None and index.dtype == torch.int32),
+        call.first,
+        call.every,
+    ]
+    seeds = [0, 0] if call.seeds is None else [call.seeds.data_ptr(), call.seeds.stride(0)]
+    extra = [0] * 4
+    if call.op == "step":
+        extra[0] = CODES[call.state]
+    if call.op == "loss":
+        extra = [call.reduction, *(results[n].data_ptr() for n in ("partials", "value", "samples"))]
+    values = None if call.row is None else (ctypes.c_double * len(COLUMNS))(*call.row)
+    function = getattr(lib, f"dk_{call.op}")
+    return int(
+        function(_ints(space), _ints(words), _ints(rows), _ints(seeds), ctypes.c_uint64(call.stream), _ints(extra), values)
+    )
+
+
+class Cpu:
+    """csrc/cpu as a small shared library."""
+
+    def __init__(self, cache: Path) -> None:
+        self.path = cache / "cpu.so"
+        sources = [HERE / "cpu.cpp", *(ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in CPU_FILES)]
+        command = ["g++", *CPU_FLAGS, "-shared", "-fPIC", f"-I{ROOT / 'csrc'}", *map(str, sources), "-o", str(self.path)]
+        subprocess.run(command, check=True)
+        self.lib = ctypes.CDLL(str(self.path))
+
+    def run(self, call: Call) -> dict[str, Tensor]:
+        results, views = _prepare(call)
+        assert _invoke(self.lib, call, results, views) == 0
+        return results
+
+
+class Device:
+    """csrc/cuda in the emulator, as PTX of one architecture. The host code is the same for all and built once."""
+
+    _host: Any = None
+
+    def __init__(self, arch: str) -> None:
+        import ptxsim
+        from ptxsim import nvcc
+        from ptxsim.host import MEM, Host
+
+        find_nvcc()
+        files = [*(str(ROOT / "csrc" / "cuda" / name) for name in CUDA_FILES), str(HERE / "launch.cu")]
+        includes = [str(ROOT / "csrc")]
+        if Device._host is None:
+            Device._host = Host(files, arch="sm_80", includes=includes, flags=NVCC_FLAGS, race_global=True)
+        self.arch = arch
+        if arch == "sm_80":
+            self.modules = Device._host.modules
+        else:
+            extra = nvcc.options(includes, (), NVCC_FLAGS)
+            self.modules = [ptxsim.load(nvcc.cached(f, arch, extra)[0], MEM) for f in files]
+        self.launches: list[Any] = []
+
+    def library(self, **options: Any) -> ctypes.CDLL:
+        """The launchers, with this architecture's kernels behind them."""
+        host = Device._host
+        host.modules = self.modules
+        host.options = {"race_global": True, **options}
+        host.launches.clear()
+        lib = host.lib
+        assert isinstance(lib, ctypes.CDLL)
+        return lib
+
+    def run(self, call: Call, complete: bool = True, **options: Any) -> dict[str, Tensor]:
+        """Outputs of the call. complete=False: some blocks are left out (only_ctas), so not all is written."""
+        host = Device._host
+        results, views = _prepare(call)
+        overwritten = set(call.in_place.values())
+        before = {}
+        for name, tensor in call.inputs.items():
+            if tensor.numel() and name not in overwritten:
+                host.register(tensor, name, readonly=True)
+                before[name] = tensor.clone()
+        for name in ("table", "index", "seeds"):
+            if getattr(call, name) is not None:
+                host.register(getattr(call, name), name, readonly=True)
+        for name, tensor in results.items():
+            if tensor.numel():
+                host.register(tensor, name, init=name in call.in_place)
+        try:
+            status = _invoke(self.library(**options), call, results, views)
+            self.launches = list(host.launches)
+            host.check()
+            assert status == 0, f"the launcher returned {status}"
+            for name, tensor in results.items():
+                if complete and tensor.numel() and name not in call.in_place:
+                    assert host.unwritten(tensor) == 0, f"{name}: {host.unwritten(tensor)} bytes were not written"
+            for name, tensor in before.items():
+                as_bytes = tensor.contiguous().view(torch.uint8), before[name].contiguous().view(torch.uint8)
+                assert torch.equal(*as_bytes), f"{name} was changed"
+            for launch in self.launches:
+                assert not launch.warnings, launch.warnings
+                assert launch["local"]["bytes"] == 0, "a kernel uses local memory"
+        finally:
+            host.release()
+        return results
+
+
+def check(device: Device, cpu: Cpu, call: Call) -> dict[str, Tensor]:
+    """The same bits from both; returns the device's outputs."""
+    expected, got = cpu.run(call), device.run(call)
+    assert expected.keys() == got.keys()
+    for name in expected:
+        problem = first_difference(got[name], expected[name])
+        assert problem is None, f"{name} ({call.op}, {call.layout}, {call.batch} x {call.shape}): {problem} on the CPU"
+    return got
+
+
+# --------------------------------------------------------------------------------------------------------- values
+def values(
+    seed: int, batch: int, shape: Sequence[int], dtype: torch.dtype, layout: str = "contiguous", special: bool = False
+) -> Tensor:
+    """Normals times 2 in a memory layout; special: with zeros, infinities, NaN, subnormals and large numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, *shape, dtype=torch.float64, generator=generator) * 2
+    if special and x.numel():
+        odd = torch.tensor([0.0, -0.0, float("inf"), float("nan"), 3e-8, -1e-40, 60000.0, 1e30], dtype=torch.float64)
+        pick = torch.randint(0, 40, x.shape, generator=generator)
+        x = torch.where(pick < len(odd), odd[pick.clamp(max=len(odd) - 1)], x)
+    return place(x.to(dtype), layout)
+
+
+def seeds_for(batch: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 + seed)
+    return torch.randint(-(2**63), 2**63 - 1, (batch,), dtype=torch.int64, generator=generator)
+
+
+def row(**columns: float) -> list[float]:
+    """A step row by column names, the rest as in diffkern.plan.Row."""
+    base = dict.fromkeys(COLUMNS, 0.0) | {"clip": float("inf"), "k": 1.0}
+    assert columns.keys() <= base.keys(), columns
+    return list((base | columns).values())
+
+
+def with_changes(call: Call, **changes: Any) -> Call:
+    return replace(call, **changes)
