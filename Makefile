@@ -38,7 +38,7 @@ $(PY):
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.build-requires: pyproject.toml | $(PY)
-	$(PY) -m pip install --upgrade $(BUILD_REQUIRES)
+	$(PY) -m pip install $(BUILD_REQUIRES)
 	@touch $@
 
 # One stamp an extra, so that `make demo` does not wait for what only the benchmarks need. The install is editable.
@@ -52,7 +52,7 @@ build: $(VENV)/.build-requires
 
 # --------------------------------------------------------------------------------------------------- goals
 demo: $(VENV)/.extra-demo build
-	$(PY) -m diffkern demo --device $(DEVICE) $(ARGS)
+	$(PY) -m diffkern demo $(if $(filter cuda,$(DEVICE)),--device cuda) $(ARGS)
 
 bench: $(VENV)/.extra-bench build
 	$(PY) -m benchmarks --device $(DEVICE) $(ARGS)
@@ -76,9 +76,9 @@ test-emulator: $(VENV)/.extra-test
 
 gpu-report: $(VENV)/.extra-test $(VENV)/.extra-bench build
 	@mkdir -p build
-	{ $(PY) -m diffkern info && $(BIN)/pytest --gpu -q && $(PY) -m benchmarks --device cuda; } 2>&1 \
-	  | tee build/gpu-report.txt; exit $${PIPESTATUS[0]}
-	@echo "written: build/gpu-report.txt"
+	{ failed=0; $(PY) -m diffkern info || failed=1; $(BIN)/pytest --gpu -q || failed=1; \
+	  $(PY) -m benchmarks --device cuda $(ARGS) || failed=1; exit $$failed; } 2>&1 | tee build/gpu-report.txt; \
+	  status=$${PIPESTATUS[0]}; echo "written: build/gpu-report.txt"; exit $$status
 
 LINT_CPP = $$(git ls-files --cached --others --exclude-standard 'csrc/*.h' 'csrc/*.cuh' 'csrc/*.cpp' 'csrc/*.cu')
 

@@ -31,7 +31,7 @@ __all__ = ["Options", "check", "choose", "copy_of", "main", "measure"]
 T = TypeVar("T")
 HEAPS = {
     "system": "the allocator's defaults: large blocks go back to the system when freed",
-    "kept": "freed memory is kept by the process: no page faults, the best case of code that allocates",
+    "kept": "freed memory stays with the process: hardly a page fault, the best case of code that allocates",
 }
 
 

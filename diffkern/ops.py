@@ -98,9 +98,9 @@ def _rows(table: Tensor, index: Tensor | None, batch: int, dims: int) -> Tensor:
     return rows.reshape(rows.shape[0], rows.shape[1], *(1,) * (dims - 1))
 
 
-def _times(coefficient: Tensor, x: Tensor | None) -> Tensor | float:
+def _times(coefficient: Tensor, x: Tensor | float | None) -> Tensor | float:
     """coefficient * x in the arithmetic of the kernels; 0.0 where there is no x."""
-    if x is None:
+    if not isinstance(x, Tensor):
         return 0.0
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     return coefficient.to(wide) * x.to(wide)
@@ -112,8 +112,11 @@ def _as(value: Tensor | float, like: Tensor) -> Tensor:
 
 def _refuse_grad(op: str, *tensors: Tensor | None) -> None:
     """Ops that write into given tensors have no gradient: said, instead of a graph that ends in silence."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        raise RuntimeError(f"diffkern.{op}: not differentiable, and a tensor requires grad: use torch.no_grad()")
+    if not torch.is_grad_enabled():
+        return
+    for t in tensors:  # a loop: any() with a generator takes twice as long
+        if t is not None and t.requires_grad:
+            raise RuntimeError(f"diffkern.{op}: not differentiable, and a tensor requires grad: use torch.no_grad()")
 
 
 def _wrote(*outputs: Tensor | None) -> None:
@@ -318,14 +321,19 @@ def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> N
     ctx.dtypes = x0.dtype, noise.dtype if noise is not None else None
     if grad is not None:
         ctx.mark_non_differentiable(grad)
+    ctx.set_materialize_grads(False)  # else every backward makes zeros as large as pred, for `grad`
 
 
-def _loss_backward(ctx: Any, g_value: Tensor, g_grad: Tensor | None) -> tuple[Any, ...]:
+def _loss_backward(ctx: Any, g_value: Tensor | None, g_grad: None) -> tuple[Any, ...]:
     grad, table, index = ctx.saved_tensors
+    if g_value is None:
+        return (None,) * 9
     if grad is None:
         raise RuntimeError("diffkern.loss: want_grad must be true where a gradient is asked for")
     if torch.is_grad_enabled():  # create_graph: the stored gradient would pass for a constant
-        raise RuntimeError("diffkern.loss: differentiable once only, use diffkern.reference.loss for higher derivatives")
+        raise RuntimeError(
+            "diffkern.loss: differentiable once only, use diffkern.reference.loss for higher derivatives"
+        )
     if type(g_value) is Tensor and g_value.dim() == 0 and not g_value.is_cuda and g_value.item() == 1.0:
         g_pred = grad  # the usual loss.backward(): nothing to scale, and reading a CPU value costs nothing
     else:
@@ -379,7 +387,7 @@ def step(
     `noise`. A term whose coefficient is 0 is neither read nor drawn. The row: `row` of `table` (float64, on the CPU or
     the device), or `index` (int [] or [B], on the device): every sample may be at a step of its own; on CUDA an index
     outside the table, and an operand that such a row lacks, give NaN (DIFFKERN_CHECK=1 raises for the index).
-    Returns (x', x0 or None, s or None, next or None); next = k x' in next_dtype (of m by default), [next_copies B, ...].
+    Returns (x', x0 or None, s or None, next or None); next = k x' in next_dtype (m's by default), [next_copies B, ...].
     Differentiable in x, m, m2, the histories, noise and known.
     """
     args = (x, m, m2, h0, h1, h2, h3, table, row, index, seeds, noise, mask, known)
@@ -444,7 +452,9 @@ def _step_fake(
     next_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     like = next(t for t in (x, h0, h1, h2, h3, noise, known, m) if t is not None)
-    _one_device("step", like=like, m=m, m2=m2, table=table, index=index, seeds=seeds, noise=noise, mask=mask, known=known)
+    _one_device(
+        "step", like=like, m=m, m2=m2, table=table, index=index, seeds=seeds, noise=noise, mask=mask, known=known
+    )
     dtype = next_dtype if next_dtype is not None else (m if m is not None else like).dtype
     return (
         _like(like),
@@ -492,24 +502,24 @@ def _step_backward(
             g_known = _as(_times(c["known_s"], g_out * (1 - open_)), state)
         g_out = g_out * open_
     g_clean = _times(c["b"], g_out) + _times(c["B"], g_s) + (0.0 if g_x0 is None else g_x0)
-    known_on_host = not table.is_cuda and not torch.compiler.is_compiling()
+    known_on_host = type(table) is Tensor and not table.is_cuda and not torch.compiler.is_compiling()  # not traced
     if not known_on_host or bool(torch.isfinite(c["clip"]).any()):  # the gradient passes where x0 was inside
         inputs = (x, m, m2, *histories, table, ctx.row, index, seeds, noise, None, known)
         x0 = _ops.step(*inputs, True, False, 0, None)[1]
         g_clean = g_clean * (x0.abs() < c["clip"].to(x0.dtype))
     g_m = _times(c["d"], g_out) + _times(c["q"], g_clean) + _times(c["D"], g_s)
-    g_uncond = g_cond = None
+    g_first = g_second = None
     if m is not None and (m2 is not None or m.shape[0] != ctx.batch):
         g_cond = _times(c["w"], g_m)
-        g_uncond = _as(g_m - g_cond, m)
-        g_cond = _as(g_cond, m)
-        g_first = g_uncond if m2 is not None else torch.cat([g_uncond, g_cond])
-    else:
-        g_first = None if m is None else _as(g_m, m)
+        g_first, g_second = _as(g_m - g_cond, m), _as(g_cond, m)
+        if m2 is None:
+            g_first = torch.cat([g_first, g_second])
+    elif m is not None:
+        g_first = _as(g_m, m)
     return (
         None if x is None else _as(_times(c["a"], g_out) + _times(c["p"], g_clean) + _times(c["A"], g_s), state),
         g_first,
-        None if m2 is None else g_cond,
+        None if m2 is None else g_second,
         *(None if h is None else _as(_times(c[f"e{k}"], g_out), state) for k, h in enumerate(histories)),
         *(None,) * 4,
         None if noise is None else _as(_times(c["g"], g_out) + _times(c["r"], g_clean), state),

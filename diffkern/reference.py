@@ -100,7 +100,8 @@ def loss(
     """weight mean (pred - (u x0 + v eps))^2 per sample, then none, mean or sum over the batch. Differentiable."""
     u, v, weight = _gather(table, index, x0.shape[0], x0.dim(), compute)
     target = u * x0.to(compute) + v * _noise(x0, seeds, stream, noise, compute)
-    losses = weight.flatten() * ((pred.to(compute) - target) ** 2).flatten(1).mean(1)
+    squares = (pred.to(compute) - target) ** 2
+    losses = weight.flatten() * squares.reshape(len(squares), math.prod(squares.shape[1:])).mean(1)
     return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
 
 

@@ -85,8 +85,8 @@ def try_wheel(wheel: Path, requirement: str, folder: Path) -> dict[str, str]:
     # The environment variable replaces a constraint of pip's configuration files.
     empty = folder / "no-constraints.txt"
     empty.touch()
-    run(python, "-m", "pip", "install", "-q", requirement, "numpy", "tqdm", PIP_CONSTRAINT=str(empty))
-    run(python, "-m", "pip", "install", "-q", "--no-deps", wheel)
+    run(python, "-m", "pip", "install", "-qq", requirement, "numpy", "tqdm", PIP_CONSTRAINT=str(empty))
+    run(python, "-m", "pip", "install", "-qq", "--no-deps", wheel)
     answers: dict[str, str] = json.loads(run(python, "-c", SMOKE).splitlines()[-1])
     answers["seconds"] = f"{time.monotonic() - started:.0f}"
     return answers

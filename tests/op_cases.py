@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -72,7 +73,7 @@ EVERYTHING = {
     **{"stream": 2.0**41 + 9},
     **SLOPE,
 }
-# Every row with a loop of its own in csrc/cpu/spans.h, then others.
+# Every row with a loop of its own in csrc/cpu (test_step.py compares the lists), and others.
 ROWS: dict[str, dict[str, float]] = {
     "eps": FROM_EPS,
     "eps guided": {**FROM_EPS, "w": 2.5},
@@ -81,6 +82,14 @@ ROWS: dict[str, dict[str, float]] = {
     "x0 clip": {**FROM_X0, **CLIP},
     "x0 noise": {**FROM_X0, **NOISE},
     "x0 clip noise": {**FROM_X0, **CLIP, **NOISE},
+    "eps and x": {**FROM_EPS, "a": 0.25},
+    "x0 alone": {"p": 1.25, "q": -0.75, "b": 0.9},
+    "x0 history": {**FROM_X0, "e0": -0.4},
+    "slope": {**EULER, "A": 0.7, "D": 1.3, "k": 0.9},
+    "history": {"d": 0.3, "e0": 0.7, "k": 1.1},
+    "history and x": {**EULER, "e0": 0.5},
+    "model alone": {"d": 1.3},
+    "x0 alone clip": {"p": 1.25, "q": -0.75, "b": 0.9, **CLIP},
     "euler": EULER,
     "euler noise": {**EULER, **NOISE},
     "euler guided": {**EULER, "w": 7.5},
@@ -121,4 +130,16 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     a, b = a.detach().contiguous(), b.detach().contiguous()
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return torch.equal(a.view(ints[a.element_size()]), b.view(ints[b.element_size()])) if a.dim() else same_bits(a[None], b[None])
+    return (
+        torch.equal(a.view(ints[a.element_size()]), b.view(ints[b.element_size()]))
+        if a.dim()
+        else same_bits(a[None], b[None])
+    )
+
+
+def check_sentence(call: Callable[[], object], sentence: str) -> None:
+    """The call raises, and the first line of what it says matches."""
+    with pytest.raises((RuntimeError, ValueError, NotImplementedError)) as caught:
+        call()
+    text = str(caught.value).splitlines()[0]
+    assert re.search(sentence, text), text

@@ -76,10 +76,10 @@ def test_interleave_takes_turns_in_both_directions_and_keeps_to_its_budget() -> 
 
     fns = {"a": lambda: "a", "b": lambda: "b"}
     measured = timing.interleave(fns, timer, rounds=50, budget_seconds=3.5, least_rounds=2, clock=lambda: next(now))
-    assert order[2:] == list("abbaabba")  # the first two calibrate
-    assert measured.samples == {"a": [1.0] * 4, "b": [3.0] * 4}
+    assert order[2:] == list("abbaabbaab")  # the first two calibrate
+    assert measured.samples == {"a": [1.0] * 5, "b": [3.0] * 5}
     assert timing.ratio(measured, "b", "a").median == 3.0
-    assert measured.stats("b").count == 4
+    assert measured.stats("b").count == 5
     with pytest.raises(ValueError, match="rounds"):
         timing.interleave(fns, timer, rounds=0)
 

@@ -208,7 +208,8 @@ struct Ops {
     need(o.m, terms & kTermQ, "q", row[kQ]);
     need(o.m, terms & kTermD, "d", row[kD]);
     need(o.m, terms & kTermSlopeD, "D", row[kSlopeD]);
-    const bool guided = o.m && (o.m2 || o.m.sizes[0] != state_like(o).sizes[0]);
+    const int64_t batch = o.out.sizes[0];  // an empty batch doubled is an empty batch
+    const bool guided = o.m && (o.m2 || o.m.sizes[0] != batch || batch == 0);
     if ((terms & kTermW) && !guided) {
       fail("step",
            "m must hold two predictions for guidance (a doubled batch [uncond | cond], or m2): the row has w = ",

@@ -159,36 +159,56 @@ DK_HD float pick(uint32_t term, float now, float before) { return pick_bits<floa
 DK_HD double pick(uint32_t term, double now, double before) { return pick_bits<double, uint64_t>(term, now, before); }
 #endif
 
+// The step in stages, each one formula, so that a loop may run over one of them at a time.
 template <class T>
-DK_HD StepOutputs<T> step_element(const StepCoefficients<T>& k, uint32_t terms, const StepInputs<T>& in) {
-  const T m = pick(terms & kTermW, fma(k.w, sub(in.c, in.u), in.u), in.u);
+DK_HD T guided(T w, T u, T c) {
+  return fma(w, sub(c, u), u);
+}
 
-  T x0 = pick(terms & kTermP, mul(k.p, in.x), T(0));
+template <class T>
+struct StepBase {
+  T x, x0, s;  // x' without histories and g z; x0; s
+};
+
+template <class T>
+DK_HD StepBase<T> step_base(const StepCoefficients<T>& k, uint32_t terms, T x, T m, T z) {
+  T x0 = pick(terms & kTermP, mul(k.p, x), T(0));
   x0 = pick(terms & kTermQ, fma(k.q, m, x0), x0);
-  x0 = pick(terms & kTermR, fma(k.r, in.z, x0), x0);
+  x0 = pick(terms & kTermR, fma(k.r, z, x0), x0);
   x0 = pick(terms & kTermClip, clamp(x0, k.clip), x0);
 
-  T x = pick(terms & kTermA, mul(k.a, in.x), T(0));
-  x = pick(terms & kTermB, fma(k.b, x0, x), x);
-  x = pick(terms & kTermD, fma(k.d, m, x), x);
+  T out = pick(terms & kTermA, mul(k.a, x), T(0));
+  out = pick(terms & kTermB, fma(k.b, x0, out), out);
+  out = pick(terms & kTermD, fma(k.d, m, out), out);
+
+  T s = pick(terms & kTermSlopeA, mul(k.slope_a, x), T(0));
+  s = pick(terms & kTermSlopeB, fma(k.slope_b, x0, s), s);
+  s = pick(terms & kTermSlopeD, fma(k.slope_d, m, s), s);
+  return {out, x0, s};
+}
+
+template <class T>
+DK_HD T step_masked(const StepCoefficients<T>& k, uint32_t terms, T x, T mask, T known, T z2) {
+  T kn = pick(terms & kTermKnownS, mul(k.known_s, known), T(0));
+  kn = pick(terms & kTermKnownN, fma(k.known_n, z2, kn), kn);
+  const T blend = fma(mask, x, mul(sub(T(1), mask), kn));
+  const T open = mask == T(1) ? x : blend;
+  return mask == T(0) ? kn : open;
+}
+
+// All stages of one element.
+template <class T>
+DK_HD StepOutputs<T> step_element(const StepCoefficients<T>& k, uint32_t terms, const StepInputs<T>& in) {
+  const T m = pick(terms & kTermW, guided(k.w, in.u, in.c), in.u);
+  const StepBase<T> base = step_base(k, terms, in.x, m, in.z);
+  T x = base.x;
   x = pick(terms & (kTermE0 << 0), fma(k.e[0], in.h[0], x), x);
   x = pick(terms & (kTermE0 << 1), fma(k.e[1], in.h[1], x), x);
   x = pick(terms & (kTermE0 << 2), fma(k.e[2], in.h[2], x), x);
   x = pick(terms & (kTermE0 << 3), fma(k.e[3], in.h[3], x), x);
   x = pick(terms & kTermG, fma(k.g, in.z, x), x);
-
-  T s = pick(terms & kTermSlopeA, mul(k.slope_a, in.x), T(0));
-  s = pick(terms & kTermSlopeB, fma(k.slope_b, x0, s), s);
-  s = pick(terms & kTermSlopeD, fma(k.slope_d, m, s), s);
-
-  T kn = pick(terms & kTermKnownS, mul(k.known_s, in.known), T(0));
-  kn = pick(terms & kTermKnownN, fma(k.known_n, in.z2, kn), kn);
-  const T blend = fma(in.mask, x, mul(sub(T(1), in.mask), kn));
-  const T open = in.mask == T(1) ? x : blend;
-  const T masked = in.mask == T(0) ? kn : open;
-  x = pick(terms & kTermMask, masked, x);
-
-  return {x, x0, s, mul(k.next, x)};
+  x = pick(terms & kTermMask, step_masked(k, terms, x, in.mask, in.known, in.z2), x);
+  return {x, base.x0, base.s, mul(k.next, x)};
 }
 
 }  // namespace dk

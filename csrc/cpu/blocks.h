@@ -2,6 +2,8 @@
 // tensor where it is stored that way, else through a buffer that stays in the L1 / L2 cache.
 #pragma once
 
+#include <initializer_list>
+
 #include "isa.h"
 
 namespace dk::cpu {
@@ -80,17 +82,22 @@ const T* load(const Space& space, const View& view, const Block& block, T* buffe
   return buffer;
 }
 
-// Where a span may write the block of an output; store() afterwards brings a buffer to the tensor.
+// Where a span may write the block of an output: the tensor itself, or `buffer` where it cannot or may not (`later`
+// holds that very memory and is read after the first writes).
 template <class T>
-T* target(const Space& space, const View& view, const Block& block, T* buffer) {
-  if (view.data != nullptr && is_direct<T>(space, view)) {
-    return reinterpret_cast<T*>(address(view, block.sample * view.batch_stride + block.begin));
+T* target(const Space& space, const View& view, const Block& block, T* buffer,
+          std::initializer_list<const T*> later = {}) {
+  if (view.data == nullptr || !is_direct<T>(space, view)) return buffer;
+  T* direct = reinterpret_cast<T*>(address(view, block.sample * view.batch_stride + block.begin));
+  for (const T* operand : later) {
+    if (operand == direct) return buffer;
   }
-  return buffer;
+  return direct;
 }
+// Brings a buffer that target() chose to the tensor.
 template <class T>
-void store(const Space& space, const View& view, const Block& block, const T* from) {
-  if (view.data != nullptr && !is_direct<T>(space, view)) scatter(space, view, block, from);
+void store(const Space& space, const View& view, const Block& block, const T* from, const T* buffer) {
+  if (view.data != nullptr && from == buffer) scatter(space, view, block, from);
 }
 
 // Noise of a block by address, in the block's order. `buffer` has kNoiseRoom values.

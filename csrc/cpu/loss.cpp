@@ -29,7 +29,7 @@ void run(const LossArgs& args, int64_t begin, int64_t end) {
     s.squares = squares;
     s.n = block.n;
     static_cast<T*>(args.partials)[i] = span(s);
-    if (s.grad != nullptr) store(space, args.grad, block, s.grad);
+    if (s.grad != nullptr) store(space, args.grad, block, s.grad, grad);
   }
 }
 

@@ -26,13 +26,13 @@ void run(const NoisingArgs& args, int64_t begin, int64_t end) {
     if (args.eps.data != nullptr) {
       T* to = target(space, args.eps, block, out);
       std::memcpy(to, eps, static_cast<size_t>(block.n) * sizeof(T));
-      store(space, args.eps, block, to);
+      store(space, args.eps, block, to, out);
     }
     T* x_t = target(space, args.out, block, out);
     T* goal = args.target.data != nullptr ? target(space, args.target, block, target_buffer) : nullptr;
     span(NoisingSpan<T>{load(space, args.x0, block, x0), eps, x_t, goal, k, block.n});
-    store(space, args.out, block, x_t);
-    if (goal != nullptr) store(space, args.target, block, goal);
+    store(space, args.out, block, x_t, out);
+    if (goal != nullptr) store(space, args.target, block, goal, target_buffer);
   }
 }
 

@@ -56,98 +56,75 @@ DK_BODY void normals_of_group(const Group& words, Lanes& lanes) {
   }
 }
 
-// The same loop for every set of terms. With a constant `terms` the compiler drops what is not at work; without
+// The base of the step for one set of terms. With a constant `terms` the compiler drops what is not at work; without
 // (kAll), every operand is loaded and every output stored, so that the tests become selects and the loop vectorises.
 template <bool kAll, class T>
-DK_BODY void step_loop(const StepSpan<T>& span, const uint32_t terms) {
+DK_BODY void base_loop(const StepSpan<T>& span, const T* m, const uint32_t terms) {
   const StepCoefficients<T> k = span.k;
-  const T *x = span.x, *u = span.u, *c = span.c, *z = span.z, *z2 = span.z2, *mask = span.mask, *known = span.known;
-  const T *h0 = span.h[0], *h1 = span.h[1], *h2 = span.h[2], *h3 = span.h[3];
-  T *out = span.out, *x0 = span.x0, *s = span.s, *next = span.next;
+  const T *x = span.x, *z = span.z;
+  T *out = span.out, *x0 = span.x0, *s = span.s;
 #pragma GCC ivdep
   for (int64_t i = 0; i < span.n; ++i) {
-    StepInputs<T> in{};
-    if (kAll || (terms & (kTermP | kTermA | kTermSlopeA))) in.x = x[i];
-    if (kAll || (terms & (kTermQ | kTermD | kTermSlopeD))) in.u = u[i];
-    if (kAll || (terms & kTermW)) in.c = c[i];
-    if (kAll || (terms & (kTermE0 << 0))) in.h[0] = h0[i];
-    if (kAll || (terms & (kTermE0 << 1))) in.h[1] = h1[i];
-    if (kAll || (terms & (kTermE0 << 2))) in.h[2] = h2[i];
-    if (kAll || (terms & (kTermE0 << 3))) in.h[3] = h3[i];
-    if (kAll || (terms & kReadsNoise)) in.z = z[i];
-    if (kAll || (terms & kTermMask)) in.mask = mask[i];
-    if (kAll || (terms & kTermKnownS)) in.known = known[i];
-    if (kAll || (terms & kTermKnownN)) in.z2 = z2[i];
-    const StepOutputs<T> o = step_element(k, terms, in);
-    out[i] = o.x;
-    if (kAll || (terms & kWantX0)) x0[i] = o.x0;
-    if (kAll || (terms & kWantS)) s[i] = o.s;
-    if (kAll || (terms & kWantNext)) next[i] = o.next;
+    const T x_i = kAll || (terms & (kTermP | kTermA | kTermSlopeA)) ? x[i] : T(0);
+    const T m_i = kAll || (terms & (kTermQ | kTermD | kTermSlopeD)) ? m[i] : T(0);
+    const T z_i = kAll || (terms & kTermR) ? z[i] : T(0);
+    const StepBase<T> base = step_base(k, terms, x_i, m_i, z_i);
+    out[i] = base.x;
+    if (kAll || (terms & kWantX0)) x0[i] = base.x0;
+    if (kAll || (terms & kWantS)) s[i] = base.s;
   }
 }
 
-constexpr uint32_t kX0 = kTermP | kTermQ;
-constexpr uint32_t kFromEps = kX0 | kTermB | kTermD;             // x' = b x0 + d eps
-constexpr uint32_t kFromX0 = kX0 | kTermA | kTermB;              // x' = a x + b x0
-constexpr uint32_t kFromSlope = kTermA | kTermD;                 // x' = a x + d m
-constexpr uint32_t kSlope = kWantS | kTermSlopeA | kTermSlopeD;  // s = A x + D m
-constexpr uint32_t kFromHistory = kTermD | kTermE0;              // x' = d m + e0 h0
+// Every loop gives the same bits: it is the same formula.
+template <class T>
+DK_BODY void base_body(const StepSpan<T>& span, const T* m, uint32_t terms) {
+  switch (terms) {
+#define DK_CASE(TERMS) \
+  case TERMS:          \
+    return base_loop<false>(span, m, TERMS);
+    DK_FOR_BASE_LOOPS(DK_CASE)
+#undef DK_CASE
+    default:
+      return base_loop<true>(span, m, terms);
+  }
+}
 
-// Rows met in every common sampler get loops of their own; the others run one loop that tests the terms (the tests do
-// not depend on i). Both give the same bits: it is the same formula.
+// out += coefficient * term, one rounding.
+template <class T>
+DK_BODY void add_term(T coefficient, const T* term, T* out, int64_t n) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) out[i] = fma(coefficient, term[i], out[i]);
+}
+
+// The stages of the step one after the other over a span that stays in the L1 cache.
 template <class T>
 DK_BODY void step_body(const StepSpan<T>& span) {
-  switch (span.terms) {
-    case kFromEps:
-      return step_loop<false>(span, kFromEps);
-    case kFromEps | kWantX0:
-      return step_loop<false>(span, kFromEps | kWantX0);
-    case kFromEps | kTermW:
-      return step_loop<false>(span, kFromEps | kTermW);
-    case kFromEps | kTermG:
-      return step_loop<false>(span, kFromEps | kTermG);
-    case kFromEps | kTermA:
-      return step_loop<false>(span, kFromEps | kTermA);
-    case kX0 | kTermB:
-      return step_loop<false>(span, kX0 | kTermB);
-    case kFromX0:
-      return step_loop<false>(span, kFromX0);
-    case kFromX0 | kWantX0:
-      return step_loop<false>(span, kFromX0 | kWantX0);
-    case kFromX0 | kTermClip:
-      return step_loop<false>(span, kFromX0 | kTermClip);
-    case kFromX0 | kTermClip | kWantX0:
-      return step_loop<false>(span, kFromX0 | kTermClip | kWantX0);
-    case kFromX0 | kTermClip | kWantNext:
-      return step_loop<false>(span, kFromX0 | kTermClip | kWantNext);
-    case kFromX0 | kTermG:
-      return step_loop<false>(span, kFromX0 | kTermG);
-    case kFromX0 | kTermClip | kTermG:
-      return step_loop<false>(span, kFromX0 | kTermClip | kTermG);
-    case kFromX0 | kTermE0 | kWantX0:
-      return step_loop<false>(span, kFromX0 | kTermE0 | kWantX0);
-    case kFromSlope:
-      return step_loop<false>(span, kFromSlope);
-    case kFromSlope | kWantNext:
-      return step_loop<false>(span, kFromSlope | kWantNext);
-    case kFromSlope | kTermG:
-      return step_loop<false>(span, kFromSlope | kTermG);
-    case kFromSlope | kTermW | kWantNext:
-      return step_loop<false>(span, kFromSlope | kTermW | kWantNext);
-    case kFromSlope | kSlope:
-      return step_loop<false>(span, kFromSlope | kSlope);
-    case kFromSlope | kSlope | kWantNext:
-      return step_loop<false>(span, kFromSlope | kSlope | kWantNext);
-    case kFromHistory:
-      return step_loop<false>(span, kFromHistory);
-    case kFromHistory | kWantNext:
-      return step_loop<false>(span, kFromHistory | kWantNext);
-    case kFromHistory | kTermA:
-      return step_loop<false>(span, kFromHistory | kTermA);
-    case kFromHistory | kTermA | kWantNext:
-      return step_loop<false>(span, kFromHistory | kTermA | kWantNext);
-    default:
-      return step_loop<true>(span, span.terms);
+  const uint32_t terms = span.terms;
+  const StepCoefficients<T> k = span.k;
+  const int64_t n = span.n;
+  T* out = span.out;
+  const T* m = span.u;
+  if (terms & kTermW) {
+    T* to = span.guided;
+    const T *u = span.u, *c = span.c;
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) to[i] = guided(k.w, u[i], c[i]);
+    m = to;
+  }
+  base_body(span, m, terms & kBaseTerms);
+  for (int j = 0; j < kHistories; ++j) {
+    if (terms & (kTermE0 << j)) add_term(k.e[j], span.h[j], out, n);
+  }
+  if (terms & kTermG) add_term(k.g, span.z, out, n);
+  if (terms & kTermMask) {
+    const T *mask = span.mask, *known = span.known, *z2 = span.z2;
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) out[i] = step_masked(k, terms, out[i], mask[i], known[i], z2[i]);
+  }
+  if (terms & kWantNext) {
+    T* next = span.next;
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) next[i] = mul(k.next, out[i]);
   }
 }
 
@@ -165,26 +142,40 @@ DK_BODY void noising_body(const NoisingSpan<T>& span) {
 }
 
 template <class T>
+DK_BODY T loss_element(const LossSpan<T>& span, const LossCoefficients<T>& k, int64_t i) {
+  const T difference = sub(span.pred[i], affine(k.u, span.x0[i], k.v, span.z[i]));
+  if (span.grad != nullptr) span.grad[i] = mul(k.gradient, difference);
+  return mul(difference, difference);
+}
+
+template <class T>
 DK_BODY T loss_body(const LossSpan<T>& span) {
   const LossCoefficients<T> k = span.k;
-  const T *pred = span.pred, *x0 = span.x0, *z = span.z;
-  T *squares = span.squares, *grad = span.grad;
-  if (grad != nullptr) {
+  T* squares = span.squares;
+  int64_t width = kLossBlock;
+  if (span.n == kLossBlock) {  // the first two folds at once, without storing what they fold
+    width = kLossBlock / 4;
+    const LossSpan<T> s = span;
+    if (s.grad != nullptr) {
 #pragma GCC ivdep
-    for (int64_t i = 0; i < span.n; ++i) {
-      const T difference = sub(pred[i], affine(k.u, x0[i], k.v, z[i]));
-      squares[i] = mul(difference, difference);
-      grad[i] = mul(k.gradient, difference);
+      for (int64_t i = 0; i < width; ++i) {
+        const T even = add(loss_element(s, k, i), loss_element(s, k, i + 2 * width));
+        const T odd = add(loss_element(s, k, i + width), loss_element(s, k, i + 3 * width));
+        squares[i] = add(even, odd);
+      }
+    } else {
+#pragma GCC ivdep
+      for (int64_t i = 0; i < width; ++i) {
+        const T even = add(loss_element(s, k, i), loss_element(s, k, i + 2 * width));
+        const T odd = add(loss_element(s, k, i + width), loss_element(s, k, i + 3 * width));
+        squares[i] = add(even, odd);
+      }
     }
   } else {
-#pragma GCC ivdep
-    for (int64_t i = 0; i < span.n; ++i) {
-      const T difference = sub(pred[i], affine(k.u, x0[i], k.v, z[i]));
-      squares[i] = mul(difference, difference);
-    }
+    for (int64_t i = 0; i < span.n; ++i) squares[i] = loss_element(span, k, i);
+    for (int64_t i = span.n; i < width; ++i) squares[i] = T(0);
   }
-  for (int64_t i = span.n; i < kLossBlock; ++i) squares[i] = T(0);
-  for (int64_t half = kLossBlock / 2; half > 0; half /= 2) {
+  for (int64_t half = width / 2; half > 0; half /= 2) {
 #pragma GCC ivdep
     for (int64_t i = 0; i < half; ++i) squares[i] = add(squares[i], squares[i + half]);
   }

@@ -1,4 +1,6 @@
 // The universal sampler step.
+#include <algorithm>
+
 #include "blocks.h"
 
 namespace dk::cpu {
@@ -11,7 +13,7 @@ template <class T>
 struct Buffers {
   T x[kBlock], u[kBlock], c[kBlock], h[kHistories][kBlock], mask[kBlock], known[kBlock];
   T z[kNoiseRoom], z2[kNoiseRoom];
-  T out[kBlock], x0[kBlock], s[kBlock], next[kBlock];
+  T out[kBlock], x0[kBlock], s[kBlock], next[kBlock], guided[kBlock];
 };
 
 template <class T>
@@ -25,11 +27,16 @@ void run(const StepArgs& args, int64_t begin, int64_t end) {
   if (args.next.data != nullptr) want |= kWantNext;
   if (args.mask.data != nullptr) want |= kTermMask;
 
+  bool all_direct = true;
+  for (const View* view : {&args.x, &args.u, &args.out, &args.x0, &args.s}) {
+    all_direct = all_direct && (view->data == nullptr || is_direct<T>(space, *view));
+  }
+
   StepSpan<T> s;
   const double* row = nullptr;
   int64_t sample = -1;
   for (int64_t i = begin; i < end; ++i) {
-    const Block block = block_at(space, i);
+    Block block = block_at(space, i);
     if (block.sample != sample) {
       sample = block.sample;
       row = args.rows.table != nullptr ? args.rows.table + row_number(args.rows, sample) * kColumns : args.row;
@@ -37,6 +44,11 @@ void run(const StepArgs& args, int64_t begin, int64_t end) {
       s.terms = step_terms(row, want);
     }
     const uint32_t terms = s.terms;
+    if (is_one_loop(terms) && all_direct) {  // no buffers: the rest of the sample is one span
+      const int64_t blocks = std::min(count_blocks(space) - block.begin / kBlock, end - i);
+      block.n = std::min(blocks * kBlock, space.count - block.begin);
+      i += blocks - 1;
+    }
     const auto input = [&](uint32_t readers, const View& view, T* buffer) {
       return (terms & readers) ? load(space, view, block, buffer) : zeros;
     };
@@ -56,16 +68,18 @@ void run(const StepArgs& args, int64_t begin, int64_t end) {
     if (terms & kTermKnownN) {
       s.z2 = draw(space, block, seed_of(args.seeds, sample), static_cast<uint64_t>(row[kKnownStream]), buffers.z2);
     }
-    s.out = target(space, args.out, block, buffers.out);
-    s.x0 = target(space, args.x0, block, buffers.x0);
-    s.s = target(space, args.s, block, buffers.s);
-    s.next = target(space, args.next, block, buffers.next);
+    const std::initializer_list<const T*> later{s.h[0], s.h[1], s.h[2], s.h[3], s.z, s.mask, s.known};
+    s.out = target(space, args.out, block, buffers.out, later);
+    s.x0 = target(space, args.x0, block, buffers.x0, later);
+    s.s = target(space, args.s, block, buffers.s, later);
+    s.next = target(space, args.next, block, buffers.next, later);
+    s.guided = buffers.guided;
     s.n = block.n;
     span(s);
-    store(space, args.out, block, s.out);
-    store(space, args.x0, block, s.x0);
-    store(space, args.s, block, s.s);
-    store(space, args.next, block, s.next);
+    store(space, args.out, block, s.out, buffers.out);
+    store(space, args.x0, block, s.x0, buffers.x0);
+    store(space, args.s, block, s.s, buffers.s);
+    store(space, args.next, block, s.next, buffers.next);
     if (args.next2.data != nullptr) scatter(space, args.next2, block, s.next);
   }
 }

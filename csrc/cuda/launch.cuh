@@ -28,9 +28,7 @@ template <class S, Access access>
 constexpr int kChunks = access == Access::scalar ? 4 : 1;
 
 // Sample of this block; may be >= batch in the last slice of the grid.
-__device__ __forceinline__ int64_t block_sample() {
-  return static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y;
-}
+__device__ __forceinline__ int64_t block_sample() { return static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y; }
 
 struct Shape {
   dim3 grid;
@@ -66,8 +64,7 @@ template <class S, class... Views>
 Access choose_access(const Space& space, bool draws, const Views&... views) {
   constexpr int width = 16 / static_cast<int>(sizeof(S));
   if (space.layout == Layout::strided || !(is_aligned(views, space.batch, width) && ...)) return Access::scalar;
-  const bool reordered =
-      space.layout == Layout::channels_last && space.channels != 1 && space.channels != space.count;
+  const bool reordered = space.layout == Layout::channels_last && space.channels != 1 && space.channels != space.count;
   return width % 4 != 0 || (draws && reordered) ? Access::staged : Access::direct;
 }
 

@@ -1,7 +1,6 @@
 // Weighted squared error and its gradient. One block of threads makes one partial sum (a block of kLossBlock
 // elements, as core/loss.h orders them), then a block a sample adds the partials, then one block adds the samples.
 #include "../core/loss.h"
-
 #include "noise.cuh"
 
 namespace dk::cuda {
@@ -38,13 +37,13 @@ __device__ __forceinline__ T fold_warp(T v) {
   return v;
 }
 
-// Fold of the strided elements lane, lane + kStride, ... of values[N] down to N / kStride = 1.
-template <int N, int kStride, class T>
-__device__ __forceinline__ T fold_strided(const T* values) {
-  if constexpr (N == kStride) {
+// values[0] of the fold of N values down to kLength: values[i] + values[i + half] for half = N / 2, ..., kLength.
+template <int N, int kLength, class T>
+__device__ __forceinline__ T fold(const T* values) {
+  if constexpr (N == kLength) {
     return *values;
   } else {
-    return add(fold_strided<N / 2, kStride>(values), fold_strided<N / 2, kStride>(values + N / 2));
+    return add(fold<N, 2 * kLength>(values), fold<N, 2 * kLength>(values + kLength));
   }
 }
 
@@ -54,16 +53,16 @@ template <class T, int W>
 __device__ __forceinline__ void store_squares(T* squares, int local, const T (&v)[W]) {
   if constexpr (W == 8) {
     const bool second = threadIdx.x & 4;
-    T a[4], b[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      a[j] = second ? v[4 + j] : v[j];
-      b[j] = second ? v[j] : v[4 + j];
-    }
-    store_as<T>(squares, local + (second ? 4 : 0), 4, a);
-    store_as<T>(squares, local + (second ? 0 : 4), 4, b);
+    float4 low = make_float4(v[0], v[1], v[2], v[3]), high = make_float4(v[4], v[5], v[6], v[7]);
+    float4* to = reinterpret_cast<float4*>(squares + local);
+    to[second] = second ? high : low;
+    to[!second] = second ? low : high;
+  } else if constexpr (W == 4) {
+    *reinterpret_cast<float4*>(squares + local) = make_float4(v[0], v[1], v[2], v[3]);
+  } else if constexpr (W == 2) {
+    *reinterpret_cast<double2*>(squares + local) = make_double2(v[0], v[1]);
   } else {
-    store_as<T>(squares, local, W, v);
+    squares[local] = v[0];
   }
 }
 
@@ -115,7 +114,7 @@ __global__ void __launch_bounds__(kLossThreads<S, access>, kMinBlocks) partial_k
   }
   __syncthreads();
   if (threadIdx.x < 32) {
-    const T sum = fold_warp(fold_strided<kLossBlock, 32>(squares + threadIdx.x));
+    const T sum = fold_warp(fold<kLossBlock, 32>(squares + threadIdx.x));
     if (threadIdx.x == 0) static_cast<T*>(args.partials)[b * gridDim.x + blockIdx.x] = sum;
   }
 }
@@ -128,7 +127,7 @@ __device__ __forceinline__ T ordered_sum(const T* values, int64_t count, T* lane
   for (int64_t i = lane; i < count; i += kLossLanes) sum = add(sum, values[i]);
   lanes[lane] = sum;
   __syncthreads();
-  return lane < 32 ? fold_warp(fold_strided<kLossLanes, 32>(lanes + lane)) : T(0);
+  return lane < 32 ? fold_warp(fold<kLossLanes, 32>(lanes + lane)) : T(0);
 }
 
 template <class T>

@@ -58,6 +58,18 @@ __device__ __forceinline__ void assign(double& to, double v) { to = v; }
 __device__ __forceinline__ void assign(float& to, double v) { to = __double2float_rn(v); }
 
 // ----------------------------------------------------------------------------------------------- a chunk, stored
+// Written as instructions: nvcc is free to merge a plain vector store with the one-at-a-time stores of a last chunk,
+// and then there is no vector store left.
+__device__ __forceinline__ void store_16(void* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(__cvta_generic_to_global(to)), "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+__device__ __forceinline__ void store_8(void* to, uint32_t a, uint32_t b) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" : : "l"(__cvta_generic_to_global(to)), "r"(a), "r"(b) : "memory");
+}
+
 // W elements of S as 32-bit words.
 template <class S, int W>
 struct Chunk {
@@ -133,11 +145,11 @@ __device__ __forceinline__ void store_chunk(S* to, int n, const Chunk<S, W>& chu
     if constexpr (C::kBytes >= 16) {
 #pragma unroll
       for (int k = 0; k < C::kBytes / 16; ++k) {
-        reinterpret_cast<uint4*>(to)[k] =
-            make_uint4(chunk.word[4 * k], chunk.word[4 * k + 1], chunk.word[4 * k + 2], chunk.word[4 * k + 3]);
+        store_16(reinterpret_cast<uint4*>(to) + k, chunk.word[4 * k], chunk.word[4 * k + 1], chunk.word[4 * k + 2],
+                 chunk.word[4 * k + 3]);
       }
     } else if constexpr (C::kBytes == 8) {
-      *reinterpret_cast<uint2*>(to) = make_uint2(chunk.word[0], chunk.word[1]);
+      store_8(to, chunk.word[0], chunk.word[1]);
     } else if constexpr (C::kBytes == 4) {
       *reinterpret_cast<uint32_t*>(to) = chunk.word[0];
     } else {

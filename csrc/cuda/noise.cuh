@@ -21,12 +21,15 @@ __device__ __forceinline__ uint64_t seed_of(const Seeds& seeds, int64_t sample) 
   return static_cast<uint64_t>(seeds.data[sample * seeds.stride]);
 }
 
-// Normals of positions begin .. begin + n - 1 (begin is a multiple of 4), to z[0 .. n). All threads of the block call
-// this; it ends with a barrier.
+// Normals of positions begin .. begin + n - 1 (begin is a multiple of 4), to z[0 .. n), and something to the rest of
+// the last chunk, which is read whole. All threads of the block call this; it ends with a barrier.
 __device__ __forceinline__ void stage_noise(const Space& space, uint64_t seed, uint64_t stream, int64_t begin, int n,
                                             float* z) {
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-  if (space.layout != Layout::channels_last || space.channels == 1 || space.channels == space.count) {
+  const bool ordered = space.layout != Layout::channels_last || space.channels == 1 || space.channels == space.count;
+  const int drawn = ordered ? (n + 3) / 4 * 4 : n;
+  if (thread < (-drawn & 7)) z[drawn + thread] = 0.0f;
+  if (ordered) {
     for (int k = thread; 4 * k < n; k += threads) {  // z has room for whole quads
       float quad[4];
       draw_quad(seed, stream, static_cast<uint64_t>(begin / 4 + k), quad);
@@ -70,8 +73,7 @@ __device__ __forceinline__ void stage_noise(const Space& space, uint64_t seed, u
 // Where a block's threads find the noise of their chunks.
 template <class S, Access access, int kTileThreads = static_cast<int>(kThreads)>
 struct NoiseTile {
-  static constexpr int kRoom =
-      access == Access::direct ? 4 : kTileThreads * kWidth<S, access> * kChunks<S, access>;
+  static constexpr int kRoom = access == Access::direct ? 4 : kTileThreads * kWidth<S, access> * kChunks<S, access>;
 };
 
 // Noise of a chunk, `local` = its first position within the tile.

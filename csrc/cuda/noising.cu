@@ -1,6 +1,5 @@
 // Forward noising: x_t, and the target and eps where they are asked for, in one pass.
 #include "../core/noising.h"
-
 #include "noise.cuh"
 
 namespace dk::cuda {
@@ -82,11 +81,12 @@ int run(const NoisingArgs& args, void* stream) {
   for (const View* view : {&args.noise, &args.out, &args.target, &args.eps}) {
     if (view->data != nullptr && view->dtype != args.x0.dtype) return cudaErrorInvalidValue;
   }
-  const Access access = choose_access<S>(args.space, args.seeds.data != nullptr, args.x0, args.noise, args.out,
-                                         args.target, args.eps);
+  const Access access =
+      choose_access<S>(args.space, args.seeds.data != nullptr, args.x0, args.noise, args.out, args.target, args.eps);
   Shape shape;
   const int per_thread = access == Access::scalar ? kChunks<S, Access::scalar> : kWidth<S, Access::direct>;
-  if (!make_shape(args.space.batch, args.space.count, per_thread, kThreads, shape)) return cudaErrorInvalidConfiguration;
+  if (!make_shape(args.space.batch, args.space.count, per_thread, kThreads, shape))
+    return cudaErrorInvalidConfiguration;
   if (access == Access::scalar) return launch(noising_kernel<S, Access::scalar>, shape, stream, args);
   if constexpr (sizeof(S) != 8) {
     if (access == Access::direct) return launch(noising_kernel<S, Access::direct>, shape, stream, args);

@@ -33,7 +33,8 @@ int run(const RandnArgs& args, void* stream) {
   const Access access = choose_access<S>(args.space, true, args.out);
   Shape shape;
   const int per_thread = access == Access::scalar ? kChunks<S, Access::scalar> : kWidth<S, Access::direct>;
-  if (!make_shape(args.space.batch, args.space.count, per_thread, kThreads, shape)) return cudaErrorInvalidConfiguration;
+  if (!make_shape(args.space.batch, args.space.count, per_thread, kThreads, shape))
+    return cudaErrorInvalidConfiguration;
   if (access == Access::scalar) return launch(randn_kernel<S, Access::scalar>, shape, stream, args);
   if constexpr (sizeof(S) != 8) {
     if (access == Access::direct) return launch(randn_kernel<S, Access::direct>, shape, stream, args);

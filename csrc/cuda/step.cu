@@ -1,6 +1,5 @@
 // The universal sampler step.
 #include "../core/step.h"
-
 #include "noise.cuh"
 
 namespace dk::cuda {
@@ -70,11 +69,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) step_kernel(const StepPa
   if (args.rows.table != nullptr) {
     if (threadIdx.x == 0) {
       const int64_t number = row_number(args.rows, b);
-      if (number < 0) {
-        shared_row.terms = kInvalid | (params.want & kWants);
-      } else {
-        shared_row = make_row<T>(args.rows.table + number * kColumns, params.want, args);
-      }
+      shared_row = number < 0 ? StepRow<T>{{}, kInvalid | (params.want & kWants), 0, 0}
+                              : make_row<T>(args.rows.table + number * kColumns, params.want, args);
     }
     __syncthreads();
     row = shared_row;
@@ -164,12 +160,13 @@ int run(const StepArgs& args, void* stream) {
     const bool by_address = (params.row.terms & kReadsNoise) && args.noise.data == nullptr;
     draws = draws && (by_address || (params.row.terms & kTermKnownN));
   }
-  const Access access = choose_access<S>(args.space, draws, args.x, args.u, args.c, args.h[0], args.h[1], args.h[2],
-                                         args.h[3], args.noise, args.mask, args.known, args.out, args.x0, args.s,
-                                         args.next, args.next2);
+  const Access access =
+      choose_access<S>(args.space, draws, args.x, args.u, args.c, args.h[0], args.h[1], args.h[2], args.h[3],
+                       args.noise, args.mask, args.known, args.out, args.x0, args.s, args.next, args.next2);
   Shape shape;
   const int per_thread = access == Access::scalar ? kChunks<S, Access::scalar> : kWidth<S, Access::direct>;
-  if (!make_shape(args.space.batch, args.space.count, per_thread, kThreads, shape)) return cudaErrorInvalidConfiguration;
+  if (!make_shape(args.space.batch, args.space.count, per_thread, kThreads, shape))
+    return cudaErrorInvalidConfiguration;
   bool full = args.mask.data != nullptr;
   for (const View& history : args.h) full = full || history.data != nullptr;
   return full ? run_as<S, true>(access, shape, stream, params) : run_as<S, false>(access, shape, stream, params);

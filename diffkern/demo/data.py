@@ -1,4 +1,5 @@
-"""The handwritten digits of scikit-learn: 1797 grey images of 8 x 8, shipped inside that package, so nothing is downloaded."""
+"""The handwritten digits of scikit-learn: 1797 grey images of 8 x 8, shipped inside that package, so nothing is
+downloaded."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ LEVELS = 16  # grey values 0..16
 
 @dataclasses.dataclass(frozen=True)
 class Digits:
-    """The data, split once and for all: images float32 [N, 1, 8, 8] in [-1, 1], -1 is background; labels int64 [N] in 0..9."""
+    """The data, split once and for all: images float32 [N, 1, 8, 8] in [-1, 1], -1 is background; labels int64 [N] in
+    0..9."""
 
     images: Tensor
     labels: Tensor
@@ -28,8 +30,8 @@ class Digits:
 def load_digits(held_out: float = 0.2, seed: int = 0) -> Digits:
     """The digits, the share `held_out` of each class kept apart; the same split for the same seed everywhere.
 
-    Neither the diffusion model nor the classifier sees the images kept apart: they tell how good the classifier is, and which Frechet
-    distance real digits have.
+    Neither the diffusion model nor the classifier sees the images kept apart: they tell how good the classifier is,
+    and which Frechet distance real digits have.
     """
     if not 0.0 < held_out < 1.0:
         raise ValueError(f"held_out must lie in (0, 1), got {held_out}")

@@ -1,8 +1,8 @@
-"""How good are the generated digits: agreement with the asked-for class, and the Frechet distance, both by a classifier of real digits.
-
-The classifier is a small convolutional network trained on the real digits in some seconds; its last hidden layer gives the features. The
-Frechet distance is that of Heusel et al. 2017 (lecture 002) with these features in the place of Inception's: numbers compare with each
-other inside this demo, not with published FIDs.
+"""How good are the generated digits: agreement with the asked-for class, and the Frechet distance, both by a
+classifier of real digits.
+ The classifier is a small convolutional network trained on the real digits in some seconds; its last hidden layer
+gives the features. The Frechet distance is that of Heusel et al. 2017 (lecture 002) with these features in the place
+of Inception's: numbers compare with each other inside this demo, not with published FIDs.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class Classifier(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Quality:
-    """What is measured of a set of images: the share given the asked-for class, and the Frechet distance to the training images."""
+    """What is measured of a set of images: the share given the asked-for class, and the Frechet distance to the
+    training images."""
 
     agreement: float
     frechet: float
@@ -93,18 +94,22 @@ def frechet_distance(
     mean_b: NDArray[np.float64],
     covariance_b: NDArray[np.float64],
 ) -> float:
-    """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) of two normal distributions, in float64 (Heusel et al. 2017; lecture 002).
+    """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) of two normal distributions, in float64 (Heusel et al. 2017;
+    lecture 002).
 
-    The trace of (A B)^(1/2) is that of the symmetric (A^(1/2) B A^(1/2))^(1/2), so eigenvalues of symmetric matrices suffice.
+    The trace of (A B)^(1/2) is that of the symmetric (A^(1/2) B A^(1/2))^(1/2), so eigenvalues of symmetric matrices
+    suffice.
     """
     values, vectors = np.linalg.eigh(covariance_a)
     root = (vectors * np.sqrt(np.clip(values, 0.0, None))) @ vectors.T
     cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ covariance_b @ root), 0.0, None)).sum()
-    return float(((mean_a - mean_b) ** 2).sum() + np.trace(covariance_a) + np.trace(covariance_b) - 2.0 * cross)
+    distance = ((mean_a - mean_b) ** 2).sum() + np.trace(covariance_a) + np.trace(covariance_b) - 2.0 * cross
+    return max(0.0, float(distance))  # rounding can leave a few 1e-11 below zero where both are the same
 
 
 def train_judge(digits: Digits, *, epochs: int = 30, seed: int = 0, progress: bool = True) -> Judge:
-    """A classifier trained on the real digits, shifted by up to one pixel for robustness; about ten seconds on two cores."""
+    """A classifier trained on the real digits, shifted by up to one pixel for robustness; about ten seconds on two
+    cores."""
     tqdm = need("tqdm", "tqdm").tqdm
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

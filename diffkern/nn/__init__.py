@@ -7,7 +7,6 @@ from diffkern.nn.unet import (
     SelfAttention,
     UNet,
     UNetConfig,
-    drop_condition,
     group_norm,
     sinusoidal_embedding,
 )
@@ -17,7 +16,6 @@ __all__ = [
     "SelfAttention",
     "UNet",
     "UNetConfig",
-    "drop_condition",
     "group_norm",
     "sinusoidal_embedding",
 ]

@@ -1,12 +1,11 @@
 """A small class-conditional UNet and the blocks it is made of.
-
-The network of the lectures (000 and 002, sections on the UNet) and of Ho et al. 2020, Nichol and Dhariwal 2021: residual blocks in
-pre-activation order (GroupNorm, SiLU, convolution), the sinusoidal embedding of the time brought into every one of them, self-attention
-over the 2-D grid at the low resolutions, skip connections from the way down to the way up. The blocks know nothing of the network around
-them, so that larger members of the family can be put together from the same parts; `UNetConfig` says which network is meant, as plain
-data, and is what a checkpoint stores.
-
-Nothing here depends on the noise schedule: the time is a number, an integer step or a real one, and the network embeds it.
+ The network of the lectures (000 and 002, sections on the UNet) and of Ho et al. 2020, Nichol and Dhariwal 2021:
+residual blocks in pre-activation order (GroupNorm, SiLU, convolution), the sinusoidal embedding of the time brought
+into every one of them, self-attention over the 2-D grid at the low resolutions, skip connections from the way down to
+the way up. The blocks know nothing of the network around them, so that larger members of the family can be put
+together from the same parts; `UNetConfig` says which network is meant, as plain data, and is what a checkpoint stores.
+ Nothing here depends on the noise schedule: the time is a number, an integer step or a real one, and the network
+embeds it.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ class UNetConfig:
     attention_levels   levels with self-attention after each block; the middle of the network always has it
     heads              attention heads
     embedding          width of the embedding of time and class
-    classes            number of classes; 0 for a network without condition. Class index ``classes`` means "no condition"
-    modulation         "scale_shift": adaptive group norm, h = (1 + scale) GroupNorm(h) + shift; "add": the embedding is added to h
+    classes            number of classes, 0 for a network without condition; class index ``classes`` is "no condition"
+    modulation         "scale_shift": adaptive group norm, (1 + scale) GroupNorm(h) + shift; "add": GroupNorm(h + shift)
     dropout            dropout before the second convolution of a residual block
     time_scale         the time is multiplied by this before the sinusoids (1000 for times in [0, 1])
     """
@@ -67,7 +66,8 @@ class UNetConfig:
         factor = 2 ** (len(self.multipliers) - 1)
         if self.image_size % factor:
             raise ValueError(
-                f"UNetConfig.image_size must be divisible by {factor} for {len(self.multipliers)} levels, got {self.image_size}"
+                f"UNetConfig.image_size must be divisible by {factor} for {len(self.multipliers)} levels, "
+                f"got {self.image_size}"
             )
         if any(not 0 <= level < len(self.multipliers) for level in self.attention_levels):
             raise ValueError(
@@ -115,7 +115,8 @@ def group_norm(channels: int, most_groups: int = 8) -> nn.GroupNorm:
 
 
 def _zeroed(module: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
-    """The module with weights and bias 0: a residual branch that starts as the identity (lecture 002; Ho et al. 2020)."""
+    """The module with weights and bias 0: a residual branch that starts as the identity (lecture 002; Ho et al.
+    2020)."""
     nn.init.zeros_(module.weight)
     if module.bias is not None:
         nn.init.zeros_(module.bias)
@@ -132,11 +133,12 @@ def _resample(x: Tensor, kind: Resample) -> Tensor:
 
 
 class ResBlock(nn.Module):
-    """Pre-activation residual block: GroupNorm, SiLU, conv 3x3, embedding, GroupNorm, SiLU, dropout, conv 3x3, plus the skip.
+    """Pre-activation residual block: GroupNorm, SiLU, conv 3x3, embedding, GroupNorm, SiLU, dropout, conv 3x3, plus
+    the skip.
 
-    [B, C_in, H, W] and the embedding [B, E] to [B, C_out, H', W']. The embedding of time and class enters between the convolutions, either
-    as adaptive group norm, (1 + scale) GroupNorm(h) + shift, or added to h. With resample "down" or "up" both branches change the
-    resolution (the BigGAN block of Dhariwal and Nichol 2021; lecture 002).
+    [B, C_in, H, W] and the embedding [B, E] to [B, C_out, H', W']. The embedding of time and class enters between the
+    convolutions, either as adaptive group norm, (1 + scale) GroupNorm(h) + shift, or added to h. With resample "down"
+    or "up" both branches change the resolution (the BigGAN block of Dhariwal and Nichol 2021; lecture 002).
     """
 
     def __init__(
@@ -174,7 +176,8 @@ class ResBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Self-attention with several heads over the H W positions of the grid, pre-norm and residual: [B, C, H, W] to the same."""
+    """Self-attention with several heads over the H W positions of the grid, pre-norm and residual: [B, C, H, W] to the
+    same."""
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
@@ -210,9 +213,10 @@ class _Stage(nn.Module):
 class UNet(nn.Module):
     """eps(x_t, t, class), or whichever prediction the network is trained for.
 
-    ``model(x, t)`` or ``model(x, t, cond)``: x float [B, C, H, W], t [B] (or 0-dim) of any dtype, cond int64 [B] with values 0..classes;
-    the value `null_class` = ``classes``, also meant when cond is None, is the network without condition, which classifier-free guidance
-    needs. Returns [B, out_channels, H, W]. A wrong shape or class is a ValueError.
+    ``model(x, t)`` or ``model(x, t, cond)``: x float [B, C, H, W], t [B] (or 0-dim) of any dtype, cond int64 [B] with
+    values 0..classes; the value `null_class` = ``classes``, also meant when cond is None, is the network without
+    condition, which classifier-free guidance needs. Returns [B, out_channels, H, W]. A wrong shape or class is a
+    ValueError.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -257,12 +261,15 @@ class UNet(nn.Module):
         )
 
         self.up = nn.ModuleList()
+        self.takes_skip: list[bool] = []  # every stage on the way up, but for those that change the resolution
         for level, width in reversed(list(enumerate(widths))):
             for _ in range(config.blocks + 1):
                 self.up.append(stage(current + skips.pop(), width, level))
+                self.takes_skip.append(True)
                 current = width
             if level:
                 self.up.append(_Stage(block(current, current, "up")))
+                self.takes_skip.append(False)
 
         self.norm = group_norm(current)
         self.leave = _zeroed(nn.Conv2d(current, config.out_channels, 3, padding=1))
@@ -307,21 +314,7 @@ class UNet(nn.Module):
             skips.append(h)
         for stage in self.middle:
             h = stage(h, embedding)
-        for stage in self.up:
-            resamples = stage.block.resample == "up"  # the one kind of stage on the way up that takes no skip
-            h = stage(h if resamples else torch.cat([h, skips.pop()], dim=1), embedding)
+        for stage, takes_skip in zip(self.up, self.takes_skip, strict=True):
+            h = stage(torch.cat([h, skips.pop()], dim=1) if takes_skip else h, embedding)
         out: Tensor = self.leave(F.silu(self.norm(h)))
         return out
-
-
-def drop_condition(cond: Tensor, null_class: int, keep: Tensor) -> Tensor:
-    """The classes with those where `keep` is False replaced by "no condition" (Ho and Salimans 2022; lectures 000 and 002).
-
-    Trained on a mixture of both, one network knows eps(x_t, t, class) and eps(x_t, t), and classifier-free guidance can combine them.
-    cond int64 [B], keep bool [B]; returns int64 [B].
-    """
-    if cond.shape != keep.shape or keep.dtype != torch.bool:
-        raise ValueError(
-            f"keep must be a bool tensor of shape {tuple(cond.shape)}, got {keep.dtype} {tuple(keep.shape)}"
-        )
-    return torch.where(keep, cond, null_class)

@@ -17,10 +17,10 @@ void run(const dk::LossArgs& args) {
 
 }  // namespace
 
-#define DEFINE(NAME)                        \
+#define DEFINE(NAME)                          \
   extern "C" int dk_##NAME(FLAT_PARAMETERS) { \
-    run(flat::NAME(FLAT_ARGUMENTS));        \
-    return 0;                               \
+    run(flat::NAME(FLAT_ARGUMENTS));          \
+    return 0;                                 \
   }
 FLAT_OPS(DEFINE)
 

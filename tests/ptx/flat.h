@@ -103,7 +103,7 @@ inline dk::StepArgs step(const int64_t* s, const int64_t* views, const int64_t* 
 
 // One C function an op, all with the same signature.
 #define FLAT_OPS(OP) OP(randn) OP(noising) OP(loss) OP(step)
-#define FLAT_PARAMETERS                                                                                     \
-  const int64_t *s, const int64_t *views, const int64_t *rows, const int64_t *seeds, uint64_t stream,       \
+#define FLAT_PARAMETERS                                                                               \
+  const int64_t *s, const int64_t *views, const int64_t *rows, const int64_t *seeds, uint64_t stream, \
       const int64_t *extra, const double *row
 #define FLAT_ARGUMENTS s, views, rows, seeds, stream, extra, row

@@ -20,8 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROOT = Path(os.environ.get("DIFFKERN_PTX_ROOT", Path(__file__).resolve().parent.parent.parent))
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+# tools/mutants.py puts changed copies of core and cuda here; the CPU kernels always come from the tree.
+CUDA_CSRC = Path(os.environ.get("DIFFKERN_PTX_CSRC", ROOT / "csrc"))
 CUDA_FILES = ("randn.cu", "noising.cu", "step.cu", "loss.cu")
 CPU_FILES = ("isa", "isa_portable", "isa_avx2", "isa_avx512", "blocks", "randn", "noising", "step", "loss")
 # As in CMakeLists.txt; ptxas has no part in the tests, so it need not optimise.
@@ -31,7 +33,14 @@ CPU_FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 CODES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.uint8: 4, torch.bool: 4}
 MAX_DIMS = 6
-LAYOUTS = {"contiguous": 0, "misaligned": 0, "padded": 0, "channels_last": 1, "channels_last_misaligned": 1, "strided": 2}
+LAYOUTS = {
+    "contiguous": 0,
+    "misaligned": 0,
+    "padded": 0,
+    "channels_last": 1,
+    "channels_last_misaligned": 1,
+    "strided": 2,
+}
 
 # Views of the PODs in core/args.h, in the order of flat.h.
 VIEWS = {
@@ -40,7 +49,8 @@ VIEWS = {
     "loss": ("pred", "x0", "noise", "grad"),
     "step": ("x", "u", "c", "h0", "h1", "h2", "h3", "noise", "mask", "known", "out", "x0", "s", "next", "next2"),
 }
-COLUMNS = "w p q r clip a b d e0 e1 e2 e3 g A B D k known_s known_n stream known_stream".split()
+COLUMNS = ("w", "p", "q", "r", "clip", "a", "b", "d", "e0", "e1", "e2", "e3", "g", "A", "B", "D", "k")
+COLUMNS += ("known_s", "known_n", "stream", "known_stream")
 LOSS_BLOCK = 1024
 
 
@@ -76,7 +86,7 @@ def empty(layout: str, batch: int, shape: Sequence[int], dtype: torch.dtype) -> 
         return torch.empty(batch * count + 1, dtype=dtype)[1:].view(batch, *shape)
     if layout == "padded":  # a gap between samples that keeps them aligned
         stride = (count + 15) // 16 * 16 + 16
-        return torch.empty(batch, stride, dtype=dtype)[:, :count].unflatten(1, tuple(shape))
+        return torch.empty(batch, stride, dtype=dtype)[:, :count].view(batch, *shape)
     if layout.startswith("channels_last"):
         channels, inner = shape[0], shape[1:]
         if layout == "channels_last":
@@ -97,16 +107,20 @@ def place(values: Tensor, layout: str) -> Tensor:
     return out
 
 
+def bits(a: Tensor) -> Tensor:
+    return a.clone(memory_format=torch.contiguous_format).view(
+        {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[a.element_size()]
+    )
+
+
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Bit for bit, where every NaN equals every NaN (a GPU's NaNs have other payloads than a CPU's)."""
     return first_difference(a, b) is None
 
 
 def first_difference(a: Tensor, b: Tensor) -> str | None:
-    assert a.shape == b.shape and a.dtype == b.dtype, (a.shape, b.shape, a.dtype, b.dtype)
-    as_int = {8: torch.int64, 4: torch.int32, 2: torch.int16}[a.element_size()]
-    a, b = a.contiguous(), b.contiguous()
-    wrong = (a.view(as_int) != b.view(as_int)) & ~(a.isnan() & b.isnan())
+    assert (a.shape, a.dtype) == (b.shape, b.dtype)
+    wrong = (bits(a) != bits(b)) & ~(a.isnan() & b.isnan())
     if not wrong.any():
         return None
     at = tuple(int(i) for i in wrong.nonzero()[0])
@@ -207,7 +221,9 @@ def _invoke(lib: ctypes.CDLL, call: Call, results: dict[str, Tensor], views: dic
     values = None if call.row is None else (ctypes.c_double * len(COLUMNS))(*call.row)
     function = getattr(lib, f"dk_{call.op}")
     return int(
-        function(_ints(space), _ints(words), _ints(rows), _ints(seeds), ctypes.c_uint64(call.stream), _ints(extra), values)
+        function(
+            _ints(space), _ints(words), _ints(rows), _ints(seeds), ctypes.c_uint64(call.stream), _ints(extra), values
+        )
     )
 
 
@@ -217,7 +233,16 @@ class Cpu:
     def __init__(self, cache: Path) -> None:
         self.path = cache / "cpu.so"
         sources = [HERE / "cpu.cpp", *(ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in CPU_FILES)]
-        command = ["g++", *CPU_FLAGS, "-shared", "-fPIC", f"-I{ROOT / 'csrc'}", *map(str, sources), "-o", str(self.path)]
+        command = [
+            "g++",
+            *CPU_FLAGS,
+            "-shared",
+            "-fPIC",
+            f"-I{ROOT / 'csrc'}",
+            *map(str, sources),
+            "-o",
+            str(self.path),
+        ]
         subprocess.run(command, check=True)
         self.lib = ctypes.CDLL(str(self.path))
 
@@ -238,8 +263,8 @@ class Device:
         from ptxsim.host import MEM, Host
 
         find_nvcc()
-        files = [*(str(ROOT / "csrc" / "cuda" / name) for name in CUDA_FILES), str(HERE / "launch.cu")]
-        includes = [str(ROOT / "csrc")]
+        files = [*(str(CUDA_CSRC / "cuda" / name) for name in CUDA_FILES), str(HERE / "launch.cu")]
+        includes = [str(CUDA_CSRC)]
         if Device._host is None:
             Device._host = Host(files, arch="sm_80", includes=includes, flags=NVCC_FLAGS, race_global=True)
         self.arch = arch
@@ -269,7 +294,7 @@ class Device:
         for name, tensor in call.inputs.items():
             if tensor.numel() and name not in overwritten:
                 host.register(tensor, name, readonly=True)
-                before[name] = tensor.clone()
+                before[name] = bits(tensor)
         for name in ("table", "index", "seeds"):
             if getattr(call, name) is not None:
                 host.register(getattr(call, name), name, readonly=True)
@@ -285,8 +310,7 @@ class Device:
                 if complete and tensor.numel() and name not in call.in_place:
                     assert host.unwritten(tensor) == 0, f"{name}: {host.unwritten(tensor)} bytes were not written"
             for name, tensor in before.items():
-                as_bytes = tensor.contiguous().view(torch.uint8), before[name].contiguous().view(torch.uint8)
-                assert torch.equal(*as_bytes), f"{name} was changed"
+                assert torch.equal(bits(tensor), before[name]), f"{name} was changed"
             for launch in self.launches:
                 assert not launch.warnings, launch.warnings
                 assert launch["local"]["bytes"] == 0, "a kernel uses local memory"

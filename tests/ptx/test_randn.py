@@ -87,7 +87,9 @@ def test_sizes(device: Device, cpu: Cpu, dtype: torch.dtype, layout: str) -> Non
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "shape", [(3, 343), (4, 256), (4, 8, 40), (5, 3), (37, 13), (64, 20), (300, 5), (601, 2), (1500, 1), (1, 77)], ids=str
+    "shape",
+    [(3, 343), (4, 256), (4, 8, 40), (5, 3), (37, 13), (64, 20), (300, 5), (601, 2), (1500, 1), (1, 77)],
+    ids=str,
 )
 def test_channels_last(device: Device, cpu: Cpu, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     for layout in ("channels_last", "channels_last_misaligned"):

@@ -1,0 +1,266 @@
+"""The calls whose results are compared between devices: every op over shapes, layouts, dtypes and its options."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from gpu.harness import HOST, Target, assert_same, cycle
+from op_cases import LAYOUTS, ROWS, SHAPES, arrange, table, values
+from torch import Tensor
+
+from diffkern import ops
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+INPUT_LAYOUTS = (*LAYOUTS, "misaligned")
+OUTPUT_LAYOUTS = ("contiguous", "channels_last", "permuted", "sliced", "misaligned")
+# Past the 65535 blocks of a grid's second dimension, several blocks a sample, more blocks than the loss has lanes.
+LARGE = [(65539, 3), (2, 3, 131, 127), (1, 1024 * 259 + 13)]
+STREAMS = (0, 9, 1 << 40, 2**53 - 1)
+OUTPUTS = {
+    "randn": ("out",),
+    "noising": ("out", "target", "eps"),
+    "loss": ("value", "grad"),
+    "step": ("out", "x0", "s", "next"),
+}
+NOISING = torch.tensor(
+    [[0.9, 0.43, 0.43, -0.9], [0.2, 0.98, 0.98, -0.2], [1.0, 0.001, 0.0, 1.0], [0.3, 0.7, 1.0, 0.0], [0.5, 0, 2, 0]],
+    dtype=torch.float64,
+)
+LOSS = torch.tensor(
+    [[0.0, 1.0, 1.0], [1.0, 0.0, 0.7], [0.43, -0.9, 1.3], [-1.0, 1.0, 0.1], [0.3, 0.4, 25.0]], dtype=torch.float64
+)
+STEPS = table(*ROWS.values())
+GUIDED = {name for name, row in ROWS.items() if row.get("w")}
+STATES = ("x", "h0", "h1", "h2", "h3", "known")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of torch.ops.diffkern.<op> with these arguments, all on the CPU."""
+
+    op: str
+    arguments: dict[str, Any]
+    what: str
+    stays: tuple[str, ...] = ()
+    """Arguments that stay on the CPU whatever the device: a table whose row is read on the host."""
+
+    def on(self, target: Target) -> dict[str, Any]:
+        """The arguments on the device."""
+        there = target.move({name: a for name, a in self.arguments.items() if name not in self.stays})
+        return {name: there.get(name, a) for name, a in self.arguments.items()}
+
+    def run(self, target: Target) -> dict[str, Tensor]:
+        """The results that were asked for, on the device."""
+        returned = getattr(torch.ops.diffkern, self.op)(**self.on(target))
+        results = returned if isinstance(returned, tuple) else (returned,)
+        return {name: t for name, t in zip(OUTPUTS[self.op], results, strict=True) if t is not None}
+
+    def __str__(self) -> str:
+        return f"{self.op}, {self.what}"
+
+
+def lay(x: Tensor, layout: str) -> Tensor:
+    """`arrange`, and "misaligned": contiguous, one element past an aligned address."""
+    if layout != "misaligned":
+        return arrange(x, layout)
+    buffer = x.new_zeros(x.numel() + 1)[1:].view(x.shape)
+    return buffer.copy_(x)
+
+
+def seeds_of(batch: int) -> Tensor:
+    """Seeds of any sign, the extremes among them."""
+    seeds = ops.seeds(17, batch)
+    seeds[: min(batch, 3)] = torch.tensor([-1, 2**63 - 1, -(2**63)])[:batch]
+    return seeds
+
+
+def special(x: Tensor) -> Tensor:
+    """x with zeros of both signs, infinities, NaN, subnormal and large numbers in it."""
+    odd = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 3e-8, -1e-40, 60000.0, 1e30], dtype=torch.float64)
+    pick = torch.randint(0, 40, x.shape, generator=torch.Generator().manual_seed(x.numel()))
+    return torch.where(pick < len(odd), odd[pick.clamp(max=len(odd) - 1)].to(x.dtype), x)
+
+
+def index_of(form: str, batch: int, rows: int) -> Tensor | None:
+    """A row for each sample or one for all; "none" only where the table is made to fit."""
+    some = torch.arange(batch) * 3 % rows
+    forms: dict[str, Tensor | None] = {
+        "each": some,
+        "each int32": some.int(),
+        "each strided": torch.stack([some, some]).t().reshape(-1)[::2],
+        "each expanded": torch.tensor([2 % rows]).expand(batch),
+        "one": torch.tensor(1 % rows),
+        "one int32": torch.tensor(2 % rows, dtype=torch.int32),
+        "none": None,
+    }
+    return forms[form]
+
+
+INDEX_FORMS = ("each", "each int32", "none", "one", "each strided", "one int32", "each expanded")
+
+
+def rows_for(form: str, rows: Tensor, batch: int) -> Tensor:
+    """The table; without an index it has one row a sample, or one."""
+    if form != "none":
+        return rows
+    return rows[torch.arange(batch) % len(rows)] if batch % 2 else rows[:1].clone()
+
+
+# -------------------------------------------------------------------------------------------------------------- randn
+def randn_calls(dtype: torch.dtype) -> Iterator[Call]:
+    """Noise of every shape, on streams up to the last."""
+    for shape, stream in zip([*SHAPES, *LARGE], cycle(*STREAMS), strict=False):
+        seeds = seeds_of(shape[0])
+        forms = {"": seeds, ", strided seeds": torch.stack([seeds, seeds]).t().reshape(-1)[::2]}
+        if shape[0]:
+            forms[", one seed for all"] = seeds[:1].expand(shape[0])
+        for what, given in forms.items():
+            arguments = {"size": list(shape), "seeds": given, "stream": stream, "dtype": dtype}
+            yield Call("randn", arguments, f"{dtype} {shape}, stream {stream}{what}")
+
+
+# ------------------------------------------------------------------------------------------------------------ noising
+def noising_calls(dtype: torch.dtype, layout: str) -> Iterator[Call]:
+    """Noise by address and as a tensor, every form of index, with and without target and eps."""
+    forms, wants = cycle(*INDEX_FORMS), cycle((True, True), (False, False), (True, False), (False, True))
+    for shape in [*SHAPES, *(LARGE if layout == "contiguous" else [])]:
+        for source in ("address", "tensor", "permuted tensor", "address, special values"):
+            x0, form, (want_target, want_eps) = values(shape, 1, dtype), next(forms), next(wants)
+            if "special" in source:
+                x0 = special(x0)
+            by_address = source.startswith("address")
+            noise = None if by_address else lay(values(shape, 2, dtype), "permuted" if "permuted" in source else layout)
+            arguments = {
+                "x0": lay(x0, layout),
+                "table": rows_for(form, NOISING, shape[0]),
+                "index": index_of(form, shape[0], len(NOISING)),
+                "seeds": seeds_of(shape[0]) if by_address else None,
+                "stream": 1 << 40,
+                "noise": noise,
+                "want_target": want_target,
+                "want_eps": want_eps,
+            }
+            yield Call("noising", arguments, f"{dtype} {shape} {layout}, {source}, index {form}")
+
+
+# --------------------------------------------------------------------------------------------------------------- loss
+def loss_calls(dtype: torch.dtype, layout: str) -> Iterator[Call]:
+    """Predictions of every dtype, the three reductions, with and without the gradient."""
+    forms, reductions, grads = cycle(*INDEX_FORMS), cycle(0, 1, 2), cycle(True, True, False)
+    pred_dtypes = cycle(dtype, *DTYPES)
+    for shape in [*SHAPES, *(LARGE if layout == "contiguous" else [])]:
+        for source in ("address", "tensor", "address", "permuted tensor"):
+            form, reduction, pred_dtype = next(forms), next(reductions), next(pred_dtypes)
+            noise = lay(values(shape, 2, dtype), "permuted" if "permuted" in source else layout)
+            arguments = {
+                "pred": lay(values(shape, 3, pred_dtype), layout),
+                "x0": lay(values(shape, 1, dtype), layout),
+                "table": rows_for(form, LOSS, shape[0]),
+                "index": index_of(form, shape[0], len(LOSS)),
+                "seeds": seeds_of(shape[0]) if source == "address" else None,
+                "stream": 1 << 40,
+                "noise": None if source == "address" else noise,
+                "reduction": reduction,
+                "want_grad": next(grads),
+            }
+            what = f"{dtype} {shape} {layout}, prediction {pred_dtype}, {source}, index {form}, reduction {reduction}"
+            yield Call("loss", arguments, what)
+
+
+def order_may_differ(call: Call) -> bool:
+    """Whether CPU and GPU add a sample's squares in different orders: the GPU walks channels_last memory for any number
+    of channels, the CPU up to 16 where it draws noise. The gradient, one element each, has the same bits.
+    """
+    x0 = call.arguments["x0"]
+    walks_channels = x0.dim() >= 3 and x0.shape[1] > 16 and x0.stride(1) == 1
+    return call.op == "loss" and call.arguments["seeds"] is not None and walks_channels
+
+
+# --------------------------------------------------------------------------------------------------------------- step
+def step_operands(shape: tuple[int, ...], dtype: torch.dtype, model: torch.dtype, layout: str) -> dict[str, Tensor]:
+    """All state operands and two predictions, with different values."""
+    made = {name: lay(values(shape, k, dtype), layout) for k, name in enumerate(STATES)}
+    return {**made, **{name: lay(values(shape, k, model), layout) for k, name in ((11, "m"), (12, "m2"))}}
+
+
+def step_call(what: str, operands: dict[str, Any], stays: tuple[str, ...] = (), **more: Any) -> Call:
+    """A call of `step` with everything that is not named absent."""
+    absent = dict.fromkeys(("x", "m", "m2", "h0", "h1", "h2", "h3"))
+    rest = {"row": 0, "index": None, "seeds": None, "noise": None, "mask": None, "known": None}
+    want = {"want_x0": False, "want_s": False, "next_copies": 0, "next_dtype": None}
+    return Call("step", {**absent, **rest, **want, "table": STEPS, **operands, **more}, what, stays)
+
+
+def step_calls(dtype: torch.dtype, layout: str) -> Iterator[Call]:
+    """Every row: from a table on the host, one on the device, and through an index; masks, guidance, outputs."""
+    sources = cycle("host", "device", "one", "one int32", "each", "each int32", "each strided")
+    masks, models = cycle(None, torch.bool, None, torch.uint8, dtype), cycle(*DTYPES)
+    wants = cycle((True, True, 1), (False, False, 0), (True, False, 2), (False, True, 2))
+    following, shapes, noises = cycle(None, *DTYPES), cycle(*SHAPES), cycle(False, True, False, False)
+    for k, (name, row) in enumerate(ROWS.items()):
+        for _ in range(9):  # coprime to the lengths of most cycles
+            shape, source, mask, model = next(shapes), next(sources), next(masks), next(models)
+            operands: dict[str, Any] = step_operands(shape, dtype, model, layout)
+            batch, by_tensor = shape[0], next(noises) and not row.get("known_n")
+            if name not in GUIDED:
+                del operands["m2"]
+            elif batch % 2:
+                second = operands.pop("m2")
+                operands["m"] = lay(torch.cat([operands["m"], second]), layout)
+            if mask is None:
+                del operands["known"]
+            else:
+                weights = values(shape, 30).mul(2).clamp(0, 1)
+                operands["mask"] = lay(weights.to(mask) if mask.is_floating_point else weights.gt(0).to(mask), layout)
+            want_x0, want_s, copies = next(wants)
+            index = None if source in ("host", "device") else index_of(source, batch, len(STEPS))
+            if index is not None:
+                index.fill_(k)
+            yield step_call(
+                f"{name}, {dtype} {shape} {layout}, model {model}, table {source}, mask {mask}",
+                operands,
+                ("table",) if source == "host" else (),
+                row=k,
+                index=index,
+                seeds=None if by_tensor else seeds_of(batch),
+                noise=lay(values(shape, 20, dtype), layout) if by_tensor else None,
+                want_x0=want_x0,
+                want_s=want_s,
+                next_copies=copies,
+                next_dtype=next(following),
+            )
+
+
+def mixed_row_calls(dtype: torch.dtype) -> Iterator[Call]:
+    """Every sample at a row of its own, rows of all kinds in one launch; then special values, and a large batch."""
+    batch = len(STEPS)
+    for layout in INPUT_LAYOUTS:
+        for shape in ((batch, 3, 41), (batch, 4, 16, 17)):
+            operands: dict[str, Any] = step_operands(shape, dtype, torch.float16, layout)
+            operands["mask"] = lay(values(shape, 30).gt(0), layout)
+            order = torch.randperm(batch, generator=torch.Generator().manual_seed(3))
+            want = {"want_x0": True, "want_s": True, "next_copies": 2, "next_dtype": torch.bfloat16}
+            what = f"a row of each, {dtype} {shape} {layout}"
+            yield step_call(what, operands, index=order, seeds=seeds_of(batch), **want)
+    for shape in LARGE:
+        operands = {name: special(values(shape, k, dtype)) for k, name in enumerate(("x", "m"))}
+        row = list(ROWS).index("noise before clip")
+        for stays in ((), ("table",)):
+            yield step_call(f"special values, {dtype} {shape}", operands, stays, row=row, seeds=seeds_of(shape[0]))
+
+
+# --------------------------------------------------------------------------------------------------------- comparing
+def compare(target: Target, call: Call) -> None:
+    """The same call on the device and on the CPU: the same outputs, strides and bits."""
+    want, got = call.run(HOST), call.run(target)
+    assert got.keys() == want.keys(), str(call)
+    for name, expected in want.items():
+        assert got[name].stride() == expected.stride(), f"{call}: strides of {name}"
+        if name == "value" and order_may_differ(call):
+            torch.testing.assert_close(target.fetch(got[name]), expected, rtol=1e-5, atol=0, msg=f"{call}: value")
+        else:
+            assert_same(target.fetch(got[name]), expected, f"{call}: {name}")

@@ -1,0 +1,407 @@
+"""Checks of what is built from ops: graphs, streams, sampling loops, training losses, allocations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from gpu.calls import LOSS, NOISING, seeds_of
+from gpu.harness import HOST, Target, Traffic, assert_same
+from op_cases import ROWS, table, values
+from torch import Tensor
+
+from diffkern import losses, ops, samplers, schedules
+from diffkern.plan import Plan
+from diffkern.sampling import initial, sample
+
+SHAPE = (3, 4, 9, 11)
+LINEAR, COSINE, FLOW, EDM = schedules.linear(), schedules.cosine(), schedules.flow(), schedules.edm()
+PLANS: dict[str, Plan] = {
+    "ddpm": samplers.ddpm(COSINE, 9),
+    "ddpm clipped": samplers.ddpm(COSINE, 9, variance="beta", clip=0.7),
+    "ddim": samplers.ddim(LINEAR, 8),
+    "ddim noise clip v": samplers.ddim(LINEAR, 8, eta=0.7, clip=0.8, prediction="v"),
+    "euler": samplers.euler(LINEAR, 7),
+    "euler edm": samplers.euler(EDM, 7),
+    "euler flow": samplers.euler(FLOW, 7),
+    "heun": samplers.heun(LINEAR, 6, clip=1.5),
+    "heun edm": samplers.heun(EDM, 6),
+    "heun flow": samplers.heun(FLOW, 6),
+}
+
+
+class ExactModel:
+    """An elementwise model whose operations round once, with constants of few bits: the same bits on every device.
+
+    It allocates in its first calls only, one buffer for each kind of input.
+    """
+
+    def __init__(self) -> None:
+        self.buffers: dict[Any, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        key = (x.device, x.dtype, x.shape, x.stride())
+        if key not in self.buffers:
+            times = torch.empty(t.shape, dtype=torch.float32, device=x.device)
+            self.buffers[key] = torch.empty_like(x), times
+        out, times = self.buffers[key]
+        each = (-1, *(1,) * (x.dim() - 1))
+        torch.mul(t, 2.0**-11, out=times)
+        torch.mul(x, 0.75, out=out)
+        out.clamp_(-1.5, 1.5).add_(times.view(each))
+        return out if cond is None else out.add_(cond.view(each))
+
+
+# ------------------------------------------------------------------------------------------------------------- graphs
+def check_graph_of_step(target: Target, per_sample: bool) -> None:
+    """Replay sees a changed table, index, seed and operand; nothing else is in the graph."""
+    shape = (3, 5, 301)
+    rows = table(ROWS["eps noise"], ROWS["x0 clip noise"], ROWS["euler noise"])
+    index = torch.tensor([0, 1, 2]) if per_sample else torch.tensor(0)
+    host: dict[str, Tensor] = {"x": values(shape, 1), "m": values(shape, 2).bfloat16()}
+    host |= {"table": rows, "index": index, "seeds": seeds_of(3)}
+    there = target.move(host)
+    outs = {n: torch.empty(shape, device=target.device) for n in ("out", "x0", "s")}
+    outs["next"] = torch.empty((6, *shape[1:]), dtype=torch.bfloat16, device=target.device)
+    replay = target.record(lambda: ops.step_out(**there, **outs))
+
+    def expect(what: str) -> None:
+        for tensor in outs.values():
+            tensor.fill_(math.nan)
+        replay()
+        want = ops.step(**host, want_x0=True, want_s=True, next_copies=2)
+        for (name, tensor), expected in zip(outs.items(), want, strict=True):
+            assert expected is not None
+            assert_same(target.fetch(tensor), expected, f"{name} after {what}")
+
+    def change(name: str, value: Tensor) -> None:
+        host[name] = value
+        there[name].copy_(value)
+        expect(f"a changed {name}")
+
+    expect("capture")
+    change("index", torch.tensor([2, 2, 0]) if per_sample else torch.tensor(2))
+    change("seeds", seeds_of(3).flip(0) + 5)
+    change("table", torch.where(torch.arange(rows.shape[1]) < 18, 0.5, 1.0) * rows)  # not the streams
+    change("x", values(shape, 7))
+    change("m", values(shape, 8).bfloat16())
+    rows = host["table"].clone()
+    rows[:, 19] = 2.0**41 + 77  # the stream is a column
+    change("table", rows)
+
+
+def check_graph_of_noising(target: Target, out: bool) -> None:
+    """As for the step, with outputs in given memory or in the graph's own."""
+    shape = (3, 5, 301)
+    host: dict[str, Tensor] = {"x0": values(shape, 1), "table": NOISING, "index": torch.tensor([0, 1, 2])}
+    host["seeds"] = seeds_of(3)
+    there = target.move(host)
+    found: dict[str, Tensor] = {name: torch.empty(shape, device=target.device) for name in ("out", "target", "eps")}
+
+    def run() -> None:
+        if out:
+            ops.noising_out(**there, **found)
+        else:
+            results = ops.noising(**there, want_target=True, want_eps=True)
+            found.update({name: t for name, t in zip(found, results, strict=True) if t is not None})
+
+    replay = target.record(run)
+    changes = {"index": torch.tensor([4, 0, 3]), "seeds": seeds_of(3).flip(0) + 5, "table": NOISING.flip(0)}
+    for name, value in {"x0": host["x0"], **changes}.items():
+        host[name] = value
+        there[name].copy_(value)
+        replay()
+        want = ops.noising(**host, want_target=True, want_eps=True)
+        for got, expected in zip(found.values(), want, strict=True):
+            assert expected is not None
+            assert_same(target.fetch(got), expected, f"noising after a changed {name}")
+
+
+def check_graph_of_randn_and_loss(target: Target) -> None:
+    """A changed seed in both, a changed prediction in the loss, whose workspace is in the graph's memory."""
+    shape = (3, 5, 301)
+    host = {"pred": values(shape, 2), "x0": values(shape, 1), "index": torch.tensor([0, 1, 2]), "seeds": seeds_of(3)}
+    there, rows = target.move(host), target.move(LOSS)
+    noise = torch.empty(shape, dtype=torch.bfloat16, device=target.device)
+    found: dict[str, Tensor] = {}
+
+    def run() -> None:
+        ops.randn(shape, there["seeds"], 12, out=noise)
+        found["made"] = ops.randn(shape, there["seeds"], 12, dtype=torch.float64)
+        found["value"], grad = torch.ops.diffkern.loss(
+            there["pred"], there["x0"], rows, there["index"], there["seeds"], 4, None, 1, True
+        )
+        assert grad is not None
+        found["grad"] = grad
+
+    replay = target.record(run)
+    changes = {"seeds": seeds_of(3).flip(0) + 5, "pred": values(shape, 9), "index": torch.tensor([2, 2, 4])}
+    for name, value in {"x0": host["x0"], **changes}.items():
+        host[name] = value
+        there[name].copy_(value)
+        replay()
+        operands = (host["pred"], host["x0"], LOSS, host["index"], host["seeds"], 4, None, 1, True)
+        want = dict(zip(("value", "grad"), torch.ops.diffkern.loss(*operands), strict=True))
+        want["made"] = ops.randn(shape, host["seeds"], 12, dtype=torch.float64)
+        for key, expected in want.items():
+            assert_same(target.fetch(found[key]), expected, f"{key} after a changed {name}")
+        assert_same(target.fetch(noise), want["made"].bfloat16(), f"randn into memory after a changed {name}")
+
+
+def check_graph_of_a_loop(target: Target, whole: bool) -> None:
+    """DDIM with noise; the row index is in device memory and advances inside the graph, of one step or of the whole loop.
+
+    The second run has other seeds and another start, the third another plan of the same length.
+    """
+    plans = [samplers.ddim(LINEAR, 8, eta=0.5, clip=1.0), samplers.ddim(COSINE, 8, eta=1.0, clip=0.5)]
+    steps, model = len(plans[0].rows), ExactModel()
+    rows = target.move(plans[0].table)
+    times = torch.zeros(steps, dtype=torch.int64, device=target.device)
+    x = torch.zeros(SHAPE, device=target.device)
+    seeds = torch.zeros(SHAPE[0], dtype=torch.int64, device=target.device)
+    index = torch.zeros([], dtype=torch.int64, device=target.device)
+
+    def one() -> None:
+        t = times.index_select(0, index.view(1)).expand(SHAPE[0])
+        ops.step_out(x, model(x, t), table=rows, index=index, seeds=seeds, out=x)
+        index.add_(1)
+
+    def everything() -> None:
+        index.zero_()
+        for _ in range(steps):
+            one()
+
+    replay = target.record(everything if whole else one)
+    for plan, s in ((plans[0], 1), (plans[0], 2), (plans[1], 3)):
+        job = ops.seeds(s, SHAPE[0])
+        start = initial(plan, SHAPE, job)
+        x.copy_(start)
+        seeds.copy_(job)
+        rows.copy_(plan.table)
+        times.copy_(torch.tensor([int(row.time) for row in plan.rows]))
+        index.zero_()
+        for _ in range(1 if whole else steps):
+            replay()
+        assert_same(target.fetch(x), sample(ExactModel(), start, plan, seeds=job), f"{plan.name} with seeds {s}")
+        assert_same(target.fetch(index), torch.tensor(steps), "rows that the graph went through")
+
+
+# ------------------------------------------------------------------------------------------------------------ streams
+STREAM_JOBS = ("randn", "noising", "loss", "step", "step, table on the device")
+
+
+def stream_jobs(target: Target) -> dict[str, tuple[Callable[[dict[str, Tensor]], Any], dict[str, Tensor]]]:
+    """Op -> (a function of operands, the operands on the CPU); tables stay constant."""
+    shape = (4, 3, 64, 65)
+    rows = table(ROWS["eps noise"])
+    on = {t.device.type: t for t in (rows, target.move(rows))}
+    noising = {"cpu": NOISING[:1].clone(), target.device.type: target.move(NOISING[:1].clone())}
+    loss = {"cpu": LOSS[2:3].clone(), target.device.type: target.move(LOSS[2:3].clone())}
+    x, m, seeds = values(shape, 1), values(shape, 2), seeds_of(4)
+    return {
+        "randn": (lambda o: ops.randn(shape, o["seeds"], 3), {"seeds": seeds}),
+        "noising": (
+            lambda o: ops.noising(o["x0"], noising[o["x0"].device.type], seeds=o["seeds"])[0],
+            {"x0": x, "seeds": seeds},
+        ),
+        "loss": (
+            lambda o: ops.loss(o["pred"], o["x0"], loss[o["x0"].device.type], seeds=o["seeds"], reduction="none"),
+            {"pred": m, "x0": x, "seeds": seeds},
+        ),
+        "step": (
+            lambda o: ops.step(o["x"], o["m"], table=rows, seeds=o["seeds"])[0],
+            {"x": x, "m": m, "seeds": seeds},
+        ),
+        "step, table on the device": (
+            lambda o: ops.step(o["x"], o["m"], table=on[o["x"].device.type], seeds=o["seeds"])[0],
+            {"x": x, "m": m, "seeds": seeds},
+        ),
+    }
+
+
+def check_side_stream(target: Target, op: str, current: Target | None = None) -> None:
+    """Operands that a side stream fills late are seen by the op behind them, and its result by who waits for an event.
+
+    An op on another stream would read zeros: the fill stands behind a tenth of a second of work. `current`: the device
+    that is the current one while the op is called, if it is not the target.
+    """
+    function, host = stream_jobs(target)[op]
+    expected = function(host)
+    source = target.move(host)
+    late = {name: torch.zeros_like(t) for name, t in source.items()}
+    with target.side_stream() as join:
+        function(late)  # loads the kernel and makes memory, both of which may wait
+        target.synchronize()
+        target.busy()
+        for name, t in late.items():
+            t.copy_(source[name])
+        with (current or target).as_current():
+            result = function(late)
+        join()
+    copy = result.clone()  # on the outer stream, behind the event
+    target.synchronize()
+    assert_same(target.fetch(copy), expected, f"{op} on a side stream")
+
+
+def check_no_sync(target: Target, op: str) -> None:
+    """The host never waits: it queues the op while the device is still busy."""
+    function, host = stream_jobs(target)[op]
+    there = target.move(host)
+    function(there)  # as above
+    target.synchronize()
+    with target.no_sync():
+        target.busy()
+        result = function(there)
+        if target.is_gpu:
+            event = torch.cuda.Event()
+            event.record()
+            assert not event.query(), f"{op}: the host came back after the device was done"
+    assert_same(target.fetch(result), function(host), op)
+
+
+def check_device_guard(target: Target, current: Target, op: str) -> None:
+    """The target's tensors while `current` is the current device: on the target's own current stream, late operands."""
+    with current.as_current():
+        check_side_stream(target, op, current)
+        if current.is_gpu:
+            assert torch.cuda.current_device() == current.device.index
+
+
+# ----------------------------------------------------------------------------------------------------------- sampling
+def options() -> dict[str, dict[str, Any]]:
+    """Keyword arguments of `sample`, tensors on the CPU."""
+    cond, uncond = torch.tensor([0.5, -0.25, 1.0]), torch.tensor([0.0, 0.125, 0.0])
+    mask = values(SHAPE, 5).gt(0.3)
+    return {
+        "plain": {},
+        "guided": {"cond": cond, "uncond": uncond, "guidance": 2.5},
+        "inpainting": {"mask": mask, "known": values(SHAPE, 6).clamp(-1, 1)},
+        "16-bit model": {"model_dtype": torch.bfloat16, "trajectory": True},
+    }
+
+
+def states_of(x: Tensor, plan: Plan, **given: Any) -> list[Tensor]:
+    """The state after every step, the result, and the trajectory if there is one."""
+    states: list[Tensor] = []
+    result: Any = sample(ExactModel(), x, plan, callback=lambda info: states.append(info["x"].clone()), **given)
+    assert len(states) == len(plan.steps)
+    return [*states, *(result if isinstance(result, tuple) else (result,))]
+
+
+def check_sampling(target: Target, name: str, dtype: torch.dtype) -> None:
+    """`sample` on the device: the bits of the CPU, for the state after every step; and of every split of the batch."""
+    plan, seeds = PLANS[name], seeds_of(SHAPE[0])
+    start = initial(plan, SHAPE, seeds)
+    got_start = initial(plan, SHAPE, target.move(seeds), device=target.device)
+    assert_same(target.fetch(got_start), start, f"{name}: start")
+    start = start.to(dtype)
+    for option, host in options().items():
+        given = {k: v.to(dtype) if k == "known" else v for k, v in host.items()}
+        what, last = f"{name}, {option}, {dtype}", len(plan.steps)
+        want = states_of(start, plan, seeds=seeds, **given)
+        there, x, s = target.move((given, start, seeds))
+        for i, (a, b) in enumerate(zip(states_of(x, plan, seeds=s, **there), want, strict=True)):
+            assert_same(target.fetch(a), b, f"{what}: step {i}")
+        for part in (slice(0, 1), slice(1, 3)):
+            mine = {k: v[part] if isinstance(v, Tensor) else v for k, v in there.items()}
+            alone = states_of(x[part], plan, seeds=s[part], **mine)
+            assert_same(target.fetch(alone[last]), want[last][part], f"{what}: samples {part} alone")
+    if not plan.deterministic:
+        noise = [ops.randn(SHAPE, seeds, row.stream, dtype=dtype) for row in plan.rows if row.draws]
+        result = sample(ExactModel(), start, plan, noise=noise)
+        got = sample(ExactModel(), target.move(start), plan, noise=target.move(noise))
+        assert_same(target.fetch(got), result, f"{name}, {dtype}: noise as tensors")
+        if dtype.itemsize >= 4:  # in 16 bits a tensor of noise is rounded before it is used
+            assert_same(result, sample(ExactModel(), start, plan, seeds=seeds), f"{name}: tensors and addresses")
+
+
+def check_layout_of_sampling(target: Target) -> None:
+    """channels_last in, channels_last out, the same bits."""
+    plan, seeds = PLANS["ddim noise clip v"], seeds_of(SHAPE[0])
+    start = initial(plan, SHAPE, seeds)
+    want = sample(ExactModel(), start, plan, seeds=seeds)
+    x = target.move(start).to(memory_format=torch.channels_last)
+    got = sample(ExactModel(), x, plan, seeds=target.move(seeds))
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    assert_same(target.fetch(got), want, "channels_last")
+
+
+def check_loop_is_lean(target: Target, name: str, option: str, model: Callable[..., Tensor] | None = None) -> None:
+    """After its first steps the loop allocates nothing; from the first model call on, it never makes the host wait."""
+    plan, model = PLANS[name], ExactModel() if model is None else model
+    host = {k: v for k, v in options()[option].items() if k != "trajectory"}
+    start, seeds = initial(plan, SHAPE, 1), seeds_of(SHAPE[0])
+    there, x, s = target.move((host, start, seeds))
+    sample(model, x, plan, seeds=s, **there)  # makes the model's buffers
+    counts: list[int] = []
+    with ExitStack() as guards:
+        allocated = guards.enter_context(target.counting())
+
+        def guarded(*arguments: Tensor) -> Tensor:
+            if not guarded_from:
+                guarded_from.append(guards.enter_context(target.no_sync()))
+            return model(*arguments)
+
+        guarded_from: list[None] = []
+        result = sample(guarded, x, plan, seeds=s, callback=lambda info: counts.append(allocated()), **there)
+    assert len(counts) == len(plan.steps)
+    assert counts[2] == counts[-1], f"{name}, {option}: allocations after each step: {counts}"
+    assert_same(target.fetch(result), sample(model, start, plan, seeds=seeds, **host), f"{name}, {option}")
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+def check_training(target: Target) -> None:
+    """Loss and gradient of every kind of schedule; discrete and flow have the bits of the CPU in the whole pass."""
+    x0, seeds = values(SHAPE, 1), seeds_of(SHAPE[0])
+    cases: dict[str, tuple[Any, Tensor, str]] = {
+        "discrete": (LINEAR, torch.tensor([0, 500, 999]), "v"),
+        "flow": (FLOW, torch.tensor([0.0, 0.25, 0.875], dtype=torch.float64), "velocity"),
+        "edm": (EDM, torch.tensor([0.01, 1.0, 40.0], dtype=torch.float64), "edm"),
+    }
+
+    def run(there: Target, schedule: Any, t: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
+        x, times, s = there.move((x0, t, seeds))
+        weight = torch.full(SHAPE[1:], 0.5, device=x.device, requires_grad=True)
+        value = losses.simple_loss(lambda x, t: x * weight, x, times, schedule, prediction, seeds=s, reduction="none")
+        (grad,) = torch.autograd.grad(value.sum(), weight)
+        return value.detach(), grad
+
+    for name, (schedule, t, prediction) in cases.items():
+        got, want = run(target, schedule, t, prediction), run(HOST, schedule, t, prediction)
+        if name == "edm":  # its coefficients hold roots and logarithms, which a GPU may round otherwise in float64
+            torch.testing.assert_close(target.fetch(got[0]), want[0], rtol=1e-5, atol=1e-7)
+        else:
+            assert_same(target.fetch(got[0]), want[0], f"{name}: loss")
+        # torch adds up the batch in an order of its own
+        torch.testing.assert_close(target.fetch(got[1]), want[1], rtol=1e-5, atol=1e-6)
+
+
+# -------------------------------------------------------------------------------------- traffic between host and device
+def sampling_traffic(plan: Plan, device: torch.device, **given: Any) -> tuple[list[Any], list[Any]]:
+    """What `sample` sends and waits for before its first model call, and after it. Fake tensors will do."""
+    traffic, before = Traffic(), []
+
+    def model(x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        if not before:
+            before.append(len(traffic.events))
+        return x * 0.5
+
+    x = torch.empty(SHAPE, device=device)
+    with traffic:
+        sample(model, x, plan, seeds=7, callback=lambda info: None, trajectory=True, **given)
+    return traffic.events[: before[0]], traffic.events[before[0] :]
+
+
+def training_traffic(schedule: Any, prediction: str, t: Tensor, device: torch.device) -> list[Any]:
+    """What one training iteration sends and waits for, after a first one."""
+    x0 = torch.empty(SHAPE, device=device)
+    weight = torch.ones(SHAPE[1:], device=device, requires_grad=True)
+    traffic = Traffic()
+    for _ in range(2):
+        traffic.events.clear()
+        with traffic:
+            losses.simple_loss(lambda x, t: x * weight, x0, t, schedule, prediction).backward()
+    return traffic.events

@@ -1,0 +1,44 @@
+"""PTX of the other architectures, once each, and what all PTX must have: a rounding on every floating operation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import ptxsim
+import pytest
+import torch
+from ptx.harness import DTYPES, Cpu, Device, check
+from ptx.test_loss import loss
+from ptx.test_noising import noising
+from ptx.test_randn import randn
+from ptx.test_step import ROWS, step, wanted
+
+ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_120")
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_operation_carries_its_rounding(device_of: Callable[[str], Device], arch: str) -> None:
+    for module in device_of(arch).modules:
+        assert ptxsim.unrounded(module) == []
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_no_approximate_instructions(device_of: Callable[[str], Device], arch: str) -> None:
+    for module in device_of(arch).modules:
+        assert ".approx" not in module.text
+        assert ".ftz" not in module.text
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "sm_120"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_other_architectures(device_of: Callable[[str], Device], cpu: Cpu, arch: str, dtype: torch.dtype) -> None:
+    device = device_of(arch)
+    for layout in ("contiguous", "channels_last", "misaligned", "strided"):
+        shape = (4, 67)
+        check(device, cpu, randn(layout, 2, shape, dtype))
+        check(device, cpu, noising(layout, 2, shape, dtype, special=True))
+        check(device, cpu, loss(layout, 2, shape, dtype, pred_dtype=torch.float16))
+        outputs = wanted(dtype, torch.bfloat16, 2)
+        call = step(layout, 2, shape, dtype, ROWS["everything"], mask_dtype=dtype, outputs=outputs, special=True)
+        check(device, cpu, call)
+        check(device, cpu, step(layout, 2, shape, dtype, ROWS["ddim"], m_dtype=torch.float32))

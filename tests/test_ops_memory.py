@@ -1,0 +1,130 @@
+"""No op allocates more than its outputs, and the loss a partial sum a block beside them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from op_cases import EVERYTHING, LAYOUTS, ROWS, arrange, same_bits, table, values
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from diffkern import ops
+
+SHAPE = (4, 3, 64, 65)
+COUNT = math.prod(SHAPE)
+BLOCK = 1024
+SEEDS = ops.seeds(0, 4)
+NOISING = torch.tensor([[0.9, 0.43, 0.43, -0.9]], dtype=torch.float64)
+LOSS = torch.tensor([[0.43, -0.9, 1.0]], dtype=torch.float64)
+
+
+def allocated(call: Callable[[], object]) -> tuple[int, object]:
+    """Bytes that torch's CPU allocator handed out during the call, freed again or not."""
+    call()  # warm: thread pools, dispatcher caches
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        result = call()
+    events = prof.profiler.kineto_results.events()  # type: ignore[union-attr]
+    sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    return sum(size for size in sizes if size > 0), result
+
+
+def size(result: object) -> int:
+    tensors = [result] if isinstance(result, Tensor) else [t for t in result if t is not None]  # type: ignore[attr-defined]
+    # The allocator rounds nothing up, but small tensors are padded to its alignment.
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+SLACK = 4096  # alignment, and the few bytes of a scalar
+
+
+def test_the_measure_works() -> None:
+    used, _ = allocated(lambda: torch.ones(1000, 1000) + 1.0)
+    assert used >= 2 * 4_000_000
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_outputs_only(layout: str, dtype: torch.dtype) -> None:
+    x, m, m2 = (values(SHAPE, k, dtype, layout) for k in range(3))
+    calls: dict[str, Callable[[], object]] = {
+        "randn": lambda: ops.randn(SHAPE, SEEDS, dtype=dtype),
+        "noising": lambda: ops.noising(x, NOISING, seeds=SEEDS),
+        "noising 3": lambda: ops.noising(x, NOISING, seeds=SEEDS, want_target=True, want_eps=True),
+        "step": lambda: ops.step(x, m, table=table(ROWS["eps"])),
+        "step all": lambda: ops.step(
+            *(x, m, m2, x, x, m, m),
+            **{
+                "table": TABLE,
+                "seeds": SEEDS,
+                "mask": x,
+                "known": m,
+                "want_x0": True,
+                "want_s": True,
+                "next_copies": 2,
+            },
+        ),
+    }
+    for name, call in calls.items():
+        used, result = allocated(call)
+        assert size(result) <= used <= size(result) + SLACK, name
+
+
+TABLE = table(EVERYTHING)
+EPS = table(ROWS["eps noise"])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_out_variants_allocate_nothing(layout: str) -> None:
+    x, m = values(SHAPE, 1, layout=layout), values(SHAPE, 2, torch.bfloat16, layout)
+    outs = [arrange(torch.zeros(SHAPE), "contiguous" if layout == "expanded" else layout).clone() for _ in range(4)]
+    calls: dict[str, Callable[[], object]] = {
+        "randn": lambda: ops.randn(SHAPE, SEEDS, out=outs[0]),
+        "noising": lambda: ops.noising_out(x, NOISING, seeds=SEEDS, out=outs[0], target=outs[1], eps=outs[2]),
+        "step": lambda: ops.step_out(x, m, table=EPS, seeds=SEEDS, out=outs[0], x0=outs[1], s=outs[2], next=outs[3]),
+    }
+    for name, call in calls.items():
+        assert allocated(call)[0] <= SLACK, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1023), (2, 1025), (1, 64), (2, 3, 5, 7), (1, 1087)], ids=str)
+def test_nothing_is_written_outside(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Outputs at odd places of a larger buffer: what lies before, between and behind them stays as it was."""
+    count, batch = math.prod(shape), shape[0]
+    x, m, seeds = values(shape, 1, dtype), values(shape, 2, dtype), ops.seeds(0, batch)
+    for gap in (1, 5, 64):
+        for layout in ("contiguous", "channels_last"):
+            if layout == "channels_last" and len(shape) != 4:
+                continue
+            buffer = torch.full((4 * (count + gap) + gap,), -7.0, dtype=dtype)
+            starts = [gap + k * (count + gap) for k in range(4)]
+            strides = arrange(torch.empty(shape), layout).stride()
+            outs = [buffer.as_strided(shape, strides, start) for start in starts]
+            kept = torch.ones_like(buffer, dtype=torch.bool)
+            for start in starts:
+                kept[start : start + count] = False
+            ops.randn(shape, seeds, out=outs[0])
+            ops.noising_out(x, NOISING, seeds=seeds, out=outs[0], target=outs[1], eps=outs[2])
+            ops.step_out(x, m, table=EPS, seeds=seeds, out=outs[0], x0=outs[1], s=outs[2], next=outs[3])
+            assert bool((buffer[kept] == -7.0).all())
+            assert same_bits(outs[0], ops.step(x, m, table=EPS, seeds=seeds)[0])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("gradient", [False, True], ids=["value", "gradient"])
+def test_loss_needs_a_number_a_block(layout: str, gradient: bool) -> None:
+    pred, x0 = values(SHAPE, 1, layout=layout).requires_grad_(gradient), values(SHAPE, 2, layout=layout)
+    used, _ = allocated(lambda: ops.loss(pred, x0, LOSS, seeds=SEEDS))
+    blocks = SHAPE[0] * math.ceil(COUNT / SHAPE[0] / BLOCK)
+    assert used <= 4 * blocks + SLACK + (4 * COUNT if gradient else 0)
+
+
+def test_loss_backward_allocates_nothing_for_a_plain_loss() -> None:
+    """`loss.backward()` hands out the gradient that the forward pass made."""
+    pred = values(SHAPE, 1).requires_grad_()
+    loss = ops.loss(pred, values(SHAPE, 2), LOSS, seeds=SEEDS)
+    used, _ = allocated(lambda: torch.autograd.grad(loss, pred, retain_graph=True))
+    assert used <= SLACK

@@ -1,0 +1,156 @@
+"""Schemas: every op has a fake, a reference and a call here with all arguments distinct; opcheck over all of them.
+
+The boxing layer of the stable ABI compares only the number of arguments, so an op whose C++ parameters stand in another
+order than its schema would run and mix them up: these calls would notice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from op_cases import EVERYTHING, ROWS, arrange, native_draws, same_bits, table, values
+from torch import Tensor
+
+from diffkern import ops, reference
+
+SHAPE = (3, 2, 5, 4)
+SEEDS = torch.tensor([11, -12, 13])
+INDEX = torch.tensor([2, 0, 1])
+NOISING = torch.tensor([[0.9, 0.43, 0.31, -0.92], [0.2, 0.98, 0.77, -0.21], [0.5, 0.6, 0.7, 0.8]], dtype=torch.float64)
+LOSS = torch.tensor([[0.31, -0.92, 1.5], [0.77, -0.21, 2.5], [0.7, 0.8, 3.5]], dtype=torch.float64)
+STEP = table(ROWS["eps"], EVERYTHING, {**EVERYTHING, "a": 0.1, "e3": 2.0})
+T = {name: values(SHAPE, k) for k, name in enumerate(("x", "m", "m2", "h0", "h1", "h2", "h3", "known", "noise"))}
+MASK = values(SHAPE, 20).abs().clamp(max=1)
+STEP_INPUTS = (*(T[n] for n in ("x", "m", "m2", "h0", "h1", "h2", "h3")), STEP, 1, None, SEEDS, None, MASK, T["known"])
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(shape or SHAPE, dtype=dtype)
+
+
+def step_reference() -> tuple[Tensor, ...]:
+    x, m, m2, h0, h1, h2, h3, rows, row, index, seeds, noise, mask, known = STEP_INPUTS
+    return reference.step(
+        *(x, m, m2, h0, h1, h2, h3),
+        **{"table": rows, "row": row, "index": index, "seeds": seeds, "noise": noise, "mask": mask, "known": known},
+    )
+
+
+# Op -> arguments that differ from each other in value, and the reference's answer in the order of the outputs.
+CALLS: dict[str, tuple[tuple[Any, ...], Callable[[], tuple[Tensor, ...]]]] = {
+    "randn": ((SHAPE, SEEDS, 5, torch.float64), lambda: (reference.randn(SHAPE, SEEDS, 5),)),
+    "randn_out": ((SEEDS, 5, empty()), lambda: (reference.randn(SHAPE, SEEDS, 5),)),
+    "noising": (
+        (T["x"], NOISING, INDEX, SEEDS, 5, None, True, True),
+        lambda: reference.noising(T["x"], NOISING, INDEX, seeds=SEEDS, stream=5),
+    ),
+    "noising_out": (
+        (T["x"], NOISING, INDEX, None, 5, T["noise"], empty(), empty(), empty()),
+        lambda: reference.noising(T["x"], NOISING, INDEX, noise=T["noise"]),
+    ),
+    "loss": (
+        (T["m"], T["x"], LOSS, INDEX, SEEDS, 5, None, 2, False),
+        lambda: (reference.loss(T["m"], T["x"], LOSS, INDEX, seeds=SEEDS, stream=5, reduction="sum"),),
+    ),
+    "step": ((*STEP_INPUTS, True, True, 1, torch.float64), step_reference),
+    "step_ad": ((*STEP_INPUTS, True, True, 1, torch.float64), step_reference),
+    "step_out": ((*STEP_INPUTS, empty(), empty(), empty(), empty(dtype=torch.float64)), step_reference),
+}
+
+
+def op_names() -> set[str]:
+    names = torch._C._dispatch_get_all_op_names()
+    return {name.removeprefix("diffkern::").partition(".")[0] for name in names if name.startswith("diffkern::")}
+
+
+def test_the_lists_are_complete() -> None:
+    assert op_names() == set(CALLS)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_op_has_its_parts(name: str) -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"diffkern::{name}", "CPU")
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"diffkern::{name}", "Meta"), "no fake"
+    base = name.removesuffix("_out").removesuffix("_ad")
+    assert base in reference.__all__
+    assert base in ops.__all__
+    differentiable = torch._C._dispatch_has_kernel_for_dispatch_key(f"diffkern::{name}", "Autograd")
+    assert differentiable == (name in ("noising", "loss", "step_ad"))
+    schema = getattr(torch.ops.diffkern, name).default._schema
+    assert schema.is_mutable == name.endswith("_out")
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_call_with_all_arguments_distinct(name: str) -> None:
+    arguments, expected = CALLS[name]
+    arguments = tuple(a.clone() if isinstance(a, Tensor) else a for a in arguments)
+    schema = getattr(torch.ops.diffkern, name).default._schema
+    assert len(arguments) == len(schema.arguments)
+    returned = getattr(torch.ops.diffkern, name)(*arguments)
+    if name.endswith("_out"):
+        outs = [a for a, s in zip(arguments, schema.arguments, strict=True) if s.alias_info and s.alias_info.is_write]
+    else:
+        outs = [t for t in (returned if isinstance(returned, tuple) else (returned,)) if t is not None]
+    answers = expected()
+    assert len(outs) == len(answers)
+    for got, answer in zip(outs, answers, strict=True):
+        torch.testing.assert_close(got.double(), answer, rtol=1e-5, atol=1e-5)
+
+
+def test_step_ad_is_step() -> None:
+    a, b = torch.ops.diffkern.step(*CALLS["step"][0]), torch.ops.diffkern.step_ad(*CALLS["step_ad"][0])
+    assert all(same_bits(p, q) for p, q in zip(a, b, strict=True))
+
+
+# ----------------------------------------------------------------------------------------------------------- opcheck
+def leaf(t: Tensor) -> Tensor:
+    return t.clone().requires_grad_()
+
+
+def opcheck_samples() -> dict[str, tuple[str, tuple[Any, ...]]]:
+    """Several calls of each op: with and without optional arguments, gradients, layouts and dtypes."""
+    samples = {name: (name, arguments) for name, (arguments, _) in CALLS.items()}
+    none = [None] * 6
+    for layout in ("channels_last", "permuted", "sliced", "expanded"):
+        x, m = arrange(T["x"], layout), arrange(T["m"], layout)
+        samples[f"noising {layout}"] = ("noising", (x, NOISING, INDEX, SEEDS, 5, None, True, False))
+        samples[f"loss {layout}"] = ("loss", (m, x, LOSS, INDEX, SEEDS, 5, None, 0, True))
+        both = torch.cat([m, m]).to(torch.bfloat16)
+        arguments = (x, both, *none[:5], table(ROWS["eps guided"]), 0, *none[:5], True, True, 2, None)
+        samples[f"step {layout}"] = ("step", arguments)
+    samples["noising gradient"] = ("noising", (leaf(T["x"]), NOISING, INDEX, None, 0, leaf(T["noise"]), True, True))
+    samples["noising one row"] = ("noising", (T["x"].half(), NOISING[:1], None, SEEDS, 0, None, False, False))
+    for reduction in range(3):
+        arguments = (leaf(T["m"]), leaf(T["x"]), LOSS, None, None, 0, leaf(T["noise"]), reduction, True)
+        samples[f"loss gradient {reduction}"] = ("loss", arguments)
+    samples["loss bfloat16"] = ("loss", (leaf(T["m"].bfloat16()), T["x"], LOSS, INDEX, SEEDS, 0, None, 1, True))
+    given = [leaf(t) if isinstance(t, Tensor) and t is not STEP and t.is_floating_point() else t for t in STEP_INPUTS]
+    given[12] = MASK
+    samples["step_ad gradient"] = ("step_ad", (*given, True, True, 2, None))
+    few = (leaf(T["x"]), leaf(T["m"]), *none[:5], table(ROWS["eps"]), 0, *none[:5], False, False, 0, None)
+    samples["step_ad few"] = ("step_ad", few)
+    index = (T["x"], T["m"], T["m2"], *none[:4], table(ROWS["eps"], ROWS["eps noise"]), 0, INDEX % 2, SEEDS, *none[:3])
+    samples["step index"] = ("step", (*index, False, False, 0, None))
+    samples["step_out few"] = ("step_out", (*STEP_INPUTS, empty(), None, None, None))
+    samples["noising_out few"] = ("noising_out", (T["x"], NOISING, INDEX, SEEDS, 0, None, empty(), None, None))
+    samples["randn_out bfloat16"] = ("randn_out", (SEEDS, 0, arrange(empty(dtype=torch.bfloat16), "channels_last")))
+    samples["randn empty"] = ("randn", ((0, 3), SEEDS[:0], 0, torch.float32))
+    return samples
+
+
+SAMPLES = opcheck_samples()
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_opcheck(sample: str) -> None:
+    name, arguments = SAMPLES[sample]
+    torch.library.opcheck(getattr(torch.ops.diffkern, name).default, arguments)
+
+
+def test_reference_uses_the_same_draws() -> None:
+    with native_draws():
+        exact = reference.noising(T["x"], NOISING, INDEX, seeds=SEEDS, stream=5)[2]
+    assert torch.equal(exact, ops.randn(SHAPE, SEEDS, 5, dtype=torch.float64))

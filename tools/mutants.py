@@ -1,0 +1,133 @@
+"""Seeds faults into copies of csrc/core and csrc/cuda and checks that tests/ptx catches every one (`make mutants`).
+
+A fault that survives is a missing test. The CPU kernels stay as they are, so a fault in a shared formula shows as a
+difference between the two. Usage: python tools/mutants.py [NAME ...]   (no name: all of them; --list: their names)
+"""
+
+# ruff: noqa: E501 (the table of mutants)
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`old` (once in the file, white space as it comes) becomes `new`; `tests`: files that should notice."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTANTS = (
+    Mutant("tail one short", "cuda/memory.cuh", "(left < 0 ? 0 : left)", "(left < 1 ? 0 : left - 1)", "randn"),
+    Mutant("tail one long", "cuda/memory.cuh", "if (j < n) to[j] =", "if (j <= n) to[j] =", "randn"),
+    Mutant("no barrier after staging", "cuda/noise.cuh", "} __syncthreads(); }", "} }", "randn"),
+    Mutant("no barrier before the fold", "cuda/loss.cu", "__syncthreads(); if (threadIdx.x < 32)", "if (threadIdx.x < 32)", "loss"),
+    Mutant("no barrier after the row", "cuda/noising.cu", "shared_row = find_row<T>(args, b); __syncthreads();", "shared_row = find_row<T>(args, b);", "noising"),
+    Mutant("lanes swapped", "cuda/noise.cuh", "z[2] = second.a; z[3] = second.b;", "z[2] = second.b; z[3] = second.a;", "randn"),
+    Mutant("nine Philox rounds", "core/philox.h", "kPhiloxRounds = 10", "kPhiloxRounds = 9", "randn"),
+    Mutant("coefficients swapped", "cuda/noising.cu", "affine(row.k.u, x0[j], row.k.v, z[j])", "affine(row.k.v, x0[j], row.k.u, z[j])", "noising"),
+    Mutant("product rounded before the sum", "core/arith.h", "DK_RN(__fmaf_rn(a, b, c),", "DK_RN(__fadd_rn(__fmul_rn(a, b), c),", "noising"),
+    Mutant("strides of the batch only", "cuda/memory.cuh", "for (int d = 0; d < kMaxDims; ++d) sum +=", "for (int d = 1; d < kMaxDims; ++d) sum +=", "noising"),
+    Mutant("32-bit block offset", "cuda/randn.cu", "static_cast<int64_t>(blockIdx.x) * tile", "static_cast<int>(blockIdx.x) * tile", "randn"),
+    Mutant("third grid dimension forgotten", "cuda/launch.cuh", "static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y", "blockIdx.y", "randn"),
+    Mutant("known image on the step's stream", "cuda/step.cu", "chunk_noise<access>(staged_known, seed, row.known_stream,", "chunk_noise<access>(staged_known, seed, row.stream,", "step"),
+    Mutant("mask dropped", "cuda/step.cu", "bool full = args.mask.data != nullptr;", "bool full = false;", "step"),
+    Mutant("history index", "cuda/step.cu", "load_state<S>(args.h[k], place, h[k]);", "load_state<S>(args.h[0], place, h[k]);", "step"),
+    Mutant("bfloat16 read as float16", "cuda/memory.cuh", "return load_as<Bfloat16>(view.data", "return load_as<Half>(view.data", "step"),
+    Mutant("bfloat16 truncated", "cuda/memory.cuh", "__float2bfloat16_rn(", "__float2bfloat16_rz(", "randn"),
+    Mutant("second copy of next not written", "cuda/step.cu", "if (args.next2.data != nullptr)", "if (false)", "step"),
+    Mutant("last row of the table and one more", "core/args.h", "r < rows.count ? r", "r <= rows.count ? r", "step"),
+    Mutant("32-bit index read as 64", "core/args.h", "rows.index_is_int32 ? static_cast", "false ? static_cast", "noising"),
+    Mutant("seed of the first sample", "cuda/noise.cuh", "seeds.data[sample * seeds.stride]", "seeds.data[0 * sample * seeds.stride]", "randn"),
+    Mutant("alignment not checked", "cuda/launch.cuh", "if (view.data == nullptr) return true;", "if (view.data == nullptr || width > 0) return true;", "randn"),
+    Mutant("loss folded from the inside", "cuda/loss.cu", "add(fold<N, 2 * kLength>(values), fold<N, 2 * kLength>(values + kLength))", "add(fold<N / 2, kLength>(values), fold<N / 2, kLength>(values + N / 2))", "loss"),
+    Mutant("mean not divided by the batch", "cuda/loss.cu", "args.reduction == Reduction::mean ? args.space.batch : 1", "1", "loss"),
+    Mutant("clamp loses NaN", "core/step.h", "const T above = v < -limit ? -limit : v;", "const T above = v > -limit ? v : -limit;", "step"),
+    Mutant("noise read although its coefficient is 0", "cuda/step.cu", "} else if (terms & kReadsNoise) {", "} else if (args.noise.data != nullptr) {", "step"),
+    Mutant("four stores of 4 bytes", "cuda/memory.cuh", "store_16(reinterpret_cast<uint4*>(to) + k, chunk.word[4 * k], chunk.word[4 * k + 1], chunk.word[4 * k + 2], chunk.word[4 * k + 3]);", "for (int i = 0; i < 4; ++i) reinterpret_cast<volatile uint32_t*>(to)[4 * k + i] = chunk.word[4 * k + i];", "traffic"),
+)  # fmt: skip
+
+
+def replace_once(text: str, mutant: Mutant) -> str:
+    """White space in `old` matches any white space, so that the formatter cannot break a mutant."""
+    pattern = r"\s+".join(re.escape(word) for word in mutant.old.split())
+    found = re.findall(pattern, text)
+    if len(found) != 1:
+        raise SystemExit(f"mutant '{mutant.name}': its text must be in {mutant.file} once, found {len(found)}")
+    return re.sub(pattern, lambda _: mutant.new, text)
+
+
+def run(mutant: Mutant) -> tuple[str, float]:
+    """("caught" | "survived" | what went wrong, seconds)."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        csrc = Path(folder) / "csrc"
+        for part in ("core", "cuda"):
+            shutil.copytree(ROOT / "csrc" / part, csrc / part)
+        file = csrc / mutant.file
+        file.write_text(replace_once(file.read_text(), mutant))
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            "-k",
+            "not sm_90 and not sm_75",
+        ]
+        command += [str(ROOT / "tests" / "ptx" / f"test_{mutant.tests}.py")]
+        environment = os.environ | {"DIFFKERN_PTX_CSRC": str(csrc), "PTXSIM_CACHE": str(Path(folder) / "cache")}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    seconds = time.monotonic() - start
+    if done.returncode == 0:
+        return "SURVIVED", seconds
+    if done.returncode == 1 and "nvcc failed" not in done.stdout and re.search(r"^FAILED", done.stdout, re.MULTILINE):
+        first = re.search(r"^FAILED \S*?(test_\w+\.py\S*)", done.stdout, re.MULTILINE)
+        error = re.search(r"^E +(?:ptxsim\.errors\.)?(\w+(?:Error|Exception))", done.stdout, re.MULTILINE)
+        return (
+            f"caught by {first.group(1) if first else '?'} ({error.group(1) if error else 'AssertionError'})",
+            seconds,
+        )
+    return f"BROKEN: {done.stdout[-400:]}{done.stderr[-200:]}", seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--list", action="store_true")
+    args = parser.parse_args()
+    if args.list:
+        print("\n".join(m.name for m in MUTANTS))
+        return
+    unknown = set(args.names) - {m.name for m in MUTANTS}
+    if unknown:
+        raise SystemExit(f"no such mutant: {', '.join(sorted(unknown))} (--list shows them)")
+    chosen = [m for m in MUTANTS if not args.names or m.name in args.names]
+    bad = 0
+    for mutant in chosen:
+        result, seconds = run(mutant)
+        bad += not result.startswith("caught")
+        print(f"{mutant.name:42} {mutant.file:18} {seconds:5.0f} s  {result}", flush=True)
+    print(f"{len(chosen) - bad} of {len(chosen)} faults caught")
+    sys.exit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    main()
