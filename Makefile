@@ -7,7 +7,9 @@
 #   make test-gpu             the tests that need a GPU; fails when there is none
 #   make test-emulator        the tests of the PTX emulator that the kernel tests run in
 #   make test-abi             one wheel under torch 2.10 and under the newest
-#   make gpu-report           info, GPU tests and GPU benchmarks in one file, to send to us
+#   make gpu-results          info, GPU tests and GPU benchmarks in one file, to send to us
+#   make gpu-report           what is known of the kernels without a GPU: docs/gpu-report.md
+#   make mutants              seeded faults in the kernels, each of which the tests must catch
 #   make build | lint | format | clean | distclean
 
 SHELL := bash
@@ -22,7 +24,7 @@ PY := $(BIN)/python
 # Read by CMakeLists.txt at every build: warnings are errors here, never in a user's pip install. One architecture is
 # enough where kernels are compiled but not run; what runs on a GPU is built for all of them.
 export DIFFKERN_DEV ?= 1
-GPU_GOALS := test-gpu gpu-report $(if $(filter cuda,$(DEVICE)),demo bench)
+GPU_GOALS := test-gpu gpu-results $(if $(filter cuda,$(DEVICE)),demo bench)
 ifeq ($(filter $(GPU_GOALS),$(MAKECMDGOALS)),)
 export TORCH_CUDA_ARCH_LIST ?= 9.0
 endif
@@ -30,7 +32,7 @@ endif
 # The same as build-system.requires in pyproject.toml (a test compares them).
 BUILD_REQUIRES := "setuptools>=77" "torch>=2.10" "pybind11>=2.13" "cmake>=3.24" "ninja"
 
-.PHONY: demo test bench test-gpu test-abi test-emulator gpu-report build lint format clean distclean
+.PHONY: demo test bench test-gpu test-abi test-emulator gpu-results gpu-report mutants build lint format clean distclean
 .DELETE_ON_ERROR:
 
 # ---------------------------------------------------------------------------------------------- environment
@@ -46,6 +48,12 @@ $(VENV)/.extra-%: pyproject.toml setup.py $(VENV)/.build-requires
 	$(PY) -m pip install --no-build-isolation --editable ".[$*]"
 	@touch $@
 
+# The tests compile the kernels to PTX and run them in an emulator: nvcc comes from PyPI where the machine has none.
+$(VENV)/.nvcc: | $(VENV)/.build-requires
+	command -v nvcc || $(PY) -m pip install "cuda-toolkit[nvcc,cudart,cccl]==13.0.*"
+	@touch $@
+WITH_NVCC = PATH="$$PATH:$$(echo $(abspath $(VENV))/lib/python*/site-packages/nvidia/cu13/bin)"
+
 # No stamp: CMake and ninja know best what changed, and find out in a second.
 build: $(VENV)/.build-requires
 	$(PY) setup.py --quiet build_ext --inplace
@@ -58,11 +66,11 @@ bench: $(VENV)/.extra-bench build
 	$(PY) -m benchmarks --device $(DEVICE) $(ARGS)
 
 # The wheel is built, unpacked beside the tree and put before it: what is tested is what a user installs.
-test: $(VENV)/.extra-test
+test: $(VENV)/.extra-test $(VENV)/.nvcc
 	rm -rf build/wheel build/site
 	$(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
 	$(PY) -m pip install --quiet --no-deps --target build/site build/wheel/*.whl
-	DIFFKERN_TEST_WHEEL="$$(ls $(CURDIR)/build/wheel/*.whl)" PYTHONPATH=$(CURDIR)/build/site $(BIN)/pytest $(ARGS)
+	$(WITH_NVCC) DIFFKERN_TEST_WHEEL="$$(ls $(CURDIR)/build/wheel/*.whl)" PYTHONPATH=$(CURDIR)/build/site $(BIN)/pytest $(ARGS)
 
 test-gpu: $(VENV)/.extra-test build
 	$(BIN)/pytest --gpu $(ARGS)
@@ -71,14 +79,21 @@ test-abi: $(VENV)/.extra-test
 	$(PY) tests/abi_check.py $(ARGS)
 
 # The PTX emulator's own tests (minutes; needs nvcc).
-test-emulator: $(VENV)/.extra-test
-	$(BIN)/pytest tests/ptxsim $(ARGS)
+test-emulator: $(VENV)/.extra-test $(VENV)/.nvcc
+	$(WITH_NVCC) $(BIN)/pytest tests/ptxsim $(ARGS)
 
-gpu-report: $(VENV)/.extra-test $(VENV)/.extra-bench build
+gpu-results: $(VENV)/.extra-test $(VENV)/.extra-bench build
 	@mkdir -p build
 	{ failed=0; $(PY) -m diffkern info || failed=1; $(BIN)/pytest --gpu -q || failed=1; \
-	  $(PY) -m benchmarks --device cuda $(ARGS) || failed=1; exit $$failed; } 2>&1 | tee build/gpu-report.txt; \
-	  status=$${PIPESTATUS[0]}; echo "written: build/gpu-report.txt"; exit $$status
+	  $(PY) -m benchmarks --device cuda $(ARGS) || failed=1; exit $$failed; } 2>&1 | tee build/gpu-results.txt; \
+	  status=$${PIPESTATUS[0]}; echo "written: build/gpu-results.txt"; exit $$status
+
+gpu-report: $(VENV)/.extra-test $(VENV)/.nvcc
+	$(PY) -m pip install --quiet "nvidia-cuda-cuobjdump" "nvidia-cuda-nvdisasm"
+	$(WITH_NVCC) $(PY) tools/gpu_report.py $(ARGS)
+
+mutants: $(VENV)/.extra-test $(VENV)/.nvcc
+	$(WITH_NVCC) $(PY) tools/mutants.py $(ARGS)
 
 LINT_CPP = $$(git ls-files --cached --others --exclude-standard 'csrc/*.h' 'csrc/*.cuh' 'csrc/*.cpp' 'csrc/*.cu')
 

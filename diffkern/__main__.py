@@ -25,6 +25,8 @@ _commands: dict[str, Command] = {
     "info": Command(
         "versions, instruction set, CUDA, what is missing and what to do about it", "diffkern.info:add_command"
     ),
+    "demo": Command("train a small model on handwritten digits and sample from it", "diffkern.demo.cli:add_demo"),
+    "sample": Command("sample from a checkpoint of the demo", "diffkern.demo.cli:add_sample"),
 }
 
 

@@ -248,7 +248,7 @@ def test_sample_repeats_bit_for_bit(model_file: Path, tmp_path: Path, sampler: s
         assert sample(model_file, "--sampler", sampler, "--steps", 5, "--classes", "0-4", "--out", tmp_path / name) == 0
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     other = ("--sampler", sampler, "--steps", 5, "--classes", "0-4", "--seed", 6, "--out", tmp_path / "c.png")
-    assert sample(model_file, *other) == 0
+    assert sample(model_file, "--threads", 1, *other) == 0
     assert (tmp_path / "c.png").read_bytes() != (tmp_path / "a.png").read_bytes()
 
 
@@ -285,6 +285,7 @@ def test_micro_batch_of_one_gives_an_image_its_bits_in_every_job(
         (["--first", "-1"], "--first must not be negative, got -1"),
         (["--guidance", "nan"], "guidance must be finite, got nan"),
         (["--scale", "0"], "--scale must be at least 1, got 0"),
+        (["--threads", "0"], "--threads must be at least 1, got 0"),
         (["--device", "tpu"], "--device must be cpu or cuda, got 'tpu'"),
     ],
 )

@@ -107,7 +107,7 @@ def test_flow_matching_is_the_optimal_transport_path() -> None:
 
 
 def test_edm_loss_is_equation_8() -> None:
-    """lambda(sigma) |D(x0 + sigma eps) - x0|^2 with D from the raw network, lambda = (sigma^2 + sd^2) / (sigma sd)^2."""
+    """lambda |D(x0 + sigma eps) - x0|^2 with D from the raw network, lambda = (sigma^2 + sd^2) / (sigma sd)^2."""
     x0, seeds, sd = data(), ops.seeds(6, SHAPE[0]), 0.5
     sigma = torch.tensor([0.002, 0.01, 0.3, 1.0, 10.0, 80.0], dtype=torch.float64)
     eps = reference.randn(SHAPE, seeds, streams.TRAINING)
@@ -149,7 +149,9 @@ def test_a_sample_does_not_know_its_neighbours() -> None:
 
 def test_training_repeats_under_a_seeded_generator() -> None:
     draws = [losses.draw_seeds(4, torch.Generator().manual_seed(7)) for _ in range(2)]
-    assert torch.equal(*draws) and draws[0].dtype == torch.int64 and len(draws[0].unique()) == 4
+    assert torch.equal(*draws)
+    assert draws[0].dtype == torch.int64
+    assert len(draws[0].unique()) == 4
 
 
 def test_condition_dropout_has_its_probability_and_is_an_address() -> None:
@@ -165,9 +167,12 @@ def test_condition_dropout_has_its_probability_and_is_an_address() -> None:
 
 def test_uniform_times() -> None:
     t = losses.uniform_times(1000, schedules.linear(T=10))
-    assert t.dtype == torch.int64 and set(t.tolist()) == set(range(10))
+    assert t.dtype == torch.int64
+    assert set(t.tolist()) == set(range(10))
     t = losses.uniform_times(1000, schedules.flow())
-    assert t.dtype == torch.float64 and t.min() >= 0 and t.max() < 1
+    assert t.dtype == torch.float64
+    assert t.min() >= 0
+    assert t.max() < 1
 
 
 @pytest.mark.parametrize(

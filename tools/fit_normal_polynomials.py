@@ -26,7 +26,9 @@ def minimax(basis: Array, target: Array, weight: Array, rounds: int = 300) -> Ar
     return coefficients
 
 
-def fit(name: str, x: Array, target: Array, weight: Array, powers: list[int], variable: Callable[[Array], Array]) -> None:
+def fit(
+    name: str, x: Array, target: Array, weight: Array, powers: list[int], variable: Callable[[Array], Array]
+) -> None:
     basis = np.stack([variable(x) ** p for p in powers], axis=1)
     rest = target.copy()
     rounded: list[float] = []

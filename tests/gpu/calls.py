@@ -243,14 +243,14 @@ def mixed_row_calls(dtype: torch.dtype) -> Iterator[Call]:
             operands: dict[str, Any] = step_operands(shape, dtype, torch.float16, layout)
             operands["mask"] = lay(values(shape, 30).gt(0), layout)
             order = torch.randperm(batch, generator=torch.Generator().manual_seed(3))
-            want = {"want_x0": True, "want_s": True, "next_copies": 2, "next_dtype": torch.bfloat16}
+            want: dict[str, Any] = {"want_x0": True, "want_s": True, "next_copies": 2, "next_dtype": torch.bfloat16}
             what = f"a row of each, {dtype} {shape} {layout}"
             yield step_call(what, operands, index=order, seeds=seeds_of(batch), **want)
-    for shape in LARGE:
-        operands = {name: special(values(shape, k, dtype)) for k, name in enumerate(("x", "m"))}
+    for large in LARGE:
+        operands = {name: special(values(large, k, dtype)) for k, name in enumerate(("x", "m"))}
         row = list(ROWS).index("noise before clip")
         for stays in ((), ("table",)):
-            yield step_call(f"special values, {dtype} {shape}", operands, stays, row=row, seeds=seeds_of(shape[0]))
+            yield step_call(f"special values, {dtype} {large}", operands, stays, row=row, seeds=seeds_of(large[0]))
 
 
 # --------------------------------------------------------------------------------------------------------- comparing

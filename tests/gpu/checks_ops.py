@@ -172,8 +172,8 @@ def check_gradients(target: Target, dtype: torch.dtype) -> None:
         mine, eps, s, i, g = there.move((leaves, noise, seeds, index, up))
         steps, noising, loss = there.move((table(row), NOISING, LOSS))
         names = list(mine)
-        outs = ops.step(**mine, table=steps, seeds=s, want_x0=True, want_s=True, next_copies=1)
-        mixed = ops.noising(mine["x"], noising, i, noise=eps, want_target=True, want_eps=True)
+        outs: Any = ops.step(**mine, table=steps, seeds=s, want_x0=True, want_s=True, next_copies=1)
+        mixed: Any = ops.noising(mine["x"], noising, i, noise=eps, want_target=True, want_eps=True)
         value = ops.loss(mine["m"], mine["x"], loss, i, noise=eps)
         return {
             f"step ({', '.join(names)})": torch.autograd.grad(outs, list(mine.values()), g),

@@ -31,6 +31,8 @@ PLANS: dict[str, Plan] = {
     "heun edm": samplers.heun(EDM, 6),
     "heun flow": samplers.heun(FLOW, 6),
 }
+# Two plans of one length for one captured loop.
+LOOPS = (samplers.ddim(LINEAR, 8, eta=0.5, clip=1.0), samplers.ddim(COSINE, 8, eta=1.0, clip=0.5))
 
 
 class ExactModel:
@@ -61,10 +63,10 @@ def check_graph_of_step(target: Target, per_sample: bool) -> None:
     shape = (3, 5, 301)
     rows = table(ROWS["eps noise"], ROWS["x0 clip noise"], ROWS["euler noise"])
     index = torch.tensor([0, 1, 2]) if per_sample else torch.tensor(0)
-    host: dict[str, Tensor] = {"x": values(shape, 1), "m": values(shape, 2).bfloat16()}
+    host: dict[str, Any] = {"x": values(shape, 1), "m": values(shape, 2).bfloat16()}
     host |= {"table": rows, "index": index, "seeds": seeds_of(3)}
     there = target.move(host)
-    outs = {n: torch.empty(shape, device=target.device) for n in ("out", "x0", "s")}
+    outs: dict[str, Any] = {n: torch.empty(shape, device=target.device) for n in ("out", "x0", "s")}
     outs["next"] = torch.empty((6, *shape[1:]), dtype=torch.bfloat16, device=target.device)
     replay = target.record(lambda: ops.step_out(**there, **outs))
 
@@ -96,10 +98,10 @@ def check_graph_of_step(target: Target, per_sample: bool) -> None:
 def check_graph_of_noising(target: Target, out: bool) -> None:
     """As for the step, with outputs in given memory or in the graph's own."""
     shape = (3, 5, 301)
-    host: dict[str, Tensor] = {"x0": values(shape, 1), "table": NOISING, "index": torch.tensor([0, 1, 2])}
+    host: dict[str, Any] = {"x0": values(shape, 1), "table": NOISING, "index": torch.tensor([0, 1, 2])}
     host["seeds"] = seeds_of(3)
     there = target.move(host)
-    found: dict[str, Tensor] = {name: torch.empty(shape, device=target.device) for name in ("out", "target", "eps")}
+    found: dict[str, Any] = {name: torch.empty(shape, device=target.device) for name in ("out", "target", "eps")}
 
     def run() -> None:
         if out:
@@ -152,13 +154,12 @@ def check_graph_of_randn_and_loss(target: Target) -> None:
 
 
 def check_graph_of_a_loop(target: Target, whole: bool) -> None:
-    """DDIM with noise; the row index is in device memory and advances inside the graph, of one step or of the whole loop.
+    """DDIM with noise; the row index is in device memory and advances inside the graph of one step or of the loop.
 
     The second run has other seeds and another start, the third another plan of the same length.
     """
-    plans = [samplers.ddim(LINEAR, 8, eta=0.5, clip=1.0), samplers.ddim(COSINE, 8, eta=1.0, clip=0.5)]
-    steps, model = len(plans[0].rows), ExactModel()
-    rows = target.move(plans[0].table)
+    steps, model = len(LOOPS[0].rows), ExactModel()
+    rows = target.move(LOOPS[0].table)
     times = torch.zeros(steps, dtype=torch.int64, device=target.device)
     x = torch.zeros(SHAPE, device=target.device)
     seeds = torch.zeros(SHAPE[0], dtype=torch.int64, device=target.device)
@@ -175,7 +176,7 @@ def check_graph_of_a_loop(target: Target, whole: bool) -> None:
             one()
 
     replay = target.record(everything if whole else one)
-    for plan, s in ((plans[0], 1), (plans[0], 2), (plans[1], 3)):
+    for plan, s in ((LOOPS[0], 1), (LOOPS[0], 2), (LOOPS[1], 3)):
         job = ops.seeds(s, SHAPE[0])
         start = initial(plan, SHAPE, job)
         x.copy_(start)
@@ -379,10 +380,29 @@ def check_training(target: Target) -> None:
         torch.testing.assert_close(target.fetch(got[1]), want[1], rtol=1e-5, atol=1e-6)
 
 
+def check_training_never_waits(target: Target) -> None:
+    """With times on the device, loss and backward only queue work, once tables and kernels are there."""
+    x0, weight = target.move((values(SHAPE, 1), torch.ones(SHAPE[1:], requires_grad=True)))
+
+    def iteration(schedule: Any, prediction: str, times: Tensor) -> None:
+        losses.simple_loss(lambda x, t: x * weight, x0, times, schedule, prediction).backward()
+
+    cases = ((LINEAR, "eps", [1, 2, 3]), (FLOW, "velocity", [0.1, 0.5, 0.9]), (EDM, "edm", [0.1, 1.0, 9.0]))
+    for schedule, prediction, numbers in cases:
+        times = target.move(torch.tensor(numbers))
+        iteration(schedule, prediction, times)
+        target.synchronize()
+        with target.no_sync():
+            iteration(schedule, prediction, times)
+        assert weight.grad is not None
+        assert target.fetch(weight.grad).isfinite().all()
+
+
 # -------------------------------------------------------------------------------------- traffic between host and device
 def sampling_traffic(plan: Plan, device: torch.device, **given: Any) -> tuple[list[Any], list[Any]]:
     """What `sample` sends and waits for before its first model call, and after it. Fake tensors will do."""
-    traffic, before = Traffic(), []
+    traffic = Traffic()
+    before: list[int] = []
 
     def model(x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         if not before:
@@ -396,12 +416,11 @@ def sampling_traffic(plan: Plan, device: torch.device, **given: Any) -> tuple[li
 
 
 def training_traffic(schedule: Any, prediction: str, t: Tensor, device: torch.device) -> list[Any]:
-    """What one training iteration sends and waits for, after a first one."""
-    x0 = torch.empty(SHAPE, device=device)
-    weight = torch.ones(SHAPE[1:], device=device, requires_grad=True)
+    """What the forward half of a training iteration sends and waits for, after a first one."""
+    x0, model = torch.empty(SHAPE, device=device), torch.nn.Tanh()
     traffic = Traffic()
     for _ in range(2):
         traffic.events.clear()
         with traffic:
-            losses.simple_loss(lambda x, t: x * weight, x0, t, schedule, prediction).backward()
+            losses.simple_loss(lambda x, t: model(x), x0, t, schedule, prediction)
     return traffic.events

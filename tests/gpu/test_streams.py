@@ -18,3 +18,7 @@ def test_side_stream(gpu: Target, op: str) -> None:
 @ops
 def test_no_synchronisation(gpu: Target, op: str) -> None:
     checks.check_no_sync(gpu, op)
+
+
+def test_training_never_waits(gpu: Target) -> None:
+    checks.check_training_never_waits(gpu)
