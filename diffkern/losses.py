@@ -41,12 +41,18 @@ def draw_seeds(n: int, generator: torch.Generator | None = None, device: torch.d
     return torch.randint(-(2**63), 2**63 - 1, (n,), dtype=torch.int64, device=device, generator=generator)
 
 
-def uniform_times(n: int, schedule: Schedule, generator: torch.Generator | None = None) -> Tensor:
+def uniform_times(
+    n: int,
+    schedule: Schedule,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
     """Times t ~ Uniform, [n]: {0, ..., T-1} for a discrete schedule (int64), [0, 1) for a flow (float64)."""
+    device = generator.device if device is None and generator is not None else device
     if isinstance(schedule, DiscreteSchedule):
-        return torch.randint(0, schedule.T, (n,), generator=generator)
+        return torch.randint(0, schedule.T, (n,), generator=generator, device=device)
     if isinstance(schedule, FlowSchedule):
-        return torch.rand(n, dtype=torch.float64, generator=generator)
+        return torch.rand(n, dtype=torch.float64, generator=generator, device=device)
     raise ValueError(f"schedule must be discrete or a flow for uniform times, got {schedule.name}: give its times")
 
 
@@ -143,8 +149,9 @@ def simple_loss(
     """
     if seeds is None and noise is None:
         seeds = draw_seeds(x0.shape[0], device=x0.device)
+    t = t.to(x0.device)
     x_t = noised(x0, t, schedule, prediction, seeds=seeds, noise=noise)
-    time = schedule.model_time(prediction, t.to(x0.device))
+    time = schedule.model_time(prediction, t)
     pred = model(x_t, time.float() if time.is_floating_point() else time, **model_kwargs)
     return prediction_loss(
         pred, x0, t, schedule, prediction, seeds=seeds, noise=noise, weight=weight, reduction=reduction
@@ -170,7 +177,7 @@ def flow_matching_loss(
     path's derivatives in its last line; the target is alpha_dot x1 + sigma_dot eps.
     """
     schedule = flow() if schedule is None else schedule
-    t = uniform_times(x1.shape[0], schedule) if t is None else t
+    t = uniform_times(x1.shape[0], schedule, device=x1.device) if t is None else t
     return simple_loss(
         model, x1, t, schedule, "velocity", seeds=seeds, noise=noise, reduction=reduction, **model_kwargs
     )
@@ -200,7 +207,7 @@ def edm_loss(
     if sigma is None:
         if P_std <= 0:
             raise ValueError(f"P_std must be positive, got {P_std}")
-        sigma = torch.exp(torch.randn(x0.shape[0], dtype=torch.float64) * P_std + P_mean)
+        sigma = torch.exp(torch.randn(x0.shape[0], dtype=torch.float64, device=x0.device) * P_std + P_mean)
     return simple_loss(model, x0, sigma, schedule, "edm", seeds=seeds, noise=noise, reduction=reduction, **model_kwargs)
 
 

@@ -92,9 +92,16 @@ def _check_on_device(name: str, index: Tensor | None, table: Tensor) -> None:
             )
 
 
+def _gather(table: Tensor, index: Tensor) -> Tensor:
+    """table[index] as [B or 1, columns]; NaN where the index is outside, as in the kernels (never a device assert)."""
+    at = index.reshape(-1).long()
+    inside = (at >= 0) & (at < table.shape[0])
+    return torch.where(inside[:, None], table[at.clamp(0, table.shape[0] - 1)], float("nan"))
+
+
 def _rows(table: Tensor, index: Tensor | None, batch: int, dims: int) -> Tensor:
     """Rows of a noising or loss table as [B or 1, columns, 1, ...]: coefficients that broadcast over samples."""
-    rows = table if index is None else table[index.long()].reshape(-1, table.shape[1])
+    rows = table if index is None else _gather(table, index)
     return rows.reshape(rows.shape[0], rows.shape[1], *(1,) * (dims - 1))
 
 
@@ -488,7 +495,7 @@ def _step_backward(
     """The transposed row. In plain torch: differentiable again, and off the hot path of sampling."""
     x, m, m2, *histories, table, index, seeds, noise, mask, known = ctx.saved_tensors
     state = g_out
-    rows = table[ctx.row].reshape(1, -1) if index is None else table[index.long()].reshape(-1, table.shape[1])
+    rows = table[ctx.row].reshape(1, -1) if index is None else _gather(table, index)
     rows = rows.to(state.device).reshape(*rows.shape, *(1,) * (state.dim() - 1))
     c = dict(zip(COLUMNS, rows.unbind(1), strict=True))
     if g_next is not None:

@@ -43,14 +43,14 @@ STEP: dict[str, Case] = {
     "x integer": (lambda: step(X.int()), r"must be float64, float32, float16 or bfloat16, got int32"),
     "m missing": (lambda: step(m=None), r"m must be given: the row has q = -0\.75"),
     "x missing": (lambda: step(None, M), r"x must be given: the row has p = 1\.25"),
-    "m shape": (lambda: step(m=M[:, :1]), r"m must have the shape of out \[2, 3, 4\], got \[2, 1, 4\]"),
+    "m shape": (lambda: step(m=M[:, :1]), r"m must have the shape of x \[2, 3, 4\], got \[2, 1, 4\]"),
     "m integer": (lambda: step(m=M.long()), r"m must be float64.*, got int64"),
     "m on meta": (lambda: step(m=M.to("meta")), r"diffkern\.step: m must be on the device of like \(cpu\), got meta"),
     "x on meta": (lambda: step(META), r"m must be on the device of like \(meta\), got cpu"),
     "table on meta": (lambda: step(rows=EPS.to("meta")), r"table must be on the device of"),
     "guidance, odd batch": (
         lambda: step(m=values((3, 3, 4), 1), rows=GUIDED),
-        r"m must have the shape of out \[2, 3, 4\], got \[3, 3, 4\]",
+        r"m must have the shape of x \[2, 3, 4\], got \[3, 3, 4\]",
     ),
     "guidance, one prediction": (
         lambda: step(rows=GUIDED),
@@ -58,8 +58,8 @@ STEP: dict[str, Case] = {
     ),
     "m2 without m": (lambda: step(m=None, m2=M, rows=table({"a": 1.0})), r"m must be given with m2, got None"),
     "m2 dtype": (lambda: step(m2=M.half(), rows=GUIDED), r"m2 must have the dtype of m \(float32\), got float16"),
-    "m2 shape": (lambda: step(m2=M[:1], rows=GUIDED), r"m2 must have the shape of out"),
-    "doubled and m2": (lambda: step(m=torch.cat([M, M]), m2=M, rows=GUIDED), r"m must have the shape of out"),
+    "m2 shape": (lambda: step(m2=M[:1], rows=GUIDED), r"m2 must have the shape of x"),
+    "doubled and m2": (lambda: step(m=torch.cat([M, M]), m2=M, rows=GUIDED), r"m must have the shape of x"),
     **{
         f"history {k}": (
             lambda k=k: step(rows=table({"a": 1.0, f"e{k}": 0.5})),  # type: ignore[misc]
@@ -67,8 +67,8 @@ STEP: dict[str, Case] = {
         )
         for k in range(4)
     },
-    "history dtype": (lambda: step(h1=M.half()), r"h1 must have the dtype of out \(float32\), got float16"),
-    "history shape": (lambda: step(h2=M[:, :, :2]), r"h2 must have the shape of out"),
+    "history dtype": (lambda: step(h1=M.half()), r"h1 must have the dtype of x \(float32\), got float16"),
+    "history shape": (lambda: step(h2=M[:, :, :2]), r"h2 must have the shape of x"),
     "slope without m": (
         lambda: step(m=None, rows=table({"a": 1.0, "D": 1.0}), want_s=True),
         r"m must be given: the row has D",
@@ -83,7 +83,7 @@ STEP: dict[str, Case] = {
         r"seeds .* or noise .* must be given: the row has r = 0\.5",
     ),
     "noise and seeds": (lambda: step(rows=NOISY, seeds=S, noise=M), r"give either seeds .* or noise .*, got both"),
-    "noise dtype": (lambda: step(rows=NOISY, noise=M.double()), r"noise must have the dtype of out"),
+    "noise dtype": (lambda: step(rows=NOISY, noise=M.double()), r"noise must have the dtype of x"),
     "seeds dtype": (lambda: step(rows=NOISY, seeds=S.int()), r"seeds must be int64, got int32"),
     "seeds length": (lambda: step(rows=NOISY, seeds=S[:1]), r"seeds must have shape \[2\]"),
     "known missing": (
@@ -94,7 +94,7 @@ STEP: dict[str, Case] = {
         lambda: step(rows=table({"a": 1.0, "known_n": 0.5}), mask=X > 0, noise=M),
         r"seeds must be given: the row re-noises the known image with known_n = 0\.5",
     ),
-    "known dtype": (lambda: step(known=X.half(), mask=X > 0), r"known must have the dtype of out"),
+    "known dtype": (lambda: step(known=X.half(), mask=X > 0), r"known must have the dtype of x"),
     "mask dtype": (
         lambda: step(mask=X.half()),
         r"mask must be bool, uint8 or the dtype of the state \(float32\), got float16",
@@ -103,7 +103,7 @@ STEP: dict[str, Case] = {
         lambda: step(mask=X.int()),
         r"mask must be bool, uint8 or the dtype of the state \(float32\), got int32",
     ),
-    "mask shape": (lambda: step(mask=(X > 0)[:, :1]), r"mask must have the shape of out \[2, 3, 4\], got \[2, 1, 4\]"),
+    "mask shape": (lambda: step(mask=(X > 0)[:, :1]), r"mask must have the shape of x \[2, 3, 4\], got \[2, 1, 4\]"),
     "table dtype": (lambda: step(rows=EPS.float()), r"table must be float64, got float32"),
     "table width": (lambda: step(rows=EPS[:, :20].contiguous()), r"table must have shape \[rows, 21\], got \[1, 20\]"),
     "table strides": (lambda: step(rows=EPS.expand(3, 21)), r"table must be contiguous"),
@@ -220,5 +220,5 @@ def test_infinite_coefficients_are_numbers() -> None:
 
 def test_unused_operands_are_checked_too() -> None:
     """A wrong shape is an error even where the coefficient is 0: it should not wait for the row that reads it."""
-    with pytest.raises(RuntimeError, match="h3 must have the shape of out"):
+    with pytest.raises(RuntimeError, match="h3 must have the shape of x"):
         ops.step(X, M, h3=M[:1], table=EPS)

@@ -47,7 +47,7 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class Gpu:
-    """Datasheet: memory bytes a second, multiprocessors, boost clock in Hz. Each SM issues 4 warp instructions a cycle."""
+    """Datasheet: memory bytes a second, multiprocessors, boost clock in Hz."""
 
     name: str
     bandwidth: float

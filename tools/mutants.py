@@ -72,29 +72,29 @@ def replace_once(text: str, mutant: Mutant) -> str:
     return re.sub(pattern, lambda _: mutant.new, text)
 
 
-def run(mutant: Mutant) -> tuple[str, float]:
-    """("caught" | "survived" | what went wrong, seconds)."""
+def run(mutant: Mutant, folder: Path) -> tuple[str, float]:
+    """("caught" | "survived" | what went wrong, seconds). PTX of files that did not change is found in the folder."""
     start = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        csrc = Path(folder) / "csrc"
-        for part in ("core", "cuda"):
-            shutil.copytree(ROOT / "csrc" / part, csrc / part)
-        file = csrc / mutant.file
-        file.write_text(replace_once(file.read_text(), mutant))
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "-p",
-            "no:cacheprovider",
-            "-k",
-            "not sm_90 and not sm_75",
-        ]
-        command += [str(ROOT / "tests" / "ptx" / f"test_{mutant.tests}.py")]
-        environment = os.environ | {"DIFFKERN_PTX_CSRC": str(csrc), "PTXSIM_CACHE": str(Path(folder) / "cache")}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    csrc = folder / "csrc"
+    shutil.rmtree(csrc, ignore_errors=True)
+    for part in ("core", "cuda"):
+        shutil.copytree(ROOT / "csrc" / part, csrc / part)
+    file = csrc / mutant.file
+    file.write_text(replace_once(file.read_text(), mutant))
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "not sm_90 and not sm_75",
+    ]
+    command += [str(ROOT / "tests" / "ptx" / f"test_{mutant.tests}.py")]
+    environment = os.environ | {"DIFFKERN_PTX_CSRC": str(csrc), "PTXSIM_CACHE": str(folder / "cache")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     seconds = time.monotonic() - start
     if done.returncode == 0:
         return "SURVIVED", seconds
@@ -121,10 +121,11 @@ def main() -> None:
         raise SystemExit(f"no such mutant: {', '.join(sorted(unknown))} (--list shows them)")
     chosen = [m for m in MUTANTS if not args.names or m.name in args.names]
     bad = 0
-    for mutant in chosen:
-        result, seconds = run(mutant)
-        bad += not result.startswith("caught")
-        print(f"{mutant.name:42} {mutant.file:18} {seconds:5.0f} s  {result}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for mutant in chosen:
+            result, seconds = run(mutant, Path(folder))
+            bad += not result.startswith("caught")
+            print(f"{mutant.name:42} {mutant.file:18} {seconds:5.0f} s  {result}", flush=True)
     print(f"{len(chosen) - bad} of {len(chosen)} faults caught")
     sys.exit(1 if bad else 0)
 

@@ -371,7 +371,7 @@ struct Ops {
                                                    : (o.m ? o.m.dtype : like.dtype);
       next = empty_like(like, dtype, next_copies);
     }
-    o.out = {"out", out};
+    o.out = {like.name, out};  // a rule that it breaks is broken by the operand it is made like
     o.x0 = {"x0", x0};
     o.s = {"s", s};
     o.next = {"next", next};

@@ -148,7 +148,8 @@ template <class T>
 __global__ void __launch_bounds__(kLossLanes) batch_kernel(const LossArgs args) {
   __shared__ T lanes[kLossLanes];
   const T sum = ordered_sum(static_cast<const T*>(args.samples), args.space.batch, lanes);
-  if (threadIdx.x == 0) *static_cast<T*>(args.value) = sum;
+  const bool mean_of_nothing = args.reduction == Reduction::mean && args.space.batch == 0;
+  if (threadIdx.x == 0) *static_cast<T*>(args.value) = mean_of_nothing ? not_a_number<T>() : sum;
 }
 
 template <class S, Access access>

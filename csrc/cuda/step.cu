@@ -53,7 +53,8 @@ DK_HD StepRow<T> make_row(const double* values, uint32_t want, const StepArgs& a
 
 // kFull: with histories and a mask. Without, they cost no registers.
 template <class S, Access access, bool kFull>
-__global__ void __launch_bounds__(kThreads, kMinBlocks) step_kernel(const StepParams<Arithmetic<S>> params) {
+__global__ void __launch_bounds__(kThreads, kFull || access != Access::direct ? kMinBlocks : 2 * kMinBlocks)
+    step_kernel(const StepParams<Arithmetic<S>> params) {
   using T = Arithmetic<S>;
   constexpr int W = kWidth<S, access>;
   const StepArgs& args = params.args;

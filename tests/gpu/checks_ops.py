@@ -105,7 +105,7 @@ def out_calls(dtype: torch.dtype, layout: str) -> list[Call]:
     calls = []
     for shape in SHAPES:
         seeds = seeds_of(shape[0])
-        want = {"want_x0": True, "want_s": True, "next_copies": 2, "next_dtype": torch.float16}
+        want: dict[str, Any] = {"want_x0": True, "want_s": True, "next_copies": 2, "next_dtype": torch.float16}
         noising = {
             "x0": lay(values(shape, 1, dtype), layout),
             "table": NOISING[1:2].clone(),
@@ -197,7 +197,7 @@ def check_index_outside(target: Target) -> None:
         for bad in (-1, 3, 5, 2**40, -(2**63)):
             kinds = [torch.int64] if abs(bad) > 2**31 else [torch.int64, torch.int32]
             for good, wrong in ((torch.tensor([1, 0, 2], dtype=k), torch.tensor([1, bad, 2], dtype=k)) for k in kinds):
-                want = {"want_x0": True, "want_s": True, "next_copies": 1}
+                want: dict[str, Any] = {"want_x0": True, "want_s": True, "next_copies": 1}
                 more = {"seeds": seeds, "stream": 1, "noise": None}
                 calls = [
                     Call("noising", {"x0": x, "table": NOISING[:3], **more, "want_target": True, "want_eps": True}, ""),
@@ -228,7 +228,7 @@ def check_operand_missing(target: Target) -> None:
     """An operand that a device row reads and nobody gave: NaN on a GPU, an error on the CPU."""
     operands = {**step_operands((2, 70), torch.float32, torch.bfloat16, "contiguous"), "seeds": seeds_of(2)}
     operands["mask"] = values((2, 70), 30).gt(0)
-    want = {"want_x0": True, "want_s": True, "next_copies": 2}
+    want: dict[str, Any] = {"want_x0": True, "want_s": True, "next_copies": 2}
     for missing in ("x", "m2", "h0", "h1", "h2", "h3", "known", "seeds"):
         call = step_call(f"without {missing}", {**operands, missing: None}, index=torch.tensor(len(STEPS) - 1), **want)
         if not target.is_gpu:
@@ -341,7 +341,7 @@ def check_compile(target: Target, **options: Any) -> None:
     inputs = (values(shape, 1), values(shape, 2), torch.arange(4) % len(NOISING), seeds_of(4), NOISING, LOSS)
     torch._dynamo.reset()
     counters.clear()
-    compiled = torch.compile(all_ops, fullgraph=True, **options)
+    compiled: Any = torch.compile(all_ops, fullgraph=True, **options)
     try:
         with torch.no_grad():
             there = target.move(inputs)
@@ -361,7 +361,7 @@ def check_opcheck(target: Target, which: slice = slice(None)) -> None:
     shape, seeds = (3, 2, 5, 4), seeds_of(3)
     x, m, index = values(shape, 1), values(shape, 2), torch.tensor([2, 0, 1])
     both = torch.cat([m, m]).bfloat16()
-    want = {"want_x0": True, "want_s": True, "next_copies": 2}
+    want: dict[str, Any] = {"want_x0": True, "want_s": True, "next_copies": 2}
     guided = list(ROWS).index("eps guided")
     leaf, pred = x.clone().requires_grad_(), m.clone().requires_grad_()
     source = {"seeds": seeds, "stream": 5, "noise": None}
