@@ -70,7 +70,7 @@ def find_nvcc() -> None:
                 return
     raise NoNvcc(
         "the CUDA kernels are tested by compiling them to PTX, and no nvcc was found: put one on PATH, or "
-        "pip install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-crt nvidia-nvvm nvidia-cuda-cccl"
+        "pip install 'cuda-toolkit[nvcc,cudart,cccl]' (which brings nvidia-cuda-nvcc)"
     )
 
 

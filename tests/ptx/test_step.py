@@ -234,7 +234,7 @@ def test_operand_that_is_not_there_gives_nan(device: Device, missing: str) -> No
 def test_coefficient_zero_reads_nothing(device: Device, cpu: Cpu) -> None:
     """Operands of terms that are not at work may hold NaN, and are not touched."""
     for state in DTYPES:
-        call = step("contiguous", 2, (264,), state, ROWS["everything"], mask_dtype=torch.uint8)
+        call = step("contiguous", 2, (264,), state, ROWS["everything"], mask_dtype=torch.uint8, tensor_noise=True)
         poison = {n: torch.full_like(t, float("nan")) for n, t in call.inputs.items() if n not in ("x", "u", "mask")}
         columns = {"a": 1.0, "d": -0.3}
         call = with_changes(call, inputs=call.inputs | poison, row=row(**columns))
