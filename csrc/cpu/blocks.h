@@ -2,6 +2,7 @@
 // tensor where it is stored that way, else through a buffer that stays in the L1 / L2 cache.
 #pragma once
 
+#include <algorithm>
 #include <initializer_list>
 
 #include "isa.h"
@@ -104,6 +105,25 @@ void store(const Space& space, const View& view, const Block& block, const T* fr
 constexpr int64_t kNoiseRoom = kBlock + 8 * kQuadsAtOnce;
 const float* draw(const Space& space, const Block& block, uint64_t seed, uint64_t stream, float* buffer);
 const double* draw(const Space& space, const Block& block, uint64_t seed, uint64_t stream, double* buffer);
+
+// The same, asking for the memory of `views` (which the block reads or writes next) piece by piece between the normals,
+// so that waiting for memory and computing overlap.
+template <class T>
+const T* draw_ahead(const Space& space, const Block& block, uint64_t seed, uint64_t stream, T* buffer,
+                    std::initializer_list<const View*> views) {
+  constexpr int64_t kPiece = 128, kLine = 64;
+  if (space.layout != Layout::contiguous) return draw(space, block, seed, stream, buffer);
+  for (int64_t done = 0; done < block.n; done += kPiece) {
+    const Block piece{block.sample, block.begin + done, std::min(kPiece, block.n - done)};
+    for (const View* view : views) {
+      if (view->data == nullptr) continue;
+      const char* from = address(*view, piece.sample * view->batch_stride + piece.begin);
+      for (int64_t i = 0; i < piece.n * size_of(view->dtype); i += kLine) __builtin_prefetch(from + i);
+    }
+    draw(space, piece, seed, stream, buffer + done);
+  }
+  return buffer;
+}
 
 inline uint64_t seed_of(const Seeds& seeds, int64_t sample) {
   return static_cast<uint64_t>(seeds.data[sample * seeds.stride]);

@@ -21,7 +21,8 @@ void run(const LossArgs& args, int64_t begin, int64_t end) {
     s.z = zeros;
     if (s.k.v != T(0)) {
       s.z = args.noise.data != nullptr ? load(space, args.noise, block, z)
-                                       : draw(space, block, seed_of(args.seeds, block.sample), args.stream, z);
+                                       : draw_ahead(space, block, seed_of(args.seeds, block.sample), args.stream, z,
+                                                    {&args.pred, &args.x0, &args.grad});
     }
     s.pred = load(space, args.pred, block, pred);
     s.x0 = s.k.u != T(0) ? load(space, args.x0, block, x0) : zeros;

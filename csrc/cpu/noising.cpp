@@ -21,7 +21,8 @@ void run(const NoisingArgs& args, int64_t begin, int64_t end) {
     const T* eps = zeros;
     if (k.n != T(0) || (k.v != T(0) && args.target.data != nullptr) || args.eps.data != nullptr) {
       eps = args.noise.data != nullptr ? load(space, args.noise, block, z)
-                                       : draw(space, block, seed_of(args.seeds, block.sample), args.stream, z);
+                                       : draw_ahead(space, block, seed_of(args.seeds, block.sample), args.stream, z,
+                                                    {&args.x0, &args.out, &args.target});
     }
     if (args.eps.data != nullptr) {
       T* to = target(space, args.eps, block, out);

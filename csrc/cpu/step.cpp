@@ -62,7 +62,8 @@ void run(const StepArgs& args, int64_t begin, int64_t end) {
     if (terms & kReadsNoise) {
       s.z = args.noise.data != nullptr
                 ? load(space, args.noise, block, buffers.z)
-                : draw(space, block, seed_of(args.seeds, sample), static_cast<uint64_t>(row[kStream]), buffers.z);
+                : draw_ahead(space, block, seed_of(args.seeds, sample), static_cast<uint64_t>(row[kStream]), buffers.z,
+                             {&args.x, &args.u, &args.out});
     }
     s.z2 = zeros;
     if (terms & kTermKnownN) {
