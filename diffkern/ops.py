@@ -99,7 +99,7 @@ def _gather(table: Tensor, index: Tensor) -> Tensor:
     return torch.where(inside[:, None], table[at.clamp(0, table.shape[0] - 1)], float("nan"))
 
 
-def _rows(table: Tensor, index: Tensor | None, batch: int, dims: int) -> Tensor:
+def _rows(table: Tensor, index: Tensor | None, dims: int) -> Tensor:
     """Rows of a noising or loss table as [B or 1, columns, 1, ...]: coefficients that broadcast over samples."""
     rows = table if index is None else _gather(table, index)
     return rows.reshape(rows.shape[0], rows.shape[1], *(1,) * (dims - 1))
@@ -264,7 +264,7 @@ def _noising_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 
 def _noising_backward(ctx: Any, g_x: Tensor, g_target: Tensor | None, g_eps: Tensor | None) -> tuple[Any, ...]:
     table, index = ctx.saved_tensors
-    s, n, u, v = _rows(table, index, ctx.shape[0], len(ctx.shape)).unbind(1)
+    s, n, u, v = _rows(table, index, len(ctx.shape)).unbind(1)
     g_x0 = _as(_times(s, g_x) + _times(u, g_target), g_x)
     g_noise = None
     if ctx.has_noise:
@@ -348,7 +348,7 @@ def _loss_backward(ctx: Any, g_value: Tensor | None, g_grad: None) -> tuple[Any,
         g_pred = (grad * scale).to(grad.dtype)
     g_x0 = g_noise = None
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[6]:
-        u, v, _ = _rows(table, index, grad.shape[0], grad.dim()).unbind(1)
+        u, v, _ = _rows(table, index, grad.dim()).unbind(1)
         if ctx.needs_input_grad[1]:
             g_x0 = (-_times(u, g_pred)).to(ctx.dtypes[0])  # type: ignore[union-attr]
         if ctx.needs_input_grad[6]:
