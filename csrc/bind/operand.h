@@ -385,7 +385,7 @@ inline Tensor allocate(const Operand& like, const std::vector<int64_t>& sizes, c
 }
 
 // A new tensor on the device of `like`, [copies B, ...]: with its strides where they are dense and the batch is
-// outermost, else contiguous (diffkern/ops.py states the same rule for the fake tensors).
+// outermost, else contiguous (diffkern/ops/_common.py states the same rule for the fake tensors).
 inline Tensor empty_like(const Operand& like, int32_t dtype, int64_t copies = 1) {
   std::vector<int64_t> sizes(like.sizes, like.sizes + like.dims), strides(like.strides, like.strides + like.dims);
   int64_t inner = 1;

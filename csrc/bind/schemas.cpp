@@ -19,7 +19,7 @@ STABLE_TORCH_LIBRARY(diffkern, m) {
       "row, "
       "Tensor? index, Tensor? seeds, Tensor? noise, Tensor? mask, Tensor? known, bool want_x0, bool want_s, "
       "int next_copies, ScalarType? next_dtype) -> (Tensor, Tensor?, Tensor?, Tensor?)");
-  // `step` with an autograd formula (diffkern/ops.py): a formula costs microseconds a call even where no gradient is
+  // `step` with an autograd formula (diffkern/ops/_step.py): a formula costs microseconds a call even where no gradient is
   // wanted, so it has a name of its own.
   m.def(
       "step_ad(Tensor? x, Tensor? m, Tensor? m2, Tensor? h0, Tensor? h1, Tensor? h2, Tensor? h3, Tensor table, "

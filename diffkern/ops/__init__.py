@@ -1,0 +1,16 @@
+"""The native ops as typed functions: `randn`, `noising`, `loss`, `step`, their fake tensors and gradients.
+
+Every op runs on CPU and CUDA tensors, under torch.compile and torch.export. Dimension 0 is the batch. Tables of
+coefficients are float64; arithmetic is float32 (float64 for float64 tensors) and rounds once, at the store.
+Wrong input raises RuntimeError with one sentence that names the argument, the rule and the value.
+
+Noise is an address: element i of a sample is a fixed function of (seed of the sample, stream, i), see `randn`.
+"""
+
+from __future__ import annotations
+
+from diffkern.ops._noise import randn, seeds
+from diffkern.ops._step import step, step_out
+from diffkern.ops._training import loss, noising, noising_out
+
+__all__ = ["loss", "noising", "noising_out", "randn", "seeds", "step", "step_out"]

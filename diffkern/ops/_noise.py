@@ -1,0 +1,73 @@
+"""Noise by address: the seeds of samples, and `randn`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffkern.ops._common import native, one_device, refuse_grad, wrote
+
+
+def _mix64(z: np.ndarray) -> np.ndarray:
+    """A bijection of 64-bit integers with full avalanche: the finaliser of splitmix64 (Steele, Lea, Flood 2014)."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def seeds(s: int, n: int, first: int = 0, device: torch.device | str | None = None) -> Tensor:
+    """Seeds of the samples first, ..., first + n - 1 of a job with seed `s`, int64 [n].
+
+        seed_j = mix64(mix64(s + 0x9E3779B97F4A7C15) xor mix64(j + 0xD1B54A32D192ED03))
+
+    mix64 is the finaliser of splitmix64. Sample j has the same seed in every split of the job, and jobs with
+    neighbouring s share nothing. Who wants image j to have seed s + j passes that tensor instead.
+    """
+    if n < 0 or first < 0:
+        raise ValueError(f"n and first must not be negative, got n={n}, first={first}")
+    with np.errstate(over="ignore"):
+        job = _mix64(np.array([s % 2**64], dtype=np.uint64) + np.uint64(0x9E3779B97F4A7C15))
+        sample = np.arange(first, first + n, dtype=np.uint64) + np.uint64(0xD1B54A32D192ED03)
+        mixed = _mix64(job ^ _mix64(sample))
+    return torch.from_numpy(mixed.view(np.int64)).to(device)
+
+
+def randn(
+    shape: Sequence[int],
+    seeds: Tensor,
+    stream: int = 0,
+    *,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Standard normals by address, [B, ...] on the device of `seeds` (int64 [B], one a sample).
+
+    Element i (row-major within its sample) is lane i mod 4 of Philox4x32-10 (Salmon et al. 2011) at counter
+    (i div 4, stream) under the key seed, made normal by Box and Muller's transform (1958) in fixed float32 arithmetic.
+    The bits depend on nothing else: not on the batch, the memory format, threads, the SIMD level or the device.
+    float64 tensors hold the float32 normals, 16-bit tensors the rounded ones. `dtype` is float32 unless given.
+    `out`, any strides: written instead; shape and dtype must be its own.
+    """
+    if out is None:
+        return native.randn(list(shape), seeds, stream, torch.float32 if dtype is None else dtype)
+    if list(out.shape) != list(shape):
+        raise RuntimeError(f"diffkern.randn: out must have shape {list(shape)}, got {list(out.shape)}")
+    if dtype is not None and dtype != out.dtype:
+        raise RuntimeError(f"diffkern.randn: out must have dtype {dtype}, got {out.dtype}")
+    refuse_grad("randn", out)
+    native.randn_out(seeds, stream, out)
+    wrote(out)
+    return out
+
+
+@torch.library.register_fake("diffkern::randn")
+def _(size: Sequence[int], seeds: Tensor, stream: int, dtype: torch.dtype) -> Tensor:
+    return seeds.new_empty(size, dtype=dtype)
+
+
+@torch.library.register_fake("diffkern::randn_out")
+def _(seeds: Tensor, stream: int, out: Tensor) -> None:
+    one_device("randn", out=out, seeds=seeds)

@@ -1,0 +1,200 @@
+"""The universal sampler step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffkern.ops._common import (
+    as_dtype_of,
+    check_on_device,
+    empty_like,
+    gather,
+    native,
+    one_device,
+    refuse_grad,
+    times,
+    wrote,
+)
+from diffkern.plan import COLUMNS
+
+
+def step(
+    x: Tensor | None,
+    m: Tensor | None,
+    m2: Tensor | None = None,
+    h0: Tensor | None = None,
+    h1: Tensor | None = None,
+    h2: Tensor | None = None,
+    h3: Tensor | None = None,
+    *,
+    table: Tensor,
+    row: int = 0,
+    index: Tensor | None = None,
+    seeds: Tensor | None = None,
+    noise: Tensor | None = None,
+    mask: Tensor | None = None,
+    known: Tensor | None = None,
+    want_x0: bool = False,
+    want_s: bool = False,
+    next_copies: int = 0,
+    next_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """One fused sampler update: every linear sampler is a row of coefficients (columns: `diffkern.plan.COLUMNS`).
+
+        m   = u + w (c - u)                          classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598)
+        x0  = clamp(p x + q m + r z, -clip, clip)
+        x'  = a x + b x0 + d m + sum_k e_k h_k + g z
+        s   = A x + B x0 + D m
+        x'  = x' where mask is 1, known_s known + known_n z2 where it is 0, the blend of both between
+
+    x, the histories h0..h3, noise and known share shape [B, ...] and dtype; m may have another dtype. Guidance: m is
+    [2B, ...] = [uncond | cond], or m and m2. z is noise by address (`seeds` and the row's stream) or the tensor
+    `noise`. A term whose coefficient is 0 is neither read nor drawn. The row: `row` of `table` (float64, on the CPU or
+    the device), or `index` (int [] or [B], on the device): every sample may be at a step of its own; on CUDA an index
+    outside the table, and an operand that such a row lacks, give NaN (DIFFKERN_CHECK=1 raises for the index).
+    Returns (x', x0 or None, s or None, next or None); next = k x' in next_dtype (m's by default), [next_copies B, ...].
+    Differentiable in x, m, m2, the histories, noise and known.
+    """
+    args = (x, m, m2, h0, h1, h2, h3, table, row, index, seeds, noise, mask, known)
+    check_on_device("step", index, table)
+    op = native.step_ad if _wants_grad(x, m, m2, h0, h1, h2, h3, noise, known) else native.step
+    return op(*args, want_x0, want_s, next_copies, next_dtype)
+
+
+def _wants_grad(*tensors: Tensor | None) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return torch.compiler.is_compiling() or any(t is not None and t.requires_grad for t in tensors)
+
+
+def step_out(
+    x: Tensor | None,
+    m: Tensor | None,
+    m2: Tensor | None = None,
+    h0: Tensor | None = None,
+    h1: Tensor | None = None,
+    h2: Tensor | None = None,
+    h3: Tensor | None = None,
+    *,
+    table: Tensor,
+    out: Tensor,
+    x0: Tensor | None = None,
+    s: Tensor | None = None,
+    next: Tensor | None = None,
+    row: int = 0,
+    index: Tensor | None = None,
+    seeds: Tensor | None = None,
+    noise: Tensor | None = None,
+    mask: Tensor | None = None,
+    known: Tensor | None = None,
+) -> Tensor:
+    """`step` into given tensors, for loops that allocate nothing; `out` may be x (in place). Not differentiable."""
+    check_on_device("step", index, table)
+    refuse_grad("step_out", x, m, m2, h0, h1, h2, h3, noise, known, out, x0, s, next)
+    native.step_out(x, m, m2, h0, h1, h2, h3, table, row, index, seeds, noise, mask, known, out, x0, s, next)
+    wrote(out, x0, s, next)
+    return out
+
+
+def _step_fake(
+    x: Tensor | None,
+    m: Tensor | None,
+    m2: Tensor | None,
+    h0: Tensor | None,
+    h1: Tensor | None,
+    h2: Tensor | None,
+    h3: Tensor | None,
+    table: Tensor,
+    row: int,
+    index: Tensor | None,
+    seeds: Tensor | None,
+    noise: Tensor | None,
+    mask: Tensor | None,
+    known: Tensor | None,
+    want_x0: bool,
+    want_s: bool,
+    next_copies: int,
+    next_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    like = next(t for t in (x, h0, h1, h2, h3, noise, known, m) if t is not None)
+    one_device(
+        "step", like=like, m=m, m2=m2, table=table, index=index, seeds=seeds, noise=noise, mask=mask, known=known
+    )
+    dtype = next_dtype if next_dtype is not None else (m if m is not None else like).dtype
+    return (
+        empty_like(like),
+        empty_like(like) if want_x0 else None,
+        empty_like(like) if want_s else None,
+        empty_like(like, dtype, next_copies) if next_copies else None,
+    )
+
+
+torch.library.register_fake("diffkern::step", _step_fake)
+torch.library.register_fake("diffkern::step_ad", _step_fake)
+
+
+@torch.library.register_fake("diffkern::step_out")
+def _(*args: Any) -> None:
+    x, m, m2, h0, h1, h2, h3, table, _, index, seeds, noise, mask, known, out, x0, s, next_ = args
+    inputs = {"x": x, "m": m, "m2": m2, "h0": h0, "h1": h1, "h2": h2, "h3": h3, "table": table, "index": index}
+    others = {"seeds": seeds, "noise": noise, "mask": mask, "known": known, "x0": x0, "s": s, "next": next_}
+    one_device("step", out=out, **inputs, **others)
+
+
+def _step_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    x, m, m2, h0, h1, h2, h3, table, row, index, seeds, noise, mask, known, *_, next_copies, _ = inputs
+    ctx.save_for_backward(x, m, m2, h0, h1, h2, h3, table, index, seeds, noise, mask, known)
+    ctx.row, ctx.copies, ctx.batch = row, next_copies, output[0].shape[0]
+
+
+def _step_backward(
+    ctx: Any, g_out: Tensor, g_x0: Tensor | None, g_s: Tensor | None, g_next: Tensor | None
+) -> tuple[Any, ...]:
+    """The transposed row. In plain torch: differentiable again, and off the hot path of sampling."""
+    x, m, m2, *histories, table, index, seeds, noise, mask, known = ctx.saved_tensors
+    state = g_out
+    rows = table[ctx.row].reshape(1, -1) if index is None else gather(table, index)
+    rows = rows.to(state.device).reshape(*rows.shape, *(1,) * (state.dim() - 1))
+    c = dict(zip(COLUMNS, rows.unbind(1), strict=True))
+    if g_next is not None:
+        wide = g_next.to(torch.float64 if state.dtype == torch.float64 else torch.float32)
+        halves = wide[: ctx.batch] + wide[ctx.batch :] if ctx.copies == 2 else wide
+        g_out = g_out + times(c["k"], halves)
+    g_known = None
+    if mask is not None:
+        open_ = mask.to(g_out.dtype)
+        if ctx.needs_input_grad[13]:
+            g_known = as_dtype_of(times(c["known_s"], g_out * (1 - open_)), state)
+        g_out = g_out * open_
+    g_clean = times(c["b"], g_out) + times(c["B"], g_s) + (0.0 if g_x0 is None else g_x0)
+    known_on_host = type(table) is Tensor and not table.is_cuda and not torch.compiler.is_compiling()  # not traced
+    if not known_on_host or bool(torch.isfinite(c["clip"]).any()):  # the gradient passes where x0 was inside
+        inputs = (x, m, m2, *histories, table, ctx.row, index, seeds, noise, None, known)
+        x0 = native.step(*inputs, True, False, 0, None)[1]
+        g_clean = g_clean * (x0.abs() < c["clip"].to(x0.dtype))
+    g_m = times(c["d"], g_out) + times(c["q"], g_clean) + times(c["D"], g_s)
+    g_first = g_second = None
+    if m is not None and (m2 is not None or m.shape[0] != ctx.batch):
+        g_cond = times(c["w"], g_m)
+        g_first, g_second = as_dtype_of(g_m - g_cond, m), as_dtype_of(g_cond, m)
+        if m2 is None:
+            g_first = torch.cat([g_first, g_second])
+    elif m is not None:
+        g_first = as_dtype_of(g_m, m)
+    return (
+        None if x is None else as_dtype_of(times(c["a"], g_out) + times(c["p"], g_clean) + times(c["A"], g_s), state),
+        g_first,
+        None if m2 is None else g_second,
+        *(None if h is None else as_dtype_of(times(c[f"e{k}"], g_out), state) for k, h in enumerate(histories)),
+        *(None,) * 4,
+        None if noise is None else as_dtype_of(times(c["g"], g_out) + times(c["r"], g_clean), state),
+        None,
+        g_known,
+        *(None,) * 4,
+    )
+
+
+torch.library.register_autograd("diffkern::step_ad", _step_backward, setup_context=_step_setup)
