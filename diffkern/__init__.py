@@ -8,7 +8,7 @@ Native ops: `ops` (randn, noising, loss, step). Schedules, prediction conversion
 `predictions`. Samplers as data: `plan`, `samplers`; running them: `sampling`. Training losses: `losses`.
 """
 
-from diffkern import losses, ops, plan, predictions, reference, samplers, sampling, schedules, streams
+from diffkern import losses, ops, plan, predictions, reference, samplers, sampling, schedules, streams, variational
 from diffkern._load import build_info, cuda_status
 from diffkern.losses import draw_seeds, edm_loss, flow_matching_loss, noised, prediction_loss, simple_loss
 from diffkern.ops import loss, noising, randn, seeds, step, step_out
@@ -26,6 +26,7 @@ from diffkern.schedules import (
     linear,
     scaled_linear,
 )
+from diffkern.variational import bits_per_dim, hybrid_loss, vlb_loss
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ __all__ = [
     "Plan",
     "Row",
     "Sampled",
+    "bits_per_dim",
     "build_info",
     "convert",
     "cosine",
@@ -50,6 +52,7 @@ __all__ = [
     "from_betas",
     "get_sampler",
     "heun",
+    "hybrid_loss",
     "initial",
     "linear",
     "loss",
@@ -72,4 +75,6 @@ __all__ = [
     "step",
     "step_out",
     "streams",
+    "variational",
+    "vlb_loss",
 ]

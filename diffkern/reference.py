@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .plan import COLUMNS
 
-__all__ = ["loss", "noising", "normal", "philox", "randn", "step"]
+__all__ = ["loss", "noising", "normal", "philox", "randn", "step", "variational"]
 
 _MASK = np.uint64(0xFFFFFFFF)
 
@@ -103,6 +103,49 @@ def loss(
     squares = (pred.to(compute) - target) ** 2
     losses = weight.flatten() * squares.reshape(len(squares), math.prod(squares.shape[1:])).mean(1)
     return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
+
+
+def _bin_nats(x0: Tensor, e: Tensor, inv_std: Tensor, bin: Tensor) -> Tensor:
+    """-ln P(bin of x0) under N(x0 + e, 1 / inv_std^2), the outermost bins of [-1, 1] open."""
+    near, far = (e.abs() - bin) * inv_std, (e.abs() + bin) * inv_std  # edges, from the mean outwards
+    log_near, log_far = torch.special.log_ndtr(-near), torch.special.log_ndtr(-far)
+    between = log_near + torch.log(-torch.expm1(log_far - log_near))
+    first = torch.special.log_ndtr((bin - e) * inv_std)
+    last = torch.special.log_ndtr((bin + e) * inv_std)
+    return -torch.where(x0 < bin - 1, first, torch.where(x0 > 1 - bin, last, between))
+
+
+def variational(
+    pred: Tensor,
+    x0: Tensor,
+    table: Tensor,
+    index: Tensor | None = None,
+    *,
+    seeds: Tensor | None = None,
+    stream: int = 0,
+    noise: Tensor | None = None,
+    reduction: str = "mean",
+    compute: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    """Squared error, KL or decoder term by their definitions. Differentiable."""
+    columns = _gather(table, index, x0.shape[0], x0.dim(), compute)
+    u, v, q, clip, k2, r0, r1, inv_std, bin, w_squares, w_bound, w_mean = columns
+    m, x = pred.to(compute), x0.to(compute)
+    w = torch.zeros_like(x)
+    if m.shape != x.shape:
+        m, w = m.chunk(2, dim=1)
+    d = m - (u * x + v * _noise(x0, seeds, stream, noise, compute))
+    stopped = w_mean * d + (1 - w_mean) * d.detach()
+    e = torch.minimum(torch.maximum(x + q * stopped, -clip), clip) - x
+    r = r0 + r1 * w
+    kl = 0.5 * (torch.expm1(-r) + r + k2 * e**2 * torch.exp(-r))
+    decodes = (inv_std > 0).expand(x.shape)
+    nats = _bin_nats(x, e, torch.where(decodes, inv_std, 1.0) * torch.exp(-r / 2), bin)
+    bits = torch.where(decodes, nats, kl) / math.log(2)
+    means = torch.stack([part.reshape(len(part), -1).mean(1) for part in (d**2, bits)], dim=1)
+    weights = torch.stack([w_squares.flatten(), w_bound.flatten()], dim=1)
+    losses = torch.where(weights == 0, 0.0, weights * means).sum(1)
+    return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum(), means
 
 
 def step(

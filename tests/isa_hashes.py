@@ -44,6 +44,11 @@ def hashes() -> dict[str, str]:
         for reduction in range(3):
             loss = torch.ops.diffkern.loss(m, values(shape, 3, dtype), weights, None, seeds, 3, None, reduction, True)
             found[f"loss {name} {reduction}"] = digest(*loss)
+        bounds = torch.tensor([[0.1, 0.9, -0.5, 1.2, 2.0, 0.3, 0.3, std, 0.004, 1.0, 0.1, 1.0] for std in (0.0, 30.0)])
+        both = torch.cat([m, values(shape, 5, dtype)], 1)
+        image = values(shape, 3, dtype) / 2
+        bound = torch.ops.diffkern.variational(both, image, bounds.double(), None, seeds, 3, None, 1, True)
+        found[f"variational {name}"] = digest(*bound)
         for row, coefficients in ROWS.items():
             h = [values(shape, 4 + k, dtype) for k in range(4)]
             pair = torch.cat([m, values(shape, 9, dtype)])

@@ -122,6 +122,17 @@ def test_loss_needs_a_number_a_block(layout: str, gradient: bool) -> None:
     assert used <= 4 * blocks + SLACK + (4 * COUNT if gradient else 0)
 
 
+@pytest.mark.parametrize("gradient", [False, True], ids=["value", "gradient"])
+def test_the_bound_needs_two_numbers_a_block(gradient: bool) -> None:
+    """Inputs and outputs only: no x_t, no target, no means, no variance."""
+    x0 = values(SHAPE, 2)
+    pred = values((SHAPE[0], 2 * SHAPE[1], *SHAPE[2:]), 1).requires_grad_(gradient)
+    rows = torch.tensor([[0.1, 0.9, -0.5, 1.2, 2.0, 0.3, 0.3, 0.0, 0.004, 1.0, 0.1, 1.0]], dtype=torch.float64)
+    used, _ = allocated(lambda: ops.variational(pred, x0, rows, seeds=SEEDS))
+    blocks = SHAPE[0] * math.ceil(COUNT / SHAPE[0] / BLOCK)
+    assert used <= 8 * blocks + SLACK + (8 * COUNT if gradient else 0)
+
+
 def test_loss_backward_allocates_nothing_for_a_plain_loss() -> None:
     """`loss.backward()` hands out the gradient that the forward pass made."""
     pred = values(SHAPE, 1).requires_grad_()

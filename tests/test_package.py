@@ -305,7 +305,7 @@ LAYERS = [
     ["plan"],
     ["reference", "ops"],
     ["samplers"],
-    ["losses", "sampling", "nn"],
+    ["losses", "sampling", "nn", "variational"],
     ["info", "demo"],
     ["__main__", "__init__"],
 ]

@@ -6,6 +6,7 @@ order than its schema would run and mix them up: these calls would notice.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,14 @@ SEEDS = torch.tensor([11, -12, 13])
 INDEX = torch.tensor([2, 0, 1])
 NOISING = torch.tensor([[0.9, 0.43, 0.31, -0.92], [0.2, 0.98, 0.77, -0.21], [0.5, 0.6, 0.7, 0.8]], dtype=torch.float64)
 LOSS = torch.tensor([[0.31, -0.92, 1.5], [0.77, -0.21, 2.5], [0.7, 0.8, 3.5]], dtype=torch.float64)
+VARIATIONAL = torch.tensor(
+    [
+        [0.3, -0.9, 0.7, 0.8, 3.0, 0.2, 0.1, 0.0, 0.004, 1.5, 0.5, 1.0],
+        [0.1, 0.8, -0.6, 1.2, 0.0, 0.3, 0.15, 9.0, 0.005, 0.5, 0.25, 1.0],
+        [0.0, 1.0, 0.5, math.inf, 2.0, 0.4, 0.05, 0.0, 0.006, 0.75, 0.7, 0.5],
+    ],
+    dtype=torch.float64,
+)
 STEP = table(ROWS["eps"], EVERYTHING, {**EVERYTHING, "a": 0.1, "e3": 2.0})
 T = {name: values(SHAPE, k) for k, name in enumerate(("x", "m", "m2", "h0", "h1", "h2", "h3", "known", "noise"))}
 MASK = values(SHAPE, 20).abs().clamp(max=1)
@@ -39,6 +48,12 @@ def step_reference() -> tuple[Tensor, ...]:
     )
 
 
+def variational_reference() -> tuple[Tensor, ...]:
+    pred = torch.cat([T["m"], T["h0"]], 1).requires_grad_()
+    value, means = reference.variational(pred, T["x"] / 2, VARIATIONAL, INDEX, seeds=SEEDS, stream=5, reduction="sum")
+    return value, means, torch.autograd.grad(value, pred)[0].double()
+
+
 # Op -> arguments that differ from each other in value, and the reference's answer in the order of the outputs.
 CALLS: dict[str, tuple[tuple[Any, ...], Callable[[], tuple[Tensor, ...]]]] = {
     "randn": ((SHAPE, SEEDS, 5, torch.float64), lambda: (reference.randn(SHAPE, SEEDS, 5),)),
@@ -54,6 +69,10 @@ CALLS: dict[str, tuple[tuple[Any, ...], Callable[[], tuple[Tensor, ...]]]] = {
     "loss": (
         (T["m"], T["x"], LOSS, INDEX, SEEDS, 5, None, 2, False),
         lambda: (reference.loss(T["m"], T["x"], LOSS, INDEX, seeds=SEEDS, stream=5, reduction="sum"),),
+    ),
+    "variational": (
+        (torch.cat([T["m"], T["h0"]], 1), T["x"] / 2, VARIATIONAL, INDEX, SEEDS, 5, None, 2, True),
+        variational_reference,
     ),
     "step": ((*STEP_INPUTS, True, True, 1, torch.float64), step_reference),
     "step_ad": ((*STEP_INPUTS, True, True, 1, torch.float64), step_reference),
@@ -78,7 +97,7 @@ def test_every_op_has_its_parts(name: str) -> None:
     assert base in reference.__all__
     assert base in ops.__all__
     differentiable = torch._C._dispatch_has_kernel_for_dispatch_key(f"diffkern::{name}", "Autograd")
-    assert differentiable == (name in ("noising", "loss", "step_ad"))
+    assert differentiable == (name in ("noising", "loss", "variational", "step_ad"))
     schema = getattr(torch.ops.diffkern, name).default._schema
     assert schema.is_mutable == name.endswith("_out")
 
@@ -127,6 +146,13 @@ def opcheck_samples() -> dict[str, tuple[str, tuple[Any, ...]]]:
         arguments = (leaf(T["m"]), leaf(T["x"]), LOSS, None, None, 0, leaf(T["noise"]), reduction, True)
         samples[f"loss gradient {reduction}"] = ("loss", arguments)
     samples["loss bfloat16"] = ("loss", (leaf(T["m"].bfloat16()), T["x"], LOSS, INDEX, SEEDS, 0, None, 1, True))
+    pred = torch.cat([T["m"], T["h0"]], 1)
+    for name, made in (("gradient", leaf(pred)), ("bfloat16", pred.bfloat16()), ("sliced", arrange(pred, "sliced"))):
+        arguments = (made, T["x"], VARIATIONAL, INDEX, None, 0, T["noise"], 1, True)
+        samples[f"variational {name}"] = ("variational", arguments)
+    fixed = VARIATIONAL.clone()
+    fixed[:, 6] = 0
+    samples["variational fixed"] = ("variational", (leaf(T["m"]), T["x"], fixed, INDEX, SEEDS, 0, None, 0, True))
     given = [leaf(t) if isinstance(t, Tensor) and t is not STEP and t.is_floating_point() else t for t in STEP_INPUTS]
     given[12] = MASK
     samples["step_ad gradient"] = ("step_ad", (*given, True, True, 2, None))

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
-FILES = ("randn", "noising", "step", "loss")
+FILES = ("randn", "noising", "step", "loss", "variational")
 FLAGS = ("-O3", "-std=c++17", "--fmad=false")
 ACCESS = ("direct", "staged", "scalar")
 # Per multiprocessor: threads, blocks, registers, shared memory in bytes (CUDA programming guide, technical

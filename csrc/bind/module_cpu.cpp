@@ -38,6 +38,7 @@ PYBIND11_MODULE(_C, m) {
         sizes["step"] = static_cast<int>(dk::kColumns);
         sizes["noising"] = static_cast<int>(dk::kNoisingColumns);
         sizes["loss"] = static_cast<int>(dk::kLossColumns);
+        sizes["variational"] = static_cast<int>(dk::kBoundColumns);
         return sizes;
       },
       "Columns of the tables that the ops read.");

@@ -41,6 +41,7 @@ struct Operand {
   int64_t dims = 0;
   const int64_t* sizes = nullptr;
   const int64_t* strides = nullptr;
+  int64_t byte_offset = 0;  // of a part of the tensor
 
   Operand() = default;
   Operand(const char* operand_name, const Tensor& tensor) : name(operand_name), handle(tensor.get()) {
@@ -63,7 +64,7 @@ struct Operand {
   void* data() const {
     void* pointer = nullptr;
     check_status(aoti_torch_get_data_ptr(handle, &pointer));
-    return pointer;
+    return static_cast<char*>(pointer) + byte_offset;
   }
   int64_t numel() const {
     int64_t n = 1;

@@ -1,5 +1,5 @@
 // The ops on CPU tensors: torch's own threads run the blocks.
-#include "ops.h"
+#include "variational.h"
 
 namespace dk::bind {
 namespace {
@@ -29,10 +29,17 @@ struct CpuBackend {
     run(cpu::loss, args, args.seeds.data != nullptr);
     cpu::loss_finish(args);
   }
+  static void variational(const VariationalArgs& args, const Operand&) {
+    run(cpu::variational, args, true);
+    cpu::variational_finish(args);
+  }
 };
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(diffkern, CPU, m) { Ops<CpuBackend>::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(diffkern, CPU, m) {
+  Ops<CpuBackend>::implement(m);
+  VariationalOps<CpuBackend>::implement(m);
+}
 
 }  // namespace dk::bind

@@ -2,7 +2,7 @@
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include "ops.h"
+#include "variational.h"
 
 namespace dk::bind {
 namespace {
@@ -32,10 +32,16 @@ struct CudaBackend {
   static void noising(const NoisingArgs& args, const Operand& where) { launch("noising", cuda::noising, args, where); }
   static void step(const StepArgs& args, const Operand& where, bool) { launch("step", cuda::step, args, where); }
   static void loss(const LossArgs& args, const Operand& where) { launch("loss", cuda::loss, args, where); }
+  static void variational(const VariationalArgs& args, const Operand& where) {
+    launch("variational", cuda::variational, args, where);
+  }
 };
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(diffkern, CUDA, m) { Ops<CudaBackend>::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(diffkern, CUDA, m) {
+  Ops<CudaBackend>::implement(m);
+  VariationalOps<CudaBackend>::implement(m);
+}
 
 }  // namespace dk::bind

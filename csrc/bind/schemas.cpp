@@ -14,13 +14,17 @@ STABLE_TORCH_LIBRARY(diffkern, m) {
   m.def(
       "loss(Tensor pred, Tensor x0, Tensor table, Tensor? index, Tensor? seeds, SymInt stream, Tensor? noise, "
       "int reduction, bool want_grad) -> (Tensor, Tensor?)");
+  // csrc/bind/variational.h
+  m.def(
+      "variational(Tensor pred, Tensor x0, Tensor table, Tensor? index, Tensor? seeds, SymInt stream, Tensor? noise, "
+      "int reduction, bool want_grad) -> (Tensor, Tensor, Tensor?)");
   m.def(
       "step(Tensor? x, Tensor? m, Tensor? m2, Tensor? h0, Tensor? h1, Tensor? h2, Tensor? h3, Tensor table, SymInt "
       "row, "
       "Tensor? index, Tensor? seeds, Tensor? noise, Tensor? mask, Tensor? known, bool want_x0, bool want_s, "
       "int next_copies, ScalarType? next_dtype) -> (Tensor, Tensor?, Tensor?, Tensor?)");
-  // `step` with an autograd formula (diffkern/ops/_step.py): a formula costs microseconds a call even where no gradient is
-  // wanted, so it has a name of its own.
+  // `step` with an autograd formula (diffkern/ops/_step.py): a formula costs microseconds a call even where no gradient
+  // is wanted, so it has a name of its own.
   m.def(
       "step_ad(Tensor? x, Tensor? m, Tensor? m2, Tensor? h0, Tensor? h1, Tensor? h2, Tensor? h3, Tensor table, "
       "SymInt row, Tensor? index, Tensor? seeds, Tensor? noise, Tensor? mask, Tensor? known, bool want_x0, bool "

@@ -4,6 +4,7 @@
 #include "dtype.h"
 #include "loss.h"
 #include "step.h"
+#include "variational.h"
 
 namespace dk {
 
@@ -88,6 +89,19 @@ struct LossArgs {
   void* samples;   // [batch] workspace of that reduction
 };
 
+struct VariationalArgs {
+  Space space;
+  View pred, w, x0, noise, grad, grad_w;  // w: second half of the channels, may be absent; grad, grad_w as pred, w
+  Rows rows;
+  Seeds seeds;
+  uint64_t stream;
+  Reduction reduction;
+  void* partials;  // [batch, ceil(count / kLossBlock), 2] float32 (float64 if x0 is): squares and nats
+  void* value;     // [batch], or [1] after a reduction over the batch
+  void* means;     // [batch, 2]: mean d^2, mean bound in bits
+  void* samples;   // [batch] workspace of that reduction
+};
+
 struct StepArgs {
   Space space;
   View x, u, c, h[kHistories], noise, mask, known;  // inputs, each may be absent
@@ -106,6 +120,8 @@ void noising(const NoisingArgs& args, int64_t begin, int64_t end);
 void step(const StepArgs& args, int64_t begin, int64_t end);
 void loss(const LossArgs& args, int64_t begin, int64_t end);
 void loss_finish(const LossArgs& args);
+void variational(const VariationalArgs& args, int64_t begin, int64_t end);
+void variational_finish(const VariationalArgs& args);
 void normals(uint64_t seed, uint64_t stream, uint64_t quad, int64_t quads, float* out);  // any counter, for tests
 const char* isa_name();
 const char* isa_best();
@@ -117,6 +133,7 @@ int randn(const RandnArgs& args, void* stream);
 int noising(const NoisingArgs& args, void* stream);
 int step(const StepArgs& args, void* stream);
 int loss(const LossArgs& args, void* stream);  // the whole loss: partials, samples and the batch
+int variational(const VariationalArgs& args, void* stream);
 }  // namespace cuda
 
 }  // namespace dk

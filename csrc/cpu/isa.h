@@ -75,6 +75,20 @@ struct LossSpan {
   int64_t n;
 };
 
+// Absent operands read zeros, outputs nobody wants are scratch.
+template <class T>
+struct VariationalSpan {
+  const T *pred, *w, *x0, *z;
+  T *grad, *grad_w, *squares, *nats;  // squares, nats: kBlock values of scratch
+  VariationalCoefficients<T> k;
+  int64_t n;
+};
+
+template <class T>
+struct VariationalSums {
+  T squares, nats;
+};
+
 struct Isa {
   const char* name;
   // Normals of quads q0 .. q0 + quads - 1, rounded up to whole groups: out has room for them.
@@ -85,6 +99,8 @@ struct Isa {
   void (*noising_f64)(const NoisingSpan<double>&);
   float (*loss_f32)(const LossSpan<float>&);
   double (*loss_f64)(const LossSpan<double>&);
+  VariationalSums<float> (*variational_f32)(const VariationalSpan<float>&);
+  VariationalSums<double> (*variational_f64)(const VariationalSpan<double>&);
   void (*widen_f16)(const Half*, float*, int64_t n);
   void (*narrow_f16)(const float*, Half*, int64_t n);
   void (*widen_bf16)(const Bfloat16*, float*, int64_t n);

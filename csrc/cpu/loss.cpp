@@ -1,5 +1,6 @@
 // Weighted squared error and its gradient; partial sums of blocks, then their sum in a fixed order.
 #include "blocks.h"
+#include "ordered_sum.h"
 
 namespace dk::cpu {
 namespace {
@@ -34,17 +35,6 @@ void run(const LossArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-// `count` values summed by kLossLanes lanes, then folded.
-template <class T>
-T ordered_sum(const T* values, int64_t count) {
-  T lanes[kLossLanes] = {};
-  for (int64_t i = 0; i < count; ++i) lanes[i % kLossLanes] = add(lanes[i % kLossLanes], values[i]);
-  for (int half = kLossLanes / 2; half > 0; half /= 2) {
-    for (int j = 0; j < half; ++j) lanes[j] = add(lanes[j], lanes[j + half]);
-  }
-  return lanes[0];
-}
-
 template <class T>
 void finish(const LossArgs& args) {
   const Space& space = args.space;
@@ -56,8 +46,7 @@ void finish(const LossArgs& args) {
     samples[b] = mul(loss_coefficients<T>(row, space.count, averaged).value, sum);
   }
   if (args.reduction == Reduction::none) return;
-  const bool nothing = args.reduction == Reduction::mean && space.batch == 0;  // NaN, as torch's mean of nothing
-  *static_cast<T*>(args.value) = nothing ? not_a_number<T>() : ordered_sum(samples, space.batch);
+  *static_cast<T*>(args.value) = reduce_batch(samples, space.batch, args.reduction);
 }
 
 }  // namespace

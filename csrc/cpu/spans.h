@@ -148,6 +148,16 @@ DK_BODY T loss_element(const LossSpan<T>& span, const LossCoefficients<T>& k, in
   return mul(difference, difference);
 }
 
+// The sum of `width` values, a power of two, in the order of core/loss.h.
+template <class T>
+DK_BODY T fold(T* values, int64_t width) {
+  for (int64_t half = width / 2; half > 0; half /= 2) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < half; ++i) values[i] = add(values[i], values[i + half]);
+  }
+  return values[0];
+}
+
 template <class T>
 DK_BODY T loss_body(const LossSpan<T>& span) {
   const LossCoefficients<T> k = span.k;
@@ -175,11 +185,27 @@ DK_BODY T loss_body(const LossSpan<T>& span) {
     for (int64_t i = 0; i < span.n; ++i) squares[i] = loss_element(span, k, i);
     for (int64_t i = span.n; i < width; ++i) squares[i] = T(0);
   }
-  for (int64_t half = width / 2; half > 0; half /= 2) {
+  return fold(squares, width);
+}
+
+template <bool decodes, class T>
+DK_BODY void variational_loop(const VariationalSpan<T>& span) {
+  const VariationalSpan<T> s = span;
 #pragma GCC ivdep
-    for (int64_t i = 0; i < half; ++i) squares[i] = add(squares[i], squares[i + half]);
+  for (int64_t i = 0; i < s.n; ++i) {
+    const auto element = variational_element<decodes>(s.k, s.pred[i], s.w[i], s.x0[i], s.z[i]);
+    s.squares[i] = element.square;
+    s.nats[i] = element.nats;
+    s.grad[i] = element.by_pred;
+    s.grad_w[i] = element.by_w;
   }
-  return squares[0];
+}
+
+template <class T>
+DK_BODY VariationalSums<T> variational_body(const VariationalSpan<T>& span) {
+  span.k.decodes ? variational_loop<true>(span) : variational_loop<false>(span);
+  for (int64_t i = span.n; i < kLossBlock; ++i) span.squares[i] = span.nats[i] = T(0);
+  return {fold(span.squares, kLossBlock), fold(span.nats, kLossBlock)};
 }
 
 DK_BODY void widen_bf16_body(const Bfloat16* in, float* out, int64_t n) {
@@ -196,28 +222,33 @@ DK_BODY void narrow_bf16_body(const float* in, Bfloat16* out, int64_t n) {
 
 // Defines the functions of one table: NAME of the Isa, TARGET attribute, NOISE (as PortableNoise), widen and narrow
 // f16.
-#define DK_DEFINE_ISA(VARIABLE, NAME, TARGET, NOISE, WIDEN_F16, NARROW_F16)                                 \
-  namespace dk::cpu {                                                                                       \
-  namespace {                                                                                               \
-  TARGET void normals_span(uint64_t seed, uint64_t stream, uint64_t q0, int64_t quads, float* out) {        \
-    const Keys keys(seed);                                                                                  \
-    for (int64_t done = 0; done < quads; done += kQuadsAtOnce) {                                            \
-      Group words;                                                                                          \
-      Lanes lanes;                                                                                          \
-      NOISE::words(keys, stream, q0 + static_cast<uint64_t>(done), words);                                  \
-      normals_of_group(words, lanes);                                                                       \
-      NOISE::interleave(lanes, out + 4 * done);                                                             \
-    }                                                                                                       \
-  }                                                                                                         \
-  TARGET void step_f32(const StepSpan<float>& span) { step_body(span); }                                    \
-  TARGET void step_f64(const StepSpan<double>& span) { step_body(span); }                                   \
-  TARGET void noising_f32(const NoisingSpan<float>& span) { noising_body(span); }                           \
-  TARGET void noising_f64(const NoisingSpan<double>& span) { noising_body(span); }                          \
-  TARGET float loss_f32(const LossSpan<float>& span) { return loss_body(span); }                            \
-  TARGET double loss_f64(const LossSpan<double>& span) { return loss_body(span); }                          \
-  TARGET void widen_bf16_span(const Bfloat16* in, float* out, int64_t n) { widen_bf16_body(in, out, n); }   \
-  TARGET void narrow_bf16_span(const float* in, Bfloat16* out, int64_t n) { narrow_bf16_body(in, out, n); } \
-  }                                                                                                         \
-  const Isa VARIABLE{NAME,     normals_span, step_f32,  step_f64,   noising_f32,     noising_f64,           \
-                     loss_f32, loss_f64,     WIDEN_F16, NARROW_F16, widen_bf16_span, narrow_bf16_span};     \
+#define DK_DEFINE_ISA(VARIABLE, NAME, TARGET, NOISE, WIDEN_F16, NARROW_F16)                                            \
+  namespace dk::cpu {                                                                                                  \
+  namespace {                                                                                                          \
+  TARGET void normals_span(uint64_t seed, uint64_t stream, uint64_t q0, int64_t quads, float* out) {                   \
+    const Keys keys(seed);                                                                                             \
+    for (int64_t done = 0; done < quads; done += kQuadsAtOnce) {                                                       \
+      Group words;                                                                                                     \
+      Lanes lanes;                                                                                                     \
+      NOISE::words(keys, stream, q0 + static_cast<uint64_t>(done), words);                                             \
+      normals_of_group(words, lanes);                                                                                  \
+      NOISE::interleave(lanes, out + 4 * done);                                                                        \
+    }                                                                                                                  \
+  }                                                                                                                    \
+  TARGET void step_f32(const StepSpan<float>& span) { step_body(span); }                                               \
+  TARGET void step_f64(const StepSpan<double>& span) { step_body(span); }                                              \
+  TARGET void noising_f32(const NoisingSpan<float>& span) { noising_body(span); }                                      \
+  TARGET void noising_f64(const NoisingSpan<double>& span) { noising_body(span); }                                     \
+  TARGET float loss_f32(const LossSpan<float>& span) { return loss_body(span); }                                       \
+  TARGET double loss_f64(const LossSpan<double>& span) { return loss_body(span); }                                     \
+  TARGET VariationalSums<float> variational_f32(const VariationalSpan<float>& span) { return variational_body(span); } \
+  TARGET VariationalSums<double> variational_f64(const VariationalSpan<double>& span) {                                \
+    return variational_body(span);                                                                                     \
+  }                                                                                                                    \
+  TARGET void widen_bf16_span(const Bfloat16* in, float* out, int64_t n) { widen_bf16_body(in, out, n); }              \
+  TARGET void narrow_bf16_span(const float* in, Bfloat16* out, int64_t n) { narrow_bf16_body(in, out, n); }            \
+  }                                                                                                                    \
+  const Isa VARIABLE{NAME,        normals_span, step_f32,        step_f64,        noising_f32,                         \
+                     noising_f64, loss_f32,     loss_f64,        variational_f32, variational_f64,                     \
+                     WIDEN_F16,   NARROW_F16,   widen_bf16_span, narrow_bf16_span};                                    \
   }

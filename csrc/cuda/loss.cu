@@ -1,7 +1,7 @@
 // Weighted squared error and its gradient. One block of threads makes one partial sum (a block of kLossBlock
 // elements, as core/loss.h orders them), then a block a sample adds the partials, then one block adds the samples.
-#include "../core/loss.h"
 #include "noise.cuh"
+#include "ordered_sum.cuh"
 
 namespace dk::cuda {
 namespace {
@@ -28,49 +28,6 @@ __device__ LossRow<T> find_row(const LossArgs& args, int64_t b) {
   if (row.draws) row.seed = seed_of(args.seeds, b);
   return row;
 }
-
-// Fold of the 32 values of one warp: lane + 16, ..., lane + 1. The sum is in lane 0.
-template <class T>
-__device__ __forceinline__ T fold_warp(T v) {
-#pragma unroll
-  for (int half = 16; half > 0; half /= 2) v = add(v, __shfl_down_sync(0xffffffffu, v, static_cast<unsigned>(half)));
-  return v;
-}
-
-// values[0] of the fold of N values down to kLength: values[i] + values[i + half] for half = N / 2, ..., kLength.
-template <int N, int kLength, class T>
-__device__ __forceinline__ T fold(const T* values) {
-  if constexpr (N == kLength) {
-    return *values;
-  } else {
-    return add(fold<N, 2 * kLength>(values), fold<N, 2 * kLength>(values + kLength));
-  }
-}
-
-// The squares of a chunk to shared memory. Threads with 8 values write two halves of 16 bytes, every other four of them
-// the second half first, so that neighbours hit different banks.
-template <class T, int W>
-__device__ __forceinline__ void store_squares(T* squares, int local, const T (&v)[W]) {
-  if constexpr (W == 8) {
-    const bool second = threadIdx.x & 4;
-    float4 low = make_float4(v[0], v[1], v[2], v[3]), high = make_float4(v[4], v[5], v[6], v[7]);
-    float4* to = reinterpret_cast<float4*>(squares + local);
-    to[second] = second ? high : low;
-    to[!second] = second ? low : high;
-  } else if constexpr (W == 4) {
-    *reinterpret_cast<float4*>(squares + local) = make_float4(v[0], v[1], v[2], v[3]);
-  } else if constexpr (W == 2) {
-    *reinterpret_cast<double2*>(squares + local) = make_double2(v[0], v[1]);
-  } else {
-    squares[local] = v[0];
-  }
-}
-
-// Chunks that a thread of the partial kernel holds: kThreadsOf threads make one loss block.
-template <class S, Access access>
-constexpr int kHeld = sizeof(S) == 8 && access != Access::scalar ? 2 : kChunks<S, access>;
-template <class S, Access access>
-constexpr int kLossThreads = kLossBlock / (kHeld<S, access> * kWidth<S, access>);
 
 template <class S, Access access>
 __global__ void __launch_bounds__(kLossThreads<S, access>, kMinBlocks) partial_kernel(const LossArgs args) {
@@ -119,17 +76,6 @@ __global__ void __launch_bounds__(kLossThreads<S, access>, kMinBlocks) partial_k
   }
 }
 
-// `count` values summed by kLossLanes lanes, then folded; valid in thread 0. One block of kLossLanes threads.
-template <class T>
-__device__ __forceinline__ T ordered_sum(const T* values, int64_t count, T* lanes) {
-  const int lane = static_cast<int>(threadIdx.x);
-  T sum = T(0);
-  for (int64_t i = lane; i < count; i += kLossLanes) sum = add(sum, values[i]);
-  lanes[lane] = sum;
-  __syncthreads();
-  return lane < 32 ? fold_warp(fold<kLossLanes, 32>(lanes + lane)) : T(0);
-}
-
 template <class T>
 __global__ void __launch_bounds__(kLossLanes) samples_kernel(const LossArgs args) {
   __shared__ T lanes[kLossLanes];
@@ -144,23 +90,10 @@ __global__ void __launch_bounds__(kLossLanes) samples_kernel(const LossArgs args
   }
 }
 
-template <class T>
-__global__ void __launch_bounds__(kLossLanes) batch_kernel(const LossArgs args) {
-  __shared__ T lanes[kLossLanes];
-  const T sum = ordered_sum(static_cast<const T*>(args.samples), args.space.batch, lanes);
-  const bool mean_of_nothing = args.reduction == Reduction::mean && args.space.batch == 0;
-  if (threadIdx.x == 0) *static_cast<T*>(args.value) = mean_of_nothing ? not_a_number<T>() : sum;
-}
-
 template <class S, Access access>
 int run_partials(const LossArgs& args, void* stream) {
   Shape shape;
-  constexpr int per_thread = kHeld<S, access> * kWidth<S, access>;
-  if (!make_shape(args.space.batch, args.space.count, per_thread, 1, shape)) return cudaErrorInvalidConfiguration;
-  const int64_t blocks = (args.space.count + kLossBlock - 1) / kLossBlock;
-  if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
-  shape.threads = kLossThreads<S, access>;
-  shape.grid.x = static_cast<unsigned>(blocks);
+  if (!partial_shape<S, access>(args.space, shape)) return cudaErrorInvalidConfiguration;
   return launch(partial_kernel<S, access>, shape, stream, args);
 }
 
@@ -181,16 +114,7 @@ int run(const LossArgs& args, void* stream) {
       status = run_partials<S, Access::direct>(args, stream);
     }
   }
-  if (status == cudaSuccess && space.batch > 0) {
-    Shape shape;
-    if (!make_shape(space.batch, 1, 1, kLossLanes, shape)) return cudaErrorInvalidConfiguration;
-    shape.threads = kLossLanes;
-    status = launch(samples_kernel<T>, shape, stream, args);
-  }
-  if (status == cudaSuccess && args.reduction != Reduction::none) {
-    status = launch(batch_kernel<T>, Shape{dim3(1), kLossLanes}, stream, args);
-  }
-  return status;
+  return status == cudaSuccess ? finish_sums<T>(samples_kernel<T>, args, stream) : status;
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""The native ops as typed functions: `randn`, `noising`, `loss`, `step`, their fake tensors and gradients.
+"""The native ops as typed functions: randn, noising, loss, variational, step, their fake tensors and gradients.
 
 Every op runs on CPU and CUDA tensors, under torch.compile and torch.export. Dimension 0 is the batch. Tables of
 coefficients are float64; arithmetic is float32 (float64 for float64 tensors) and rounds once, at the store.
@@ -12,5 +12,16 @@ from __future__ import annotations
 from diffkern.ops._noise import randn, seeds
 from diffkern.ops._step import step, step_out
 from diffkern.ops._training import loss, noising, noising_out
+from diffkern.ops._variational import VARIATIONAL_COLUMNS, variational
 
-__all__ = ["loss", "noising", "noising_out", "randn", "seeds", "step", "step_out"]
+__all__ = [
+    "VARIATIONAL_COLUMNS",
+    "loss",
+    "noising",
+    "noising_out",
+    "randn",
+    "seeds",
+    "step",
+    "step_out",
+    "variational",
+]

@@ -10,6 +10,7 @@ from torch import Tensor
 from diffkern import _load  # noqa: F401  (registers the ops)
 
 native = torch.ops.diffkern
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _CHECKED = os.environ.get("DIFFKERN_CHECK", "") not in ("", "0")
 
 
@@ -100,3 +101,11 @@ def one_device(op: str, **tensors: Tensor | None) -> None:
             raise RuntimeError(
                 f"diffkern.{op}: {name} must be on the device of {first} ({given[first].device}), got {t.device}"
             )
+
+
+def scaled_gradient(grad: Tensor, g_value: Tensor) -> Tensor:
+    """The gradient that a forward pass stored, times that of its value ([] or [B])."""
+    if type(g_value) is Tensor and g_value.dim() == 0 and not g_value.is_cuda and g_value.item() == 1.0:
+        return grad  # the usual loss.backward(): nothing to scale, and reading a CPU value costs nothing
+    scale = g_value.reshape(-1, *(1,) * (grad.dim() - 1)) if g_value.dim() else g_value
+    return (grad * scale).to(grad.dtype)

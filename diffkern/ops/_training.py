@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffkern.ops._common import (
+    REDUCTIONS,
     as_dtype_of,
     check_on_device,
     empty_like,
@@ -15,11 +16,10 @@ from diffkern.ops._common import (
     one_device,
     refuse_grad,
     rows_of,
+    scaled_gradient,
     times,
     wrote,
 )
-
-_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
 # ---------------------------------------------------------------------------------------------------- noising
@@ -137,11 +137,11 @@ def loss(
     float64 x0) and has the same bits for any thread count; L_b does not depend on the other samples. With
     reduction "none" the weight (lambda_t of lecture 002) and mean follow Ho et al. 2020, eq. 14.
     """
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     check_on_device("loss", index, table)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (pred, x0, noise))
-    return native.loss(pred, x0, table, index, seeds, stream, noise, _REDUCTIONS[reduction], differentiable)[0]
+    return native.loss(pred, x0, table, index, seeds, stream, noise, REDUCTIONS[reduction], differentiable)[0]
 
 
 @torch.library.register_fake("diffkern::loss")
@@ -182,11 +182,7 @@ def _loss_backward(ctx: Any, g_value: Tensor | None, g_grad: None) -> tuple[Any,
         raise RuntimeError(
             "diffkern.loss: differentiable once only, use diffkern.reference.loss for higher derivatives"
         )
-    if type(g_value) is Tensor and g_value.dim() == 0 and not g_value.is_cuda and g_value.item() == 1.0:
-        g_pred = grad  # the usual loss.backward(): nothing to scale, and reading a CPU value costs nothing
-    else:
-        scale = g_value.reshape(-1, *(1,) * (grad.dim() - 1)) if g_value.dim() else g_value
-        g_pred = (grad * scale).to(grad.dtype)
+    g_pred = scaled_gradient(grad, g_value)
     g_x0 = g_noise = None
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[6]:
         u, v, _ = rows_of(table, index, grad.dim()).unbind(1)

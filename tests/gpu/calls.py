@@ -24,6 +24,7 @@ OUTPUTS = {
     "randn": ("out",),
     "noising": ("out", "target", "eps"),
     "loss": ("value", "grad"),
+    "variational": ("value", "means", "grad"),
     "step": ("out", "x0", "s", "next"),
 }
 NOISING = torch.tensor(
@@ -32,6 +33,17 @@ NOISING = torch.tensor(
 )
 LOSS = torch.tensor(
     [[0.0, 1.0, 1.0], [1.0, 0.0, 0.7], [0.43, -0.9, 1.3], [-1.0, 1.0, 0.1], [0.3, 0.4, 25.0]], dtype=torch.float64
+)
+# KL and decoder, learned (r1) and fixed variance; columns: diffkern.ops.VARIATIONAL_COLUMNS.
+BOUNDS = torch.tensor(
+    [
+        [0.3, -0.9, 0.7, 0.8, 3.0, 0.2, 0.1, 0.0, 0.004, 1.5, 0.5, 1.0],
+        [0.1, 0.8, -0.6, 1.2, 0.0, 0.3, 0.15, 90.0, 0.004, 0.5, 0.25, 1.0],
+        [0.0, 1.0, 0.5, math.inf, 2.0, 0.4, 0.05, 0.0, 0.004, 0.75, 0.7, 0.0],
+        [1.0, 0.0, -0.1, math.inf, 2.0, 0.4, 0.05, 2.0, 0.004, 0.0, 0.7, 1.0],
+        [0.0, 1.0, 0.5, 1.0, 2.0, 0.4, 0.3, 900.0, 0.004, 0.75, 0.7, 1.0],
+    ],
+    dtype=torch.float64,
 )
 STEPS = table(*ROWS.values())
 GUIDED = {name for name, row in ROWS.items() if row.get("w")}
@@ -171,13 +183,37 @@ def loss_calls(dtype: torch.dtype, layout: str) -> Iterator[Call]:
             yield Call("loss", arguments, what)
 
 
+def variational_calls(dtype: torch.dtype, layout: str) -> Iterator[Call]:
+    """Learned and fixed variances, predictions of every dtype, the three reductions, with and without the gradient."""
+    forms, reductions, grads = cycle(*INDEX_FORMS), cycle(0, 1, 2), cycle(True, True, False)
+    pred_dtypes = cycle(dtype, *DTYPES)
+    for shape in [*(s for s in SHAPES if len(s) > 1), *(LARGE if layout == "contiguous" else [])]:
+        for learned in (True, False):
+            form, reduction, pred_dtype = next(forms), next(reductions), next(pred_dtypes)
+            table_ = BOUNDS * (torch.arange(12) != 6) if not learned else BOUNDS
+            whole = (shape[0], 2 * shape[1], *shape[2:]) if learned else shape
+            arguments = {
+                "pred": lay(values(whole, 3, pred_dtype), layout),
+                "x0": lay(values(shape, 1, dtype) / 2, layout),
+                "table": rows_for(form, table_, shape[0]),
+                "index": index_of(form, shape[0], len(BOUNDS)),
+                "seeds": seeds_of(shape[0]),
+                "stream": 1 << 40,
+                "noise": None,
+                "reduction": reduction,
+                "want_grad": next(grads),
+            }
+            what = f"{dtype} {shape} {layout}, prediction {pred_dtype}, learned {learned}, reduction {reduction}"
+            yield Call("variational", arguments, what)
+
+
 def order_may_differ(call: Call) -> bool:
     """Whether CPU and GPU add a sample's squares in different orders: the GPU walks channels_last memory for any number
     of channels, the CPU up to 16 where it draws noise. The gradient, one element each, has the same bits.
     """
     x0 = call.arguments["x0"]
     walks_channels = x0.dim() >= 3 and x0.shape[1] > 16 and x0.stride(1) == 1
-    return call.op == "loss" and call.arguments["seeds"] is not None and walks_channels
+    return call.op in ("loss", "variational") and call.arguments["seeds"] is not None and walks_channels
 
 
 # --------------------------------------------------------------------------------------------------------------- step
@@ -260,7 +296,7 @@ def compare(target: Target, call: Call) -> None:
     assert got.keys() == want.keys(), str(call)
     for name, expected in want.items():
         assert got[name].stride() == expected.stride(), f"{call}: strides of {name}"
-        if name == "value" and order_may_differ(call):
+        if name in ("value", "means") and order_may_differ(call):
             torch.testing.assert_close(target.fetch(got[name]), expected, rtol=1e-5, atol=0, msg=f"{call}: value")
         else:
             assert_same(target.fetch(got[name]), expected, f"{call}: {name}")

@@ -31,6 +31,7 @@ from gpu.calls import (
     step_call,
     step_calls,
     step_operands,
+    variational_calls,
 )
 from gpu.harness import HOST, Target, assert_same
 from op_cases import ROWS, SHAPES, table, values
@@ -56,6 +57,11 @@ def check_noising(target: Target, dtype: torch.dtype, layout: str) -> None:
 
 def check_loss(target: Target, dtype: torch.dtype, layout: str) -> None:
     for call in loss_calls(dtype, layout):
+        compare(target, call)
+
+
+def check_variational(target: Target, dtype: torch.dtype, layout: str) -> None:
+    for call in variational_calls(dtype, layout):
         compare(target, call)
 
 

@@ -33,6 +33,12 @@ def test_loss(gpu: Target, dtype: torch.dtype, layout: str) -> None:
 
 @dtypes
 @layouts
+def test_variational(gpu: Target, dtype: torch.dtype, layout: str) -> None:
+    checks.check_variational(gpu, dtype, layout)
+
+
+@dtypes
+@layouts
 def test_step(gpu: Target, dtype: torch.dtype, layout: str) -> None:
     checks.check_step(gpu, dtype, layout)
 

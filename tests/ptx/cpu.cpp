@@ -14,6 +14,10 @@ void run(const dk::LossArgs& args) {
   dk::cpu::loss(args, 0, all_blocks(args));
   dk::cpu::loss_finish(args);
 }
+void run(const dk::VariationalArgs& args) {
+  dk::cpu::variational(args, 0, all_blocks(args));
+  dk::cpu::variational_finish(args);
+}
 
 }  // namespace
 

@@ -83,6 +83,23 @@ inline dk::LossArgs loss(const int64_t* s, const int64_t* views, const int64_t* 
   return a;
 }
 
+inline dk::VariationalArgs variational(const int64_t* s, const int64_t* views, const int64_t* r, const int64_t* key,
+                                       uint64_t stream, const int64_t* extra, const double*) {
+  dk::VariationalArgs a{};  // extra: reduction, partials, value, samples, means
+  a.space = space(s);
+  int i = 0;
+  for (dk::View* v : {&a.pred, &a.w, &a.x0, &a.noise, &a.grad, &a.grad_w}) *v = view(views, i++);
+  a.rows = rows(r);
+  a.seeds = seeds(key);
+  a.stream = stream;
+  a.reduction = static_cast<dk::Reduction>(extra[0]);
+  a.partials = reinterpret_cast<void*>(extra[1]);
+  a.value = reinterpret_cast<void*>(extra[2]);
+  a.samples = reinterpret_cast<void*>(extra[3]);
+  a.means = reinterpret_cast<void*>(extra[4]);
+  return a;
+}
+
 inline dk::StepArgs step(const int64_t* s, const int64_t* views, const int64_t* r, const int64_t* key, uint64_t,
                          const int64_t* extra, const double* row) {  // extra: dtype of the state
   dk::StepArgs a{};
@@ -102,7 +119,7 @@ inline dk::StepArgs step(const int64_t* s, const int64_t* views, const int64_t* 
 }  // namespace flat
 
 // One C function an op, all with the same signature.
-#define FLAT_OPS(OP) OP(randn) OP(noising) OP(loss) OP(step)
+#define FLAT_OPS(OP) OP(randn) OP(noising) OP(loss) OP(variational) OP(step)
 #define FLAT_PARAMETERS                                                                               \
   const int64_t *s, const int64_t *views, const int64_t *rows, const int64_t *seeds, uint64_t stream, \
       const int64_t *extra, const double *row

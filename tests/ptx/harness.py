@@ -24,8 +24,19 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 # tools/mutants.py puts changed copies of core and cuda here; the CPU kernels always come from the tree.
 CUDA_CSRC = Path(os.environ.get("DIFFKERN_PTX_CSRC", ROOT / "csrc"))
-CUDA_FILES = ("randn.cu", "noising.cu", "step.cu", "loss.cu")
-CPU_FILES = ("isa", "isa_portable", "isa_avx2", "isa_avx512", "blocks", "randn", "noising", "step", "loss")
+CUDA_FILES = ("randn.cu", "noising.cu", "step.cu", "loss.cu", "variational.cu")
+CPU_FILES = (
+    "isa",
+    "isa_portable",
+    "isa_avx2",
+    "isa_avx512",
+    "blocks",
+    "randn",
+    "noising",
+    "step",
+    "loss",
+    "variational",
+)
 # As in CMakeLists.txt; ptxas has no part in the tests, so it need not optimise.
 NVCC_FLAGS = ("-O3", "-std=c++17", "--fmad=false", "-Xptxas", "-O0")
 CPU_FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
@@ -47,6 +58,7 @@ VIEWS = {
     "randn": ("out",),
     "noising": ("x0", "noise", "out", "target", "eps"),
     "loss": ("pred", "x0", "noise", "grad"),
+    "variational": ("pred", "w", "x0", "noise", "grad", "grad_w"),
     "step": ("x", "u", "c", "h0", "h1", "h2", "h3", "noise", "mask", "known", "out", "x0", "s", "next", "next2"),
 }
 COLUMNS = ("w", "p", "q", "r", "clip", "a", "b", "d", "e0", "e1", "e2", "e3", "g", "A", "B", "D", "k")
@@ -188,12 +200,14 @@ def _prepare(call: Call) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         else:
             made = empty(call.layout, call.batch, call.shape, dtype)
         results[name] = views[name] = made
-    if call.op == "loss":
+    if call.op in ("loss", "variational"):
         sums = torch.float64 if call.state == torch.float64 else torch.float32
         blocks = (call.count + LOSS_BLOCK - 1) // LOSS_BLOCK
-        results["partials"] = torch.empty(call.batch, blocks, dtype=sums)
+        results["partials"] = torch.empty(call.batch, blocks * (2 if call.op == "variational" else 1), dtype=sums)
         results["value"] = torch.empty(call.batch if call.reduction == 0 else 1, dtype=sums)
         results["samples"] = torch.empty(call.batch if call.reduction else 0, dtype=sums)
+    if call.op == "variational":
+        results["means"] = torch.empty(call.batch, 2, dtype=results["value"].dtype)
     return results, views
 
 
@@ -213,11 +227,12 @@ def _invoke(lib: ctypes.CDLL, call: Call, results: dict[str, Tensor], views: dic
         call.every,
     ]
     seeds = [0, 0] if call.seeds is None else [call.seeds.data_ptr(), call.seeds.stride(0)]
-    extra = [0] * 4
+    extra = [0] * 5
     if call.op == "step":
         extra[0] = CODES[call.state]
-    if call.op == "loss":
-        extra = [call.reduction, *(results[n].data_ptr() for n in ("partials", "value", "samples"))]
+    if call.op in ("loss", "variational"):
+        names = ("partials", "value", "samples", "means")
+        extra = [call.reduction, *(results[n].data_ptr() if n in results else 0 for n in names)]
     values = None if call.row is None else (ctypes.c_double * len(COLUMNS))(*call.row)
     function = getattr(lib, f"dk_{call.op}")
     return int(

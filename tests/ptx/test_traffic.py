@@ -11,11 +11,12 @@ from ptx.test_loss import loss
 from ptx.test_noising import noising
 from ptx.test_randn import randn
 from ptx.test_step import ROWS, step, wanted
+from ptx.test_variational import variational
 
 SHAPE = (3, 32, 64)  # a multiple of every tile
 BATCH = 2
 # What one thread of a block reads for all of them: index, row, seed. Sectors of 32 bytes.
-LOOKUP = 40
+LOOKUP = 44
 
 
 def cases(dtype: torch.dtype, layout: str = "contiguous") -> dict[str, Call]:
@@ -34,6 +35,7 @@ def cases(dtype: torch.dtype, layout: str = "contiguous") -> dict[str, Call]:
         "step ddpm": ddpm,
         "step everything": everything,
         "loss": everything_learned,
+        "variational": variational(layout, BATCH, SHAPE, dtype),
     }
     ddpm_table = step(layout, BATCH, SHAPE, dtype, ROWS["ddpm"])
     ddpm_table.row, ddpm_table.table = None, table
@@ -56,7 +58,7 @@ def check_traffic(call: Call, launch: dict[str, Any]) -> None:
     warps = blocks * launch["block"][0] // 32
     if call.op in ("randn", "step") and call.seeds is not None:
         lookups += warps  # the seed, read by each warp
-    partials = blocks if call.op == "loss" else 0
+    partials = {"loss": blocks, "variational": 2 * blocks}.get(call.op, 0)
     # each byte once: sectors asked for by the warps = distinct sectors = the size of the tensors
     load, store, unique = launch["global_load"], launch["global_store"], launch["unique_sectors"]
     assert reads // 32 <= load["sectors"] <= reads // 32 + lookups

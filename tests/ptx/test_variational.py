@@ -1,0 +1,149 @@
+"""The variational bound and its gradient on the device: the bits of the CPU kernel, decoder included."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from ptx.harness import DTYPES, Call, Cpu, Device, check, same_bits, seeds_for, values, with_changes
+
+from diffkern.ops import VARIATIONAL_COLUMNS
+
+COUNTS = (1, 4, 5, 1009, 1024, 1025, 2053)
+NONE, MEAN, SUM = 0, 1, 2
+
+
+def row(**columns: float) -> list[float]:
+    defaults = {"v": 1.0, "q": -0.7, "clip": math.inf, "k2": 30.0, "bin": 1 / 255, "w_squares": 1.0, "w_bound": 0.1}
+    return [{**defaults, "w_mean": 1.0, **columns}.get(name, 0.0) for name in VARIATIONAL_COLUMNS]
+
+
+# KL with learned and fixed variance, clipping, a stopped mean; decoders from narrow to wide bins; no noise; no bound.
+LEARNED = {"r0": 0.6, "r1": 0.5}
+TABLE = torch.tensor(
+    [
+        row(**LEARNED),
+        row(r0=0.4, u=0.3, v=-0.9),
+        row(**LEARNED, clip=1.0, w_mean=0.0),
+        row(**LEARNED, inv_std=90.0, q=-0.01),
+        row(**LEARNED, inv_std=2.0, q=-0.3),
+        row(**LEARNED, inv_std=900.0, q=-0.1, clip=1.0),
+        row(r0=0.2, u=1.0, v=0.0),
+        row(w_bound=0.0, q=2.0),
+    ],
+    dtype=torch.float64,
+)
+
+
+def variational(
+    layout: str,
+    batch: int,
+    shape: tuple[int, ...],
+    state: torch.dtype,
+    *,
+    pred_dtype: torch.dtype | None = None,
+    reduction: int = NONE,
+    grad: bool = True,
+    learned: bool = True,
+    tensor_noise: bool = False,
+    special: bool = False,
+    first: int = 0,
+) -> Call:
+    pred_dtype = pred_dtype or state
+    x0 = (values(2, batch, shape, torch.float64) / 2).clamp(-1, 1)  # some in the open bins
+    x0 = (x0 * 127.5).round() / 127.5
+    inputs = {"pred": values(1, batch, shape, pred_dtype, layout, special), "x0": x0.to(state)}
+    inputs["x0"] = values(2, batch, shape, state, layout).copy_(inputs["x0"])
+    outputs = {"grad": pred_dtype} if grad else {}
+    if learned:
+        inputs["w"] = values(4, batch, shape, pred_dtype, layout, special)
+        outputs |= {"grad_w": pred_dtype} if grad else {}
+    if tensor_noise:
+        inputs["noise"] = values(3, batch, shape, state, layout)
+    rows = torch.arange(first, first + batch, dtype=torch.int64) % len(TABLE)
+    return Call(
+        "variational", layout, batch, shape, inputs, outputs, table=TABLE, state=state, index=rows,
+        seeds=None if tensor_noise else seeds_for(batch), stream=1 << 40, reduction=reduction,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("state", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "misaligned", "padded", "strided"])
+def test_sizes(device: Device, cpu: Cpu, state: torch.dtype, layout: str) -> None:
+    for k, count in enumerate(COUNTS):
+        check(device, cpu, variational(layout, 2, (count,) if layout != "strided" else (count, 1), state, first=k))
+    check(device, cpu, variational(layout, 8, (5, 60), state, tensor_noise=True))
+
+
+@pytest.mark.parametrize("state", DTYPES, ids=str)
+def test_every_row(device: Device, cpu: Cpu, state: torch.dtype) -> None:
+    for learned in (True, False):
+        call = variational("contiguous", 8, (700,), state, learned=learned)
+        if not learned:
+            call.table = TABLE * (torch.tensor([name != "r1" for name in VARIATIONAL_COLUMNS]))
+        check(device, cpu, call)
+
+
+@pytest.mark.parametrize("state", DTYPES, ids=str)
+@pytest.mark.parametrize("pred_dtype", DTYPES, ids=str)
+def test_prediction_dtypes(device: Device, cpu: Cpu, state: torch.dtype, pred_dtype: torch.dtype) -> None:
+    for layout in ("contiguous", "channels_last", "strided"):
+        check(device, cpu, variational(layout, 4, (4, 59), state, pred_dtype=pred_dtype, first=2))
+
+
+@pytest.mark.parametrize("state", DTYPES, ids=str)
+def test_channels_last(device: Device, cpu: Cpu, state: torch.dtype) -> None:
+    for shape in ((3, 19, 23), (320, 7)):
+        for tensor_noise in (False, True):
+            check(device, cpu, variational("channels_last", 2, shape, state, tensor_noise=tensor_noise, first=3))
+
+
+@pytest.mark.parametrize("state", DTYPES, ids=str)
+def test_special_values(device: Device, cpu: Cpu, state: torch.dtype) -> None:
+    """Infinities, NaN, huge and tiny predictions: the same bits, and nothing is trapped or lost."""
+    got = check(device, cpu, variational("contiguous", 8, (257,), state, special=True))
+    assert got["value"].isnan().any()
+
+
+@pytest.mark.parametrize("reduction", [NONE, MEAN, SUM])
+def test_reductions(device: Device, cpu: Cpu, reduction: int) -> None:
+    for state in DTYPES:
+        for grad in (False, True):
+            check(device, cpu, variational("contiguous", 5, (1300,), state, reduction=reduction, grad=grad))
+
+
+def test_one_sample_does_not_know_the_others(device: Device) -> None:
+    whole = variational("contiguous", 4, (1500,), torch.float32)
+    got = device.run(whole)
+    for b in range(4):
+        inputs = {name: tensor[b : b + 1].clone() for name, tensor in whole.inputs.items()}
+        assert whole.index is not None
+        assert whole.seeds is not None
+        alone = with_changes(whole, batch=1, inputs=inputs, index=whole.index[b : b + 1], seeds=whole.seeds[b : b + 1])
+        one = device.run(alone)
+        for name in ("value", "means", "grad", "grad_w"):
+            assert same_bits(one[name].reshape(-1), got[name].reshape(4, -1)[b].clone()), name
+
+
+@pytest.mark.parametrize("bad", [-1, 8])
+def test_index_outside_the_table_gives_nan(device: Device, bad: int) -> None:
+    for state in (torch.float32, torch.float64):
+        call = variational("contiguous", 2, (70,), state)
+        got = device.run(with_changes(call, index=torch.tensor([1, bad])))
+        for name in ("value", "means", "grad", "grad_w"):
+            assert got[name].reshape(2, -1)[1].isnan().all(), name
+            assert not got[name].reshape(2, -1)[0].isnan().any(), name
+
+
+def test_what_a_row_lacks_is_nan(device: Device) -> None:
+    without_w = device.run(variational("contiguous", 2, (70,), torch.float32, learned=False))
+    assert without_w["value"][0].isnan()  # row 0 learns its variance
+    assert not without_w["value"][1].isnan()
+    call = with_changes(variational("contiguous", 1, (70,), torch.float32), seeds=None)
+    assert device.run(call)["grad"].isnan().all()
+
+
+def test_empty(device: Device) -> None:
+    assert device.run(variational("contiguous", 0, (7,), torch.float32, reduction=SUM))["value"].tolist() == [0]
+    assert device.run(variational("contiguous", 0, (7,), torch.float32, reduction=MEAN))["value"].isnan().all()
