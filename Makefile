@@ -9,6 +9,7 @@
 #   make test-abi             one wheel under torch 2.10 and under the newest
 #   make gpu-results          info, GPU tests and GPU benchmarks in one file, to send to us
 #   make gpu-report           what is known of the kernels without a GPU: docs/gpu-report.md
+#   make gallery              pictures of every schedule, weighting and time sampler: docs/gallery.md
 #   make mutants              seeded faults in the kernels, each of which the tests must catch
 #   make build | lint | format | clean | distclean
 
@@ -32,7 +33,7 @@ endif
 # The same as build-system.requires in pyproject.toml (a test compares them).
 BUILD_REQUIRES := "setuptools>=77" "torch>=2.10" "pybind11>=2.13" "cmake>=3.24" "ninja"
 
-.PHONY: demo test bench test-gpu test-abi test-emulator gpu-results gpu-report mutants build lint format clean distclean
+.PHONY: demo test bench test-gpu test-abi test-emulator gpu-results gpu-report gallery mutants build lint format clean distclean
 .DELETE_ON_ERROR:
 
 # ---------------------------------------------------------------------------------------------- environment
@@ -91,6 +92,9 @@ gpu-results: $(VENV)/.extra-test $(VENV)/.extra-bench build
 gpu-report: $(VENV)/.extra-test $(VENV)/.nvcc
 	$(PY) -m pip install --quiet "nvidia-cuda-cuobjdump" "nvidia-cuda-nvdisasm"
 	$(WITH_NVCC) $(PY) tools/gpu_report.py $(ARGS)
+
+gallery: $(VENV)/.extra-demo build
+	$(PY) tools/gallery.py $(ARGS)
 
 mutants: $(VENV)/.extra-test $(VENV)/.nvcc
 	$(WITH_NVCC) $(PY) tools/mutants.py $(ARGS)

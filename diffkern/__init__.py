@@ -4,13 +4,31 @@
     x = diffkern.initial(plan := diffkern.ddim(schedule, 50), (16, 3, 64, 64), seeds=0)
     images = diffkern.sample(model, x, plan, seeds=0)
 
-Native ops: `ops` (randn, noising, loss, step). Schedules, prediction conversions and posteriors: `schedules`,
-`predictions`. Samplers as data: `plan`, `samplers`; running them: `sampling`. Training losses: `losses`.
+Native ops: `ops` (randn, noising, loss, variational, step). Schedules, prediction conversions and posteriors: `schedules`,
+`predictions`; step spacings: `grids`. Samplers as data: `plan`, `samplers`; running them: `sampling`. Training:
+`losses`, `variational`, `flow_matching`, `score_matching`, with `weightings` and `time_sampling`.
 """
 
-from diffkern import losses, ops, plan, predictions, reference, samplers, sampling, schedules, streams, variational
+from diffkern import (
+    flow_matching,
+    grids,
+    losses,
+    ops,
+    plan,
+    predictions,
+    reference,
+    samplers,
+    sampling,
+    schedules,
+    score_matching,
+    streams,
+    time_sampling,
+    variational,
+    weightings,
+)
 from diffkern._load import build_info, cuda_status
-from diffkern.losses import draw_seeds, edm_loss, flow_matching_loss, noised, prediction_loss, simple_loss
+from diffkern.flow_matching import flow_matching_loss
+from diffkern.losses import draw_seeds, edm_loss, noised, prediction_loss, simple_loss
 from diffkern.ops import loss, noising, randn, seeds, step, step_out
 from diffkern.plan import Plan, Row
 from diffkern.predictions import convert
@@ -24,7 +42,13 @@ from diffkern.schedules import (
     from_alphas_cumprod,
     from_betas,
     linear,
+    path,
+    rectified_flow,
     scaled_linear,
+    sub_vp,
+    ve,
+    vp,
+    zero_terminal_snr,
 )
 from diffkern.variational import bits_per_dim, hybrid_loss, vlb_loss
 
@@ -47,10 +71,12 @@ __all__ = [
     "edm_loss",
     "euler",
     "flow",
+    "flow_matching",
     "flow_matching_loss",
     "from_alphas_cumprod",
     "from_betas",
     "get_sampler",
+    "grids",
     "heun",
     "hybrid_loss",
     "initial",
@@ -60,21 +86,30 @@ __all__ = [
     "noised",
     "noising",
     "ops",
+    "path",
     "plan",
     "prediction_loss",
     "predictions",
     "randn",
+    "rectified_flow",
     "reference",
     "sample",
     "samplers",
     "sampling",
     "scaled_linear",
     "schedules",
+    "score_matching",
     "seeds",
     "simple_loss",
     "step",
     "step_out",
     "streams",
+    "sub_vp",
+    "time_sampling",
     "variational",
+    "ve",
     "vlb_loss",
+    "vp",
+    "weightings",
+    "zero_terminal_snr",
 ]

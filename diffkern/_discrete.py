@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from diffkern._schedule import Schedule, Time, as_time, check_times
+from diffkern._schedule import Schedule, Time, as_log_snr, as_time, check_log_snrs, check_times
 
 
 class DiscreteSchedule(Schedule):
@@ -16,6 +17,9 @@ class DiscreteSchedule(Schedule):
     abar must be finite, in (0, 1), and must not increase with t; the last entry may be 0 (zero terminal SNR).
     Integer times index the table. Fractional times interpolate sigma/alpha linearly, as samplers in sigma do.
     """
+
+    time_eps = 1.0
+    """Clean data is at -1, the first trained level at 0."""
 
     def __init__(self, alphas_cumprod: Tensor | Iterable[float], name: str = "discrete") -> None:
         table = float64_vector("alphas_cumprod", alphas_cumprod)
@@ -37,6 +41,7 @@ class DiscreteSchedule(Schedule):
         self._abar = torch.cat([torch.ones(1, dtype=torch.float64), table])  # entry t + 1, so that t = -1 is clean data
         self._ratio = ((1.0 - self._abar) / self._abar).sqrt()
         self._betas = (self._abar[:-1] - self._abar[1:]) / self._abar[:-1]
+        self._kept: Tensor | None = None
         self._cache: dict[tuple[str, str], Tensor] = {}
         self.noise_end, self.data_end = float(last), -1.0
 
@@ -60,8 +65,49 @@ class DiscreteSchedule(Schedule):
         """abar_t, [T] float64 (a copy)."""
         return self._abar[1:].clone()
 
+    @property
+    def kept(self) -> Tensor:
+        """The time that a network knows each level by, [T] int64: 0..T-1, or what `subsequence` kept of them."""
+        return torch.arange(self.T) if self._kept is None else self._kept.clone()
+
+    def subsequence(self, times: Tensor | Iterable[int]) -> DiscreteSchedule:
+        """The schedule of the levels ``times`` alone, rising or falling integers in 0..T-1, numbered 0..len-1 anew.
+
+        Its betas are 1 - abar_i/abar_(the kept one before), so that its chain has the marginals of this one at the
+        kept times. `model_time` and `kept` give the numbers that the network was trained with.
+        Lecture 002; arXiv 2010.02502, section 4.2; arXiv 2102.09672, section 4.
+        """
+        listed = times.tolist() if isinstance(times, Tensor) else list(times)
+        for t in listed:
+            if t != int(t) or not 0 <= t < self.T:
+                raise ValueError(f"times must be integers in 0..{self.T - 1} (T = {self.T}), got {t}")
+        rising = sorted(set(listed))
+        if not rising or listed not in (rising, rising[::-1]):
+            raise ValueError(f"times must rise or fall strictly and hold at least one, got {listed}")
+        rising = [int(t) for t in rising]
+        chosen = DiscreteSchedule(self._abar[1:][rising], f"{self.name}[{len(rising)} of {self.T}]")
+        chosen._kept = self.kept[rising]
+        return chosen
+
+    def model_time(self, prediction: str, t: Time) -> Tensor:
+        """``t`` itself; of a `subsequence`, the kept time, linear between whole t."""
+        del prediction
+        t = as_time(t)
+        if self._kept is None:
+            return t
+        if not t.is_floating_point():
+            ok = check_times((t >= 0) & (t < self.T), t, f"be an integer in 0..{self.T - 1} (T = {self.T})")
+            picked = self._on("kept", t.device, self._kept)[t.clamp(0, self.T - 1)]
+            return torch.where(ok, picked, -1)
+        ok = check_times((t >= 0) & (t <= self.T - 1), t, f"lie in [0, {self.T - 1}] (T = {self.T})")
+        kept, low = self._on("kept", t.device, self._kept), torch.where(ok, t, 0.0).floor()
+        here, above = (kept[(low.to(torch.int64) + i).clamp(max=self.T - 1)] for i in (0, 1))
+        return torch.where(ok, here + (t - low) * (above - here), torch.nan)
+
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, DiscreteSchedule) and torch.equal(self._abar, other._abar)
+        if not isinstance(other, DiscreteSchedule) or not torch.equal(self._abar, other._abar):
+            return False
+        return torch.equal(self.kept, other.kept)
 
     def __hash__(self) -> int:
         return hash((self.T, float(self._abar[1]), float(self._abar[-1])))
@@ -104,22 +150,44 @@ class DiscreteSchedule(Schedule):
         return (1.0 - self.abar(t)).sqrt()
 
     def alpha_dot(self, t: Time) -> Tensor:
-        """-beta_t alpha / 2, time in steps: the drift of the VP SDE dx = -beta/2 x dt + sqrt(beta) dw.
-
-        Lecture 001; arXiv 2011.13456, section 3.4. Integer t in 0..T-1.
-        """
-        return -0.5 * self._beta_at(t) * self.alpha(t)
+        """alpha `drift`, time in steps."""
+        return self.drift(t) * self.alpha(t)
 
     def sigma_dot(self, t: Time) -> Tensor:
-        """beta_t alpha^2 / (2 sigma), from sigma^2 = 1 - alpha^2; integer t in 0..T-1."""
-        return 0.5 * self._beta_at(t) * self.abar(t) / self.sigma(t)
+        """-drift alpha^2/sigma, from sigma^2 = 1 - alpha^2."""
+        return -self.drift(t) * self.abar(t) / self.sigma(t)
 
-    def _beta_at(self, t: Time) -> Tensor:
+    def drift(self, t: Time) -> Tensor:
+        """f of dx = f x dt + g dw, time in steps, where g^2 = -2 f because alpha^2 + sigma^2 = 1.
+
+        At whole t in 0..T-1, -beta_t/2: the VP SDE that the chain with these betas is a discretisation of (lecture 001;
+        arXiv 2011.13456, section 3.4). At fractional t, the derivative of the interpolation that `abar` uses:
+        -(r dr/dt) alpha^2 with r = sigma/alpha linear in t, whose integral from one whole t to the next is exactly the
+        table's. There is none in the last step of a table that ends on zero SNR, where r is infinite.
+        """
         t = as_time(t)
-        if t.is_floating_point():
-            check_times(t == t.floor(), t, f"be an integer in 0..{self.T - 1} (T = {self.T})")
-            t = t.to(torch.int64)
-        return self._gather("betas", self._betas, t, 0)
+        if not t.is_floating_point():
+            return -0.5 * self._gather("betas", self._betas, t, 0)
+        ok = check_times((t > -1) & (t <= self.T - 1), t, f"lie in (-1, {self.T - 1}] (T = {self.T})")
+        t = torch.where(ok, t, 0.0)
+        low = t.floor()
+        index = low.to(torch.int64)
+        here = self._gather("ratio", self._ratio, index, -1)
+        rise = self._gather("ratio", self._ratio, (index + 1).clamp(max=self.T - 1), -1) - here
+        check_times(~torch.isinf(rise) | (t == low), t, f"lie outside ({self.T - 2}, {self.T - 1}), as abar ends at 0")
+        between = here + (t - low) * rise
+        whole = -0.5 * self._on("betas", t.device, self._betas)[index.clamp(min=0)]
+        slope = torch.where(torch.isinf(rise), torch.nan, -between * rise / (1.0 + between**2))
+        return torch.where(ok, torch.where((t == low) & (index >= 0), whole, slope), torch.nan)
+
+    def diffusion_squared(self, t: Time) -> Tensor:
+        """g^2 = -2 f, time in steps: beta_t at whole t (see `drift`)."""
+        return -2.0 * self.drift(t)
+
+    @property
+    def prior_std(self) -> float:
+        """1: unit-variance data keep their variance."""
+        return 1.0
 
     def log_snr(self, t: Time) -> Tensor:
         """ln abar_t - ln(1 - abar_t)."""
@@ -197,6 +265,23 @@ class DiscreteSchedule(Schedule):
         """sigma/alpha, the noise level of the variance-exploding state x/alpha; linear between integer t."""
         abar = self.abar(t)
         return ((1.0 - abar) / abar).sqrt()
+
+    def time_of_log_snr(self, log_snr: Time) -> Tensor:
+        """The fractional time in [-1, T-1] whose `log_snr` is the value given: +inf is clean data, t = -1.
+
+        The exact inverse: sigma/alpha is linear between whole t. (`time_of_sigma` is linear in its logarithm there, as
+        other libraries are, and agrees at whole t.) Of equal levels the one nearest to the noise end.
+        """
+        value = as_log_snr(log_snr)
+        levels = self._on("ratio", value.device, self._ratio)
+        ok = check_log_snrs(value, -2.0 * levels[-1].log(), math.inf)
+        sigma = torch.minimum((-0.5 * value).exp(), levels[-1])
+        index = torch.searchsorted(levels, sigma.contiguous(), right=True).clamp(1, self.T)
+        here, span = levels[index - 1], levels[index] - levels[index - 1]
+        part = torch.where(span > 0, (sigma - here) / span, 1.0)
+        # Below an infinite last level there is no between: only the level itself is there.
+        part = torch.where(torch.isinf(span), torch.isinf(sigma).to(torch.float64), part)
+        return torch.where(ok, (index - 2) + part, torch.nan)
 
     def time_of_sigma(self, sigma: Time) -> Tensor:
         """The fractional time whose sigma_ve is ``sigma``, by interpolation in ln sigma.

@@ -19,13 +19,15 @@ def spaced_timesteps(T: int, steps: int, spacing: str = "leading", offset: int =
     ``leading``: i (T // steps) + offset, which never reaches T-1 when steps < T (diffusers' default for DDIM and DDPM).
     ``trailing``: round(T - i T/steps) - 1, lecture 000's T, T(S-1)/S, ...; starts at T-1 (arXiv 2305.08891).
     ``linspace``: round(linspace(0, T-1)), which holds both ends (T-1 alone for one step).
-    Ties round to even, as numpy and Python do.
+    Ties round to even and are made in numpy's arithmetic, so that every number of steps gives the times of other code.
+    DPM-Solver and UniPC there visit ``leading`` and ``linspace`` times of one step more, without the last.
     """
     check_steps(steps, T)
     if spacing == "leading":
         times = [i * (T // steps) + offset for i in reversed(range(steps))]
     elif spacing == "trailing":
-        times = [round(T - i * (T / steps)) - 1 + offset for i in range(steps)]
+        stride = (T - T / steps) - T  # numpy's arange: the difference of its first two values
+        times = [round(T + i * stride) - 1 + offset for i in range(steps)]
     elif spacing == "linspace":
         times = [round(t) + offset for t in linspace(T, steps)]
     else:
@@ -34,8 +36,12 @@ def spaced_timesteps(T: int, steps: int, spacing: str = "leading", offset: int =
 
 
 def linspace(T: int, steps: int) -> list[float]:
-    """``steps`` evenly spaced, unrounded times from T-1 down to 0; T-1 alone for one step."""
-    return [(T - 1) * (1.0 - i / (steps - 1)) if i else float(T - 1) for i in range(steps)]
+    """``steps`` evenly spaced, unrounded times from T-1 down to 0; T-1 alone for one step.
+
+    In numpy's arithmetic, a multiple of the rounded step, so that times half way between two integers round alike.
+    """
+    inner = [i * ((T - 1) / (steps - 1)) for i in range(steps - 2, 0, -1)]
+    return [float(T - 1), *inner, 0.0][:steps]
 
 
 def check_steps(steps: int, most: int | None = None) -> None:

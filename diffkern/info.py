@@ -21,6 +21,7 @@ __all__ = ["add_command", "report", "text"]
 # What the extras are for, by the module that shows that it is installed.
 EXTRAS = {
     "demo": ("`make demo` and `python -m diffkern demo`", ("sklearn", "matplotlib", "PIL", "safetensors")),
+    "grids": ("noise levels spaced by `beta_sigmas`", ("scipy",)),
     "bench": ("the benchmarks", ("pytest_benchmark", "matplotlib", "diffusers")),
 }
 

@@ -4,8 +4,10 @@
     x_t = noised(x0, t, schedule, seeds=seeds)
     loss = prediction_loss(model(x_t, t), x0, t, schedule, seeds=seeds)
 
-`simple_loss`, `flow_matching_loss` and `edm_loss` do the three lines for a model. Every loss is a weighted mean squared
-error of a prediction (eps, x0, v, score, velocity, edm) against the target u x0 + v eps that the schedule names.
+`simple_loss` and `edm_loss` do the three lines for a model, on every schedule, discrete or continuous. Every loss is a
+weighted mean squared error of a prediction (eps, x0, v, score, velocity, edm) against the target u x0 + v eps that the
+schedule names. Weights are in `diffkern.weightings`, times in `diffkern.time_sampling`; `diffkern.flow_matching` and
+`diffkern.score_matching` have the losses of those families.
 """
 
 from __future__ import annotations
@@ -19,13 +21,14 @@ import torch
 from torch import Tensor
 
 from . import ops, streams
-from .schedules import DiscreteSchedule, EDMSchedule, FlowSchedule, Schedule, edm, flow
+from .schedules import DiscreteSchedule, EDMSchedule, Schedule, edm
+from .time_sampling import LogNormal, Uniform
+from .weightings import WEIGHTINGS, WeightFunction, Weighting, get_weighting
 
 __all__ = [
     "draw_seeds",
     "drop_condition",
     "edm_loss",
-    "flow_matching_loss",
     "noised",
     "prediction_loss",
     "simple_loss",
@@ -33,6 +36,11 @@ __all__ = [
 ]
 
 Model = Callable[..., Tensor]
+Weight = str | Weighting | WeightFunction | Tensor
+"""What the losses take as `weight`; see `prediction_loss`."""
+
+UNIFORM = WEIGHTINGS["uniform"]
+_IMMUTABLE = {type(weighting) for weighting in WEIGHTINGS.values()}
 
 
 def draw_seeds(n: int, generator: torch.Generator | None = None, device: torch.device | str | None = None) -> Tensor:
@@ -47,13 +55,14 @@ def uniform_times(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Times t ~ Uniform, [n]: {0, ..., T-1} for a discrete schedule (int64), [0, 1) for a flow (float64)."""
+    """Times t ~ Uniform, [n]: {0, ..., T-1} for a discrete schedule (int64), else its time range (float64).
+
+    `diffkern.time_sampling` has the other densities, and all of them by address.
+    """
     device = generator.device if device is None and generator is not None else device
     if isinstance(schedule, DiscreteSchedule):
         return torch.randint(0, schedule.T, (n,), generator=generator, device=device)
-    if isinstance(schedule, FlowSchedule):
-        return torch.rand(n, dtype=torch.float64, generator=generator, device=device)
-    raise ValueError(f"schedule must be discrete or a flow for uniform times, got {schedule.name}: give its times")
+    return Uniform().sample(n, schedule, generator=generator, device=device)
 
 
 def _table(schedule: Schedule, prediction: str, t: Tensor, x0: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -67,18 +76,62 @@ def _table(schedule: Schedule, prediction: str, t: Tensor, x0: Tensor) -> tuple[
     return schedule.coefficients(prediction, t.reshape(-1).to(x0.device, torch.float64)), None
 
 
-@lru_cache(maxsize=64)
-def _plain_loss_table(schedule: DiscreteSchedule, prediction: str, device: torch.device) -> Tensor:
-    return _with_weights(schedule.table(prediction, device), None)
-
-
-def _with_weights(table: Tensor, weight: Tensor | None) -> Tensor:
+def _rows(table: Tensor, weight: Tensor) -> Tensor:
     """Noising rows (s, n, u, v) -> loss rows (u, v, weight)."""
-    rows = table.shape[0]
-    if weight is not None and weight.shape != (rows,):
+    return torch.cat([table[:, 2:], weight.to(table.device)[:, None]], dim=1)
+
+
+def _discrete_rows(
+    schedule: DiscreteSchedule, prediction: str, target: str | None, weighting: Weighting, device: torch.device
+) -> tuple[Tensor, bool]:
+    """(loss rows of t = 0..T-1, whether all of their weights are finite)."""
+    weight = weighting.at(schedule, prediction, torch.arange(schedule.T), target)
+    return _rows(schedule.table(prediction, device), weight), bool(torch.isfinite(weight).all())
+
+
+_cached_rows = lru_cache(maxsize=64)(_discrete_rows)
+
+
+def _loss_table(
+    schedule: Schedule, prediction: str, target: str | None, weight: Weight | None, t: Tensor, x0: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """(table, index) for the loss op: a weighting, a table and the change of space all go into the row's weight."""
+    table, index = _table(schedule, prediction, t, x0)
+    weighting = UNIFORM if weight is None or isinstance(weight, Tensor) else get_weighting(weight)
+    finite = False
+    if isinstance(schedule, DiscreteSchedule):
+        # Ours are immutable; what a user's own weighting returns may change from call to call.
+        make = _cached_rows if type(weighting) in _IMMUTABLE else _discrete_rows
+        rows, finite = make(schedule, prediction, target, weighting, x0.device)
+    else:
+        rows = _rows(table, weighting.at(schedule, prediction, t.reshape(-1).to(x0.device), target))
+    if isinstance(weight, Tensor):
+        rows = torch.cat([rows[:, :2], rows[:, 2:] * _checked(weight, len(rows)).to(rows.device)[:, None]], dim=1)
+    if not finite and rows.device.type == "cpu":
+        what = f"target {target!r}" if weight is None or isinstance(weight, Tensor) else f"weight {weighting.name!r}"
+        at = t.reshape(-1)
+        _require_finite(rows[:, 2] if index is None else rows[at.clamp(0, len(rows) - 1), 2], at, what, prediction)
+    return rows, index
+
+
+def _require_finite(weight: Tensor, t: Tensor, what: str, prediction: str) -> None:
+    bad = ~torch.isfinite(weight)
+    if bool(bad.any()):
+        i = int(bad.nonzero()[0])
+        got = f"{float(weight[i])} at t = {t[i].item()}"
+        raise ValueError(f"{what} must give prediction {prediction!r} a finite weight, got {got}")
+
+
+def _checked(weight: Tensor, rows: int) -> Tensor:
+    """A user's weights as a float64 column; their values are looked at on the CPU."""
+    if weight.shape != (rows,):
         raise ValueError(f"weight must have shape [{rows}], got {list(weight.shape)}")
-    column = table.new_ones(rows) if weight is None else weight.to(table.device, torch.float64)
-    return torch.cat([table[:, 2:], column[:, None]], dim=1)
+    weight = weight.to(torch.float64)
+    bad = ~(torch.isfinite(weight) & (weight >= 0))
+    if weight.device.type == "cpu" and bool(bad.any()):
+        i = int(bad.nonzero()[0])
+        raise ValueError(f"weight must be finite and not negative, got weight[{i}] = {float(weight[i])}")
+    return weight
 
 
 def noised(
@@ -110,23 +163,28 @@ def prediction_loss(
     schedule: Schedule,
     prediction: str = "eps",
     *,
+    target: str | None = None,
+    weight: Weight | None = None,
     seeds: Tensor | None = None,
     noise: Tensor | None = None,
     stream: int = streams.TRAINING,
-    weight: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """weight_t mean (pred - target)^2, with the eps that `noised` used at the same seeds and stream.
+    """weight_t mean (error)^2 of `pred`, with the eps that `noised` used at the same seeds and stream.
 
-    `weight`: float64 [T] for a discrete schedule (indexed by t), else [B]; none means 1, the L_simple of lectures 000,
-    001, 002 (Ho et al. 2020, eq. 14). `reduction`: "none" [B], "mean", "sum". Differentiable in pred.
+    The error is that of the `prediction` itself, |pred - target|, or measured in another space: with
+    ``prediction="v", target="x0"`` it is that of the x0 which the v implies, which differs only by a factor of t
+    (`diffkern.weightings.fold`), so that it costs nothing.
+
+    `weight`: a name or a `Weighting` of `diffkern.weightings`, the same loss whatever the prediction and the target; a
+    function weight(log_snr, prediction) or float64 numbers, [T] for a discrete schedule (indexed by t) or [B], which
+    multiply the error in the target's space. None means 1, for ``eps`` the L_simple of lectures 000, 001, 002 (Ho et
+    al. 2020, eq. 14). On the CPU a weight that is not finite at one of the times raises ValueError.
+
+    `reduction`: "none" [B], "mean", "sum". Differentiable in pred. One fused pass each way, whatever the options.
     """
-    table, index = _table(schedule, prediction, t, x0)
-    if weight is None and isinstance(schedule, DiscreteSchedule):
-        loss_table = _plain_loss_table(schedule, prediction, x0.device)
-    else:
-        loss_table = _with_weights(table, weight)
-    return ops.loss(pred, x0, loss_table, index, seeds=seeds, stream=stream, noise=noise, reduction=reduction)
+    table, index = _loss_table(schedule, prediction, target, weight, t, x0)
+    return ops.loss(pred, x0, table, index, seeds=seeds, stream=stream, noise=noise, reduction=reduction)
 
 
 def simple_loss(
@@ -136,16 +194,18 @@ def simple_loss(
     schedule: Schedule,
     prediction: str = "eps",
     *,
+    target: str | None = None,
+    weight: Weight | None = None,
     seeds: Tensor | None = None,
     noise: Tensor | None = None,
-    weight: Tensor | None = None,
     reduction: str = "mean",
     **model_kwargs: Any,
 ) -> Tensor:
     """L_simple: noise, call ``model(x_t, t, **model_kwargs)``, compare (lecture 002, Algorithm 1; arXiv 2006.11239).
 
-    Without `seeds` and `noise`, fresh seeds are drawn from torch's generator. The model gets the schedule's model time
-    (t itself, c_noise for `edm`) in float32, or t as int64 for a discrete schedule.
+    With `target` and `weight` (see `prediction_loss`) any weighted L_t. Without `seeds` and `noise`, fresh seeds are
+    drawn from torch's generator. The model gets the schedule's model time (t itself, c_noise for `edm`) in float32, or
+    t as int64 for a discrete schedule.
     """
     if seeds is None and noise is None:
         seeds = draw_seeds(x0.shape[0], device=x0.device)
@@ -154,32 +214,16 @@ def simple_loss(
     time = schedule.model_time(prediction, t)
     pred = model(x_t, time.float() if time.is_floating_point() else time, **model_kwargs)
     return prediction_loss(
-        pred, x0, t, schedule, prediction, seeds=seeds, noise=noise, weight=weight, reduction=reduction
-    )
-
-
-def flow_matching_loss(
-    model: Model,
-    x1: Tensor,
-    t: Tensor | None = None,
-    schedule: FlowSchedule | None = None,
-    *,
-    seeds: Tensor | None = None,
-    noise: Tensor | None = None,
-    reduction: str = "mean",
-    **model_kwargs: Any,
-) -> Tensor:
-    """Conditional flow matching on the optimal-transport path (lectures 000, 003; Lipman et al. 2023, 2210.02747).
-
-        x_t = t x1 + (1 - (1 - sigma_min) t) eps,    L = mean |model(x_t, t) - (x1 - (1 - sigma_min) eps)|^2
-
-    x1 is the data, t in [0, 1] [B] with noise at 0 (drawn uniformly if not given). Lecture 003 drops the dots of the
-    path's derivatives in its last line; the target is alpha_dot x1 + sigma_dot eps.
-    """
-    schedule = flow() if schedule is None else schedule
-    t = uniform_times(x1.shape[0], schedule, device=x1.device) if t is None else t
-    return simple_loss(
-        model, x1, t, schedule, "velocity", seeds=seeds, noise=noise, reduction=reduction, **model_kwargs
+        pred,
+        x0,
+        t,
+        schedule,
+        prediction,
+        target=target,
+        weight=weight,
+        seeds=seeds,
+        noise=noise,
+        reduction=reduction,
     )
 
 
@@ -201,13 +245,14 @@ def edm_loss(
         D(x, sigma) = c_skip x + c_out F(c_in x, c_noise),   L = lambda(sigma) mean |D(x0 + sigma eps, sigma) - x0|^2
 
     With lambda = 1 / c_out^2 this is the unweighted error of F against (x0 - c_skip x) / c_out, which is what is
-    computed. sigma [B]: ln sigma ~ N(P_mean, P_std^2) if not given. The model is called as model(c_in x, c_noise).
+    computed. sigma [B]: ln sigma ~ N(P_mean, P_std^2) if not given, by address where `seeds` are. The model is called
+    as model(c_in x, c_noise).
     """
     schedule = edm() if schedule is None else schedule
+    if not 0 < P_std < math.inf:
+        raise ValueError(f"P_std must be positive, got {P_std}")
     if sigma is None:
-        if P_std <= 0:
-            raise ValueError(f"P_std must be positive, got {P_std}")
-        sigma = torch.exp(torch.randn(x0.shape[0], dtype=torch.float64, device=x0.device) * P_std + P_mean)
+        sigma = LogNormal(P_mean, P_std).sample(x0.shape[0], seeds=seeds, device=x0.device)
     return simple_loss(model, x0, sigma, schedule, "edm", seeds=seeds, noise=noise, reduction=reduction, **model_kwargs)
 
 

@@ -22,7 +22,17 @@ import torch
 from torch import Tensor
 
 from diffkern import predictions, streams
-from diffkern._grids import Numbers, check_steps, check_timesteps, linspace, monotone, noise_levels, spaced_timesteps
+from diffkern._grids import monotone, noise_levels
+from diffkern.grids import (
+    LEVELS,
+    Numbers,
+    check_spacing,
+    check_steps,
+    levels,
+    linspace,
+    spaced_timesteps,
+    table_times,
+)
 from diffkern.plan import Plan, Row
 from diffkern.schedules import DiscreteSchedule, EDMSchedule, FlowSchedule, Schedule
 
@@ -41,15 +51,16 @@ def ddpm(
 ) -> Plan:
     """Ancestral sampling: x_s = mu~(x_t, x0) + sqrt(variance) z, no noise in the last step.
 
-    All T steps by default, or ``steps`` of them (`spaced_timesteps`), or the ``timesteps`` given (falling, the last one
-    steps to clean data); on a sub-sequence beta is 1 - abar_t/abar_s. ``variance`` is "beta", "beta_tilde", or v in
-    [0, 1] for exp(v ln beta + (1-v) ln beta_tilde); the lecture that prints mu~ + beta~ z means sqrt(beta~).
+    All T steps by default, or ``steps`` of them by a ``spacing`` of `diffkern.grids`, or the ``timesteps`` given
+    (falling, the last one steps to clean data); on a sub-sequence beta is 1 - abar_t/abar_s. ``variance`` is "beta",
+    "beta_tilde", or v in [0, 1] for exp(v ln beta + (1-v) ln beta_tilde); the lectures that print mu~ + beta~ z, or
+    sigma_t = beta~, mean sqrt(beta~).
     ``clip`` clamps x0 to [-clip, clip]. Lectures 000, 001, 002; arXiv 2006.11239, arXiv 2102.09672.
     """
     _need_discrete("ddpm", schedule)
     if steps is None and timesteps is None:
         steps = schedule.T
-    times = _timesteps(schedule, steps, timesteps, spacing)
+    times = table_times(schedule, steps, timesteps, spacing)
     t, s = torch.tensor(times), torch.tensor([*times[1:], -1])
     coef_x0, coef_xt, _ = schedule.posterior(t, s)
     p, q, _, _ = predictions.to_x0_eps(schedule, prediction, t)
@@ -72,8 +83,9 @@ def ddim(
     """x_s = sqrt(abar_s) x0 + sqrt(1 - abar_s - sd^2) eps + sd z with sd = eta sqrt(beta_tilde).
 
     beta_tilde = (1-abar_s)/(1-abar_t) (1 - abar_t/abar_s) is the posterior variance of the step t -> s.
-    50 steps by default, by `spaced_timesteps`; or ``timesteps``, any falling sub-sequence, the last one stepping to
-    clean data. eta = 0 is deterministic; eta = 1 is `ddpm` with beta_tilde. ``clip`` clamps x0 to [-clip, clip].
+    50 steps by default, by a ``spacing`` of `diffkern.grids`; or ``timesteps``, any falling sub-sequence, the last one
+    stepping to clean data. eta = 0 is deterministic; eta = 1 is `ddpm` with beta_tilde. ``clip`` clamps x0 to [-clip,
+    clip].
     ``eps_from`` says which eps points the direction: "x0" derives it from the (clipped) x0, "model" takes the model's
     own; the default is "x0" with a clip and "model" without one, where both are equal but for rounding.
     Lecture 000; arXiv 2010.02502, eq. 12 and 16.
@@ -81,7 +93,7 @@ def ddim(
     _need_discrete("ddim", schedule)
     if steps is None and timesteps is None:
         steps = min(50, schedule.T)
-    times = _timesteps(schedule, steps, timesteps, spacing)
+    times = table_times(schedule, steps, timesteps, spacing)
     bound = _clip(clip)
     if eps_from is None:
         eps_from = "model" if bound == math.inf else "x0"
@@ -130,7 +142,8 @@ def euler(
     - discrete: of ``steps`` times (``spacing`` "linspace": evenly spaced in [0, T-1], fractional; or "leading",
       "trailing" as for `ddim`) or of the ``timesteps`` given (fractional ones allowed), and then 0;
     - EDM: ``schedule.sigmas(steps)``, which ends in 0;
-    - both: ``sigmas``, every level including the one to end at, which is usually 0 (`karras_sigmas`).
+    - both: `diffkern.grids.levels` for the spacings "karras", "log_snr", "exponential", "polyexponential", "beta"; or
+      ``sigmas``, every level including the one to end at, which is usually 0.
 
     Flow schedules integrate t x0 + sigma eps over v = t with slope dx/dt (lectures 000, 003; arXiv 2210.02747), on
     ``steps`` even steps from 0 to 1 or on ``timesteps``, every grid point including the last.
@@ -232,21 +245,24 @@ def _grid(
             raise ValueError("an EDM schedule takes steps or sigmas, its time is sigma, got timesteps")
         if steps is not None:
             check_steps(steps)
-            sigmas = schedule.sigmas(steps)
+            sigmas = levels(schedule, steps, spacing) if spacing in LEVELS else schedule.sigmas(steps)
         assert sigmas is not None
-        levels = noise_levels(sigmas)
-        times: list[float] = levels[:-1]
+        grid = noise_levels(sigmas)
+        times: list[float] = grid[:-1]
     elif isinstance(schedule, DiscreteSchedule):
+        if steps is not None and check_spacing(spacing) in LEVELS:
+            check_steps(steps)
+            sigmas = levels(schedule, steps, spacing)
         if sigmas is not None:
-            levels = noise_levels(sigmas)
-            times = [float(schedule.time_of_sigma(level)) for level in levels[:-1]]
+            grid = noise_levels(sigmas)
+            times = [float(schedule.time_of_sigma(level)) for level in grid[:-1]]
         else:
             times = _table_times(schedule, steps, timesteps, spacing)
-            levels = [*(float(schedule.sigma_ve(t)) for t in times), 0.0]
+            grid = [*(float(schedule.sigma_ve(t)) for t in times), 0.0]
     else:
         raise ValueError(f"{sampler} knows discrete, EDM and flow schedules, got {type(schedule).__name__}")
-    nodes = [_ve_node(schedule, chosen, t, level, bound) for t, level in zip(times, levels[:-1], strict=True)]
-    return nodes, _Node(levels[-1], (1.0, levels[-1]))
+    nodes = [_ve_node(schedule, chosen, t, level, bound) for t, level in zip(times, grid[:-1], strict=True)]
+    return nodes, _Node(grid[-1], (1.0, grid[-1]))
 
 
 def _table_times(schedule: DiscreteSchedule, steps: int | None, timesteps: Numbers | None, spacing: str) -> list[float]:
@@ -273,7 +289,7 @@ def _ve_node(schedule: Schedule, prediction: str, t: float, sigma: float, clip: 
         )
     if isinstance(schedule, DiscreteSchedule):
         k = alpha = 1.0 / math.sqrt(1.0 + sigma * sigma)
-        time = t
+        time = float(schedule.model_time(prediction, t))
         p, q, P, Q = predictions.solve(alpha, sigma * alpha, *_target_at_level(schedule, prediction, t, alpha, sigma))
     else:
         alpha, k = 1.0, float(schedule.input_scale(prediction, sigma))
@@ -367,21 +383,10 @@ def _vp_plan(
     lines = (torch.stack([columns[n] for n in names], dim=-1) + 0.0).tolist()
     rows = []
     for i, (t, line) in enumerate(zip(times, lines, strict=True)):
-        row = Row(clip=clip, stream=streams.STEP + i, known_stream=streams.KNOWN + i, time=float(t))
+        time = float(schedule.model_time(prediction, t))
+        row = Row(clip=clip, stream=streams.STEP + i, known_stream=streams.KNOWN + i, time=time)
         rows.append(replace(row, **dict(zip(names, line, strict=True))))
     return Plan(name, tuple(rows), prediction=prediction, time_dtype="int64")
-
-
-def _timesteps(
-    schedule: DiscreteSchedule, steps: int | None, timesteps: Iterable[int] | None, spacing: str
-) -> list[int]:
-    """The table entries that a discrete sampler visits, from noise to data."""
-    if timesteps is not None:
-        if steps is not None:
-            raise ValueError(f"give steps or timesteps, not both, got steps={steps} and timesteps")
-        return check_timesteps(schedule.T, timesteps)
-    assert steps is not None
-    return spaced_timesteps(schedule.T, steps, spacing)
 
 
 def _clip(clip: float | None) -> float:

@@ -1,177 +1,103 @@
-"""Noise schedules: x_t = alpha(t) x0 + sigma(t) eps, in float64.
+"""Noise schedules: x_t = alpha(t) x0 + sigma(t) eps, in float64, discrete and continuous under one interface.
 
-Time conventions, which differ between code bases as much as the formulas do:
+`Schedule` has alpha, sigma, their derivatives, snr, log_snr and its inverse time_of_log_snr, and the SDE
+dx = f x dtau + g dw that generates the path (drift, diffusion), whose sign convention is stated there.
+Time conventions differ between code bases as much as the formulas do:
 
-| schedule | time t | noise at | data at | alpha (signal rate) | sigma (noise rate) | velocity dx/dt points |
-|---|---|---|---|---|---|---|
-| `DiscreteSchedule` | int 0..T-1; -1 is clean data | T-1 | -1 | sqrt(abar_t) | sqrt(1 - abar_t) | to noise |
-| `FlowSchedule` | float 0..1 | 0 | 1 | t | 1 - (1 - sigma_min) t | to data |
-| `EDMSchedule` | sigma >= 0 | sigma_max | 0 | 1 | t | to noise |
+| schedule | time t | noise at | data at | alpha (signal rate) | sigma (noise rate) |
+|---|---|---|---|---|---|
+| `DiscreteSchedule` | int 0..T-1; -1 is clean data | T-1 | -1 | sqrt(abar_t) | sqrt(1 - abar_t) |
+| `VPSchedule` | float 0..1 | 1 | 0 | e^(-B/2), B = int beta | sqrt(1 - e^-B) |
+| `SubVPSchedule` | float 0..1 | 1 | 0 | e^(-B/2) | 1 - e^-B |
+| `CosineSchedule` | float 0..1 | 1 | 0 | cos(pi t/2) | sin(pi t/2) |
+| `LaplaceSchedule`, `LinearLogSNRSchedule`, `LogSNRSchedule` | float 0..1 | 1 | 0 | from log_snr | from log_snr |
+| `VESchedule` | float 0..1 | 1 | 0 | 1 | sigma_min (sigma_max/sigma_min)^t |
+| `ExponentialVESchedule` | float 0..1 | 1 | 0 | 1 | sqrt((base^2t - 1)/(2 ln base)) |
+| `EDMSchedule` | sigma >= 0 | sigma_max | 0 | 1 | t |
+| `FlowSchedule` | float 0..1 | 0 | 1 | t | 1 - (1 - sigma_min) t |
+| `PathSchedule` | float 0..1 | either | the other | any function | any function |
+
+The velocity d alpha/dt x0 + d sigma/dt eps points along t: to noise, but to data for a flow (lectures 000 and 003
+against lectures 000, 001 and 002 on diffusion). Other code: diffusers' flow has sigma = 1 - t and velocity noise -
+data; score_sde counts t as VP and VE do here; flow_matching runs VP and cosine with t reversed.
 
 The lectures count diffusion steps 1..T; index t here is their step t+1, so t = 0 already holds one step of noise.
 
-Sources: lectures 000, 001, 002 (DDPM, arXiv 2006.11239; cosine, arXiv 2102.09672), 000 and 003 (flow matching,
-arXiv 2210.02747), EDM (arXiv 2206.00364). Lecture 000 prints a last linear beta of 0.04; the paper and every other
-implementation use 0.02, as here.
+Sources: lectures 000, 001, 002 (DDPM, arXiv 2006.11239; cosine, arXiv 2102.09672), 001 and 003 (SDEs, arXiv
+2011.13456), 000 and 003 (flow matching, arXiv 2210.02747), EDM (arXiv 2206.00364). Lecture 000 prints a last linear
+beta of 0.04; the paper and every other implementation use 0.02, as here.
 
 A time may be a Python number or a tensor; results are float64 tensors of its shape on its device. On the CPU a time
-outside the schedule raises ValueError; on a device, where looking would stall it, the value is NaN.
+outside the schedule raises ValueError; on a device, where looking would stall it, the value is NaN. Tables of other
+libraries are float32: a relative 3.6e-7 (linear) to 1.3e-5 (cosine) from these in abar, 1.7e-4 to 5.3e-4 in 1 - abar at
+t = 0; `from_alphas_cumprod` takes theirs as they are.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
+from diffkern._continuous import (
+    CosineSchedule,
+    LaplaceSchedule,
+    LinearLogSNRSchedule,
+    SubVPSchedule,
+    UnitTime,
+    VPSchedule,
+)
 from diffkern._discrete import DiscreteSchedule, float64_vector
-from diffkern._schedule import Schedule, Time, as_time, check_times
+from diffkern._exploding import EDMSchedule, ExponentialVESchedule, VESchedule
+from diffkern._paths import FlowSchedule, Function, LogSNRSchedule, PathSchedule
+from diffkern._schedule import Schedule, Time, as_time
+from diffkern._spacings import karras_sigmas
 
 __all__ = [
+    "SCHEDULES",
+    "CosineSchedule",
     "DiscreteSchedule",
     "EDMSchedule",
+    "ExponentialVESchedule",
     "FlowSchedule",
+    "LaplaceSchedule",
+    "LinearLogSNRSchedule",
+    "LogSNRSchedule",
+    "PathSchedule",
     "Schedule",
+    "SubVPSchedule",
     "Time",
+    "UnitTime",
+    "VESchedule",
+    "VPSchedule",
     "as_time",
     "cosine",
     "cosine_arc",
+    "cosine_vp",
+    "discretise",
     "edm",
+    "exponential",
     "flow",
     "from_alphas_cumprod",
     "from_betas",
     "karras_sigmas",
+    "laplace",
+    "laplace_vp",
     "linear",
+    "linear_log_snr",
+    "log_snr_path",
+    "path",
+    "rectified_flow",
     "scaled_linear",
+    "sigmoid",
+    "sub_vp",
+    "ve",
+    "ve_exponential",
+    "vp",
+    "zero_terminal_snr",
 ]
-
-
-@dataclass(frozen=True)
-class FlowSchedule(Schedule):
-    """Optimal-transport path: alpha = t, sigma = 1 - (1 - sigma_min) t, t in [0, 1], noise at 0 and data at 1.
-
-    Its velocity is data - (1 - sigma_min) noise. Lectures 000 and 003; arXiv 2210.02747, eq. 20-23.
-    """
-
-    sigma_min: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.sigma_min < 1.0:
-            raise ValueError(f"sigma_min must lie in [0, 1), got {self.sigma_min}")
-
-    name = "flow"
-    default_prediction = "velocity"
-    noise_end = 0.0
-    data_end = 1.0
-
-    def _times(self, t: Time) -> Tensor:
-        t = as_time(t).to(torch.float64)
-        return torch.where(check_times((t >= 0) & (t <= 1), t, "lie in [0, 1] (0 is noise, 1 is data)"), t, torch.nan)
-
-    def alpha(self, t: Time) -> Tensor:
-        """t."""
-        return self._times(t)
-
-    def sigma(self, t: Time) -> Tensor:
-        """1 - (1 - sigma_min) t, written so that it is exactly sigma_min at t = 1."""
-        t = self._times(t)
-        return (1.0 - t) + self.sigma_min * t
-
-    def alpha_dot(self, t: Time) -> Tensor:
-        """1."""
-        return torch.ones_like(self._times(t))
-
-    def sigma_dot(self, t: Time) -> Tensor:
-        """-(1 - sigma_min)."""
-        return torch.full_like(self._times(t), -(1.0 - self.sigma_min))
-
-
-@dataclass(frozen=True)
-class EDMSchedule(Schedule):
-    """Variance-exploding schedule whose time is sigma itself: x = x0 + sigma eps (arXiv 2206.00364).
-
-    Carries the Karras grid of noise levels and the preconditioning of the prediction ``edm``.
-    """
-
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    rho: float = 7.0
-    sigma_data: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.sigma_min < self.sigma_max < math.inf:
-            raise ValueError(
-                f"sigma_min and sigma_max must be 0 < sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}"
-            )
-        for argument, value in (("rho", self.rho), ("sigma_data", self.sigma_data)):
-            if not 0.0 < value < math.inf:
-                raise ValueError(f"{argument} must be positive, got {value}")
-
-    name = "edm"
-    default_prediction = "edm"
-    data_end = 0.0
-
-    @property
-    def noise_end(self) -> float:  # type: ignore[override]
-        """sigma_max."""
-        return self.sigma_max
-
-    def _times(self, t: Time) -> Tensor:
-        t = as_time(t).to(torch.float64)
-        return torch.where(check_times((t >= 0) & torch.isfinite(t), t, "be a finite sigma >= 0"), t, torch.nan)
-
-    def alpha(self, t: Time) -> Tensor:
-        """1."""
-        return torch.ones_like(self._times(t))
-
-    def sigma(self, t: Time) -> Tensor:
-        """t."""
-        return self._times(t)
-
-    def alpha_dot(self, t: Time) -> Tensor:
-        """0."""
-        return torch.zeros_like(self._times(t))
-
-    def sigma_dot(self, t: Time) -> Tensor:
-        """1."""
-        return torch.ones_like(self._times(t))
-
-    def sigmas(self, n: int) -> Tensor:
-        """n noise levels from sigma_max to sigma_min and a final 0, [n + 1]: see `karras_sigmas`."""
-        return karras_sigmas(n, self.sigma_min, self.sigma_max, self.rho)
-
-    def preconditioning(self, t: Time) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(c_skip, c_out, c_in, c_noise): D = c_skip x + c_out F(c_in x, c_noise), arXiv 2206.00364, table 1."""
-        sigma = self._times(t)
-        total = sigma**2 + self.sigma_data**2
-        return self.sigma_data**2 / total, sigma * self.sigma_data / total.sqrt(), total.rsqrt(), 0.25 * sigma.log()
-
-    def model_time(self, prediction: str, t: Time) -> Tensor:
-        """c_noise for ``edm``, else sigma."""
-        return self.preconditioning(t)[3] if prediction == "edm" else self._times(t)
-
-    def input_scale(self, prediction: str, t: Time) -> Tensor:
-        """c_in for ``edm``, else 1."""
-        return self.preconditioning(t)[2] if prediction == "edm" else torch.ones_like(self._times(t))
-
-
-def karras_sigmas(n: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
-    """n Karras noise levels and a final 0, [n + 1] float64 (arXiv 2206.00364, eq. 5); n = 1 gives (sigma_max, 0).
-
-    sigma_i = (sigma_max^(1/rho) + i/(n-1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho, i < n.
-    """
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
-    if not 0.0 < sigma_min <= sigma_max < math.inf:
-        raise ValueError(f"sigma_min and sigma_max must be 0 < sigma_min <= sigma_max, got {sigma_min} and {sigma_max}")
-    if not 0.0 < rho < math.inf:
-        raise ValueError(f"rho must be positive, got {rho}")
-    ramp = torch.arange(n, dtype=torch.float64) / max(n - 1, 1)
-    low, high = sigma_min ** (1.0 / rho), sigma_max ** (1.0 / rho)
-    return torch.cat([(high + ramp * (low - high)) ** rho, torch.zeros(1, dtype=torch.float64)])
 
 
 def from_alphas_cumprod(
@@ -228,14 +154,164 @@ def cosine_arc(T: int = 1000, eps: float = 1e-5) -> DiscreteSchedule:
     return DiscreteSchedule((0.5 * (torch.cos(math.pi * t) + 1.0)).clamp(eps, 1.0 - eps), "cosine_arc")
 
 
+def sigmoid(T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> DiscreteSchedule:
+    """beta_i = beta_start + sigmoid(x_i) (beta_end - beta_start), x evenly from -6 to 6 (arXiv 2203.02923, GeoDiff)."""
+    x = torch.linspace(-6.0, 6.0, _steps(T), dtype=torch.float64)
+    return from_betas(torch.sigmoid(x) * (beta_end - beta_start) + beta_start, "sigmoid")
+
+
+def exponential(T: int = 1000, rate: float = 12.0) -> DiscreteSchedule:
+    """abar_t = e^(-rate (t+1)/T): equal betas 1 - e^(-rate/T)."""
+    if not 0.0 < rate < math.inf:
+        raise ValueError(f"rate must be positive, got {rate}")
+    return DiscreteSchedule((-rate * _fractions(T)).exp(), "exponential")
+
+
+def laplace(
+    T: int = 1000, mu: float = 0.0, b: float = 0.5, eps: float = 1e-6, *, compat: bool = False
+) -> DiscreteSchedule:
+    """abar_t = sigmoid(log_snr((t+1)/T)) of `laplace_vp` (arXiv 2407.03297, table 1).
+
+    ``compat`` gives the table that diffusers makes with the same numbers, mu = 0, b = 0.5, eps = 1e-6: it takes the
+    signal rate, the root of abar, for abar, divides by its value at t = 0 and bounds the betas by 0.999.
+    """
+    path = laplace_vp(mu, b, eps)
+    if not compat:
+        return discretise(path, T, "laplace")
+    if (mu, b, eps) != (0.0, 0.5, 1e-6):
+        raise ValueError(f"compat knows mu = 0, b = 0.5, eps = 1e-6 only, got mu = {mu}, b = {b}, eps = {eps}")
+    t = torch.cat([torch.zeros(1, dtype=torch.float64), _fractions(T)])
+    away = 0.5 - t
+    log_snr = -0.5 * torch.where(away >= 0, 1.0, -1.0) * (1.0 - 2.0 * away.abs() + 1e-6).log()
+    rate = torch.sigmoid(log_snr).sqrt()
+    return from_betas((1.0 - rate[1:] / rate[:-1]).clamp(max=0.999), "laplace")
+
+
+def discretise(schedule: Schedule, T: int = 1000, name: str | None = None) -> DiscreteSchedule:
+    """The table of T levels of a continuous schedule of t in [0, 1]: abar_i = alpha^2/(alpha^2 + sigma^2) at its times.
+
+    The times are (i+1)/T of the way from the data end to the noise end, so the last level is the noise end's and may
+    have zero SNR. For a path with alpha^2 + sigma^2 = 1 abar is alpha^2; others keep their SNR in a state that is
+    scaled to unit total variance.
+    """
+    if not isinstance(schedule, UnitTime):
+        raise ValueError(
+            f"discretise needs a continuous schedule of t in [0, 1], got {getattr(schedule, 'name', schedule)}"
+        )
+    part = _fractions(T)
+    t = part if schedule.data_end == 0 else 1.0 - part
+    return DiscreteSchedule(torch.sigmoid(schedule.log_snr(t)), name or schedule.name)
+
+
+def zero_terminal_snr(schedule: DiscreteSchedule) -> DiscreteSchedule:
+    """The schedule with sqrt(abar) shifted and scaled so that it ends on 0 and starts where it did.
+
+    sqrt(abar)' = (sqrt(abar_t) - sqrt(abar_last)) sqrt(abar_0)/(sqrt(abar_0) - sqrt(abar_last)): arXiv 2305.08891,
+    algorithm 1. At the last t the prediction eps says nothing about x0: use v or x0. (diffusers leaves abar = 0 in DDIM
+    and DDPM, where its eps-prediction gives inf, and sets it to 2^-24 in samplers that divide by it.)
+    """
+    if not isinstance(schedule, DiscreteSchedule):
+        raise ValueError(f"zero_terminal_snr needs a discrete schedule, got {type(schedule).__name__}")
+    root = schedule.alphas_cumprod.sqrt()
+    first, last = root[0].clone(), root[-1].clone()
+    if not bool(first > last):
+        raise ValueError(f"zero_terminal_snr needs a table whose abar falls, got {schedule!r}")
+    return DiscreteSchedule(((root - last) * (first / (first - last))) ** 2, schedule.name + "_zero_snr")
+
+
+def vp(beta_min: float = 0.1, beta_max: float = 20.0) -> VPSchedule:
+    """See `VPSchedule`."""
+    return VPSchedule(beta_min, beta_max)
+
+
+def sub_vp(beta_min: float = 0.1, beta_max: float = 20.0) -> SubVPSchedule:
+    """See `SubVPSchedule`."""
+    return SubVPSchedule(beta_min, beta_max)
+
+
+def ve(sigma_min: float = 0.01, sigma_max: float = 50.0) -> VESchedule:
+    """See `VESchedule`."""
+    return VESchedule(sigma_min, sigma_max)
+
+
+def ve_exponential(base: float = math.e) -> ExponentialVESchedule:
+    """See `ExponentialVESchedule`: dx = base^t dw."""
+    return ExponentialVESchedule(base)
+
+
+def cosine_vp(s: float = 0.0) -> CosineSchedule:
+    """See `CosineSchedule`."""
+    return CosineSchedule(s)
+
+
+def laplace_vp(mu: float = 0.0, b: float = 0.5, eps: float = 1e-6) -> LaplaceSchedule:
+    """See `LaplaceSchedule`."""
+    return LaplaceSchedule(mu, b, eps)
+
+
+def linear_log_snr(highest: float = 13.3, lowest: float = -5.0) -> LinearLogSNRSchedule:
+    """See `LinearLogSNRSchedule`."""
+    return LinearLogSNRSchedule(highest, lowest)
+
+
+def log_snr_path(log_snr: Function, slope: Function | None = None, name: str = "log_snr_path") -> LogSNRSchedule:
+    """See `LogSNRSchedule`."""
+    return LogSNRSchedule(log_snr, slope, name)
+
+
+def path(
+    alpha: Function,
+    beta: Function,
+    *,
+    alpha_slope: Function | None = None,
+    beta_slope: Function | None = None,
+    name: str = "path",
+    prediction: str = "velocity",
+    time_eps: float = 0.0,
+) -> PathSchedule:
+    """See `PathSchedule`: any path from alpha(t) and beta(t), ``path(lambda t: t, lambda t: 1 - t)`` for one."""
+    return PathSchedule(alpha, beta, alpha_slope, beta_slope, name, prediction, time_eps)
+
+
 def flow(sigma_min: float = 0.0) -> FlowSchedule:
     """See `FlowSchedule`."""
     return FlowSchedule(sigma_min)
 
 
+def rectified_flow() -> FlowSchedule:
+    """`flow` with sigma_min = 0: x_t = t x0 + (1-t) eps, velocity data - noise (arXiv 2209.03003)."""
+    return FlowSchedule(0.0)
+
+
 def edm(sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, sigma_data: float = 0.5) -> EDMSchedule:
     """See `EDMSchedule`."""
     return EDMSchedule(sigma_min, sigma_max, rho, sigma_data)
+
+
+SCHEDULES: dict[str, Callable[[], Schedule]] = {
+    "linear": linear,
+    "scaled_linear": scaled_linear,
+    "cosine": cosine,
+    "cosine_arc": cosine_arc,
+    "sigmoid": sigmoid,
+    "laplace": laplace,
+    "exponential": exponential,
+    "vp": vp,
+    "sub_vp": sub_vp,
+    "cosine_vp": cosine_vp,
+    "laplace_vp": laplace_vp,
+    "linear_log_snr": linear_log_snr,
+    "ve": ve,
+    "ve_exponential": ve_exponential,
+    "edm": edm,
+    "flow": flow,
+}
+"""Every schedule with its defaults, by name."""
+
+
+def _fractions(T: int) -> Tensor:
+    """(i+1)/T, [T]."""
+    return torch.arange(1, _steps(T) + 1, dtype=torch.float64) / T
 
 
 def _steps(T: int) -> int:

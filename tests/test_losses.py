@@ -6,11 +6,14 @@ import math
 
 import pytest
 import torch
+from op_counter import CountOps
+from oracles import Mixture
 from torch import Tensor
 
 import diffkern
-from diffkern import losses, ops, reference, schedules, streams
-from diffkern.schedules import Schedule
+from diffkern import losses, ops, predictions, reference, schedules, streams
+from diffkern.schedules import SCHEDULES, Schedule
+from diffkern.weightings import WEIGHTINGS
 
 PREDICTIONS = ["eps", "x0", "v", "score", "velocity"]
 SHAPE = (6, 3, 5, 7)
@@ -101,7 +104,7 @@ def test_flow_matching_is_the_optimal_transport_path() -> None:
     t = torch.linspace(0, 1, SHAPE[0], dtype=torch.float64)
     eps = reference.randn(SHAPE, seeds, streams.TRAINING)
     x_t = per_sample(t) * x1 + (1 - (1 - sigma_min) * per_sample(t)) * eps
-    got = losses.flow_matching_loss(lambda x, time: x * 0.5, x1, t, schedules.flow(sigma_min), seeds=seeds)
+    got = diffkern.flow_matching_loss(lambda x, time: x * 0.5, x1, t, schedules.flow(sigma_min), seeds=seeds)
     want = ((0.5 * x_t - (x1 - (1 - sigma_min) * eps)) ** 2).mean()
     torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=0)
 
@@ -137,6 +140,50 @@ def test_the_exact_model_reaches_the_known_loss() -> None:
         assert abs(got.mean().item() - alpha**2) < 5 * got.std().item() / math.sqrt(n)
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_exact_models_of_a_mixture_reach_the_known_loss(name: str) -> None:
+    """On every schedule and for every prediction, E loss = (det/sigma)^2 E|x0 - E[x0 given x]|^2."""
+    schedule, n, mixture = SCHEDULES[name](), 4000, Mixture()
+    x0 = mixture.sample((n, 1), torch.Generator().manual_seed(0))
+    discrete = isinstance(schedule, schedules.DiscreteSchedule)
+    low, high = (0, schedule.T - 1) if discrete else schedule.time_range
+    time = torch.tensor(500 if discrete else 0.8 if name == "edm" else low + 0.4 * (high - low), dtype=torch.float64)
+    time = time.long() if discrete else time
+    alpha, sigma = float(schedule.alpha(time)), float(schedule.sigma(time))
+    for prediction in PREDICTIONS + ["mu"] * discrete + ["edm"] * (name == "edm"):
+        u, v = (float(c) for c in predictions.target_coefficients(schedule, prediction, time))
+        known = ((alpha * v - sigma * u) / sigma) ** 2 * mixture.mmse(alpha, sigma)
+        scale = float(schedule.input_scale(prediction, time))
+        got = losses.simple_loss(
+            lambda x, _, p=prediction, k=scale: mixture.predict(schedule, p, x / k, time),
+            x0,
+            time.expand(n),
+            schedule,
+            prediction,
+            seeds=ops.seeds(1, n),
+            reduction="none",
+        )
+        assert abs(float(got.mean()) - known) < 5 * float(got.std()) / math.sqrt(n), prediction
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("schedule", [schedules.linear(), schedules.vp(), schedules.flow()])
+def test_every_weighted_loss_is_two_fused_ops(schedule: Schedule, prediction: str) -> None:
+    """One pass makes x_t, one value and gradient; beside them nothing as large as the data, whatever the weighting."""
+    x0, seeds = data(), ops.seeds(0, SHAPE[0])
+    t = torch.full((SHAPE[0],), 300 if isinstance(schedule, schedules.DiscreteSchedule) else 0.3)
+    pred = data(1).requires_grad_()
+    for target in (None, "x0", "eps"):
+        for weight in (None, *WEIGHTINGS):
+            with CountOps(SHAPE) as count:
+                losses.simple_loss(
+                    lambda x, _: pred, x0, t, schedule, prediction, target=target, weight=weight, seeds=seeds
+                ).backward()
+            assert count.fused == {"noising": 1, "loss": 1}
+            # the gradient's way into pred.grad: a clone the first time, a sum from then on
+            assert sum(count.large.values()) <= 1, count.large
+
+
 def test_a_sample_does_not_know_its_neighbours() -> None:
     schedule, x0, seeds = schedules.linear(), data(), ops.seeds(8, SHAPE[0])
     t = torch.tensor([3, 1, 4, 1, 5, 9])
@@ -169,10 +216,12 @@ def test_uniform_times() -> None:
     t = losses.uniform_times(1000, schedules.linear(T=10))
     assert t.dtype == torch.int64
     assert set(t.tolist()) == set(range(10))
-    t = losses.uniform_times(1000, schedules.flow())
-    assert t.dtype == torch.float64
-    assert t.min() >= 0
-    assert t.max() < 1
+    for schedule in (schedules.flow(), schedules.vp(), schedules.ve()):
+        t = losses.uniform_times(1000, schedule)
+        low, high = schedule.time_range
+        assert t.dtype == torch.float64
+        assert low <= t.min() < low + 0.01 * (high - low)
+        assert high - 0.01 * (high - low) < t.max() <= high
 
 
 @pytest.mark.parametrize(
@@ -205,14 +254,17 @@ def test_uniform_times() -> None:
             lambda x, s: losses.prediction_loss(x, x, torch.zeros(6).long(), s, seeds=ops.seeds(0, 6), reduction="avg"),
             r"reduction must be one of none, mean, sum, got 'avg'",
         ),
-        (lambda x, s: losses.uniform_times(4, diffkern.edm()), r"schedule must be discrete or a flow.*got"),
+        (
+            lambda x, s: losses.uniform_times(4, diffkern.edm()),
+            r"time sampler .uniform. needs a time of its own.*edm is sigma",
+        ),
         (lambda x, s: losses.edm_loss(lambda x, c: x, x, P_std=0.0), r"P_std must be positive, got 0.0"),
         (
             lambda x, s: losses.drop_condition(torch.arange(6), 0, 1.5, ops.seeds(0, 6)),
             r"p must be in \[0, 1\], got 1.5",
         ),
         (
-            lambda x, s: losses.flow_matching_loss(lambda x, c: x, x, torch.full((6,), 1.5)),
+            lambda x, s: diffkern.flow_matching_loss(lambda x, c: x, x, torch.full((6,), 1.5)),
             r"t must lie in \[0, 1\].*1.5|t must .*got 1.5",
         ),
     ],

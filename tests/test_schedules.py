@@ -312,7 +312,8 @@ def test_times_outside_a_schedule_give_nan_where_looking_would_stall_the_device(
             r"t must be an integer in -1\.\.999 \(T = 1000\), got -2",
         ),
         (lambda: schedules.linear().alpha(999.5), r"t must lie in \[-1, 999\] \(T = 1000\), got 999\.5"),
-        (lambda: schedules.linear().alpha_dot(0.5), r"t must be an integer in 0\.\.999 \(T = 1000\), got 0\.5"),
+        (lambda: schedules.linear().alpha_dot(-1), r"t must be an integer in 0\.\.999 \(T = 1000\), got -1"),
+        (lambda: schedules.linear().alpha_dot(-1.0), r"t must lie in \(-1, 999\] \(T = 1000\), got -1\.0"),
         (
             lambda: schedules.linear().alpha(torch.tensor(True)),
             r"t must be a number or a tensor of numbers, got dtype torch\.bool",
