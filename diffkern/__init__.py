@@ -4,7 +4,7 @@
     x = diffkern.initial(plan := diffkern.ddim(schedule, 50), (16, 3, 64, 64), seeds=0)
     images = diffkern.sample(model, x, plan, seeds=0)
 
-Native ops: `ops` (randn, noising, loss, variational, step). Schedules, prediction conversions and posteriors: `schedules`,
+Native ops: `ops`. Schedules, prediction conversions and posteriors: `schedules`,
 `predictions`; step spacings: `grids`. Samplers as data: `plan`, `samplers`; running them: `sampling`. Training:
 `losses`, `variational`, `flow_matching`, `score_matching`, with `weightings` and `time_sampling`.
 """

@@ -85,8 +85,11 @@ def _discrete_rows(
     schedule: DiscreteSchedule, prediction: str, target: str | None, weighting: Weighting, device: torch.device
 ) -> tuple[Tensor, bool]:
     """(loss rows of t = 0..T-1, whether all of their weights are finite)."""
+    table = schedule.table(prediction, device)
+    if weighting is UNIFORM and target in (None, prediction):
+        return _rows(table, torch.ones_like(table[:, 0])), True
     weight = weighting.at(schedule, prediction, torch.arange(schedule.T), target)
-    return _rows(schedule.table(prediction, device), weight), bool(torch.isfinite(weight).all())
+    return _rows(table, weight), bool(torch.isfinite(weight).all())
 
 
 _cached_rows = lru_cache(maxsize=64)(_discrete_rows)
