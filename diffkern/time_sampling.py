@@ -254,11 +254,11 @@ class LogNormal(TimeSampler):
         if schedule is None or isinstance(schedule, EDMSchedule):
             return self.quantile(u)
         if isinstance(schedule, DiscreteSchedule):
-            lowest, highest = schedule.sigma_ve(torch.tensor([0, schedule.T - 1])).to(u.device).unbind()
-            sigma = torch.minimum(torch.maximum(self.quantile(u), lowest), highest)
+            lowest, highest = schedule.sigma_ve(torch.tensor([0, schedule.T - 1])).tolist()
+            sigma = self.quantile(u).clamp(lowest, highest)
             return schedule.time_of_log_snr(-2.0 * sigma.log()).add(0.5).floor().to(torch.int64)
-        lowest, highest, part = self._inside(schedule, u.device)
-        sigma = torch.minimum(torch.maximum(self.quantile(self.cdf(lowest) + u * part), lowest), highest)
+        lowest, highest, below, part = self._inside(schedule)
+        sigma = self.quantile(below + u * part).clamp(lowest, highest)
         low, high = schedule.time_range
         return schedule.time_of_log_snr(-2.0 * sigma.log()).clamp(low, high)
 
@@ -277,17 +277,20 @@ class LogNormal(TimeSampler):
         low, high = schedule.time_range
         require((t >= low) & (t <= high), t, f"lie in [{low:g}, {high:g}], the training times of {schedule.name}")
         sigma = schedule.sigma_ve(t)
-        _, _, part = self._inside(schedule, t.device)
+        part = self._inside(schedule)[3]
         # pdf(sigma) d(sigma)/dt with d(sigma)/dt = sigma/2 |d log_snr/dt|, and 0, not 0 times inf, at sigma = 0 or inf
         inside = (sigma > 0) & torch.isfinite(sigma)
         slope = 0.5 * sigma * schedule.log_snr_dot(t).abs()
         return torch.where(inside, self.pdf(sigma) * torch.where(inside, slope, 0.0) / part, 0.0)
 
-    def _inside(self, schedule: Schedule, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Lowest and highest sigma/alpha of the schedule's time range, and the share of the density between them."""
-        levels = schedule.sigma_ve(torch.tensor(schedule.time_range, dtype=torch.float64)).to(device)
-        lowest, highest = levels.min(), levels.max()
-        return lowest, highest, self.cdf(highest) - self.cdf(lowest)
+    def _inside(self, schedule: Schedule) -> tuple[float, float, float, float]:
+        """Lowest and highest sigma/alpha of the schedule's time range, the share of the density below and inside it.
+
+        Made on the host, as plain numbers: a device has nothing to wait for.
+        """
+        levels = schedule.sigma_ve(torch.tensor(schedule.time_range, dtype=torch.float64)).sort().values
+        below, above = self.cdf(levels).tolist()
+        return *levels.tolist(), below, above - below
 
 
 TIME_SAMPLERS: dict[str, Callable[..., TimeSampler]] = {

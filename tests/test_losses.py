@@ -9,10 +9,12 @@ import torch
 from op_counter import CountOps
 from oracles import Mixture
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import diffkern
 from diffkern import losses, ops, predictions, reference, schedules, streams
 from diffkern.schedules import SCHEDULES, Schedule
+from diffkern.time_sampling import get_time_sampler
 from diffkern.weightings import WEIGHTINGS
 
 PREDICTIONS = ["eps", "x0", "v", "score", "velocity"]
@@ -182,6 +184,26 @@ def test_every_weighted_loss_is_two_fused_ops(schedule: Schedule, prediction: st
             assert count.fused == {"noising": 1, "loss": 1}
             # the gradient's way into pred.grad: a clone the first time, a sum from then on
             assert sum(count.large.values()) <= 1, count.large
+
+
+def test_losses_of_continuous_paths_stay_on_their_device() -> None:
+    """On fake CUDA tensors, which refuse to mix devices and to be read: no copy to the host, no wait for the device."""
+    paths = [schedules.vp(), schedules.sub_vp(), schedules.ve(), schedules.flow(0.1), schedules.edm()]
+    with FakeTensorMode():
+        x0 = torch.zeros(4, 3, device="cuda")
+        seeds = torch.zeros(4, dtype=torch.int64, device="cuda")
+        t = torch.zeros(4, dtype=torch.float64, device="cuda")
+        for schedule in paths:
+            for weight in (None, *WEIGHTINGS, lambda log_snr, prediction: log_snr.exp(), t):
+                for target in (None, "x0"):
+                    loss = losses.simple_loss(
+                        lambda x, _: x, x0, t, schedule, "v", target=target, weight=weight, seeds=seeds
+                    )
+                    assert loss.device.type == "cuda"
+            for name in () if schedule.name == "edm" else ("uniform", "stratified", "logit_normal", "mode", "cosmap"):
+                sampler = get_time_sampler(name)
+                drawn = sampler.sample(4, schedule, seeds=seeds)
+                assert sampler.weights(drawn, schedule).device.type == "cuda"
 
 
 def test_a_sample_does_not_know_its_neighbours() -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from diffkern import losses, ops, predictions, schedules
+from diffkern import losses, ops, predictions, schedules, score_matching
 from diffkern.schedules import SCHEDULES, DiscreteSchedule, Schedule
+from diffkern.time_sampling import TIME_SAMPLERS
 from diffkern.weightings import (
     EDM,
     P2,
@@ -357,3 +359,10 @@ def test_every_weighting_has_its_name_and_is_never_negative() -> None:
         assert get_weighting(weighting) is weighting
         for prediction in ("eps", "x0", "v", "score"):
             assert (weighting(LOG_SNR, prediction) >= 0).all()
+
+
+def test_the_page_of_objectives_names_everything(root: Path) -> None:
+    page = (root / "docs" / "objectives.md").read_text()
+    names = [*WEIGHTINGS, *TIME_SAMPLERS, *score_matching.__all__, "flow_matching_loss", "edm_loss", "prediction_loss"]
+    missing = [name for name in names if f"`{name}`" not in page]
+    assert missing == ["projections"]  # what sliced score matching projects on is no objective
