@@ -11,14 +11,30 @@ import functools
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffkern import _load, ops, reference, samplers, sampling, schedules, streams, variational
+from benchmarks import attention_cases
+from benchmarks.case import (
+    Baseline,
+    Case,
+    Check,
+    Setting,
+    bytes_of,
+    compare,
+    cpu_target,
+    job_seeds,
+    loose,
+    random_tensor,
+    reference_noise,
+    tight,
+    try_compile,
+)
+from benchmarks.variational_case import hybrid
+from diffkern import _load, ops, reference, samplers, sampling, schedules, streams
 from diffkern.plan import Plan
 
 __all__ = ["CASES", "LARGE", "SMALL", "Baseline", "Case", "Check", "Setting"]
@@ -29,115 +45,8 @@ STEPS = 50
 ROW = 20
 """The row that the single-step cases run: any row in the middle does the same work."""
 
-Fn = Callable[[], object]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Where cases run. `compiled`: also time torch.compile of the eager baselines."""
-
-    device: str = "cpu"
-    compiled: bool = True
-
-    @property
-    def cpu(self) -> bool:
-        return self.device == "cpu"
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """`target`: time(baseline) / time(ours) must reach it. `fn` None: not available, `note` says why."""
-
-    name: str
-    fn: Fn | None
-    target: float | None = None
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Check:
-    """The largest error of `what`, in units of 1 + |value|, and the most it may be."""
-
-    what: str
-    error: float
-    tolerance: float
-
-    @property
-    def passed(self) -> bool:
-        return self.error <= self.tolerance  # False for NaN
-
-
-@dataclass(frozen=True)
-class Case:
-    """One comparison: `bytes` is what an update has to read and write, `steps` the updates in a call of `ours`."""
-
-    name: str
-    title: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    ours: Fn
-    baselines: tuple[Baseline, ...]
-    check: Callable[[], list[Check]]
-    bytes: int
-    goal_us: float | None = None
-    steps: int = 1
-    grad: bool = False
-    overhead: bool = False
-    """Whether the call overhead is the point: on a GPU the host's time then counts too."""
-
 
 # ----------------------------------------------------------------------------------------------------- helpers
-def _bytes(*tensors: Tensor) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def _tensor(seed: int, shape: tuple[int, ...], setting: Setting, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(setting.device, dtype)
-
-
-def _seeds(batch: int, setting: Setting) -> Tensor:
-    return ops.seeds(1, batch, device=setting.device)
-
-
-@functools.lru_cache(maxsize=4)
-def _reference_noise(shape: tuple[int, ...], stream: int) -> Tensor:
-    """The normals of `_seeds` on a stream, float64, computed once for all the cases that check against them."""
-    return reference.randn(shape, ops.seeds(1, shape[0]), stream)
-
-
-def _compare(what: str, got: Tensor, want: Tensor, tolerance: float) -> Check:
-    got, want = got.detach().cpu().double(), want.detach().cpu().double()
-    error = float(((got - want).abs() / (1 + want.abs())).max()) if got.shape == want.shape else math.inf
-    return Check(what, error, tolerance)
-
-
-def _tolerance(dtype: torch.dtype) -> float:
-    """Ours rounds once, from float32 arithmetic with a handful of operations."""
-    return 4e-6 if dtype == torch.float32 else float(torch.finfo(dtype).eps)
-
-
-def _loose(dtype: torch.dtype) -> float:
-    """What a baseline may be off: float32 coefficients and a rounding after every operation."""
-    return 1e-4 if dtype == torch.float32 else 8 * float(torch.finfo(dtype).eps)
-
-
-def _compiled(fn: Callable[..., Any], setting: Setting, *args: Any) -> tuple[Callable[..., Any] | None, str]:
-    """torch.compile of fn, warmed up; None and the reason where it cannot be had."""
-    if not setting.compiled:
-        return None, "not asked for"
-    try:
-        built = torch.compile(fn, dynamic=False)
-        built(*args)
-    except Exception as error:  # no C++ compiler, an unsupported platform: the other baselines stand
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        return None, f"torch.compile failed: {lines[0][:120]}"
-    return built, ""
-
-
-def _target(value: float | None, setting: Setting) -> float | None:
-    return value if setting.cpu else None
-
-
 def _scheduler(kind: str, **config: Any) -> Any:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import diffusers
@@ -159,21 +68,22 @@ def randn(
     name: str, setting: Setting, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, targets: bool = False
 ) -> Case:
     """Standard normals into a new tensor."""
-    seeds = _seeds(shape[0], setting)
-    target = {"avx512": 8.0, "avx2": 2.5}.get(_load.build_info().get("isa", "")) if targets else None
+    seeds = job_seeds(shape[0], setting)
+    level = str(_load.build_info().get("isa", "")).removesuffix("_bf16")
+    target = {"avx512": 8.0, "avx2": 2.5}.get(level) if targets else None
 
     def ours() -> Tensor:
         return ops.randn(shape, seeds, dtype=dtype)
 
     def check() -> list[Check]:
-        return [_compare("ours", ours(), _reference_noise(shape, 0), _tolerance(dtype))]
+        return [compare("ours", ours(), reference_noise(shape, 0), tight(dtype))]
 
     baseline = Baseline(
         "torch.randn",
         functools.partial(torch.randn, shape, dtype=dtype, device=setting.device),
-        _target(target, setting),
+        cpu_target(target, setting),
     )
-    return Case(name, "randn", shape, dtype, ours, (baseline,), check, _bytes(ours()))
+    return Case(name, "randn", shape, dtype, ours, (baseline,), check, bytes_of(ours()))
 
 
 def noising(
@@ -187,11 +97,11 @@ def noising(
     """x_t (and with `target` the v target) of fresh noise; ours also draws its seeds in each call."""
     schedule = schedules.linear()
     batch, device = shape[0], setting.device
-    x0 = _tensor(0, shape, setting, dtype)
+    x0 = random_tensor(0, shape, setting, dtype)
     t = torch.randint(0, schedule.T, (batch,), generator=torch.Generator().manual_seed(1)).to(device)
     table = schedule.table("v", device)
     signal, sigma = (table[:, column].to(dtype) for column in (0, 1))
-    fixed = _seeds(batch, setting)
+    fixed = job_seeds(batch, setting)
 
     def ours() -> object:
         seeds = torch.randint(-(2**63), 2**63 - 1, (batch,), device=device)
@@ -205,10 +115,10 @@ def noising(
     def eager(x0: Tensor, t: Tensor) -> tuple[Tensor, ...]:
         return formula(x0, torch.randn_like(x0), t)
 
-    fused, why = _compiled(eager, setting, x0, t)
+    fused, why = try_compile(eager, setting, x0, t)
 
     def check() -> list[Check]:
-        eps = _reference_noise(shape, streams.TRAINING)
+        eps = reference_noise(shape, streams.TRAINING)
         want = reference.noising(x0.cpu(), table.cpu(), t.cpu(), noise=eps)
         got = ops.noising(x0, table, t, seeds=fixed, stream=streams.TRAINING, want_target=target)
         plain = formula(x0, eps.to(device, dtype), t)
@@ -216,8 +126,8 @@ def noising(
         for what, i in (("x_t", 0), ("target", 1))[: 2 if target else 1]:
             ours_out = got[i]
             assert ours_out is not None
-            checks.append(_compare(f"ours {what}", ours_out, want[i], _tolerance(dtype)))
-            checks.append(_compare(f"eager {what}", plain[i], want[i], _loose(dtype)))
+            checks.append(compare(f"ours {what}", ours_out, want[i], tight(dtype)))
+            checks.append(compare(f"eager {what}", plain[i], want[i], loose(dtype)))
         if fused is not None:  # its noise is its own: what it must share is the distribution
             z = (fused(x0, t)[0].cpu().double() - want[0] + want[2] * _column(table, t, 1)) / _column(table, t, 1)
             checks.append(Check("torch.compile noise variance", abs(float(z.var()) - 1), 0.05))
@@ -225,11 +135,11 @@ def noising(
 
     goals = (8.0, 4.0) if targets else (None, None)
     baselines = (
-        Baseline("eager", functools.partial(eager, x0, t), _target(goals[0], setting)),
-        Baseline("torch.compile", fused and functools.partial(fused, x0, t), _target(goals[1], setting), why),
+        Baseline("eager", functools.partial(eager, x0, t), cpu_target(goals[0], setting)),
+        Baseline("torch.compile", fused and functools.partial(fused, x0, t), cpu_target(goals[1], setting), why),
     )
     title = "noising + v target" if target else "noising"
-    return Case(name, title, shape, dtype, ours, baselines, check, _bytes(x0) * (3 if target else 2))
+    return Case(name, title, shape, dtype, ours, baselines, check, bytes_of(x0) * (3 if target else 2))
 
 
 def _column(table: Tensor, t: Tensor, column: int) -> Tensor:
@@ -250,13 +160,13 @@ def loss(
     with `stored`, reads the same tensor."""
     schedule = schedules.linear()
     device = setting.device
-    x0, eps = _tensor(0, shape, setting, dtype), _reference_noise(shape, streams.TRAINING).to(device, dtype)
-    pred = _tensor(3, shape, setting, dtype).requires_grad_()
+    x0, eps = random_tensor(0, shape, setting, dtype), reference_noise(shape, streams.TRAINING).to(device, dtype)
+    pred = random_tensor(3, shape, setting, dtype).requires_grad_()
     t = torch.randint(0, schedule.T, (shape[0],), generator=torch.Generator().manual_seed(1)).to(device)
     coefficients = schedule.table(prediction, device)
     table = torch.cat([coefficients[:, 2:], torch.ones_like(coefficients[:, :1])], 1)
     u, v = (table[:, column].to(dtype) for column in (0, 1))
-    seeds = _seeds(shape[0], setting)
+    seeds = job_seeds(shape[0], setting)
     noise: dict[str, Any] = {"noise": eps} if stored else {"seeds": seeds, "stream": streams.TRAINING}
 
     def ours() -> tuple[Tensor, Tensor]:
@@ -271,7 +181,7 @@ def loss(
         value = value_of(pred, x0, eps, t)
         return value, torch.autograd.grad(value, pred)[0]
 
-    fused, why = _compiled(value_of, setting, pred, x0, eps, t)
+    fused, why = try_compile(value_of, setting, pred, x0, eps, t)
 
     def compiled() -> tuple[Tensor, Tensor]:
         assert fused is not None
@@ -280,104 +190,26 @@ def loss(
 
     def check() -> list[Check]:
         leaf = pred.detach().cpu().double().requires_grad_()
-        exact = eps.cpu() if stored else _reference_noise(shape, streams.TRAINING)
+        exact = eps.cpu() if stored else reference_noise(shape, streams.TRAINING)
         value = reference.loss(leaf, x0.cpu(), table.cpu(), t.cpu(), noise=exact)
         (grad,) = torch.autograd.grad(value, leaf)
         checks = []
-        known = [("ours", ours(), _tolerance(dtype)), ("eager", eager(), _loose(dtype))]
+        known = [("ours", ours(), tight(dtype)), ("eager", eager(), loose(dtype))]
         if fused is not None:
-            known.append(("torch.compile", compiled(), _loose(dtype)))
+            known.append(("torch.compile", compiled(), loose(dtype)))
         for who, (got, got_grad), tolerance in known:
-            checks.append(_compare(f"{who} value", got, value, tolerance))
+            checks.append(compare(f"{who} value", got, value, tolerance))
             scale = 1 / float(grad.abs().max())  # gradients are tiny: compare them at the size of 1
-            checks.append(_compare(f"{who} gradient", got_grad.double() * scale, grad * scale, tolerance))
+            checks.append(compare(f"{who} gradient", got_grad.double() * scale, grad * scale, tolerance))
         return checks
 
     baselines = (
-        Baseline("eager", eager, _target(goal, setting), "eps is stored, its drawing not counted"),
+        Baseline("eager", eager, cpu_target(goal, setting), "eps is stored, its drawing not counted"),
         Baseline("torch.compile", fused and compiled, None, why),
     )
-    moved = _bytes(pred, pred) + (_bytes(x0) if prediction != "eps" else 0) + (_bytes(eps) if stored else 0)
+    moved = bytes_of(pred, pred) + (bytes_of(x0) if prediction != "eps" else 0) + (bytes_of(eps) if stored else 0)
     title = f"loss + gradient, {prediction}" + (", eps stored" if stored else "")
     return Case(name, title, shape, dtype, ours, baselines, check, moved, grad=True)
-
-
-def hybrid(name: str, setting: Setting, shape: tuple[int, ...], goal: float | None = None) -> Case:
-    """The hybrid loss of a learned variance and its gradient. Eager is the form of guided-diffusion's training losses:
-    posterior means, KL and decoder for every sample, one chosen by t; eps and x_t are stored from the noising."""
-    schedule, device = schedules.linear(), setting.device
-    x0 = (_tensor(0, shape, setting) / 3).clamp(-1, 1)
-    eps = _reference_noise(shape, streams.TRAINING).to(device, torch.float32)
-    noise_of_model = _tensor(3, shape, setting)
-    pred = torch.cat([eps + noise_of_model / 10, noise_of_model.flip(0).tanh()], dim=1).requires_grad_()
-    t = torch.randint(0, schedule.T, (shape[0],), generator=torch.Generator().manual_seed(1)).to(device)
-    t[0] = 0  # one sample meets the decoder
-    seeds = _seeds(shape[0], setting)
-    steps = torch.arange(schedule.T)
-    alpha, sigma = schedule.alpha(steps), schedule.sigma(steps)
-    lower, upper = variational.log_variances(schedule)
-    c0, ct, _ = schedule.posterior(steps)
-    columns = [column.to(device, torch.float32) for column in (alpha, sigma / alpha, lower, upper, c0, ct)]
-    x_t = ops.noising(x0, schedule.table("eps", device), t, noise=eps)[0]
-    vlb_weight = 1e-3 * schedule.T
-
-    def ours() -> tuple[Tensor, Tensor]:
-        value = variational.hybrid_loss(pred, x0, t, schedule, seeds=seeds)
-        return value, torch.autograd.grad(value, pred)[0]
-
-    def value_of(pred: Tensor, x0: Tensor, x_t: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        a, ratio, low, high, coef_x0, coef_xt = (column[t].view(-1, 1, 1, 1) for column in columns)
-        m, w = pred.chunk(2, dim=1)
-        true_mean = coef_x0 * x0 + coef_xt * x_t
-        fraction = (w + 1) / 2
-        log_variance = fraction * high + (1 - fraction) * low
-        mean = coef_x0 * (x_t / a - ratio * m.detach()) + coef_xt * x_t
-        apart = (true_mean - mean) ** 2 * torch.exp(-log_variance)
-        kl = 0.5 * (-1 + log_variance - low + torch.exp(low - log_variance) + apart)
-        inv_std, centered = torch.exp(-0.5 * log_variance), x0 - mean
-
-        def below(x: Tensor) -> Tensor:
-            return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-        plus, minus = below(inv_std * (centered + 1 / 255)), below(inv_std * (centered - 1 / 255))
-        mass = torch.where(x0 < -0.999, plus, torch.where(x0 > 0.999, 1 - minus, plus - minus))
-        nll = -torch.log(mass.clamp(min=1e-12))
-        bits = torch.where((t == 0).view(-1, 1, 1, 1), nll, kl).flatten(1).mean(1) / math.log(2)
-        return (((m - eps) ** 2).flatten(1).mean(1) + vlb_weight * bits).mean()
-
-    def eager() -> tuple[Tensor, Tensor]:
-        value = value_of(pred, x0, x_t, eps, t)
-        return value, torch.autograd.grad(value, pred)[0]
-
-    fused, why = _compiled(value_of, setting, pred, x0, x_t, eps, t)
-
-    def compiled() -> tuple[Tensor, Tensor]:
-        assert fused is not None
-        value = fused(pred, x0, x_t, eps, t)
-        return value, torch.autograd.grad(value, pred)[0]
-
-    def check() -> list[Check]:
-        leaf = pred.detach().cpu().double().requires_grad_()
-        exact_table = variational.variational_table(
-            schedule, simple_weight=1.0, vlb_weight=vlb_weight, mean_gradient=False
-        )
-        noise = _reference_noise(shape, streams.TRAINING)
-        exact, _ = reference.variational(leaf, x0.cpu(), exact_table, t.cpu(), noise=noise)
-        (grad,) = torch.autograd.grad(exact, leaf)
-        (got, got_grad), scale, tolerance = ours(), 1 / float(grad.abs().max()), _tolerance(torch.float32)
-        return [
-            _compare("ours value", got, exact, tolerance),
-            _compare("ours gradient", got_grad.double() * scale, grad * scale, tolerance),
-            # Its normal distribution is an approximation, and cut off far out, so its decoder's gradient is far off.
-            _compare("eager value", eager()[0], exact, 0.01),
-        ]
-
-    baselines = (
-        Baseline("eager", eager, _target(goal, setting), "guided-diffusion's form; eps and x_t stored"),
-        Baseline("torch.compile", fused and compiled, None, why),
-    )
-    title = "hybrid loss + gradient, learned variance"
-    return Case(name, title, shape, torch.float32, ours, baselines, check, _bytes(pred, pred, x0), grad=True)
 
 
 # ------------------------------------------------------------------------------------------------------- steps
@@ -396,12 +228,12 @@ def step(
     """One step of DDIM or DDPM into `out`, noise by address. `add`: also against torch.add(x, m, out=out)."""
     scheduler, plan = _vp(f"{kind.upper()}Scheduler", setting)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    x, m = (_tensor(k, shape, setting, dtype).contiguous(memory_format=layout) for k in (0, 1))
+    x, m = (random_tensor(k, shape, setting, dtype).contiguous(memory_format=layout) for k in (0, 1))
     out = torch.empty_like(x)
     x0 = torch.empty_like(x) if want_x0 else None
     table, t = plan.table, scheduler.timesteps[ROW]
     draws = plan.rows[ROW].draws
-    seeds = _seeds(shape[0], setting) if draws else None
+    seeds = job_seeds(shape[0], setting) if draws else None
 
     def ours() -> Tensor:
         return ops.step_out(x, m, table=table, row=ROW, seeds=seeds, out=out, x0=x0)
@@ -410,16 +242,16 @@ def step(
         return scheduler.step(m, t, x)
 
     def check() -> list[Check]:
-        noise = _reference_noise(shape, plan.rows[ROW].stream) if draws else None
+        noise = reference_noise(shape, plan.rows[ROW].stream) if draws else None
         want, clean, _, _ = reference.step(x.cpu(), m.cpu(), table=table, row=ROW, noise=noise)
         ours()
-        checks = [_compare("ours", out, want, _tolerance(dtype))]
+        checks = [compare("ours", out, want, tight(dtype))]
         if x0 is not None:
-            checks.append(_compare("ours x0", x0, clean, _tolerance(dtype)))
+            checks.append(compare("ours x0", x0, clean, tight(dtype)))
         if not draws:
             found = theirs()
-            checks.append(_compare("diffusers", found.prev_sample, want, _loose(dtype)))
-            checks.append(_compare("diffusers x0", found.pred_original_sample, clean, 2 * _loose(dtype)))
+            checks.append(compare("diffusers", found.prev_sample, want, loose(dtype)))
+            checks.append(compare("diffusers x0", found.pred_original_sample, clean, 2 * loose(dtype)))
         else:  # the scheduler draws its own: make the same draw, and give it to ours
             device = torch.device(setting.device)
             drawn = torch.randn(
@@ -427,14 +259,14 @@ def step(
             ).contiguous(memory_format=layout)
             found = scheduler.step(m, t, x, generator=torch.Generator(device).manual_seed(5))
             same = ops.step(x, m, table=table, row=ROW, noise=drawn)[0]
-            checks.append(_compare("diffusers, same noise", found.prev_sample, same, _loose(dtype)))
+            checks.append(compare("diffusers, same noise", found.prev_sample, same, loose(dtype)))
         return checks
 
-    baselines = [Baseline("diffusers", theirs, _target(goal, setting))]
+    baselines = [Baseline("diffusers", theirs, cpu_target(goal, setting))]
     if add is not None:
         note = f"ours may take {add:g}x its time"
         baselines.append(
-            Baseline("torch.add", functools.partial(torch.add, x, m, out=out), _target(1 / add, setting), note)
+            Baseline("torch.add", functools.partial(torch.add, x, m, out=out), cpu_target(1 / add, setting), note)
         )
     extras = [", x0 too"] * want_x0 + [", channels_last"] * channels_last
     return Case(
@@ -445,7 +277,7 @@ def step(
         ours,
         tuple(baselines),
         check,
-        _bytes(x, m, out) + (_bytes(x) if want_x0 else 0),
+        bytes_of(x, m, out) + (bytes_of(x) if want_x0 else 0),
         goal_us=goal_us if setting.cpu else None,
         overhead=math.prod(shape) <= math.prod(SMALL),
     )
@@ -456,8 +288,8 @@ def guided(name: str, setting: Setting, shape: tuple[int, ...]) -> Case:
     scheduler, plan = _vp("DDIMScheduler", setting)
     weight = 7.5
     table, t = plan.with_guidance(weight).table, scheduler.timesteps[ROW]
-    x = _tensor(0, shape, setting)
-    m = _tensor(1, (2 * shape[0], *shape[1:]), setting)
+    x = random_tensor(0, shape, setting)
+    m = random_tensor(1, (2 * shape[0], *shape[1:]), setting)
     out, following = torch.empty_like(x), torch.empty_like(m)
 
     def ours() -> Tensor:
@@ -472,9 +304,9 @@ def guided(name: str, setting: Setting, shape: tuple[int, ...]) -> Case:
         want = reference.step(x.cpu(), m.cpu(), table=table, row=ROW)[0]
         ours()
         return [
-            _compare("ours", out, want, 10 * _tolerance(x.dtype)),
-            _compare("ours next", following, torch.cat([out, out]), 0.0),
-            _compare("diffusers", theirs()[0], want, _loose(x.dtype)),
+            compare("ours", out, want, 10 * tight(x.dtype)),
+            compare("ours next", following, torch.cat([out, out]), 0.0),
+            compare("diffusers", theirs()[0], want, loose(x.dtype)),
         ]
 
     return Case(
@@ -485,7 +317,7 @@ def guided(name: str, setting: Setting, shape: tuple[int, ...]) -> Case:
         ours,
         (Baseline("diffusers", theirs),),
         check,
-        _bytes(x, m, out, following),
+        bytes_of(x, m, out, following),
         overhead=math.prod(shape) <= math.prod(SMALL),
     )
 
@@ -497,7 +329,7 @@ def heun(name: str, setting: Setting, shape: tuple[int, ...]) -> Case:
     levels = [*scheduler.sigmas[::2].tolist()]  # [s0, s1, s1, ..., 0]: every level once
     plan = samplers.heun(schedules.from_alphas_cumprod(scheduler.alphas_cumprod), sigmas=levels)
     first = 2 * (ROW // 2)
-    x, m1, m2 = (_tensor(k, shape, setting) for k in (0, 1, 2))
+    x, m1, m2 = (random_tensor(k, shape, setting) for k in (0, 1, 2))
     x = x * levels[ROW // 2]
     middle, history, out = (torch.empty_like(x) for _ in range(3))
     table, times = plan.table, scheduler.timesteps
@@ -516,19 +348,19 @@ def heun(name: str, setting: Setting, shape: tuple[int, ...]) -> Case:
         want = reference.step(half, m2.cpu(), h0=saved, table=table, row=first + 1)[0]
         ours()
         return [
-            _compare("ours", out, want, 2 * _tolerance(x.dtype)),
-            _compare("diffusers", theirs(), want, _loose(x.dtype)),
+            compare("ours", out, want, 2 * tight(x.dtype)),
+            compare("diffusers", theirs(), want, loose(x.dtype)),
         ]
 
-    moved = _bytes(x, m1, middle, history) + _bytes(m2, history, out)  # x~ enters the second row through h0 and m
+    moved = bytes_of(x, m1, middle, history) + bytes_of(m2, history, out)  # x~ enters the second row through h0 and m
     return Case(name, "Heun step, two rows", shape, x.dtype, ours, (Baseline("diffusers", theirs),), check, moved)
 
 
 def loop(name: str, setting: Setting, shape: tuple[int, ...], kind: str) -> Case:
     """A whole run of 50 steps with a model that costs nothing: what a sampler adds to a model, per step."""
     scheduler, plan = _vp(f"{kind.upper()}Scheduler", setting)
-    x, m = (_tensor(k, shape, setting) for k in (0, 1))
-    seeds = _seeds(shape[0], setting)
+    x, m = (random_tensor(k, shape, setting) for k in (0, 1))
+    seeds = job_seeds(shape[0], setting)
 
     def model(x: Tensor, t: Tensor) -> Tensor:
         return m
@@ -549,9 +381,9 @@ def loop(name: str, setting: Setting, shape: tuple[int, ...], kind: str) -> Case
             want = reference.step(want, m.cpu(), table=plan.table, row=i, noise=noise)[0]
         found = ours()
         assert isinstance(found, Tensor)
-        checks = [_compare("ours", found, want, 20 * _tolerance(x.dtype))]
+        checks = [compare("ours", found, want, 20 * tight(x.dtype))]
         if plan.deterministic:
-            checks.append(_compare("diffusers", theirs(), want, 10 * _loose(x.dtype)))
+            checks.append(compare("diffusers", theirs(), want, 10 * loose(x.dtype)))
         return checks
 
     return Case(
@@ -562,7 +394,7 @@ def loop(name: str, setting: Setting, shape: tuple[int, ...], kind: str) -> Case
         ours,
         (Baseline("diffusers", theirs),),
         check,
-        _bytes(x, m, x),
+        bytes_of(x, m, x),
         steps=STEPS,
         overhead=True,
     )
@@ -597,6 +429,7 @@ def _cases() -> dict[str, Callable[[Setting], Case]]:
         "guided-small": (guided, {"shape": SMALL}),
         "ddim-loop": (loop, {"shape": SMALL, "kind": "ddim"}),
         "ddpm-loop": (loop, {"shape": SMALL, "kind": "ddpm"}),
+        **attention_cases.TABLE,
     }
     return {name: functools.partial(build, name, **options) for name, (build, options) in table.items()}
 

@@ -72,6 +72,10 @@ class Result:
     baselines: tuple[BaselineResult, ...] = field(default_factory=tuple)
     faults: float | None = None
     """Page faults of a call of ours."""
+    flops: int = 0
+    """Operations of its matrix products."""
+    gemm: float | None = None
+    """Operations a second that the matrix products reach without anything around them, measured in the same process."""
     error: str = ""
     """Why there is nothing else: the case raised, or crashed."""
 
@@ -84,6 +88,18 @@ class Result:
     def floor(self) -> float:
         """Time of a copy that moves as many bytes, over ours: 1 is the floor."""
         return self.copy.median / self.ours.median if self.copy and self.ours else math.nan
+
+    @property
+    def flop_rate(self) -> float:
+        """Operations of matrix products a second."""
+        return self.flops / self.ours.median if self.ours else math.nan
+
+    @property
+    def share(self) -> str:
+        """How near the limit of the hardware: of the floor of memory, or of the rate of bare matrix products."""
+        if self.flops and self.gemm:
+            return f"{self.flop_rate / self.gemm:.2f} of the products"
+        return f"{self.flop_rate / 1e9:.0f} GFLOP/s" if self.flops else f"{self.floor:.2f}"
 
     @property
     def goal_met(self) -> bool | None:
@@ -184,9 +200,12 @@ def summary(result: Result) -> str:
         return f"{result.name}: NOT TIMED, differs from the reference ({'; '.join(failed)})"
     busy = "" if result.others is None else f", others used {result.others:.0%} of the cores"
     goal = "" if result.goal_us is None else f", goal {result.goal_us:g} us {'met' if result.goal_met else 'MISSED'}"
+    share = f"{result.rate / 1e9:.1f} GB/s, {result.share} of the floor"
+    if result.flops:
+        share = f"{result.flop_rate / 1e9:.0f} GFLOP/s" + (f", {result.share}" if result.gemm else "")
     lines = [
         f"{result.name} ({_shape(result)} {result.dtype}): {_timing(result.ours)}{_pages(result.faults)}{goal}; "
-        f"{result.rate / 1e9:.1f} GB/s, {result.floor:.2f} of the floor{busy}"
+        f"{share}{busy}"
     ]
     for b in result.baselines:
         if b.stats is None or b.ratio is None:
@@ -217,7 +236,7 @@ def markdown(results: Sequence[Result], facts: dict[str, str]) -> str:
             continue
         goal = "" if r.goal_us is None else f", goal {r.goal_us:g} us {'✓' if r.goal_met else '✗'}"
         mine = [_timing(r.ours) + _pages(r.faults) + goal]
-        after = [f"{r.floor:.2f}", "" if r.others is None else f"{r.others:.0%}"]
+        after = [r.share, "" if r.others is None else f"{r.others:.0%}"]
         for i, b in enumerate(r.baselines):
             lead = [*first, *mine] if i == 0 else [""] * 4
             end = after if i == 0 else ["", ""]
@@ -238,12 +257,13 @@ def to_csv(results: Sequence[Result]) -> str:
     columns = [f"{who}_{what}" for who in ("ours", "baseline") for what in ("median_s", "min_s", "p20_s", "p80_s")]
     head = ["case", "shape", "dtype", "bytes", "passed", "baseline", *columns]
     head += ["ratio_median", "ratio_p20", "ratio_p80", "ratio_of_minima", "target", "met"]
-    writer.writerow([*head, "copy_median_s", "others", "faults", "baseline_faults"])
+    writer.writerow([*head, "copy_median_s", "others", "faults", "baseline_faults", "flops", "gemm_flops_per_s"])
     for r in results:
         for b in r.baselines or (BaselineResult("", None, None, None),):
             times = [value for stats in (r.ours, b.stats) for value in _numbers(stats)]
             ratios = [b.ratio.median, b.ratio.p20, b.ratio.p80, b.ratio_of_minima] if b.ratio else [""] * 4
             end = [b.target, b.met, r.copy.median if r.copy else None, r.others, r.faults, b.faults]
+            end += [r.flops or None, r.gemm]
             start = [r.name, _shape(r), r.dtype, r.bytes, r.passed, b.name]
             writer.writerow([*start, *times, *ratios, *("" if value is None else value for value in end)])
     return stream.getvalue()
@@ -260,6 +280,8 @@ def to_json(results: Sequence[Result], facts: dict[str, str]) -> str:
 
 # ------------------------------------------------------------------------------------------------------- chart
 _COLOURS = {"diffusers": "#3b6fb6", "eager": "#4a9d8f", "torch.compile": "#c98a2b", "torch.add": "#8d6ab8"}
+_COLOURS |= {"sdpa": "#3b6fb6", "sdpa on views": "#7fa3d1", "sdpa with copies": "#8d6ab8", "einsum": "#4a9d8f"}
+_COLOURS |= {"einsum compiled": "#c98a2b"}
 _NAMES = {"eager": "eager torch", "torch.add": "one torch.add"}
 _OTHER, _MISSED, _INK, _PALE = "#4a9d8f", "#c0392b", "#222222", "#8a8a8a"
 
@@ -322,7 +344,8 @@ def write_chart(results: Sequence[Result], facts: dict[str, str], path: Path) ->
         axis.minorticks_off()
     axes[-1, 0].set_xlabel("time of the baseline / time of diffkern (higher is better, log scale)", fontsize=9)
     used = [name for name in _COLOURS if any(b.name == name for bars in panels.values() for _, b in bars)]
-    handles: list[Any] = [Patch(color=_COLOURS[name], label=f"against {_NAMES.get(name, name)}") for name in used]
+    against = "against" if len(used) < 5 else "vs"  # all of them stand in one line
+    handles: list[Any] = [Patch(color=_COLOURS[name], label=f"{against} {_NAMES.get(name, name)}") for name in used]
     if any(b.target is not None for bars in panels.values() for _, b in bars):
         handles.append(Line2D([], [], color=_INK, lw=2.2, label="target (red: missed)"))
     handles.append(Line2D([], [], color=_INK, lw=1.0, alpha=0.55, label="20–80 % of the rounds"))
@@ -347,7 +370,7 @@ def write_chart(results: Sequence[Result], facts: dict[str, str], path: Path) ->
 
 
 def write(results: Sequence[Result], facts: dict[str, str], folder: Path) -> list[Path]:
-    """Write table.md, results.csv, results.json and ratios.png into `folder`; returns their paths."""
+    """Write table.md, results.csv, results.json, ratios.png and attention.png into `folder`; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     texts = {
         "table.md": markdown(results, facts),
@@ -356,6 +379,9 @@ def write(results: Sequence[Result], facts: dict[str, str], folder: Path) -> lis
     }
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
-    chart = folder / "ratios.png"
-    write_chart(results, facts, chart)
-    return [folder / name for name in texts] + ([chart] if chart.exists() else [])
+    charts = []
+    for name, of in (("ratios.png", False), ("attention.png", True)):
+        write_chart([r for r in results if bool(r.flops) is of], facts, folder / name)
+        if (folder / name).exists():
+            charts.append(folder / name)
+    return [folder / name for name in texts] + charts

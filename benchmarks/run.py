@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ from benchmarks import report
 from benchmarks.cases import CASES, Case, Setting
 from benchmarks.report import BaselineResult, Result
 from benchmarks.timing import Measured, Stats, Timer, device_timer, interleave, ratio, wall_timer
+from diffkern import _load
 
 __all__ = ["Options", "check", "choose", "copy_of", "main", "measure"]
 
@@ -86,7 +87,7 @@ def check(case: Case) -> Result:
     kept = tuple({**asdict(c), "ok": c.passed} for c in checks)
     kind = str(case.dtype).removeprefix("torch.")
     passed = all(c.passed for c in checks)
-    return Result(case.name, case.title, case.shape, kind, case.bytes, case.goal_us, kept, passed)
+    return Result(case.name, case.title, case.shape, kind, case.bytes, case.goal_us, kept, passed, flops=case.flops)
 
 
 def measure(
@@ -138,10 +139,23 @@ def _check_work(name: str, options: Options) -> Result:
     return check(CASES[name](Setting(options.device, options.compiled)))
 
 
+def gemm_rate(dtype: str, threads: int, seconds: float = 0.2) -> float | None:
+    """Operations a second of the CPU kernels' matrix products alone, on all threads at once; None without such."""
+    if dtype not in ("float32", "float16", "bfloat16"):
+        return None
+    rate = functools.partial(_load.attention_gemm_rate, dtype, seconds)
+    with ThreadPoolExecutor(threads) as pool:
+        return 1e9 * sum(pool.map(lambda _: rate(), range(threads)))
+
+
 def _measure_work(name: str, checked: Result, options: Options) -> Result:
     options.enter()
     case = CASES[name](Setting(options.device, options.compiled))
-    return measure(case, _timer(options.device, case.overhead), checked, device=options.device, seconds=options.seconds)
+    timer = _timer(options.device, case.overhead)
+    result = measure(case, timer, checked, device=options.device, seconds=options.seconds)
+    if case.flops and options.device == "cpu":
+        result = replace(result, gemm=gemm_rate(result.dtype, options.threads))
+    return result
 
 
 def _run_case(name: str, options: Options) -> Result:

@@ -29,13 +29,20 @@ def _checked(name: str) -> Case:
     return case
 
 
-BASELINES = {"randn": ("torch.randn",), "noising": ("eager", "torch.compile"), "loss": ("eager", "torch.compile")}
+BASELINES = {
+    "randn": ("torch.randn",),
+    "noising": ("eager", "torch.compile"),
+    "loss": ("eager", "torch.compile"),
+    "attention": ("sdpa",),
+    "attention-nchw": ("sdpa on views", "sdpa with copies", "einsum"),
+}
 
 
 def _contestants() -> list[Any]:
     params = []
     for name in CASES:
-        others = BASELINES.get(name.split("-")[0], ("diffusers",))
+        kind = "attention-nchw" if name.startswith("attention-nchw") else name.split("-")[0]
+        others = BASELINES.get(kind, ("diffusers",))
         params += [pytest.param(name, who, id=f"{name}-{who}") for who in ("diffkern", *others)]
     return params
 

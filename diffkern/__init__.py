@@ -4,9 +4,9 @@
     x = diffkern.initial(plan := diffkern.ddim(schedule, 50), (16, 3, 64, 64), seeds=0)
     images = diffkern.sample(model, x, plan, seeds=0)
 
-Native ops: `ops`. Schedules, prediction conversions and posteriors: `schedules`,
-`predictions`; step spacings: `grids`. Samplers as data: `plan`, `samplers`; running them: `sampling`. Training:
-`losses`, `variational`, `flow_matching`, `score_matching`, with `weightings` and `time_sampling`.
+Native ops: `ops`. Schedules, prediction conversions and posteriors: `schedules`, `predictions`; step spacings: `grids`.
+Samplers as data: `plan`, `samplers`; running them: `sampling`. Training: `losses`, `variational`, `flow_matching`,
+`score_matching`, with `weightings` and `time_sampling`. Attention blocks and the demo's UNet: `nn`.
 """
 
 from diffkern import (
@@ -29,7 +29,7 @@ from diffkern import (
 from diffkern._load import build_info, cuda_status
 from diffkern.flow_matching import flow_matching_loss
 from diffkern.losses import draw_seeds, edm_loss, noised, prediction_loss, simple_loss
-from diffkern.ops import loss, noising, randn, seeds, step, step_out
+from diffkern.ops import attention, loss, noising, randn, seeds, spatial_attention, step, step_out
 from diffkern.plan import Plan, Row
 from diffkern.predictions import convert
 from diffkern.samplers import ddim, ddpm, euler, get_sampler, heun
@@ -58,6 +58,7 @@ __all__ = [
     "Plan",
     "Row",
     "Sampled",
+    "attention",
     "bits_per_dim",
     "build_info",
     "convert",
@@ -101,6 +102,7 @@ __all__ = [
     "score_matching",
     "seeds",
     "simple_loss",
+    "spatial_attention",
     "step",
     "step_out",
     "streams",

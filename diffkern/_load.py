@@ -82,6 +82,11 @@ def build_info() -> dict[str, Any]:
     return {**_cpu.build_info(), **(_cuda.build_info() if _cuda is not None else {})}
 
 
+def attention_gemm_rate(dtype: str, seconds: float) -> float:
+    """GFLOP/s of one thread of the matrix products that attention on the CPU is made of: what its speed is held to."""
+    return float(_cpu.attention_gemm_rate(dtype, seconds))
+
+
 def architecture_serves(archs: str, capability: tuple[int, int]) -> bool:
     """Whether code for `archs` ("80 90+PTX") runs on a GPU of that compute capability.
 

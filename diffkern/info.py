@@ -97,6 +97,7 @@ def text(data: dict[str, Any] | None = None) -> str:
         ("numpy", data["numpy"]),
         ("CPU module", f"{build.get('compiler')}, {build.get('build_type')}"),
         ("CPU code in use", f"{data['isa']}{forced}, {data['threads']} threads"),
+        ("CPU attention", "; ".join(f"{dtype}: {kernel}" for dtype, kernel in build.get("attention", {}).items())),
         ("CUDA module", module),
         ("CUDA driver", cuda["driver"]),
         ("GPUs", ", ".join(cuda["devices"]) or "none"),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .plan import COLUMNS
 
-__all__ = ["loss", "noising", "normal", "philox", "randn", "step", "variational"]
+__all__ = ["attention", "loss", "noising", "normal", "philox", "randn", "spatial_attention", "step", "variational"]
 
 _MASK = np.uint64(0xFFFFFFFF)
 
@@ -209,3 +209,33 @@ def step(
         results.append((new, x0, s, c["k"] * new))
     out, clean, slope, scaled = (torch.stack(part) for part in zip(*results, strict=True))
     return out, clean, slope, scaled
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, compute: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """softmax(scale q k^T) v and the logarithms of the sums of exponentials, [B, H, N, D] and [B, H, N]."""
+    logits = q.to(compute) @ k.to(compute).transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return logits.softmax(-1) @ v.to(compute), logits.logsumexp(-1)
+
+
+def spatial_attention(
+    qkv: Tensor,
+    num_heads: int,
+    order: str = "new",
+    scale: float | None = None,
+    *,
+    compute: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    """`attention` over the positions of [B, 3 C, ...], q, k and v copied out of it: [B, C, ...] and [B, heads, N]."""
+    batch, channels, *positions = qkv.shape
+    dim = channels // (3 * num_heads)
+    axes, part = {
+        "new": ((3, num_heads, dim), 1),
+        "legacy": ((num_heads, 3, dim), 2),
+        "edm": ((num_heads, dim, 3), 3),
+    }[order]
+    parts = qkv.reshape(batch, *axes, math.prod(positions)).movedim(part, 0)
+    q, k, v = (part.transpose(-1, -2) for part in parts)  # each [B, heads, N, D]
+    out, lse = attention(q, k, v, scale, compute=compute)
+    return out.transpose(-1, -2).reshape(batch, channels // 3, *positions), lse

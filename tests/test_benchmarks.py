@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import math
 import sys
@@ -18,7 +19,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 pytest.importorskip("benchmarks")
 
-from benchmarks import cases, report, run, timing
+from benchmarks import attention_cases, cases, report, run, timing
 
 TINY = (2, 3, 8, 8)
 
@@ -157,6 +158,11 @@ def test_write(tmp_path: Path) -> None:
     assert [path.name for path in written] == ["table.md", "results.csv", "results.json", "ratios.png"]
     assert written[-1].read_bytes().startswith(b"\x89PNG")
     assert len(report.write([], facts, tmp_path)) == 3  # nothing to draw
+    products = dataclasses.replace(_result("attention"), flops=10**9, gemm=2e12)
+    written = report.write([_result(), products], facts, tmp_path / "both")
+    assert [path.name for path in written[3:]] == ["ratios.png", "attention.png"]
+    assert "0.50 of the products" in report.markdown([products], {})
+    assert "1000 GFLOP/s, 0.50 of the products" in report.summary(products)
 
 
 # ---------------------------------------------------------------------------------------------------------- run
@@ -232,6 +238,10 @@ KINDS: dict[str, tuple[Callable[..., cases.Case], dict[str, Any]]] = {
     "heun": (cases.heun, {}),
     "ddim-loop": (cases.loop, {"kind": "ddim"}),
     "ddpm-loop": (cases.loop, {"kind": "ddpm"}),
+    "attention": (attention_cases.attention, {}),
+    "attention-grad-bf16": (attention_cases.attention, {"grad": True, "dtype": torch.bfloat16}),
+    "attention-nchw-f16": (attention_cases.spatial, {"dtype": torch.float16}),
+    "attention-nchw-grad": (attention_cases.spatial, {"grad": True}),
 }
 
 
@@ -258,7 +268,32 @@ def test_floor_counts_each_operand_once() -> None:
     assert cases.loss("l", setting, TINY, "v", stored=True).bytes == 4 * tensor
 
 
+def test_attention_counts_its_products_and_has_targets() -> None:
+    setting = cases.Setting(compiled=False)
+    assert attention_cases.attention("a", setting, TINY).flops == 4 * 2 * 3 * 8 * 8 * 8
+    assert attention_cases.spatial("a", setting, TINY, grad=True).flops == 14 * 2 * 3 * 8 * 8 * 8
+    options = [{**options, "build": build} for build, options in attention_cases.TABLE.values()]
+    assert {o["shape"] for o in options} == {
+        *((1, 8, 4096, 40), (1, 5, 4096, 64), (2, 8, 1024, 64), (1, 20, 1024, 64)),
+        *((4, 4, 256, 64), (16, 1, 256, 256), (1, 1, 4096, 512)),
+    }
+    case = attention_cases.spatial("a", setting, TINY, goals=attention_cases.LARGE_GOALS)
+    assert [b.target for b in case.baselines] == [6.0, 2.0, 2.0]
+    wrong = attention_cases._checks(
+        {"ours": lambda q, k, v: 1.01 * q}, lambda q, k, v: q, (torch.ones(1, 1, 4, 8),) * 3, torch.ones(1, 1, 4, 8),
+        torch.arange(4), False,
+    )  # fmt: skip
+    assert [c.passed for c in wrong] == [False]
+
+
+def test_rate_of_bare_products() -> None:
+    rate = run.gemm_rate("float32", 1, 0.02)
+    assert rate is not None
+    assert rate > 1e8
+    assert run.gemm_rate("float64", 1, 0.02) is None
+
+
 def test_targets_are_for_the_cpu() -> None:
     assert cases.Setting("cuda").cpu is False
-    assert cases._target(4.0, cases.Setting("cuda")) is None
-    assert cases._target(4.0, cases.Setting()) == 4.0
+    assert cases.cpu_target(4.0, cases.Setting("cuda")) is None
+    assert cases.cpu_target(4.0, cases.Setting()) == 4.0

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from attention_cases import FORMATS, qkv_of
+from attention_cases import inputs as attention_inputs
 from op_cases import ROWS, same_bits, table, values
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -131,3 +133,77 @@ def test_meta_tensors_have_shapes_only() -> None:
     assert (following.shape, following.dtype) == ((8, 3, 8, 9), torch.float16)
     assert ops.loss(m, x, LOSS.to("meta"), index, seeds=seeds).shape == ()
     assert ops.randn((4, 2), seeds).is_meta
+
+
+# ----------------------------------------------------------------------------------------------------------- attention
+def attend(qkv: Tensor, text: Tensor) -> Tensor:
+    """Self- and cross-attention of an image in one graph, with torch ops around them."""
+    image = ops.spatial_attention(qkv * 1.5, 2)
+    q = image.flatten(2).unflatten(1, (2, -1)).transpose(-1, -2)
+    k, v = text.unflatten(-1, (2, 2, -1)).permute(2, 0, 3, 1, 4)
+    return ops.attention(q, k, v).transpose(-1, -2).reshape(image.shape) + image
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_attention_in_one_graph_for_all_sizes(backend: str, form: str) -> None:
+    """No graph a batch or size: the second size makes them symbolic, no later one compiles again; gradients too."""
+    compiled = torch.compile(attend, fullgraph=True, backend=backend)
+    graphs = []
+    for batch, side, tokens in ((2, 4, 7), (3, 5, 9), (4, 6, 11), (5, 9, 20), (2, 8, 77)):
+        given = [qkv_of((batch, 96, side, side + 1), form=form), values((batch, tokens, 64), 3)]
+        results = []
+        for function in (compiled, attend):
+            leaves = [t.clone().requires_grad_() for t in given]
+            out = function(*leaves)
+            results.append((out, *torch.autograd.grad(out, leaves, torch.ones_like(out))))
+        for got, expected in zip(*results, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[1] <= 2
+    assert graphs[-1] == graphs[1], graphs
+    assert not counters["graph_break"]
+
+
+def test_compiled_attention_keeps_the_bits() -> None:
+    q, k, v = attention_inputs((2, 3, 33, 21, 16), layouts=("bhdn", "bnhd", "bhnd"))
+    compiled = torch.compile(ops.attention, fullgraph=True, backend="inductor")
+    with torch.no_grad():
+        out = compiled(q, k, v)
+        assert same_bits(out, ops.attention(q, k, v))
+        assert out.stride() == ops.attention(q, k, v).stride()
+
+
+def test_attention_under_autocast_in_a_graph() -> None:
+    qkv = qkv_of((2, 96, 4, 5))
+    compiled = torch.compile(ops.spatial_attention, fullgraph=True, backend="aot_eager")
+    assert compiled(qkv, 2).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        out = compiled(qkv, 2)
+        assert out.dtype == torch.bfloat16
+        assert same_bits(out, ops.spatial_attention(qkv, 2))
+
+
+def test_export_of_attention() -> None:
+    class Network(torch.nn.Module):
+        def forward(self, qkv: Tensor, text: Tensor) -> Tensor:
+            return attend(qkv, text)
+
+    def given(batch: int, side: int, tokens: int) -> tuple[Tensor, Tensor]:
+        return qkv_of((batch, 96, side, side)), values((batch, tokens, 64), 3)
+
+    batch, side, tokens = (torch.export.Dim(name, min=2, max=64) for name in ("batch", "side", "tokens"))
+    shapes = ({0: batch, 2: side, 3: side}, {0: batch, 1: tokens})
+    program = torch.export.export(Network(), given(3, 4, 7), dynamic_shapes=shapes)
+    for sizes in ((3, 4, 7), (2, 9, 30)):
+        torch.testing.assert_close(program.module()(*given(*sizes)), attend(*given(*sizes)))
+    names = {str(node.target) for node in program.graph.nodes}
+    assert {"diffkern.attention.default", "diffkern.spatial_attention.default"} <= names
+
+
+def test_meta_attention() -> None:
+    q, k, v = (t.to("meta") for t in attention_inputs((2, 3, 9, 7, 16), layouts=("bhdn", "bhnd", "bhnd")))
+    out = ops.attention(q, k, v)
+    assert out.is_meta
+    assert out.transpose(2, 3).is_contiguous()
+    assert ops.spatial_attention(qkv_of((2, 96, 4, 5), torch.bfloat16).to("meta"), 2).shape == (2, 32, 4, 5)

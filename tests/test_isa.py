@@ -13,7 +13,7 @@ import pytest
 import diffkern
 from diffkern._load import build_info
 
-LEVELS = ["portable", "avx2", "avx512"]
+LEVELS = ["portable", "avx2", "avx512", "avx512_bf16"]
 AVAILABLE = LEVELS[: LEVELS.index(build_info()["isa_best"]) + 1]
 
 

@@ -390,6 +390,8 @@ def test_info_prints_what_a_bug_report_needs(capsys: pytest.CaptureFixture[str])
     for part in (diffkern.__version__, torch.__version__, "CPU code in use", "CUDA module", "CUDA ops"):
         assert part in printed
     assert str(_load.build_info()["isa"]) in printed
+    for dtype in ("float32", "bfloat16", "float16", "float64"):
+        assert f"{dtype}: {_load.build_info()['attention'][dtype]}" in printed
     status = _load.cuda_status()
     assert status.ready or status.text in printed
 

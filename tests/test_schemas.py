@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from attention_cases import FORMATS, LAYOUTS, inputs, qkv_of
 from op_cases import EVERYTHING, ROWS, arrange, native_draws, same_bits, table, values
 from torch import Tensor
 
@@ -38,6 +39,18 @@ STEP_INPUTS = (*(T[n] for n in ("x", "m", "m2", "h0", "h1", "h2", "h3")), STEP, 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.zeros(shape or SHAPE, dtype=dtype)
+
+
+Q, K, V, UP = (values((2, 3, n, 16), 40 + n) for n in (9, 7, 7, 9))
+V = V.flip(2)
+OUT, LSE = (t.float() for t in reference.attention(Q, K, V, 0.3))
+QKV, UP_MAP = values((2, 96, 3, 4), 50), values((2, 32, 3, 4), 51)
+OUT_MAP, LSE_MAP = (t.float() for t in reference.spatial_attention(QKV, 2, "legacy", 0.3))
+
+
+def gradients(function: Callable[..., tuple[Tensor, Tensor]], up: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    leaves = [t.double().requires_grad_() for t in tensors]
+    return torch.autograd.grad(function(*leaves)[0], leaves, up.double())
 
 
 def step_reference() -> tuple[Tensor, ...]:
@@ -74,6 +87,16 @@ CALLS: dict[str, tuple[tuple[Any, ...], Callable[[], tuple[Tensor, ...]]]] = {
         (torch.cat([T["m"], T["h0"]], 1), T["x"] / 2, VARIATIONAL, INDEX, SEEDS, 5, None, 2, True),
         variational_reference,
     ),
+    "attention": ((Q, K, V, 0.3), lambda: reference.attention(Q, K, V, 0.3)),
+    "attention_grad": (
+        (UP, Q, K, V, OUT, LSE, 0.3),
+        lambda: gradients(lambda *t: reference.attention(*t, 0.3), UP, Q, K, V),
+    ),
+    "spatial_attention": ((QKV, 2, 1, 0.3), lambda: reference.spatial_attention(QKV, 2, "legacy", 0.3)),
+    "spatial_attention_grad": (
+        (UP_MAP, QKV, OUT_MAP, LSE_MAP, 2, 1, 0.3),
+        lambda: gradients(lambda t: reference.spatial_attention(t, 2, "legacy", 0.3), UP_MAP, QKV),
+    ),
     "step": ((*STEP_INPUTS, True, True, 1, torch.float64), step_reference),
     "step_ad": ((*STEP_INPUTS, True, True, 1, torch.float64), step_reference),
     "step_out": ((*STEP_INPUTS, empty(), empty(), empty(), empty(dtype=torch.float64)), step_reference),
@@ -93,11 +116,11 @@ def test_the_lists_are_complete() -> None:
 def test_every_op_has_its_parts(name: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"diffkern::{name}", "CPU")
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"diffkern::{name}", "Meta"), "no fake"
-    base = name.removesuffix("_out").removesuffix("_ad")
+    base = name.removesuffix("_out").removesuffix("_ad").removesuffix("_grad")
     assert base in reference.__all__
     assert base in ops.__all__
     differentiable = torch._C._dispatch_has_kernel_for_dispatch_key(f"diffkern::{name}", "Autograd")
-    assert differentiable == (name in ("noising", "loss", "variational", "step_ad"))
+    assert differentiable == (name in ("noising", "loss", "variational", "step_ad", "attention", "spatial_attention"))
     schema = getattr(torch.ops.diffkern, name).default._schema
     assert schema.is_mutable == name.endswith("_out")
 
@@ -163,6 +186,21 @@ def opcheck_samples() -> dict[str, tuple[str, tuple[Any, ...]]]:
     samples["step_out few"] = ("step_out", (*STEP_INPUTS, empty(), None, None, None))
     samples["noising_out few"] = ("noising_out", (T["x"], NOISING, INDEX, SEEDS, 0, None, empty(), None, None))
     samples["randn_out bfloat16"] = ("randn_out", (SEEDS, 0, arrange(empty(dtype=torch.bfloat16), "channels_last")))
+    for layout in LAYOUTS:
+        q, k, v = inputs((2, 3, 9, 7, 16), torch.float16, (layout, "bnhd", layout))
+        samples[f"attention {layout}"] = ("attention", (q, k, v, 0.25))
+        samples[f"attention_grad {layout}"] = ("attention_grad", (q, q, k, v, q, LSE, 0.25))
+    samples["attention expanded"] = ("attention", (*inputs((2, 3, 9, 7, 16), layouts=("expanded batch",) * 3), 0.25))
+    samples["attention one token"] = ("attention", (*inputs((1, 1, 1, 1, 8), layouts=("bhdn",) * 3), 0.25))
+    samples["attention gradient"] = ("attention", (leaf(Q), leaf(K), leaf(V), 0.25))
+    samples["attention gradient of k"] = ("attention", (Q.double(), leaf(K.double()), V.double(), 0.25))
+    for form in FORMATS:
+        x, up = qkv_of((2, 96, 3, 4), torch.bfloat16, form), values((2, 32, 3, 4), 5, torch.bfloat16)
+        samples[f"spatial {form}"] = ("spatial_attention", (x, 2, 0, 0.25))
+        samples[f"spatial gradient {form}"] = ("spatial_attention", (leaf(x.float()), 2, 1, 0.25))
+        samples[f"spatial_grad {form}"] = ("spatial_attention_grad", (up, x, up, LSE_MAP, 2, 0, 0.25))
+    samples["spatial edm"] = ("spatial_attention", (leaf(qkv_of((2, 96, 3, 2, 2))), 2, 2, 0.25))
+    samples["spatial one position"] = ("spatial_attention", (qkv_of((2, 96, 1, 1), form="channels_last"), 2, 1, 0.25))
     samples["randn empty"] = ("randn", ((0, 3), SEEDS[:0], 0, torch.float32))
     return samples
 

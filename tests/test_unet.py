@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from diffkern.nn import ResBlock, SelfAttention, UNet, UNetConfig, group_norm, sinusoidal_embedding
+from diffkern.nn import ResBlock, SpatialSelfAttention, UNet, UNetConfig, group_norm, sinusoidal_embedding
 from diffkern.nn.unet import Modulation, Resample
 
 SMALL = UNetConfig(channels=8, blocks=1, heads=2, embedding=16)
@@ -46,8 +46,8 @@ def inputs(batch: int = 4, config: UNetConfig = SMALL) -> tuple[torch.Tensor, to
         {},
         {"modulation": "add"},
         {"image_size": 16, "multipliers": (1, 2, 2), "attention_levels": (1, 2)},
-        {"multipliers": (1,), "attention_levels": ()},
-        {"in_channels": 3, "out_channels": 6, "blocks": 2, "attention_levels": (0, 1)},
+        {"multipliers": (1,), "attention_levels": (), "heads": 1},
+        {"in_channels": 3, "out_channels": 6, "blocks": 2, "attention_levels": (0, 1), "heads": 1},
         {"dropout": 0.1, "time_scale": 1000.0},
     ],
 )
@@ -165,16 +165,12 @@ def test_residual_block_formula(modulation: Modulation) -> None:
     torch.testing.assert_close(block(x, embedding), block.conv2(F.silu(h)) + block.skip(x))
 
 
-def test_attention_is_softmax_over_the_grid() -> None:
-    attention = SelfAttention(8, 2)
-    torch.nn.init.normal_(attention.out.weight)
-    x = torch.randn(2, 8, 3, 5)
-    q, k, v = attention.qkv(attention.norm(x)).reshape(2, 3, 2, 4, 15).unbind(dim=1)  # [B, heads, D, N]
-    weights = (torch.einsum("bhdn,bhdm->bhnm", q, k) / math.sqrt(4)).softmax(dim=-1)
-    h = torch.einsum("bhnm,bhdm->bhdn", weights, v).reshape(2, 8, 3, 5)
-    torch.testing.assert_close(attention(x), x + attention.out(h))
-    with pytest.raises(ValueError, match="heads must divide"):
-        SelfAttention(8, 3)
+def test_attention_follows_the_middle_and_its_levels() -> None:
+    model = UNet(UNetConfig(**{**SMALL.to_dict(), "attention_levels": (0, 1), "heads": 1, "blocks": 2}))
+    found = [m for m in model.modules() if isinstance(m, SpatialSelfAttention)]
+    assert [m.channels for m in found] == [8, 8, 16, 16, 16, 16, 16, 16, 8, 8, 8]
+    assert {m.num_heads for m in found} == {1}
+    assert {m.norm.num_groups for m in found} == {8}
 
 
 @pytest.mark.parametrize(("channels", "groups"), [(8, 8), (12, 4), (96, 8), (7, 1)])
@@ -184,7 +180,7 @@ def test_group_norm_divides_the_channels(channels: int, groups: int) -> None:
 
 # ------------------------------------------------------------------------------------------ configuration and bad input
 def test_config_through_json() -> None:
-    config = UNetConfig(channels=24, multipliers=(1, 2), modulation="add")
+    config = UNetConfig(channels=48, multipliers=(1, 2), modulation="add")
     assert UNetConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     with pytest.raises(ValueError, match=r"does not know depth; it knows .*channels"):
         UNetConfig.from_dict({"depth": 3})
@@ -197,6 +193,9 @@ def test_config_through_json() -> None:
         ({"channels": 0}, "channels must be at least 1, got 0"),
         ({"multipliers": ()}, "multipliers must be positive"),
         ({"attention_levels": (2,)}, r"attention_levels must lie in \[0, 2\)"),
+        ({"heads": 16}, r"heads does not fit level 1: the channels of a head .*, got 4 \(64 channels in 16 heads\)"),
+        ({"heads": 3}, "heads does not fit level 1: num_heads must divide the 64 channels, got 3"),
+        ({"attention_levels": (0,), "heads": 8}, r"heads does not fit level 0: .*, got 4 \(32 channels in 8 heads\)"),
         ({"modulation": "film"}, "modulation must be 'scale_shift' or 'add', got 'film'"),
         ({"classes": -1}, "classes must not be negative"),
         ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), got 1.0"),

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "../core/args.h"
+#include "../core/attention.h"
 
 namespace py = pybind11;
 
@@ -18,9 +19,15 @@ PYBIND11_MODULE(_C, m) {
         info["build_type"] = DIFFKERN_BUILD_TYPE;
         info["isa"] = std::string(dk::cpu::isa_name());
         info["isa_best"] = std::string(dk::cpu::isa_best());
+        py::dict attention;
+        attention["float32"] = std::string(dk::cpu::attention_kernel(dk::Dtype::f32));
+        attention["bfloat16"] = std::string(dk::cpu::attention_kernel(dk::Dtype::bf16));
+        attention["float16"] = std::string(dk::cpu::attention_kernel(dk::Dtype::f16));
+        attention["float64"] = std::string(dk::cpu::attention_kernel(dk::Dtype::f64));
+        info["attention"] = attention;
         return info;
       },
-      "Version, compiler and the instruction set in use (DIFFKERN_ISA forces one).");
+      "Version, compiler and the code in use (DIFFKERN_ISA forces an instruction set).");
   m.def(
       "normals",
       [](uint64_t seed, uint64_t stream, uint64_t quad, int64_t quads) {
@@ -31,6 +38,19 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("seed"), py::arg("stream"), py::arg("quad"), py::arg("quads"),
       "Float32 normals of quads quad, quad + 1, ...: known answers at counters that no tensor reaches.");
+  m.def(
+      "attention_gemm_rate",
+      [](const std::string& name, double seconds) {
+        if (name != "float32" && name != "bfloat16" && name != "float16") {
+          throw py::value_error("dtype must be one of float32, bfloat16, float16, got '" + name + "'");
+        }
+        const dk::Dtype dtype = name == "float32"    ? dk::Dtype::f32
+                                : name == "bfloat16" ? dk::Dtype::bf16
+                                                     : dk::Dtype::f16;
+        return dk::cpu::attention_gemm_rate(dtype, seconds);
+      },
+      py::arg("dtype"), py::arg("seconds"), py::call_guard<py::gil_scoped_release>(),
+      "GFLOP/s of the matrix products that attention is made of, one thread, operands in the L1 cache.");
   m.def(
       "columns",
       [] {

@@ -1,4 +1,8 @@
 // The ops on CPU tensors: torch's own threads run the blocks.
+#include <algorithm>
+
+#include "attention.h"
+#include "ops.h"
 #include "variational.h"
 
 namespace dk::bind {
@@ -35,11 +39,44 @@ struct CpuBackend {
   }
 };
 
+// Tasks a thread takes at least, so that it gets about as many multiplications as waking it costs.
+int64_t attention_grain(const AttentionProblem& p, int64_t tasks) {
+  constexpr double kThreadWork = 5e5;
+  const double work = static_cast<double>(p.batch * p.heads) * static_cast<double>(p.queries) *
+                      static_cast<double>(p.keys) * static_cast<double>(2 * p.dim);
+  return std::max(int64_t{1}, static_cast<int64_t>(kThreadWork * static_cast<double>(tasks) / std::max(work, 1.0)));
+}
+
+template <class Kernel>
+void run_tasks(const AttentionProblem& p, int64_t tasks, const Kernel& kernel) {
+  const int64_t grain = attention_grain(p, tasks);
+  if (tasks <= grain) return kernel(int64_t{0}, tasks);
+  torch::stable::parallel_for(0, tasks, grain, kernel);
+}
+
+struct CpuAttention {
+  static void check(const char* op, const Operand& o) { CpuBackend::check(op, o); }
+  static void check_limit(const char*, const AttentionProblem&, const Operand&, bool) {}
+  static int64_t attention_workspace(const AttentionProblem&) { return 0; }
+  static int64_t attention_grad_workspace(const AttentionProblem& p) { return cpu::attention_grad_workspace(p); }
+  static void attention(const AttentionArgs& args, const Operand&) {
+    run_tasks(args.problem, cpu::attention_tasks(args.problem),
+              [&](int64_t begin, int64_t end) { cpu::attention(args, begin, end); });
+  }
+  static void attention_grad(const AttentionGradArgs& args, const Operand&) {
+    for (int64_t phase = 0; phase < cpu::attention_grad_phases(args.problem); ++phase) {
+      run_tasks(args.problem, cpu::attention_grad_tasks(args.problem, phase),
+                [&](int64_t begin, int64_t end) { cpu::attention_grad(args, phase, begin, end); });
+    }
+  }
+};
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(diffkern, CPU, m) {
   Ops<CpuBackend>::implement(m);
   VariationalOps<CpuBackend>::implement(m);
+  AttentionOps<CpuAttention>::implement(m);
 }
 
 }  // namespace dk::bind

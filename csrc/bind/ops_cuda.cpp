@@ -1,7 +1,12 @@
-// The ops on CUDA tensors: the tensor's device, its current stream, one launch.
+// The ops on CUDA tensors: the tensor's device, its current stream, one call of a launcher.
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <array>
+#include <atomic>
+
+#include "attention.h"
+#include "ops.h"
 #include "variational.h"
 
 namespace dk::bind {
@@ -37,11 +42,50 @@ struct CudaBackend {
   }
 };
 
+// 10 major + minor of a device, asked for once.
+int capability(const char* op, const Operand& where) {
+  static std::array<std::atomic<int>, 64> known{};
+  const int32_t device = where.device_index;
+  const bool kept = device < static_cast<int32_t>(known.size());
+  int value = kept ? known[device].load(std::memory_order_relaxed) : 0;
+  if (value != 0) return value;
+  int major = 0, minor = 0;
+  cudaError_t status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  if (status != cudaSuccess) {
+    fail(op, "the compute capability of ", device_text(where), " could not be read: ", cudaGetErrorString(status));
+  }
+  value = 10 * major + minor;
+  if (kept) known[device].store(value, std::memory_order_relaxed);
+  return value;
+}
+
+struct CudaAttention {
+  static void check(const char* op, const Operand& o) { CudaBackend::check(op, o); }
+  static void check_limit(const char* op, const AttentionProblem& p, const Operand& where, bool backward) {
+    const int number = capability(op, where);
+    const char* limit = backward ? cuda::attention_grad_limit(p, number) : cuda::attention_limit(p, number);
+    if (limit != nullptr) {
+      fail(op, limit, ", got ", dtype_text(where.dtype), " with ", p.dim, " channels a head on ", device_text(where),
+           " of compute capability ", number / 10, ".", number % 10);
+    }
+  }
+  static int64_t attention_workspace(const AttentionProblem& p) { return cuda::attention_workspace(p); }
+  static int64_t attention_grad_workspace(const AttentionProblem& p) { return cuda::attention_grad_workspace(p); }
+  static void attention(const AttentionArgs& args, const Operand& where) {
+    launch("attention", cuda::attention, args, where);
+  }
+  static void attention_grad(const AttentionGradArgs& args, const Operand& where) {
+    launch("attention_grad", cuda::attention_grad, args, where);
+  }
+};
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(diffkern, CUDA, m) {
   Ops<CudaBackend>::implement(m);
   VariationalOps<CudaBackend>::implement(m);
+  AttentionOps<CudaAttention>::implement(m);
 }
 
 }  // namespace dk::bind

@@ -1,5 +1,5 @@
-// The schemas of all ops: the order and the types of the functions in ops.h. The boxing layer compares only the number
-// of arguments, so tests/test_schemas.py calls every op with all arguments distinct.
+// The schemas of all ops: the order and the types of the functions in ops.h and attention.h. The boxing layer compares
+// only the number of arguments, so tests/test_schemas.py calls every op with all arguments distinct.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(diffkern, m) {
@@ -34,4 +34,12 @@ STABLE_TORCH_LIBRARY(diffkern, m) {
       "step_out(Tensor? x, Tensor? m, Tensor? m2, Tensor? h0, Tensor? h1, Tensor? h2, Tensor? h3, Tensor table, "
       "SymInt row, Tensor? index, Tensor? seeds, Tensor? noise, Tensor? mask, Tensor? known, Tensor(a!) out, "
       "Tensor(b!)? x0, Tensor(c!)? s, Tensor(d!)? next) -> ()");
+  m.def("attention(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)");
+  m.def(
+      "attention_grad(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def("spatial_attention(Tensor qkv, int heads, int order, float scale) -> (Tensor, Tensor)");
+  m.def(
+      "spatial_attention_grad(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, int heads, int order, float scale) "
+      "-> Tensor");
 }

@@ -5,42 +5,66 @@
 #include <stdexcept>
 #include <string>
 
+#include "attention_tiles.h"
+
 namespace dk::cpu {
 namespace {
 
-const Isa& best() {
+// avx512_bf16 differs from avx512 in attention only.
+struct Level {
+  const char* name;
+  const Isa* spans;
+  const AttentionTiles* tiles;
+};
+constexpr Level kLevels[] = {
+    {"portable", &kPortable, &kPortableTiles},
 #if defined(__x86_64__)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-  if (avx2 && avx512) return kAvx512;
-  if (avx2) return kAvx2;
+    {"avx2", &kAvx2, &kAvx2Tiles},
+    {"avx512", &kAvx512, &kAvx512Tiles},
+    {"avx512_bf16", &kAvx512, &kAvx512Bf16Tiles},
 #endif
-  return kPortable;
+};
+
+// Which of them is the best this machine has: it has all before it too.
+const Level* best() {
+  const Level* level = kLevels;
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    ++level;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl")) {
+      ++level;
+      if (__builtin_cpu_supports("avx512bf16")) ++level;
+    }
+  }
+#endif
+  return level;
 }
 
-const Isa& choose() {
+const Level& choose() {
   const char* wish = std::getenv("DIFFKERN_ISA");
-  const Isa& top = best();
-  if (wish == nullptr || *wish == '\0') return top;
-  const std::string name = wish, top_name = top.name;
-  if (name == kPortable.name || name == "scalar") return kPortable;
-#if defined(__x86_64__)
-  if (name == kAvx2.name && top_name != kPortable.name) return kAvx2;
-  if (name == kAvx512.name && top_name == kAvx512.name) return kAvx512;
-#endif
-  throw std::runtime_error("DIFFKERN_ISA must be one of portable, avx2, avx512 and available on this machine (best: " +
-                           top_name + "), got '" + name + "'");
+  const Level* top = best();
+  if (wish == nullptr || *wish == '\0') return *top;
+  const std::string name = wish;
+  if (name == "scalar") return kLevels[0];
+  for (const Level* level = kLevels; level <= top; ++level) {
+    if (name == level->name) return *level;
+  }
+  throw std::runtime_error(
+      "DIFFKERN_ISA must be one of portable, avx2, avx512, avx512_bf16 and available on this machine (best: " +
+      std::string(top->name) + "), got '" + name + "'");
+}
+
+const Level& chosen() {
+  static const Level& level = choose();
+  return level;
 }
 
 }  // namespace
 
-const Isa& isa() {
-  static const Isa& chosen = choose();
-  return chosen;
-}
-
-const char* isa_name() { return isa().name; }
-const char* isa_best() { return best().name; }
+const Isa& isa() { return *chosen().spans; }
+const AttentionTiles& attention_tiles() { return *chosen().tiles; }
+const char* isa_name() { return chosen().name; }
+const char* isa_best() { return best()->name; }
 
 }  // namespace dk::cpu

@@ -1,5 +1,5 @@
 // The table of inner loops ("spans") that exist once for every instruction set. Drivers call them through isa(), so
-// that DIFFKERN_ISA=portable|avx2|avx512 can force a level and tests can compare the bits of all of them.
+// that DIFFKERN_ISA=portable|avx2|avx512|avx512_bf16 can force a level and tests can compare the bits of all of them.
 #pragma once
 
 #include "../core/args.h"
@@ -90,7 +90,6 @@ struct VariationalSums {
 };
 
 struct Isa {
-  const char* name;
   // Normals of quads q0 .. q0 + quads - 1, rounded up to whole groups: out has room for them.
   void (*normals)(uint64_t seed, uint64_t stream, uint64_t q0, int64_t quads, float* out);
   void (*step_f32)(const StepSpan<float>&);

@@ -84,5 +84,5 @@ DK_AVX512 void narrow_f16_span(const float* in, Half* out, int64_t n) {
 }  // namespace
 }  // namespace dk::cpu
 
-DK_DEFINE_ISA(kAvx512, "avx512", DK_AVX512, Avx512Noise, widen_f16_span, narrow_f16_span)
+DK_DEFINE_ISA(kAvx512, DK_AVX512, Avx512Noise, widen_f16_span, narrow_f16_span)
 #endif

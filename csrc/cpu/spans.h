@@ -220,9 +220,9 @@ DK_BODY void narrow_bf16_body(const float* in, Bfloat16* out, int64_t n) {
 
 }  // namespace dk::cpu
 
-// Defines the functions of one table: NAME of the Isa, TARGET attribute, NOISE (as PortableNoise), widen and narrow
+// Defines the functions of one table: TARGET attribute, NOISE (as PortableNoise), widen and narrow
 // f16.
-#define DK_DEFINE_ISA(VARIABLE, NAME, TARGET, NOISE, WIDEN_F16, NARROW_F16)                                            \
+#define DK_DEFINE_ISA(VARIABLE, TARGET, NOISE, WIDEN_F16, NARROW_F16)                                                  \
   namespace dk::cpu {                                                                                                  \
   namespace {                                                                                                          \
   TARGET void normals_span(uint64_t seed, uint64_t stream, uint64_t q0, int64_t quads, float* out) {                   \
@@ -248,7 +248,7 @@ DK_BODY void narrow_bf16_body(const float* in, Bfloat16* out, int64_t n) {
   TARGET void widen_bf16_span(const Bfloat16* in, float* out, int64_t n) { widen_bf16_body(in, out, n); }              \
   TARGET void narrow_bf16_span(const float* in, Bfloat16* out, int64_t n) { narrow_bf16_body(in, out, n); }            \
   }                                                                                                                    \
-  const Isa VARIABLE{NAME,        normals_span, step_f32,        step_f64,        noising_f32,                         \
-                     noising_f64, loss_f32,     loss_f64,        variational_f32, variational_f64,                     \
-                     WIDEN_F16,   NARROW_F16,   widen_bf16_span, narrow_bf16_span};                                    \
+  const Isa VARIABLE{normals_span, step_f32,        step_f64,        noising_f32,     noising_f64,                     \
+                     loss_f32,     loss_f64,        variational_f32, variational_f64, WIDEN_F16,                       \
+                     NARROW_F16,   widen_bf16_span, narrow_bf16_span};                                                 \
   }

@@ -1,10 +1,10 @@
-"""Networks: the small UNet of the demo and the blocks that it is made of."""
+"""Networks: attention blocks for UNets, the small UNet of the demo and the blocks that it is made of."""
 
 from __future__ import annotations
 
+from diffkern.nn.attention import SpatialCrossAttention, SpatialSelfAttention
 from diffkern.nn.unet import (
     ResBlock,
-    SelfAttention,
     UNet,
     UNetConfig,
     group_norm,
@@ -13,7 +13,8 @@ from diffkern.nn.unet import (
 
 __all__ = [
     "ResBlock",
-    "SelfAttention",
+    "SpatialCrossAttention",
+    "SpatialSelfAttention",
     "UNet",
     "UNetConfig",
     "group_norm",

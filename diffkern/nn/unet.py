@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffkern.nn.attention import SpatialSelfAttention, count_heads
+
 Resample = Literal["none", "down", "up"]
 Modulation = Literal["scale_shift", "add"]
 
@@ -33,7 +35,7 @@ class UNetConfig:
     multipliers        channels of level l are ``channels * multipliers[l]``; each level halves the resolution
     blocks             residual blocks in each level on the way down (one more on the way up)
     attention_levels   levels with self-attention after each block; the middle of the network always has it
-    heads              attention heads
+    heads              attention heads; each gets a multiple of 8 channels, up to 256, or 512
     embedding          width of the embedding of time and class
     classes            number of classes, 0 for a network without condition; class index ``classes`` is "no condition"
     modulation         "scale_shift": adaptive group norm, (1 + scale) GroupNorm(h) + shift; "add": GroupNorm(h + shift)
@@ -73,6 +75,11 @@ class UNetConfig:
             raise ValueError(
                 f"UNetConfig.attention_levels must lie in [0, {len(self.multipliers)}), got {self.attention_levels}"
             )
+        for level in {*self.attention_levels, len(self.multipliers) - 1}:
+            try:
+                count_heads(self.channels * self.multipliers[level], self.heads)
+            except ValueError as error:
+                raise ValueError(f"UNetConfig.heads does not fit level {level}: {error}") from None
         if self.modulation not in ("scale_shift", "add"):
             raise ValueError(f"UNetConfig.modulation must be 'scale_shift' or 'add', got {self.modulation!r}")
         if self.classes < 0:
@@ -175,32 +182,10 @@ class ResBlock(nn.Module):
         return out
 
 
-class SelfAttention(nn.Module):
-    """Self-attention with several heads over the H W positions of the grid, pre-norm and residual: [B, C, H, W] to the
-    same."""
-
-    def __init__(self, channels: int, heads: int) -> None:
-        super().__init__()
-        if channels % heads:
-            raise ValueError(f"heads must divide the {channels} channels of the attention, got {heads}")
-        self.heads = heads
-        self.norm = group_norm(channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.out = _zeroed(nn.Conv2d(channels, channels, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, channels, height, width = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(batch, 3, self.heads, channels // self.heads, height * width)
-        q, k, v = qkv.transpose(-1, -2).unbind(dim=1)
-        h = F.scaled_dot_product_attention(q, k, v)
-        out: Tensor = x + self.out(h.transpose(-1, -2).reshape(batch, channels, height, width))
-        return out
-
-
 class _Stage(nn.Module):
     """A residual block and the attention that may follow it."""
 
-    def __init__(self, block: ResBlock, attention: SelfAttention | None = None) -> None:
+    def __init__(self, block: ResBlock, attention: SpatialSelfAttention | None = None) -> None:
         super().__init__()
         self.block = block
         self.attention = attention
@@ -235,11 +220,12 @@ class UNet(nn.Module):
                 dropout=config.dropout,
             )
 
+        def attention(channels: int) -> SpatialSelfAttention:
+            return SpatialSelfAttention(channels, config.heads, groups=group_norm(channels).num_groups)
+
         def stage(in_channels: int, out_channels: int, level: int) -> _Stage:
             attends = level in config.attention_levels
-            return _Stage(
-                block(in_channels, out_channels), SelfAttention(out_channels, config.heads) if attends else None
-            )
+            return _Stage(block(in_channels, out_channels), attention(out_channels) if attends else None)
 
         self.time = nn.Sequential(nn.Linear(embedding, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         self.classes = nn.Embedding(config.classes + 1, embedding) if config.classes else None
@@ -257,7 +243,7 @@ class UNet(nn.Module):
                 skips.append(current)
 
         self.middle = nn.ModuleList(
-            [_Stage(block(current, current), SelfAttention(current, config.heads)), _Stage(block(current, current))]
+            [_Stage(block(current, current), attention(current)), _Stage(block(current, current))]
         )
 
         self.up = nn.ModuleList()

@@ -1,4 +1,5 @@
-"""The native ops as typed functions: randn, noising, loss, variational, step, their fake tensors and gradients.
+"""The native ops as typed functions, their fake tensors and gradients: `randn`, `noising`, `loss`, `variational`,
+`step`, `attention`, `spatial_attention`.
 
 Every op runs on CPU and CUDA tensors, under torch.compile and torch.export. Dimension 0 is the batch. Tables of
 coefficients are float64; arithmetic is float32 (float64 for float64 tensors) and rounds once, at the store.
@@ -9,6 +10,7 @@ Noise is an address: element i of a sample is a fixed function of (seed of the s
 
 from __future__ import annotations
 
+from diffkern.ops._attention import attention, spatial_attention
 from diffkern.ops._noise import randn, seeds
 from diffkern.ops._step import step, step_out
 from diffkern.ops._training import loss, noising, noising_out
@@ -16,11 +18,13 @@ from diffkern.ops._variational import VARIATIONAL_COLUMNS, variational
 
 __all__ = [
     "VARIATIONAL_COLUMNS",
+    "attention",
     "loss",
     "noising",
     "noising_out",
     "randn",
     "seeds",
+    "spatial_attention",
     "step",
     "step_out",
     "variational",

@@ -25,18 +25,13 @@ ROOT = HERE.parent.parent
 # tools/mutants.py puts changed copies of core and cuda here; the CPU kernels always come from the tree.
 CUDA_CSRC = Path(os.environ.get("DIFFKERN_PTX_CSRC", ROOT / "csrc"))
 CUDA_FILES = ("randn.cu", "noising.cu", "step.cu", "loss.cu", "variational.cu")
+LEVELS = ("portable", "avx2", "avx512")
 CPU_FILES = (
     "isa",
-    "isa_portable",
-    "isa_avx2",
-    "isa_avx512",
-    "blocks",
-    "randn",
-    "noising",
-    "step",
-    "loss",
-    "variational",
+    *(f"isa_{level}" for level in LEVELS),
+    *(f"attention_{level}" for level in (*LEVELS, "avx512_bf16")),
 )
+CPU_FILES += ("blocks", "randn", "noising", "step", "loss", "variational")
 # As in CMakeLists.txt; ptxas has no part in the tests, so it need not optimise.
 NVCC_FLAGS = ("-O3", "-std=c++17", "--fmad=false", "-Xptxas", "-O0")
 CPU_FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")

@@ -1,0 +1,158 @@
+"""Attention blocks of diffusion UNets over `diffkern.spatial_attention` and `diffkern.attention`.
+
+Both work on [B, C, positions...], contiguous or channels_last, and move nothing between the 1 x 1 convolutions and the
+attention.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffkern.ops import attention, spatial_attention
+
+__all__ = ["SpatialCrossAttention", "SpatialSelfAttention", "count_heads"]
+
+
+def count_heads(channels: int, num_heads: int = 1, num_head_channels: int | None = None) -> int:
+    """The number of heads: `num_heads`, or channels / `num_head_channels` where that is given.
+
+    ValueError where the channels cannot be divided so, or a head would get a number that the kernels do not take:
+    multiples of 8 up to 256, and 512.
+    """
+    if num_head_channels is not None:
+        if num_head_channels < 1 or channels % num_head_channels:
+            raise ValueError(f"num_head_channels must divide the {channels} channels, got {num_head_channels}")
+        num_heads = channels // num_head_channels
+    if num_heads < 1 or channels % num_heads:
+        raise ValueError(f"num_heads must divide the {channels} channels, got {num_heads}")
+    dim = channels // num_heads
+    if dim != 512 and (dim % 8 or dim > 256):
+        raise ValueError(
+            f"the channels of a head must be a multiple of 8 up to 256, or 512, got {dim} ({channels} channels in "
+            f"{num_heads} heads)"
+        )
+    return num_heads
+
+
+def _silent(channels: int) -> nn.Conv1d:
+    """A 1 x 1 convolution of zeros: a block that ends with it starts as the identity."""
+    conv = nn.Conv1d(channels, channels, 1)
+    for parameter in conv.parameters():
+        nn.init.zeros_(parameter)
+    return conv
+
+
+class _Block(nn.Module):
+    """What both blocks share: the norm, 1 x 1 convolutions over any positions, weights of any 1 x 1 shape."""
+
+    def __init__(self, channels: int, num_heads: int, num_head_channels: int | None, groups: int, eps: float) -> None:
+        super().__init__()
+        if groups < 1 or channels % groups:
+            raise ValueError(f"groups must divide the {channels} channels, got {groups}")
+        self.channels = channels
+        self.num_heads = count_heads(channels, num_heads, num_head_channels)
+        self.norm = nn.GroupNorm(groups, channels, eps=eps)
+
+    def _check(self, x: Tensor) -> None:
+        if x.dim() < 3 or x.shape[1] != self.channels:
+            raise ValueError(f"x must have shape (B, {self.channels}, positions...), got {tuple(x.shape)}")
+
+    def _normed(self, x: Tensor) -> Tensor:
+        """GroupNorm in float32, rounded to the dtype of x, whichever dtype its parameters have."""
+        norm = self.norm
+        if x.dtype == norm.weight.dtype:
+            return norm(x)
+        return F.group_norm(x.float(), norm.num_groups, norm.weight.float(), norm.bias.float(), norm.eps).to(x.dtype)
+
+    @staticmethod
+    def _pointwise(conv: nn.Conv1d, x: Tensor) -> Tensor:
+        """The 1 x 1 convolution; [B, C, H, W] as a two-dimensional one, which keeps channels_last."""
+        if x.dim() == 4:
+            return F.conv2d(x, conv.weight[..., None], conv.bias)
+        return F.conv1d(x.flatten(2), conv.weight, conv.bias).unflatten(2, x.shape[2:])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """1 x 1 weights of a linear layer, a one- or a two-dimensional convolution fit alike."""
+        for name, module in self.named_children():
+            key = f"{prefix}{name}.weight"
+            given = state_dict.get(key)
+            if isinstance(module, nn.Conv1d) and isinstance(given, Tensor) and given.dim() in (2, 4):
+                if math.prod(given.shape[2:]) != 1:
+                    raise ValueError(f"{key} must be the weight of a 1 x 1 convolution, got {tuple(given.shape)}")
+                state_dict[key] = given.reshape(*given.shape[:2], 1)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class SpatialSelfAttention(_Block):
+    """GroupNorm, 1 x 1 to q, k, v, self-attention over all positions, 1 x 1, plus the input: [B, C, ...] to the same.
+
+    The attention block of DDPM (Ho et al. 2020) and ADM (Dhariwal and Nichol 2021). Parameters have the names and the
+    shapes of guided-diffusion's AttentionBlock (`norm`, `qkv`, `proj_out`, 1 x 1 weights as [out, in, 1]), so that
+    `load_state_dict` takes its weights; those of linear layers and two-dimensional convolutions are reshaped. Heads:
+    `num_heads`, or channels / `num_head_channels`. `order` as in `diffkern.spatial_attention`: weights of OpenAI's
+    checkpoints need "legacy". ADM: groups 32, eps 1e-5; DDPM: eps 1e-6, one head. The last layer starts at zero.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int = 1,
+        num_head_channels: int | None = None,
+        *,
+        order: str = "new",
+        groups: int = 32,
+        eps: float = 1e-5,
+    ) -> None:
+        super().__init__(channels, num_heads, num_head_channels, groups, eps)
+        if order not in ("new", "legacy", "edm"):
+            raise ValueError(f"order must be one of new, legacy, edm, got {order!r}")
+        self.order = order
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = _silent(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check(x)
+        qkv = self._pointwise(self.qkv, self._normed(x))
+        if self.order == "edm":
+            qkv = qkv.contiguous()  # in channels_last the channels of such a head are not contiguous
+        return x + self._pointwise(self.proj_out, spatial_attention(qkv, self.num_heads, self.order))
+
+
+class SpatialCrossAttention(_Block):
+    """GroupNorm, 1 x 1 to q, attention of all positions to a context, 1 x 1, plus the input: [B, C, ...] to the same.
+
+    The context [B, T, E] (the 77 tokens of a text encoder, say) becomes k and v in one linear layer. Parameters:
+    `norm`, `q` [C, C, 1], `kv` [2 C, E] with k's rows first, `proj_out` [C, C, 1]. The last layer starts at zero.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        context_channels: int,
+        num_heads: int = 1,
+        num_head_channels: int | None = None,
+        *,
+        groups: int = 32,
+        eps: float = 1e-5,
+    ) -> None:
+        super().__init__(channels, num_heads, num_head_channels, groups, eps)
+        self.context_channels = context_channels
+        self.q = nn.Conv1d(channels, channels, 1)
+        self.kv = nn.Linear(context_channels, 2 * channels)
+        self.proj_out = _silent(channels)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        self._check(x)
+        if context.dim() != 3 or context.shape[0] != x.shape[0] or context.shape[2] != self.context_channels:
+            raise ValueError(
+                f"context must have shape ({x.shape[0]}, tokens, {self.context_channels}), got {tuple(context.shape)}"
+            )
+        heads = self.num_heads
+        q = self._pointwise(self.q, self._normed(x)).flatten(2).unflatten(1, (heads, -1)).transpose(-1, -2)
+        k, v = self.kv(context).unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, T, D]
+        out = attention(q, k, v).transpose(-1, -2).flatten(1, 2).unflatten(2, x.shape[2:])
+        return x + self._pointwise(self.proj_out, out)

@@ -1,0 +1,186 @@
+"""Attention: softmax(scale Q K^T) V on any strides, and on the [B, 3 C, ...] that the convolution before it gives."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffkern.ops._common import native, one_device
+
+# Numbers as in csrc/bind/attention.h.
+_ORDERS = {"new": 0, "legacy": 1, "edm": 2}
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """softmax(scale Q K^T) V (Vaswani et al. 2017), nothing of size N x N in memory (Dao et al. 2022).
+
+        S_ij = scale q_i . k_j,    out_i = sum_j exp(S_ij - lse_i) v_j,    lse_i = ln sum_j exp(S_ij)
+
+    q [B, H, N, D], k and v [B, H, M, D], of one dtype; `scale` is D^-1/2 unless given. D: multiples of 8 up to 256, and
+    512. Any strides where tokens (N) or channels (D) are contiguous, for each of q, k, v on its own: [B, H, N, D],
+    a view of [B, N, H, D] or of [B, C, height, width] is read as it lies. The result has the axis order of q. Logits,
+    softmax and sums are float32 whatever the dtype (float64 on the CPU for float64); NaN propagates. A sample's
+    result depends neither on the others of the batch nor on threads. Differentiable once, deterministically; under
+    autocast the inputs are cast as those of F.scaled_dot_product_attention are.
+    """
+    _check_strided("attention", q=q, k=k, v=v)
+    q, k, v = (_autocast(t) for t in (q, k, v))
+    return native.attention(q, k, v, _scale(scale, q.shape[-1]))[0]
+
+
+def spatial_attention(qkv: Tensor, num_heads: int, order: str = "new", scale: float | None = None) -> Tensor:
+    """Self-attention over the positions of [B, 3 C, H, W], or [B, 3 C, N], or more dimensions: [B, C, H, W].
+
+    `attention` on q, k and v as a 1 x 1 convolution wrote them, without moving them: contiguous or channels_last (the
+    result has the same format). Where they stand among the 3 C channels, D = C / num_heads of each in a head:
+
+        "new"     [q, k, v] of [heads] of [D]    guided-diffusion's QKVAttention (use_new_attention_order), DDPM,
+                                                 k-diffusion; projections of q, k and v stacked
+        "legacy"  [heads] of [q, k, v] of [D]    guided-diffusion's QKVAttentionLegacy, its default, and
+                                                 improved-diffusion: OpenAI's checkpoints
+        "edm"     [heads] of [D] of [q, k, v]    EDM (Karras et al. 2022); contiguous only, as channels_last leaves
+                                                 no contiguous axis
+
+    `scale` is D^-1/2 unless given, which is also what guided-diffusion's C^-1/4 on q and on k comes to. The gradient is
+    written in place of q, k and v. Everything else as in `attention`.
+    """
+    if order not in _ORDERS:
+        raise ValueError(f"order must be one of {', '.join(_ORDERS)}, got {order!r}")
+    if num_heads < 1:
+        raise ValueError(f"num_heads must be at least 1, got {num_heads}")
+    _check_strided("spatial_attention", qkv=qkv)
+    qkv = _autocast(qkv)
+    dim = qkv.shape[1] // (3 * num_heads) if qkv.dim() > 1 else 0
+    return native.spatial_attention(qkv, num_heads, _ORDERS[order], _scale(scale, dim))[0]
+
+
+def _scale(scale: float | None, dim: int) -> float:
+    return float(scale) if scale is not None else 1.0 / math.sqrt(max(dim, 1))
+
+
+def _check_strided(op: str, **tensors: Tensor) -> None:
+    for name, t in tensors.items():
+        if t.layout != torch.strided:
+            raise RuntimeError(f"diffkern.{op}: {name} must be a dense (strided) tensor, got layout {t.layout}")
+
+
+def _autocast(t: Tensor) -> Tensor:
+    """As torch casts the inputs of its own attention: float64 and other devices' tensors stay."""
+    kind = t.device.type
+    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
+        return t
+    return t.to(torch.get_autocast_dtype(kind)) if t.is_floating_point() and t.dtype != torch.float64 else t
+
+
+# ---------------------------------------------------------------------------------------------------- fake tensors
+def _dense(x: Tensor, sizes: list[int], order: list[int]) -> Tensor:
+    """The fake of csrc/bind's new_dense: axes in this order in memory, without gaps."""
+    strides, stride = [1] * len(sizes), 1
+    for d in reversed(order):
+        strides[d] = stride
+        stride = stride * (sizes[d] if sizes[d] != 0 else 1)
+    return torch.empty_strided(sizes, strides, dtype=x.dtype, device=x.device)
+
+
+def _sums(x: Tensor, *sizes: int) -> Tensor:
+    return x.new_empty(sizes, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def _heads_like(x: Tensor) -> Tensor:
+    """Dense in the axis order of [B, H, N, D]: the contiguous axis innermost, the others by descending stride; what
+    strides cannot tell (size 1, stride 0, equal strides) in logical order. As csrc/bind's heads_order."""
+    sizes, strides = x.shape, x.stride()
+    token_inner = strides[3] != 1
+    outer = [0, 1, 3 if token_inner else 2]
+    for i in (1, 2):
+        at = i
+        for j in range(i - 1, -1, -1):
+            a, b = outer[j], outer[at]
+            if sizes[a] == 1 or sizes[b] == 1 or strides[a] == 0 or strides[b] == 0:
+                continue
+            if strides[a] > strides[b]:
+                break
+            if strides[a] < strides[b]:
+                outer[j], outer[at] = b, a
+                at = j
+    return _dense(x, list(sizes), [*outer, 2 if token_inner else 3])
+
+
+def _spatial_like(x: Tensor, channels: int) -> Tensor:
+    """[B, channels, ...] in the memory format of x: channels_last where its positions are not contiguous."""
+    sizes = [x.shape[0], channels, *x.shape[2:]]
+    positions = list(range(2, x.dim()))
+    inner = [d for d in positions if x.shape[d] != 1]
+    last = bool(inner) and x.stride(inner[-1]) != 1
+    return _dense(x, sizes, [0, *positions, 1] if last else [0, 1, *positions])
+
+
+@torch.library.register_fake("diffkern::attention")
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    one_device("attention", q=q, k=k, v=v)
+    return _heads_like(q), _sums(q, *q.shape[:3])
+
+
+@torch.library.register_fake("diffkern::attention_grad")
+def _(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    one_device("attention_grad", q=q, k=k, v=v, grad_out=grad_out, out=out, lse=lse)
+    return _heads_like(q), _heads_like(k), _heads_like(v)
+
+
+@torch.library.register_fake("diffkern::spatial_attention")
+def _(qkv: Tensor, heads: int, order: int, scale: float) -> tuple[Tensor, Tensor]:
+    positions = 1
+    for n in qkv.shape[2:]:
+        positions = positions * n
+    return _spatial_like(qkv, qkv.shape[1] // 3), _sums(qkv, qkv.shape[0], heads, positions)
+
+
+@torch.library.register_fake("diffkern::spatial_attention_grad")
+def _(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int, order: int, scale: float) -> Tensor:
+    one_device("spatial_attention_grad", qkv=qkv, grad_out=grad_out, out=out, lse=lse)
+    return _spatial_like(qkv, qkv.shape[1])
+
+
+# ------------------------------------------------------------------------------------------------------- gradients
+def _refuse_twice(op: str) -> None:
+    if torch.is_grad_enabled():  # create_graph: the gradient would pass for a constant
+        raise RuntimeError(
+            f"diffkern.{op}: differentiable once only, use diffkern.reference.{op} for higher derivatives"
+        )
+
+
+def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _attention_backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Any, ...]:
+    if grad_out is None:
+        return (None,) * 4
+    _refuse_twice("attention")
+    return (*native.attention_grad(grad_out, *ctx.saved_tensors, ctx.scale), None)
+
+
+def _spatial_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, *ctx.numbers = inputs
+    ctx.save_for_backward(qkv, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _spatial_backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Any, ...]:
+    if grad_out is None:
+        return (None,) * 4
+    _refuse_twice("spatial_attention")
+    return native.spatial_attention_grad(grad_out, *ctx.saved_tensors, *ctx.numbers), None, None, None
+
+
+torch.library.register_autograd("diffkern::attention", _attention_backward, setup_context=_attention_setup)
+torch.library.register_autograd("diffkern::spatial_attention", _spatial_backward, setup_context=_spatial_setup)

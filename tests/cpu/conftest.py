@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from kernels import LEVELS, Kernels, build, supported
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("cpu"))
+
+
+@pytest.fixture(scope="session", params=LEVELS)
+def kernels(request: pytest.FixtureRequest, library: Path) -> Kernels:
+    """The kernels of every level that this machine has."""
+    if not supported(library, request.param):
+        pytest.skip(f"this machine has no {request.param}")
+    return Kernels(library, request.param)
