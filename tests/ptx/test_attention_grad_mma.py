@@ -218,6 +218,8 @@ def test_limits() -> None:
     assert limit(F16, 128, "sm_75") is None
     assert "head dim above 128" in (limit(F16, 136, "sm_75") or "")
     assert "bfloat16" in (limit(BF16, 64, "sm_75") or "")
+    assert "head dim of 512" in (limit(torch.float32, 512, "sm_75") or "")
+    assert limit(torch.float32, 256, "sm_75") is None
     assert "CPU" in (limit(torch.float64, 64, "sm_80") or "")
     assert "7.5" in (limit(F16, 64, "sm_70") or "")
 
