@@ -7,11 +7,13 @@
 Native ops: `ops`. Schedules, prediction conversions and posteriors: `schedules`, `predictions`; step spacings: `grids`.
 Samplers as data: `plan`, `samplers`; running them: `sampling`. Training: `losses`, `variational`, `flow_matching`,
 `score_matching`, with `weightings` and `time_sampling`. Attention blocks and the demo's UNet: `nn`.
+Processes and probability paths: `simulate`; exact densities: `likelihood`.
 """
 
 from diffkern import (
     flow_matching,
     grids,
+    likelihood,
     losses,
     ops,
     plan,
@@ -21,6 +23,7 @@ from diffkern import (
     sampling,
     schedules,
     score_matching,
+    simulate,
     streams,
     time_sampling,
     variational,
@@ -28,6 +31,7 @@ from diffkern import (
 )
 from diffkern._load import build_info, cuda_status
 from diffkern.flow_matching import flow_matching_loss
+from diffkern.likelihood import log_likelihood
 from diffkern.losses import draw_seeds, edm_loss, noised, prediction_loss, simple_loss
 from diffkern.ops import attention, loss, noising, randn, seeds, spatial_attention, step, step_out
 from diffkern.plan import Plan, Row
@@ -81,7 +85,9 @@ __all__ = [
     "heun",
     "hybrid_loss",
     "initial",
+    "likelihood",
     "linear",
+    "log_likelihood",
     "loss",
     "losses",
     "noised",
@@ -102,6 +108,7 @@ __all__ = [
     "score_matching",
     "seeds",
     "simple_loss",
+    "simulate",
     "spatial_attention",
     "step",
     "step_out",

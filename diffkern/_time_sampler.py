@@ -12,7 +12,7 @@ from diffkern import ops, streams
 from diffkern.schedules import DiscreteSchedule, EDMSchedule, Schedule
 
 
-def _uniform_by_address(seeds: Tensor, stream: int) -> Tensor:
+def uniform_by_address(seeds: Tensor, stream: int) -> Tensor:
     """One u in (0, 1) a seed, float64: Phi of the address's normal."""
     z = ops.randn([seeds.shape[0], 1], seeds, stream)[:, 0].to(torch.float64)
     return 0.5 * torch.erfc(-z / math.sqrt(2.0))
@@ -79,7 +79,7 @@ class TimeSampler(ABC):
         if seeds is not None and seeds.shape != (n,):
             raise ValueError(f"seeds must have shape [{n}] (one a sample), got {list(seeds.shape)}")
         if seeds is not None:
-            u = _uniform_by_address(seeds, streams.TIME)
+            u = uniform_by_address(seeds, streams.TIME)
         else:
             device = generator.device if device is None and generator is not None else device
             u = torch.rand(n, dtype=torch.float64, generator=generator, device=device)
@@ -88,7 +88,7 @@ class TimeSampler(ABC):
             offset = (
                 torch.rand(1, dtype=torch.float64, generator=generator, device=u.device)
                 if seeds is None
-                else _uniform_by_address(seeds[:1], streams.TIME + 1)
+                else uniform_by_address(seeds[:1], streams.TIME + 1)
             )
             u = (rank + offset) / n
         return u.clamp(2.0**-54, 1.0 - 2.0**-53)  # rand can be 0, where a log-normal has no finite value

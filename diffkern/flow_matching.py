@@ -16,6 +16,7 @@ lectures 000 and 003, and for the diffusion paths from data to noise, where the 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -23,10 +24,10 @@ from torch import Tensor
 
 from diffkern import ops, predictions, streams
 from diffkern.losses import Model, Weight, draw_seeds, simple_loss
-from diffkern.schedules import Schedule, flow
+from diffkern.schedules import Schedule, as_time, flow
 from diffkern.time_sampling import TimeSampler, get_time_sampler
 
-__all__ = ["flow_matching_loss", "marginal_prediction", "ot_permutation", "ot_seeds"]
+__all__ = ["flow_matching_loss", "log_joint", "marginal_prediction", "ot_permutation", "ot_seeds"]
 
 COUPLINGS = ("independent", "ot")
 
@@ -138,6 +139,22 @@ def marginal_prediction(
     (lecture 003, "marginalization trick"). data [N, ...], x [B, ...], t [] or [B]; `weights` [N] are p(z), equal if not
     given. float64 [B, ...]. Of order B N D work and memory; sigma must be positive, as the fields have no density else.
     """
+    share = torch.softmax(log_joint(data, x, t, schedule, weights), dim=1)
+    t = as_time(t)
+    alpha, sigma = (rate.reshape(-1, 1).to(x.device) for rate in (schedule.alpha(t), schedule.sigma(t)))
+    u, v = (c.reshape(-1, 1).to(x.device) for c in predictions.target_coefficients(schedule, prediction, t))
+    points, state = data.flatten(1).to(torch.float64), x.flatten(1).to(torch.float64)
+    x0 = share @ points
+    eps = (state - alpha * x0) / sigma
+    return (u * x0 + v * eps).reshape(x.shape)
+
+
+def log_joint(data: Tensor, x: Tensor, t: Tensor, schedule: Schedule, weights: Tensor | None = None) -> Tensor:
+    """ln p(z) p_t(x given z) of every x [B, ...] and every point z of data [N, ...]: [B, N] float64, in nats.
+
+    Its softmax over the points is the posterior of z given x, its logsumexp the marginal density ln p_t(x); arguments
+    as in `marginal_prediction`, where sums of weights other than 1 are scaled.
+    """
     if data.shape[1:] != x.shape[1:] or x.ndim == 0:
         raise ValueError(
             f"data [N, ...] and x [B, ...] must have one sample shape, got {list(data.shape)} and {list(x.shape)}"
@@ -145,17 +162,13 @@ def marginal_prediction(
     prior = torch.ones(len(data), dtype=torch.float64) if weights is None else weights.to(torch.float64)
     if prior.shape != (len(data),):
         raise ValueError(f"weights must have shape [{len(data)}], got {list(prior.shape)}")
-    t = torch.as_tensor(t)
+    t = as_time(t)
     if t.ndim > 1 or (t.ndim == 1 and len(t) != len(x)):
         raise ValueError(f"t must have shape [] or [{len(x)}] (one time a sample), got {list(t.shape)}")
     alpha, sigma = (rate.reshape(-1, 1).to(x.device) for rate in (schedule.alpha(t), schedule.sigma(t)))
     if x.device.type == "cpu" and not bool((sigma > 0).all()):
         raise ValueError(f"sigma must be positive for a marginal prediction, got {sigma.min().item()}")
-    u, v = (c.reshape(-1, 1).to(x.device) for c in predictions.target_coefficients(schedule, prediction, t))
     points, state = data.flatten(1).to(torch.float64), x.flatten(1).to(torch.float64)
     gap = state[:, None] - alpha[..., None] * points  # [B, N, D]
-    log_p = prior.log().to(x.device) - 0.5 * (gap / sigma[..., None]).square().sum(-1)
-    share = torch.softmax(log_p, dim=1)
-    x0 = share @ points
-    eps = (state - alpha * x0) / sigma
-    return (u * x0 + v * eps).reshape(x.shape)
+    log_p = (prior / prior.sum()).log().to(x.device) - 0.5 * (gap / sigma[..., None]).square().sum(-1)
+    return log_p - points.shape[1] * (0.5 * math.log(2.0 * math.pi) + sigma.log())

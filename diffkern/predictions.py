@@ -120,7 +120,7 @@ def convert(m: Tensor, x: Tensor, t: Time, schedule: Schedule, source: str, targ
         return m
     cx, cm = between(schedule, source, target, t)
     work = torch.promote_types(torch.promote_types(m.dtype, x.dtype), torch.float32)
-    a, b = _per_sample(cx, x, work), _per_sample(cm, x, work)
+    a, b = per_sample(cx, x, work), per_sample(cm, x, work)
     return (a * x.to(work) + b * m.to(work)).to(m.dtype)
 
 
@@ -136,11 +136,11 @@ def posterior(
         raise ValueError(f"x0 and x must have one shape, got {tuple(x0.shape)} and {tuple(x.shape)}")
     coef_x0, coef_xt, variance = schedule.posterior(t, s)
     work = torch.promote_types(torch.promote_types(x0.dtype, x.dtype), torch.float32)
-    mean = _per_sample(coef_x0, x, work) * x0.to(work) + _per_sample(coef_xt, x, work) * x.to(work)
+    mean = per_sample(coef_x0, x, work) * x0.to(work) + per_sample(coef_xt, x, work) * x.to(work)
     return mean.to(x.dtype), variance
 
 
-def _per_sample(coefficient: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+def per_sample(coefficient: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Coefficients [] or [B] shaped to multiply x [B, ...]."""
     c = coefficient.to(device=x.device, dtype=dtype)
     if c.ndim == 0:

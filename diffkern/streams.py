@@ -26,6 +26,10 @@ DROPOUT = 6 << SHIFT
 """Which samples lose their condition in training (classifier-free guidance)."""
 TIME = 7 << SHIFT
 """The random training time of a sample."""
+DATA = 8 << SHIFT
+"""Which of the given data points a sample is drawn from."""
+DEQUANTISATION = 9 << SHIFT
+"""The uniform noise that makes integers continuous, one normal an element, before their likelihood is taken."""
 USER = 1024 << SHIFT
 """First stream that diffkern never uses itself."""
 
@@ -41,6 +45,8 @@ NAMES: dict[str, int] = {
     "brownian": BROWNIAN,
     "dropout": DROPOUT,
     "time": TIME,
+    "data": DATA,
+    "dequantisation": DEQUANTISATION,
 }
 
 

@@ -319,6 +319,8 @@ LAYERS = [
     ["weightings", "_time_sampler", "_resampling", "time_sampling"],
     ["losses", "sampling", "nn", "variational"],
     ["score_matching", "flow_matching"],
+    ["simulate"],
+    ["likelihood"],
     ["info", "demo"],
     ["__main__", "__init__"],
 ]

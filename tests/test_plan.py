@@ -59,12 +59,12 @@ def test_streams_are_the_row_numbers_and_no_minus_zero(name):
 
 def test_streams_are_disjoint_named_and_exact_in_float64():
     starts = sorted(streams.NAMES.values())
-    assert starts == [i << 40 for i in range(8)]
+    assert starts == [i << 40 for i in range(10)]
     assert streams.USER == 1024 << 40 < streams.LIMIT == 1 << 53
     assert streams.describe(streams.STEP + 3) == "step+3"
     assert streams.describe(streams.INITIAL) == "initial"
     assert streams.describe(streams.USER + 1) == "user+1"
-    assert streams.describe(9 << 40) == "purpose9"
+    assert streams.describe(99 << 40) == "purpose99"
     with pytest.raises(ValueError, match=r"stream must lie in \[0, 2\*\*53\), got -1"):
         streams.describe(-1)
 

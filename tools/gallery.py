@@ -1,4 +1,4 @@
-"""Draws docs/images/gallery_*.png and writes docs/gallery.md: every schedule, weighting and time sampler at a glance.
+"""Draws docs/images/gallery_*.png, writes docs/gallery.md: schedules, weightings, time samplers, lecture pictures.
 
     python tools/gallery.py [--output docs]
 
@@ -22,8 +22,16 @@ from torch import Tensor
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from diffkern import schedules, time_sampling, weightings
+from diffkern import ops, schedules, time_sampling, weightings
 from diffkern.schedules import DiscreteSchedule, EDMSchedule, Schedule
+from diffkern.simulate import (
+    DataMarginal,
+    EulerMaruyamaSimulator,
+    ForwardSDE,
+    HeunSimulator,
+    LangevinSDE,
+    VectorField,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 BLUE, ORANGE, GREEN, GREY = "#3465a4", "#d9730d", "#2e8b57", "#8a8a8a"
@@ -75,6 +83,36 @@ exception: it gives weight 1 to whatever is predicted. Formulas: `diffkern/weigh
 
 Density of training times on the linear table of 1000 steps, relative to uniform times (line), and 20 000 draws (bars).
 {second_moment}Formulas: `diffkern/time_sampling.py`.
+
+## Forward SDEs
+
+![sample paths of three forward SDEs over the density of their marginals]({images}/gallery_forward.png)
+
+Paths of the SDE that a schedule's path comes from, over the density p_t of all of them (each column scaled to its own
+maximum), for data at three points. The drift pulls towards 0 in VP and sub-VP and is none in VE; the diffusion adds the
+noise. Lecture 001's pictures; `diffkern.simulate.ForwardSDE`.
+
+## A vector field and its flow
+
+![the marginal vector field of the optimal-transport path and the particles that it moves]({images}/gallery_flow.png)
+
+Lecture 003's blue and red: the field u_t, and the flow of the dots, from a normal distribution at t = 0 to data on a
+spiral at t = 1. The field is the exact one, `DataMarginal.vector_field`.
+
+## Conditional and marginal paths
+
+![samples and trajectories of a conditional and of the marginal probability path]({images}/gallery_paths.png)
+
+The same noise (grey at the left) carried along p_t(x given z) to one data point z, above, and along the marginal p_t to
+all of the data, below. Conditional trajectories are straight lines; those of the marginal field bend, and no two
+meet at the same time.
+
+## Langevin dynamics
+
+![samples of Langevin dynamics on a mixture after 0, 10, 100 and 1000 steps]({images}/gallery_langevin.png)
+
+x + h s + sqrt(2 h) z with the exact score of three blurred points: the samples soon fall into the modes, and find
+the balance between them slowly. Lectures 000 and 001.
 """
 SECOND_MOMENT = """`loss_second_moment` has been fed the losses that a perfect eps network has on Gaussian data of
 standard deviation 0.5.
@@ -211,6 +249,119 @@ def draw_time_samplers() -> Any:
     return figure
 
 
+SPOTS = torch.tensor([[-1.0], [0.2], [1.2]], dtype=torch.float64)
+
+
+def draw_forward() -> Any:
+    """Paths of forward SDEs over the heat map of their marginals (lecture 001)."""
+    chosen = (schedules.vp(), schedules.sub_vp(), schedules.ve_exponential(5.0))
+    figure, axes = panels(len(chosen), 3, 3.3, 2.6)
+    ts = torch.linspace(0.0, 1.0, 401, dtype=torch.float64)
+    x = torch.linspace(-3.2, 3.2, 161, dtype=torch.float64)[:, None]
+    for axis, schedule in zip(axes, chosen, strict=True):
+        marginal, shown = DataMarginal(schedule, SPOTS), ts[8::4]
+        density = torch.stack([marginal.log_density(x, t) for t in shown], 1).exp()
+        heat = (density / density.amax(0)).sqrt()
+        axis.pcolormesh(
+            shown.numpy(),
+            x[:, 0].numpy(),
+            heat.numpy(),
+            cmap="Oranges",
+            vmin=0,
+            vmax=1.6,
+            shading="nearest",
+            rasterized=True,
+        )
+        simulator = EulerMaruyamaSimulator(ForwardSDE(schedule), seeds=ops.seeds(3, 12))
+        paths = simulator.simulate_trajectory(SPOTS.repeat(4, 1), ts)[..., 0]
+        axis.plot(ts, paths, color=BLUE, linewidth=0.7, alpha=0.8)
+        axis.set_title(schedule.name)
+        axis.set_xlim(0, 1)
+        axis.set_ylim(-3.2, 3.2)
+        axis.set_xticks([0, 0.5, 1], ["data", "", "noise"])
+        axis.grid(False)
+    return figure
+
+
+def spiral(n: int = 60) -> Tensor:
+    """n points, [n, 2]."""
+    angle = torch.linspace(0.8, 3.2 * math.pi, n, dtype=torch.float64)
+    return torch.stack([angle.cos(), angle.sin()], 1) * (0.2 * angle)[:, None]
+
+
+def draw_flow() -> Any:
+    """The marginal vector field at four times, and the flow of particles from the noise up to there (lecture 003)."""
+    marginal = DataMarginal(schedules.flow(), spiral())
+    start = ops.randn((160, 2), ops.seeds(0, 160), dtype=torch.float64)
+    ts = torch.linspace(0.0, 0.99, 100, dtype=torch.float64)
+    paths = HeunSimulator(VectorField(marginal.vector_field)).simulate_trajectory(start, ts)
+    side = torch.linspace(-2.4, 2.4, 15, dtype=torch.float64)
+    nodes = torch.cartesian_prod(side, side)
+    figure, axes = panels(4, 4, 2.5, 2.85, sharex=True, sharey=True)
+    for axis, k in zip(axes, (0, 45, 75, 99), strict=True):
+        field = marginal.vector_field(nodes, ts[k])
+        field = field / (1.0 + field.norm(dim=1, keepdim=True))  # direction, and a bounded length
+        axis.quiver(*nodes.T.numpy(), *field.T.numpy(), color=BLUE, alpha=0.6, scale=18, width=0.005)
+        axis.plot(*paths[max(0, k - 25) : k + 1, :40].permute(2, 0, 1), color="#c22f2f", linewidth=0.5, alpha=0.5)
+        axis.plot(*paths[k].T, ".", color="#c22f2f", markersize=3)
+        axis.set_title(f"t = {float(ts[k]):.2g}")
+        frame(axis, 2.5)
+    return figure
+
+
+def frame(axis: Any, reach: float) -> None:
+    """A square picture without ticks."""
+    axis.set_xlim(-reach, reach)
+    axis.set_ylim(-reach, reach)
+    axis.set_aspect("equal")
+    axis.set_xticks([])
+    axis.set_yticks([])
+
+
+def draw_paths() -> Any:
+    """One noise along a conditional and along the marginal path: samples at four times, and trajectories."""
+    flow, data = schedules.flow(), spiral()
+    marginal, z = DataMarginal(flow, data), data[52]
+    start = ops.randn((200, 2), ops.seeds(1, 200), dtype=torch.float64)
+    ts = torch.linspace(0.0, 0.99, 100, dtype=torch.float64)
+    fields = {
+        "conditional": VectorField(lambda x, t: marginal.path.vector_field(x, z.expand_as(x), t)),
+        "marginal": VectorField(marginal.vector_field),
+    }
+    figure, axes = panels(8, 4, 2.5, 2.75, sharex=True, sharey=True)
+    for row, (name, field) in enumerate(fields.items()):
+        paths = HeunSimulator(field).simulate_trajectory(start, ts)
+        for axis, k in zip(axes[4 * row : 4 * row + 4], (0, 45, 75, 99), strict=True):
+            axis.plot(*data.T, "x", color=ORANGE, markersize=2.5, alpha=0.7)
+            axis.plot(*paths[: k + 1, :25].permute(2, 0, 1), color=BLUE, linewidth=0.6, alpha=0.5)
+            axis.plot(*paths[k].T, ".", color=GREY if k == 0 else BLUE, markersize=3)
+            axis.set_title(f"{name}, t = {float(ts[k]):.2g}")
+            frame(axis, 2.7)
+    return figure
+
+
+def draw_langevin() -> Any:
+    """Langevin dynamics on the density of three blurred points, from the same far start (lectures 000, 001)."""
+    points = torch.tensor([[-1.4, -0.6], [1.3, -0.9], [0.2, 1.4]], dtype=torch.float64)
+    level, noise = schedules.edm(), 0.55
+    marginal = DataMarginal(level, points, torch.tensor([0.5, 0.3, 0.2]))
+    start = torch.tensor([[-2.2, 2.0]], dtype=torch.float64).repeat(300, 1)
+    simulator = EulerMaruyamaSimulator(LangevinSDE(marginal.score, at=noise), seeds=ops.seeds(2, 300))
+    paths = simulator.simulate_trajectory(start, torch.linspace(0.0, 20.0, 1001, dtype=torch.float64))
+    side = torch.linspace(-2.8, 2.8, 81, dtype=torch.float64)
+    nodes = torch.cartesian_prod(side, side)
+    density = marginal.log_density(nodes, noise).exp().reshape(81, 81).T
+    figure, axes = panels(4, 4, 2.5, 2.85, sharex=True, sharey=True)
+    for axis, k in zip(axes, (0, 10, 100, 1000), strict=True):
+        axis.contourf(side.numpy(), side.numpy(), density.numpy(), levels=9, cmap="Oranges", alpha=0.75)
+        axis.plot(*paths[max(0, k - 100) : k + 1, 0].T, color=BLUE, linewidth=0.8)
+        axis.plot(*paths[k].T, ".", color=BLUE, markersize=3, alpha=0.6)
+        axis.set_title(f"{k} steps")
+        axis.grid(False)
+        frame(axis, 2.8)
+    return figure
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw and write everything; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -222,6 +373,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "log_snr": draw_log_snr,
         "weightings": draw_weightings,
         "time_samplers": draw_time_samplers,
+        "forward": draw_forward,
+        "flow": draw_flow,
+        "paths": draw_paths,
+        "langevin": draw_langevin,
     }
     with plt.rc_context(STYLE):
         for name, draw in drawings.items():
