@@ -192,8 +192,10 @@ def test_plans_of_the_demo() -> None:
     assert make_plan("euler", schedule, 10).init_scale == pytest.approx(80.0)
     assert make_plan("euler", schedules.linear(50), 10).init_scale < 80.0  # a short schedule ends earlier
     assert not make_plan("ddim", schedule, 10, eta=1.0).deterministic
-    with pytest.raises(ValueError, match="sampler must be one of ddpm, ddim, euler, heun, got 'dpm'"):
+    with pytest.raises(ValueError, match=r"sampler must be one of ddpm, ddim, euler, .*, unipc, got 'dpm'"):
         make_plan("dpm", schedule)
+    with pytest.raises(ValueError, match=r"sampler must be one of .*, got 'langevin'"):
+        make_plan("langevin", schedule)
     with pytest.raises(ValueError, match="eta belongs to the sampler ddim, got it with heun"):
         make_plan("heun", schedule, eta=0.5)
 
@@ -273,7 +275,7 @@ def test_micro_batch_of_one_gives_an_image_its_bits_in_every_job(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--sampler", "dpm"], "sampler must be one of ddpm, ddim, euler, heun, got 'dpm'"),
+        (["--sampler", "dpm"], "sampler must be one of ddpm, ddim, euler, heun, midpoint, rk4"),
         (["--classes", "0-12"], "--classes must lie in 0..9 and rise within a range, got '0-12'"),
         (["--classes", "cat"], "--classes must be like 3 or 0,1,7 or 0-9, got 'cat'"),
         (["--steps", "0"], "steps must be an integer"),

@@ -15,7 +15,6 @@ from diffkern.demo.checkpoint import Recipe
 from diffkern.demo.generate import DEFAULT_STEPS, generate, make_plan
 from diffkern.demo.run import GRID_ROWS, DemoConfig, grid_title, output_folder, run_demo
 from diffkern.demo.train import TrainConfig
-from diffkern.samplers import SAMPLERS
 
 
 def add_demo(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +38,7 @@ def add_sample(parser: argparse.ArgumentParser) -> None:
     """The arguments of `sample`."""
     steps = ", ".join(f"{name} {n}" for name, n in DEFAULT_STEPS.items())
     parser.add_argument("--checkpoint", required=True, help="model.safetensors, as `diffkern demo` writes it")
-    parser.add_argument("--sampler", default="ddim", help=f"one of {', '.join(SAMPLERS)} (%(default)s)")
+    parser.add_argument("--sampler", default="ddim", help=f"one of {', '.join(DEFAULT_STEPS)} (%(default)s)")
     parser.add_argument("--steps", type=int, help=f"steps of the sampler ({steps})")
     parser.add_argument("--eta", type=float, help="ddim only: 0 is deterministic, 1 is DDPM's noise (0)")
     parser.add_argument("--seed", type=int, help="of the job (the checkpoint's)")

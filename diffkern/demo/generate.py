@@ -19,9 +19,14 @@ from diffkern.nn import UNet
 from diffkern.plan import Plan
 from diffkern.schedules import DiscreteSchedule, karras_sigmas
 
-DEFAULT_STEPS = {"ddpm": 250, "ddim": 50, "euler": 30, "heun": 15}
+DEFAULT_STEPS = {
+    **{"ddpm": 250, "ddim": 50, "euler": 30, "heun": 15, "midpoint": 15, "rk4": 8, "rk4_38": 8},
+    **{"lms": 20, "deis": 20, "euler_ancestral": 50, "dpmpp_1s": 30, "dpmpp_2s": 15, "dpmpp_2m": 20, "dpmpp_3m": 20},
+    **{"dpmpp_2m_sde": 40, "dpmpp_3m_sde": 40, "dpmpp_sde": 25, "unipc": 20},
+}
+"""The samplers of the demo: all that go from noise to data and take noise levels or a table's times."""
 SIGMA_MAX, SIGMA_MIN = 80.0, 0.01
-"""Ends of the noise levels of Euler and Heun: the grid of Karras et al. 2022, inside the range of the schedule."""
+"""Ends of the noise levels of all but DDPM and DDIM: the grid of Karras et al. 2022, inside the schedule's range."""
 
 
 def make_plan(
@@ -34,10 +39,12 @@ def make_plan(
 ) -> Plan:
     """The plan of a sampler as the demo uses it, the estimate of x0 kept in [-1, 1].
 
-    DDPM (beta-tilde) and DDIM step over `steps` of the schedule's times, from the last one; Euler and Heun over the
-    noise levels of Karras et al. 2022. `steps` defaults to `DEFAULT_STEPS`; `eta` is DDIM's. An unknown name is a
+    DDPM (beta-tilde) and DDIM step over `steps` of the schedule's times, from the last one; the others over the noise
+    levels of Karras et al. 2022. `steps` defaults to `DEFAULT_STEPS`; `eta` is DDIM's. An unknown name is a
     ValueError that lists the known ones.
     """
+    if sampler not in DEFAULT_STEPS:
+        raise ValueError(f"sampler must be one of {', '.join(DEFAULT_STEPS)}, got {sampler!r}")
     make = samplers.get_sampler(sampler)
     if steps is None:
         steps = DEFAULT_STEPS[sampler]

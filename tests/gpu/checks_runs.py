@@ -19,6 +19,7 @@ from diffkern.sampling import initial, sample
 
 SHAPE = (3, 4, 9, 11)
 LINEAR, COSINE, FLOW, EDM = schedules.linear(), schedules.cosine(), schedules.flow(), schedules.edm()
+VP, VE = schedules.vp(), schedules.ve()
 PLANS: dict[str, Plan] = {
     "ddpm": samplers.ddpm(COSINE, 9),
     "ddpm clipped": samplers.ddpm(COSINE, 9, variance="beta", clip=0.7),
@@ -30,6 +31,26 @@ PLANS: dict[str, Plan] = {
     "heun": samplers.heun(LINEAR, 6, clip=1.5),
     "heun edm": samplers.heun(EDM, 6),
     "heun flow": samplers.heun(FLOW, 6),
+    "heun churn": samplers.heun(EDM, 5, churn=4.0),
+    "midpoint": samplers.midpoint(LINEAR, 3),
+    "rk4": samplers.rk4(FLOW, 2),
+    "rk4_38": samplers.rk4_38(EDM, 2),
+    "lms": samplers.lms(LINEAR, 6),
+    "deis": samplers.deis(COSINE, 5, clip=1.0),
+    "euler_ancestral": samplers.euler_ancestral(LINEAR, 5),
+    "dpmpp_1s": samplers.dpmpp_1s(FLOW, 3),
+    "dpmpp_2s": samplers.dpmpp_2s(EDM, 3),
+    "dpmpp_2m": samplers.dpmpp_2m(LINEAR, 5, clip=1.0),
+    "dpmpp_3m": samplers.dpmpp_3m(COSINE, 5, spacing="log_snr"),
+    "dpmpp_2m_sde": samplers.dpmpp_2m_sde(LINEAR, 4),
+    "dpmpp_3m_sde": samplers.dpmpp_3m_sde(LINEAR, 5),
+    "dpmpp_sde": samplers.dpmpp_sde(LINEAR, 3),
+    "unipc": samplers.unipc(LINEAR, 6, order=3),
+    "euler_maruyama": samplers.euler_maruyama(VP, 5),
+    "flow_sde": samplers.flow_sde(FLOW, 4),
+    "langevin": samplers.langevin(VP, 3, t=0.5, step_size=0.01),
+    "annealed_langevin": samplers.annealed_langevin(VE, 3, each=2, step_size=1e-4, denoise=True),
+    "ddim_inversion": samplers.ddim_inversion(LINEAR, 4),
 }
 # Two plans of one length for one captured loop.
 LOOPS = (samplers.ddim(LINEAR, 8, eta=0.5, clip=1.0), samplers.ddim(COSINE, 8, eta=1.0, clip=0.5))

@@ -1,0 +1,109 @@
+"""Samplers: functions that return a `Plan`. Everything here runs once, on the host, in float64.
+
+| sampler | schedules | state | model calls a step | noise |
+|---|---|---|---|---|
+| `ddpm` | discrete | alpha x0 + sigma eps | 1 | every step but the last |
+| `ddim` | discrete | alpha x0 + sigma eps | 1 | eta > 0: every step but the last |
+| `ddim_inversion` | all | alpha x0 + sigma eps, from data to noise | 1 | none |
+| `euler`, `heun` | all | x0 + sigma eps; flows: t x0 + sigma eps | 1; 2, in the last step 1 | none, or churn |
+| `midpoint`, `rk4`, `rk4_38` | all | as `euler` | 2, 4, 4; to sigma = 0: 1 | none |
+| `lms` (Adams-Bashforth), `deis` | all; not flows | as `euler` | 1 | none |
+| `euler_ancestral` | all | as `euler` | 1 | eta > 0: every step but the last |
+| `dpmpp_1s`, `dpmpp_2m`, `dpmpp_3m`, `unipc` | all | alpha x0 + sigma eps | 1 | none; dpmpp with eta > 0 |
+| `dpmpp_2s` | all | alpha x0 + sigma eps | 2, to sigma = 0: 1 | with eta > 0 |
+| `dpmpp_2m_sde`, `dpmpp_3m_sde`, `dpmpp_sde` | all | alpha x0 + sigma eps | 1, 1, 2 | every step but the last |
+| `euler_maruyama` | all | alpha x0 + sigma eps | 1 | every step but the last |
+| `flow_sde` | continuous | alpha x0 + sigma eps | 1 | every step but the last |
+| `langevin`, `annealed_langevin` | all | alpha x0 + sigma eps | 1 | every step |
+
+docs/samplers.md has their formulas and orders. alpha and sigma are the schedule's own rates, so for EDM and VE the two
+states are one; the model always sees the schedule's own input (x/sqrt(sigma^2+1) on a table, c_in x for EDM's network).
+Each model call is one row, one fused op. Row k draws its noise on ``streams.STEP + k``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from diffkern.grids import spaced_timesteps
+from diffkern.plan import Plan
+from diffkern.samplers.ancestral import ddim, ddim_inversion, ddpm, euler_ancestral
+from diffkern.samplers.dpm_solver import (
+    dpmpp_1s,
+    dpmpp_2m,
+    dpmpp_2m_sde,
+    dpmpp_2s,
+    dpmpp_3m,
+    dpmpp_3m_sde,
+    dpmpp_sde,
+)
+from diffkern.samplers.multistep import deis, lms
+from diffkern.samplers.runge_kutta import euler, heun, midpoint, rk4, rk4_38
+from diffkern.samplers.sde import annealed_langevin, euler_maruyama, flow_sde, langevin
+from diffkern.samplers.unipc import unipc
+
+__all__ = [
+    "SAMPLERS",
+    "annealed_langevin",
+    "ddim",
+    "ddim_inversion",
+    "ddpm",
+    "deis",
+    "dpmpp_1s",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "dpmpp_2s",
+    "dpmpp_3m",
+    "dpmpp_3m_sde",
+    "dpmpp_sde",
+    "euler",
+    "euler_ancestral",
+    "euler_maruyama",
+    "flow_sde",
+    "get_sampler",
+    "heun",
+    "langevin",
+    "lms",
+    "midpoint",
+    "rk4",
+    "rk4_38",
+    "spaced_timesteps",
+    "unipc",
+]
+
+SAMPLERS: dict[str, Callable[..., Plan]] = {
+    function.__name__: function
+    for function in (
+        ddpm,
+        ddim,
+        euler,
+        heun,
+        midpoint,
+        rk4,
+        rk4_38,
+        lms,
+        deis,
+        euler_ancestral,
+        dpmpp_1s,
+        dpmpp_2s,
+        dpmpp_2m,
+        dpmpp_3m,
+        dpmpp_2m_sde,
+        dpmpp_3m_sde,
+        dpmpp_sde,
+        unipc,
+        euler_maruyama,
+        flow_sde,
+        langevin,
+        annealed_langevin,
+        ddim_inversion,
+    )
+}
+"""Every sampler by name."""
+
+
+def get_sampler(name: str) -> Callable[..., Plan]:
+    """The sampler of that name; raises ValueError with the known names."""
+    if name not in SAMPLERS:
+        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {name!r}")
+    return SAMPLERS[name]

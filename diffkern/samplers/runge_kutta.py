@@ -1,0 +1,249 @@
+"""Explicit Runge-Kutta methods on the probability-flow ODE, all from one builder and a Butcher tableau.
+
+A stage is one row: it calls the model at the stage's point and leaves the state of the next stage, or of the next step.
+Stage j of step v -> v' = v + h has X_j = x + h sum_l A_jl k_l with k_l the slope at stage l; the step ends on
+x + h sum_l b_l k_l. The state x and the slopes are histories; where one combination of x and k_1 is all that later
+stages read, that alone is kept (Heun, midpoint).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any, NamedTuple
+
+from diffkern.grids import Numbers
+from diffkern.plan import Plan, Row
+from diffkern.samplers._nodes import Coordinates, Node, chain, ends_on_x0, grid, not_negative, row
+from diffkern.schedules import Schedule
+
+
+class Tableau(NamedTuple):
+    """Nodes c, rows A of the stages after the first, weights b."""
+
+    c: tuple[float, ...]
+    A: tuple[tuple[float, ...], ...]
+    b: tuple[float, ...]
+
+
+EULER = Tableau((0.0,), (), (1.0,))
+HEUN = Tableau((0.0, 1.0), ((1.0,),), (0.5, 0.5))
+MIDPOINT = Tableau((0.0, 0.5), ((0.5,),), (0.0, 1.0))
+RK4 = Tableau((0.0, 0.5, 0.5, 1.0), ((0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6))
+RK4_38 = Tableau((0.0, 1 / 3, 2 / 3, 1.0), ((1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)), (1 / 8, 3 / 8, 3 / 8, 1 / 8))
+
+
+def euler(
+    schedule: Schedule,
+    steps: int | None = None,
+    *,
+    prediction: str | None = None,
+    sigmas: Numbers | None = None,
+    timesteps: Numbers | None = None,
+    spacing: str = "linspace",
+    clip: float | None = None,
+    churn: float = 0.0,
+    churn_range: tuple[float, float] = (0.0, math.inf),
+    churn_noise: float = 1.0,
+) -> Plan:
+    """Euler's method on the probability-flow ODE: x' = x + (v' - v) slope(x), one model call a step, order 1.
+
+    Discrete, EDM and continuous diffusion schedules integrate the state x0 + sigma eps over v = sigma with slope
+    eps = (x - x0)/sigma (lecture 001; arXiv 2011.13456, 2206.00364). The noise levels are, from noise to data,
+
+    - discrete: of ``steps`` times (``spacing`` "linspace": evenly spaced in [0, T-1], fractional; or "leading",
+      "trailing" as for `ddim`) or of the ``timesteps`` given (fractional ones allowed), and then 0;
+    - EDM: ``schedule.sigmas(steps)``, which ends in 0;
+    - VP, sub-VP, VE and other continuous ones: of ``steps`` times evenly from noise to the schedule's `time_eps` before
+      data, or of the ``timesteps`` given, and then 0;
+    - all: `diffkern.grids.levels` for the spacings "karras", "log_snr", "exponential", "polyexponential", "beta"; or
+      ``sigmas``, every level including the one to end at, which is usually 0.
+
+    Flow schedules and user paths integrate alpha x0 + sigma eps over v = t with slope dx/dt (lectures 000, 003; arXiv
+    2210.02747), on ``steps`` even steps from noise to data or on ``timesteps``, every point including the last.
+    ``prediction`` defaults to the schedule's: eps, edm or velocity. With a ``clip`` the slope follows the clipped x0.
+
+    ``churn`` is S_churn of EDM's stochastic sampler (arXiv 2206.00364, algorithm 2): before a step from a level in
+    ``churn_range`` (S_tmin, S_tmax) noise is added, which raises it to sigma^ = sigma (1 + min(churn/n, sqrt(2) - 1))
+    in n steps, with std sqrt(sigma^^2 - sigma^2) times ``churn_noise`` (S_noise). The row before does that, in the same
+    op (the initial noise before the first step), so states in between are those after the noise.
+    """
+    space, nodes, end = grid("euler", schedule, steps, prediction, sigmas, timesteps, spacing, clip)
+    return _plan("euler", EULER, space, nodes, end, (churn, churn_range, churn_noise), end_stage=False)
+
+
+def heun(
+    schedule: Schedule,
+    steps: int | None = None,
+    *,
+    prediction: str | None = None,
+    sigmas: Numbers | None = None,
+    timesteps: Numbers | None = None,
+    spacing: str = "linspace",
+    clip: float | None = None,
+    churn: float = 0.0,
+    churn_range: tuple[float, float] = (0.0, math.inf),
+    churn_noise: float = 1.0,
+) -> Plan:
+    """Heun's method: an Euler step to x~, then x' = x + (v' - v)/2 (slope(x) + slope(x~)); arguments as for `euler`.
+
+    Two model calls a step, except in the last, which is an Euler step (the slope at sigma = 0 does not exist), so
+    2 steps - 1 calls; the global error is still of second order. The first row saves x + (v' - v)/2 slope(x), so the
+    second reads one history. arXiv 2206.00364, algorithm 1, and 2 with ``churn``; lecture 001.
+    """
+    space, nodes, end = grid("heun", schedule, steps, prediction, sigmas, timesteps, spacing, clip)
+    return _plan("heun", HEUN, space, nodes, end, (churn, churn_range, churn_noise), end_stage=False)
+
+
+def midpoint(
+    schedule: Schedule,
+    steps: int | None = None,
+    *,
+    prediction: str | None = None,
+    sigmas: Numbers | None = None,
+    timesteps: Numbers | None = None,
+    spacing: str = "linspace",
+    clip: float | None = None,
+) -> Plan:
+    """The midpoint rule: x' = x + h slope(x + h/2 slope(x)) with h = v' - v; arguments as for `euler`, order 2.
+
+    Two model calls a step; a step in sigma that ends at 0 is an Euler step. (k-diffusion's dpm_2 takes the geometric
+    middle of two levels, this the arithmetic one.)
+    """
+    space, nodes, end = grid("midpoint", schedule, steps, prediction, sigmas, timesteps, spacing, clip)
+    return _plan("midpoint", MIDPOINT, space, nodes, end)
+
+
+def rk4(
+    schedule: Schedule,
+    steps: int | None = None,
+    *,
+    prediction: str | None = None,
+    sigmas: Numbers | None = None,
+    timesteps: Numbers | None = None,
+    spacing: str = "linspace",
+    clip: float | None = None,
+) -> Plan:
+    """The classic Runge-Kutta method, slopes at v, v + h/2 twice and v + h; arguments as for `euler`, order 4.
+
+    Four model calls a step. A step that ends where the slope does not exist is an Euler step: at sigma = 0, in a flow
+    only for predictions other than the velocity or with a clip. There the order is that of the Euler step's own error,
+    2; for the full order end at a level > 0.
+    """
+    space, nodes, end = grid("rk4", schedule, steps, prediction, sigmas, timesteps, spacing, clip)
+    return _plan("rk4", RK4, space, nodes, end)
+
+
+def rk4_38(
+    schedule: Schedule,
+    steps: int | None = None,
+    *,
+    prediction: str | None = None,
+    sigmas: Numbers | None = None,
+    timesteps: Numbers | None = None,
+    spacing: str = "linspace",
+    clip: float | None = None,
+) -> Plan:
+    """The 3/8 rule, slopes at v, v + h/3, v + 2h/3 and v + h: what torchdiffeq calls rk4; otherwise as `rk4`."""
+    space, nodes, end = grid("rk4_38", schedule, steps, prediction, sigmas, timesteps, spacing, clip)
+    return _plan("rk4_38", RK4_38, space, nodes, end)
+
+
+def _plan(
+    name: str,
+    tableau: Tableau,
+    space: Coordinates,
+    nodes: list[Node],
+    end: Node,
+    churn: tuple[float, tuple[float, float], float] = (0.0, (0.0, math.inf), 1.0),
+    end_stage: bool = True,
+) -> Plan:
+    """All steps; ``end_stage`` says whether the last one may call the model at its end."""
+    churned, noises = _churned(space, nodes, *churn)
+    rows: list[Row] = []
+    at: list[Node] = []
+    for j, node in enumerate(churned):
+        last = j + 1 == len(churned)
+        to = end if last else nodes[j + 1]
+        reached = end if last else churned[j + 1]
+        g = 0.0 if last else noises[j + 1]
+        stages = _stages(tableau, space, node, to, end_stage or not last, None if last else nodes[j + 1])
+        at += stages
+        rows += _step(tableau if len(stages) > 1 else EULER, stages, to, reached, g, len(rows))
+    return chain(name, space, rows, at, math.hypot(nodes[0].sigma, noises[0]))
+
+
+def _churned(
+    space: Coordinates, nodes: list[Node], churn: float, limits: tuple[float, float], noise: float
+) -> tuple[list[Node], list[float]]:
+    """The points after the noise of the churn, and the std of that noise before each step."""
+    not_negative("churn", churn)
+    not_negative("churn_noise", noise)
+    if len(limits) != 2 or not 0.0 <= limits[0] <= limits[1]:
+        raise ValueError(f"churn_range must be two levels, 0 <= lowest <= highest, got {limits}")
+    if churn == 0.0:
+        return nodes, [0.0] * len(nodes)
+    if space.in_time:
+        raise ValueError(f"churn needs a schedule that is integrated in sigma, got {space.schedule.name}")
+    gamma = min(churn / len(nodes), math.sqrt(2.0) - 1.0)
+    raised, noises = [], []
+    for node in nodes:
+        inside = limits[0] <= node.v <= limits[1]
+        raised.append(space.node(node.v * (1.0 + gamma), clamp=True) if inside else node)
+        noises.append(noise * math.sqrt(raised[-1].v ** 2 - node.v**2))
+    return raised, noises
+
+
+def _stages(
+    tableau: Tableau, space: Coordinates, node: Node, to: Node, end_stage: bool, following: Node | None
+) -> list[Node]:
+    """The points of a step's model calls: the first alone where the step has to be Euler's."""
+    direct = space.prediction == "velocity" and space.clip == math.inf and space.in_time
+    if to.sigma == 0.0 and not (direct and end_stage):
+        return [node]
+    if tableau.c[-1] == 1.0 and not end_stage:
+        return [node]
+    points = [node]
+    for before, c in itertools.pairwise(tableau.c):
+        if c == before:
+            points.append(points[-1])
+        elif c == 1.0:
+            points.append(space.node(to.v) if following is None else following)
+        else:
+            points.append(space.node(node.v + c * (to.v - node.v)))
+    return points
+
+
+def _step(tableau: Tableau, stages: list[Node], to: Node, reached: Node, g: float, first: int) -> list[Row]:
+    """The rows of one step."""
+    h = to.v - stages[0].v
+    count = len(stages)
+    if count == 1 and ends_on_x0(to) and stages[0].alpha == 1.0:
+        return [row(first, stages[0], reached, b=1.0)]  # sigma = 0: the step ends on x0 exactly
+    weights = [*tableau.A, tableau.b]
+    # Row j leaves the state with weights[j]; what it reads of the rows before are x and the slopes 0..j-1.
+    base = {w[0] for w in weights[1:]}
+    shared = len(base) == 1  # x + h w k_0 with one w is all that is read of the first row
+    rows = []
+    for j, (node, w) in enumerate(zip(stages, weights, strict=True)):
+        more: dict[str, Any] = {}
+        saves: list[tuple[int, str]] = []
+        kept = h * next(iter(base)) if j == 0 and shared and count > 1 else 1.0
+        if j == 0 and count > 1:
+            saves = [(0, "s" if kept != 0.0 else "x")] if shared else [(0, "x"), (1, "s")]
+        elif any(len(later) > j and later[j] != 0.0 for later in weights[j + 1 :]):
+            saves = [(j if shared else j + 1, "s")]
+        if any(source == "s" for _, source in saves):
+            start = 1.0 if j == 0 and shared else 0.0
+            more |= {"A": start + kept * node.sx, "B": kept * node.s0 + 0.0, "D": kept * node.sm + 0.0}
+        e = [0.0, 0.0, 0.0, 0.0]
+        if j > 0:
+            e[0] = 1.0
+            for slot, value in enumerate(w[0 if not shared else 1 : j], 1):
+                e[slot] = h * value
+        a, b, d = (h * w[j] * c for c in (node.sx, node.s0, node.sm))
+        more |= {"saves": tuple(saves), "ends_step": j + 1 == count}
+        after = reached if j + 1 == count else stages[j + 1]
+        noise = g if j + 1 == count else 0.0
+        rows.append(row(first + j, node, after, a=a + (j == 0), b=b, d=d, e=e, g=noise, **more))
+    return rows

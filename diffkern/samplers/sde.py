@@ -1,0 +1,242 @@
+"""Stochastic simulation: Euler-Maruyama on reverse SDEs and on the SDE extension of a flow, Langevin dynamics."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+from diffkern import predictions
+from diffkern._grids import monotone
+from diffkern.grids import Numbers, check_steps, linspace
+from diffkern.plan import Plan, Row
+from diffkern.samplers._nodes import (
+    Coordinates,
+    Node,
+    bound,
+    chain,
+    need_schedule,
+    not_negative,
+    row,
+    time_grid,
+)
+from diffkern.schedules import DiscreteSchedule, EDMSchedule, Schedule
+
+
+def euler_maruyama(
+    schedule: Schedule,
+    steps: int | None = None,
+    *,
+    eta: float = 1.0,
+    prediction: str | None = None,
+    timesteps: Numbers | None = None,
+    clip: float | None = None,
+) -> Plan:
+    """Euler-Maruyama on the reverse SDE dx = (f x - (1 + eta^2)/2 g^2 score) dtau + eta g dw, in the schedule's time.
+
+        x' = x - |dt| (f x - (1 + eta^2)/2 g^2 score) + eta g sqrt(|dt|) z,     score = -eps/sigma
+
+    with the schedule's `drift` f and `diffusion` g: VP, sub-VP, VE, every path and table. eta = 1 is the reverse SDE of
+    the forward one, eta = 0 Euler on the probability-flow ODE in t. One model call a step, weak order 1; no noise in
+    the last step. ``steps`` are even in time from the noise end to the schedule's `time_eps` before data; on a table
+    from T-1 to -1, so that T steps are the single ones; on EDM between ``schedule.sigmas``. Or ``timesteps``, every
+    point including the last. f and g are infinite where alpha is 0 (a flow's noise end): start after it.
+    Lectures 001, 003; arXiv 2011.13456, eq. 6. (score_sde steps 1/N on a grid whose points are (1 - eps)/(N - 1)
+    apart.)
+    """
+    not_negative("eta", eta)
+    walk = _Walk("euler_maruyama", schedule, prediction, clip)
+    times = _times("euler_maruyama", schedule, steps, timesteps)
+    rows, at = [], [walk.node(t) for t in times[:-1]]
+    for i, (t, s) in enumerate(itertools.pairwise(times)):
+        node, h = at[i], abs(s - t)
+        f, g2 = float(schedule.drift(t)), float(schedule.diffusion_squared(t))
+        if not (math.isfinite(f) and math.isfinite(g2)):
+            raise ValueError(
+                f"euler_maruyama needs a finite drift and diffusion at each model call, got {f:g} and {g2:g} at "
+                f"t={t:g} ({schedule.name})"
+            )
+        pull = 0.5 * (1.0 + eta * eta) * g2 * h
+        noise = eta * math.sqrt(g2 * h) if i + 1 < len(at) else 0.0
+        rows.append(walk.row(i, node, walk.end(s), keep=1.0 - h * f, pull=pull, g=noise))
+    return walk.plan(rows, at)
+
+
+def flow_sde(
+    schedule: Schedule,
+    steps: int | None = None,
+    *,
+    sigma_t: float | Callable[[float], float] = 1.0,
+    prediction: str | None = None,
+    timesteps: Numbers | None = None,
+    clip: float | None = None,
+) -> Plan:
+    """The SDE extension of a flow by any sigma_t: dx = (u + sigma_t^2/2 score) dt + sigma_t dw keeps every marginal.
+
+        x' = x + dt u + |dt| sigma_t^2/2 score + sigma_t sqrt(|dt|) z,     u = dx/dt, score = -eps/sigma
+
+    ``sigma_t`` is a number or a function of the schedule's time; 0 is Euler's method on the flow. Flows, user paths and
+    continuous diffusion schedules, whose time runs the other way (dt < 0). One model call a step, weak order 1; no
+    noise in the last step. Grid as for `euler_maruyama`. A large sigma_t where sigma is small needs small steps: |dt|
+    sigma_t^2/2 should stay below sigma^2. Lecture 003; arXiv 2209.15571, 2401.08740.
+    """
+    walk = _Walk("flow_sde", schedule, prediction, clip)
+    if isinstance(schedule, DiscreteSchedule | EDMSchedule):
+        raise ValueError(f"flow_sde needs a continuous schedule of t in [0, 1], got {schedule.name}")
+    times = _times("flow_sde", schedule, steps, timesteps)
+    rows, at = [], [walk.node(t) for t in times[:-1]]
+    for i, (t, s) in enumerate(itertools.pairwise(times)):
+        if callable(sigma_t):
+            size = not_negative(f"sigma_t({t:g})", float(sigma_t(t)))
+        else:
+            size = not_negative("sigma_t", sigma_t)
+        node, h = at[i], abs(s - t)
+        noise = size * math.sqrt(h) if i + 1 < len(at) else 0.0
+        rows.append(walk.flow_row(i, node, walk.end(s), t, s - t, 0.5 * size * size * h, noise))
+    return walk.plan(rows, at)
+
+
+def langevin(
+    schedule: Schedule,
+    steps: int,
+    *,
+    t: float,
+    step_size: float,
+    prediction: str | None = None,
+) -> Plan:
+    """Langevin dynamics at one level t of noise: x' = x + step_size score + sqrt(2 step_size) z.
+
+    Tends to the marginal at ``t`` (up to a bias of order step_size: for N(0, V) the variance is V/(1 -
+    step_size/(2V))). Noise in every step. Lecture 000 prints this form and, in its algorithm, alpha/2 score +
+    sqrt(alpha) z: the same with step_size = alpha/2. arXiv 1907.05600, eq. 4.
+    """
+    check_steps(steps)
+    return replace(_langevin("langevin", schedule, [t], steps, step_size, prediction, False), name="langevin")
+
+
+def annealed_langevin(
+    schedule: Schedule,
+    levels: int | None = None,
+    *,
+    each: int = 100,
+    step_size: float = 1e-5,
+    timesteps: Numbers | None = None,
+    prediction: str | None = None,
+    denoise: bool = False,
+) -> Plan:
+    """NCSN's sampler: ``each`` Langevin steps at each of falling noise levels.
+
+    Their size is step_size (sigma_i/sigma_last)^2. The ``levels`` are at even times of the schedule (geometric for
+    `ve`) from noise to its `time_eps` before data, or at ``timesteps``. With one level it is `langevin`. arXiv
+    1907.05600, algorithm 1, has alpha_i/2 score + sqrt(alpha_i) z with alpha_i = epsilon sigma_i^2/sigma_last^2:
+    step_size = epsilon/2. ``denoise`` ends on the estimate of x0, one more model call at the last level (arXiv
+    2006.09011). A step of the plan is one Langevin step.
+    """
+    need_schedule(schedule)
+    check_steps(each)
+    if (levels is None) == (timesteps is None):
+        raise ValueError("annealed_langevin needs exactly one of levels and timesteps, got none or both")
+    if timesteps is not None:
+        times = monotone("timesteps", timesteps, rising=schedule.direction < 0, least=1)
+    else:
+        assert levels is not None
+        check_steps(levels, schedule.T if isinstance(schedule, DiscreteSchedule) else None)
+        if isinstance(schedule, DiscreteSchedule):
+            times = linspace(schedule.T, levels)
+        elif levels == 1:
+            times = [schedule.noise_end]
+        else:
+            times = _times("annealed_langevin", schedule, levels - 1, None)
+    return _langevin("annealed_langevin", schedule, times, each, step_size, prediction, denoise)
+
+
+def _langevin(
+    name: str, schedule: Schedule, times: list[float], each: int, size: float, prediction: str | None, denoise: bool
+) -> Plan:
+    if not 0.0 < size < math.inf:
+        raise ValueError(f"step_size must be positive, got {size}")
+    walk = _Walk(name, schedule, prediction, None)
+    points = [walk.node(t) for t in times]
+    rows: list[Row] = []
+    at: list[Node] = []
+    for node in points:
+        eps = size * (node.sigma / points[-1].sigma) ** 2
+        for _ in range(each):
+            rows.append(walk.row(len(rows), node, node, keep=1.0, pull=eps, g=math.sqrt(2.0 * eps)))
+            at.append(node)
+    if denoise:
+        rows.append(row(len(rows), points[-1], Node(0.0, 1.0, 0.0), b=1.0))
+        at.append(points[-1])
+    return walk.plan(rows, at)
+
+
+class _Walk:
+    """Rows of a schedule's own state in its own time."""
+
+    def __init__(self, name: str, schedule: Schedule, prediction: str | None, clip: float | None) -> None:
+        need_schedule(schedule)
+        chosen = predictions.check_prediction(schedule.default_prediction if prediction is None else prediction)
+        self.name, self.schedule, self.prediction, self.clip = name, schedule, chosen, bound(clip)
+
+    def node(self, t: float) -> Node:
+        schedule = self.schedule
+        when = int(t) if isinstance(schedule, DiscreteSchedule) and t == int(t) else t
+        alpha, sigma = float(schedule.alpha(when)), float(schedule.sigma(when))
+        if sigma == 0.0:
+            raise ValueError(f"{self.name} needs sigma > 0 at each model call, got 0 at t={t:g} ({schedule.name})")
+        p, q, P, Q = (float(c) for c in predictions.to_x0_eps(schedule, self.prediction, when))
+        time, k = (float(f(self.prediction, when)) for f in (schedule.model_time, schedule.input_scale))
+        return Node(t, alpha, sigma, time, k, p, q, P, Q, self.clip)
+
+    def end(self, t: float) -> Node:
+        when = int(t) if isinstance(self.schedule, DiscreteSchedule) and t == int(t) else t
+        return Node(t, float(self.schedule.alpha(when)), float(self.schedule.sigma(when)))
+
+    def row(self, i: int, node: Node, to: Node, *, keep: float, pull: float, g: float) -> Row:
+        """x' = keep x + pull score + g z."""
+        a, b, d = self._eps(node)
+        weight = -pull / node.sigma
+        return row(i, node, to, a=keep + weight * a, b=weight * b, d=weight * d, g=g)
+
+    def flow_row(self, i: int, node: Node, to: Node, t: float, dt: float, pull: float, g: float) -> Row:
+        """x' = x + dt (alpha_dot x0 + sigma_dot eps) + pull score + g z."""
+        schedule = self.schedule
+        alpha_dot, sigma_dot = float(schedule.alpha_dot(t)), float(schedule.sigma_dot(t))
+        a, b, d = self._eps(node)
+        weight = dt * sigma_dot - pull / node.sigma
+        if self.clip < math.inf:
+            return row(i, node, to, a=1.0 + weight * a, b=dt * alpha_dot + weight * b, g=g)
+        if self.prediction == "velocity":
+            weight = -pull / node.sigma
+            return row(i, node, to, a=1.0 + weight * a, d=dt + weight * d, g=g)
+        return row(
+            i, node, to, a=1.0 + dt * alpha_dot * node.p + weight * a, d=dt * alpha_dot * node.q + weight * d, g=g
+        )
+
+    def _eps(self, node: Node) -> tuple[float, float, float]:
+        """eps as weights of x, x0 and m; of the clipped x0 where there is a clip."""
+        if self.clip < math.inf:
+            return 1.0 / node.sigma, -node.alpha / node.sigma, 0.0
+        return node.P, 0.0, node.Q
+
+    def plan(self, rows: list[Row], at: list[Node]) -> Plan:
+        first = at[0]
+        start = 1.0 if isinstance(self.schedule, DiscreteSchedule) else first.sigma
+        return chain(self.name, Coordinates(self.schedule, self.prediction, self.clip, False), rows, at, start)
+
+
+def _times(sampler: str, schedule: Schedule, steps: int | None, timesteps: Numbers | None) -> list[float]:
+    """Every point of a grid in the schedule's own time, the last included."""
+    if (steps is None) == (timesteps is None):
+        raise ValueError(f"{sampler} needs exactly one of steps and timesteps, got none or both")
+    if timesteps is not None:
+        return monotone("timesteps", timesteps, rising=schedule.direction < 0)
+    assert steps is not None
+    check_steps(steps, schedule.T if isinstance(schedule, DiscreteSchedule) else None)
+    if isinstance(schedule, EDMSchedule):
+        return [float(v) for v in schedule.sigmas(steps + 1)[:-1]]
+    if isinstance(schedule, DiscreteSchedule):
+        last = schedule.T - 1
+        return [last - (last + 1) * i / steps for i in range(steps + 1)]
+    return time_grid(schedule, steps)
