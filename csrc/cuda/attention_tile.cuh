@@ -291,15 +291,17 @@ __device__ __forceinline__ void mma<Half>(float (&c)[4], const uint32_t (&a)[4],
 #endif
 }
 
-#if __CUDA_ARCH__ >= 800
 template <>
 __device__ __forceinline__ void mma<Bfloat16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
       "%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
+#else
+  __trap();  // attention_limit refuses bfloat16 here
 #endif
+}
 
 // Two values rounded, the first in the low half.
 template <class S>

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ from ptx.attention_harness import (
     share,
     split_heads,
 )
-from ptx.harness import HERE, bits
+from ptx.harness import CUDA_CSRC, HERE, NVCC_FLAGS, bits
 from torch import Tensor
 
 F16, BF16 = torch.float16, torch.bfloat16
@@ -289,6 +291,23 @@ def test_other_architectures(arch: str, dim: int, layout: str) -> None:
     assert run.launches[0]["shared"]["bank_conflicts"] == 0
     if arch == "sm_75" and dim > 128:  # half the queries of a block: that much less shared memory
         assert run.launches[0]["block"][0] == 128
+
+
+def test_bfloat16_builds_for_the_oldest_architecture(tmp_path: Path) -> None:
+    """The default build has 7.5 in it, where bfloat16 is refused at call time: its kernels must still link."""
+    source = CUDA_CSRC / "cuda" / "attention_mma_bf16.cu"
+    command = [
+        "nvcc",
+        *NVCC_FLAGS,
+        "-arch=sm_75",
+        "-cubin",
+        f"-I{CUDA_CSRC}",
+        str(source),
+        "-o",
+        str(tmp_path / "cubin"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_limits() -> None:
