@@ -1,6 +1,6 @@
 """Writes docs/gpu-report.md: what the CUDA kernels cost, found out without a GPU.
 
-    python tools/gpu_report.py [--output docs/gpu-report.md] [--no-tests]
+    python tools/gpu_report.py [--output docs/gpu-report.md] [--no-tests] [--only attention]
 
 Counters come from the PTX emulator, registers from ptxas for every architecture, instruction widths from SASS (when
 cuobjdump or nvdisasm is there: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm), the coverage table from a run
@@ -20,17 +20,14 @@ import sys
 import tempfile
 import xml.etree.ElementTree
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+import gpu_report_attention
+from gpu_report_common import ARCHITECTURES, FLAGS, ROOT, nvcc_version, run, table
 
-ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 FILES = ("randn", "noising", "step", "loss", "variational")
-FLAGS = ("-O3", "-std=c++17", "--fmad=false")
 ACCESS = ("direct", "staged", "scalar")
 # Per multiprocessor: threads, blocks, registers, shared memory in bytes (CUDA programming guide, technical
 # specifications per compute capability); 1 KiB a block of shared memory is the system's.
@@ -60,19 +57,6 @@ GPUS = (
     Gpu("H100 SXM", 3.35e12, 132, 1.98e9),
     Gpu("RTX 4090", 1.008e12, 128, 2.52e9),
 )
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    lines += ["| " + " | ".join(str(c) for c in row) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
-
-
-def run(command: Sequence[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
-    return done.stdout + done.stderr
 
 
 def kernel_name(symbol: str) -> str:
@@ -291,19 +275,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "gpu-report.md")
     parser.add_argument("--no-tests", action="store_true", help="leave out the coverage table")
+    parser.add_argument("--only", choices=["attention"], help="make this part anew and keep the rest of the report")
     args = parser.parse_args()
     from ptx.harness import find_nvcc
 
     find_nvcc()
-    version = re.search(r"V([\d.]+)", run(["nvcc", "--version"]))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        if args.only:
+            text = gpu_report_attention.replace(args.output.read_text(), gpu_report_attention.section(folder))
+            args.output.write_text(text)
+            print(f"written: {args.output}, part {args.only}")
+            return
         found = compile_all(folder)
         measured = measure()
         spills = sum(c.spills for by_arch in found.values() for c in by_arch.values())
         text = f"""# The CUDA kernels, measured without a GPU
 
-Made by `make gpu-report` on {datetime.date.today()} with nvcc {version.group(1) if version else "?"}. How:
+Made by `make gpu-report` on {datetime.date.today()} with nvcc {nvcc_version()}. How:
 [gpu-without-gpu.md](gpu-without-gpu.md). `direct`, `staged` and `scalar` are the three ways a kernel reaches memory
 (csrc/cuda/launch.cuh).
 
@@ -334,7 +323,8 @@ operations are also in FMUL and FADD):
 max(counted bytes / datasheet bandwidth, counted PTX warp instructions / (4 a cycle a multiprocessor at boost clock)).
 Launch latency, tails and caches are not in it, and PTX instructions are not yet machine instructions.
 
-{roofline_section(measured)}"""
+{roofline_section(measured)}
+{gpu_report_attention.section(folder)}"""
         if not args.no_tests:
             text += f"\n## Coverage (tests/ptx)\n\n{coverage_section(folder)}"
     args.output.parent.mkdir(exist_ok=True)
