@@ -42,10 +42,10 @@ DK_LANES_TARGET inline void product_block(const TileProduct<typename P::Element>
   V::Lanes sum[Rows][Wide];
   float* c = t.c + row * t.c_row + column;
 #pragma GCC unroll 8
-  for (int i = 0; i < Rows; ++i) {
+  for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
     for (int j = 0; j < Wide; ++j) {
-      sum[i][j] = V::fill(0.0f);
+      sum[r][j] = V::fill(0.0f);
     }
   }
   const typename P::Element* a = t.a + row * t.a_row;
@@ -56,18 +56,18 @@ DK_LANES_TARGET inline void product_block(const TileProduct<typename P::Element>
 #pragma GCC unroll 4
     for (int j = 0; j < Wide; ++j) right[j] = P::load(b + j * V::kWidth);
 #pragma GCC unroll 8
-    for (int i = 0; i < Rows; ++i) {
-      const typename P::Operand left = P::fill(a + i * a_row);
+    for (int r = 0; r < Rows; ++r) {
+      const typename P::Operand left = P::fill(a + r * a_row);
 #pragma GCC unroll 4
-      for (int j = 0; j < Wide; ++j) sum[i][j] = P::fma(left, right[j], sum[i][j]);
+      for (int j = 0; j < Wide; ++j) sum[r][j] = P::fma(left, right[j], sum[r][j]);
     }
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < Rows; ++i) {
+  for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
     for (int j = 0; j < Wide; ++j) {
-      float* at = c + i * t.c_row + j * V::kWidth;
-      V::store(at, t.accumulate ? V::add(V::load(at), sum[i][j]) : sum[i][j]);
+      float* at = c + r * t.c_row + j * V::kWidth;
+      V::store(at, t.accumulate ? V::add(V::load(at), sum[r][j]) : sum[r][j]);
     }
   }
 }
@@ -141,7 +141,7 @@ DK_LANES_TARGET inline V::Lanes softmax_maximum(const SoftmaxTile& t, int64_t co
   for (V::Lanes& lane : top) lane = V::fill(std::numeric_limits<float>::lowest());
   int64_t key = 0;
   for (; key + 4 <= t.keys; key += 4) {
-    for (int i = 0; i < 4; ++i) top[i] = V::max(V::load(s + (key + i) * t.queries), top[i]);
+    for (int j = 0; j < 4; ++j) top[j] = V::max(V::load(s + (key + j) * t.queries), top[j]);
   }
   for (; key < t.keys; ++key) top[0] = V::max(V::load(s + key * t.queries), top[0]);
   const V::Lanes here = V::max(V::max(top[0], top[1]), V::max(top[2], top[3]));
@@ -178,7 +178,7 @@ DK_LANES_TARGET bool softmax_float(const SoftmaxTile& t) {
     V::Lanes sums[4] = {V::fill(0.0f), V::fill(0.0f), V::fill(0.0f), V::fill(0.0f)};
     int64_t key = 0;
     for (; key + 4 <= t.keys; key += 4) {
-      for (int i = 0; i < 4; ++i) sums[i] = weigh(s + (key + i) * t.queries, maximum, scale, sums[i]);
+      for (int j = 0; j < 4; ++j) sums[j] = weigh(s + (key + j) * t.queries, maximum, scale, sums[j]);
     }
     for (; key < t.keys; ++key) sums[0] = weigh(s + key * t.queries, maximum, scale, sums[0]);
     softmax_sum(t, column, V::add(V::add(sums[0], sums[1]), V::add(sums[2], sums[3])));
