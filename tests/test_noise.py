@@ -307,9 +307,9 @@ def test_more_than_two_to_the_31_elements() -> None:
 
 
 def test_indices_are_64_bit(root: Path) -> None:
-    """Static: in csrc/core and csrc/cpu, 32-bit loop variables count dimensions, columns, lanes and rows of registers
-    only."""
-    small = {"d", "k", "j", "r", "half", "round"}
+    """Static: in csrc/core and csrc/cpu, 32-bit loop variables count dimensions, columns, lanes, parts of a tensor, and
+    rows and vectors held in registers only."""
+    small = {"d", "k", "j", "r", "half", "lane", "part", "round", "row", "w"}
     for path in [*(root / "csrc/core").iterdir(), *(root / "csrc/cpu").iterdir(), *(root / "csrc/bind").iterdir()]:
         for kind, name in re.findall(r"for \((?:const )?(int|int32_t|unsigned|uint32_t) (\w+)", path.read_text()):
             assert name in small, f"{path.name}: {kind} {name}"

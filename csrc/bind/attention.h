@@ -36,14 +36,14 @@ inline Tensor new_dense(const Operand& like, const std::vector<int64_t>& sizes, 
 inline std::vector<int64_t> heads_order(const Operand& o) {
   const bool token_inner = o.strides[3] != 1;
   std::array<int64_t, 3> outer{0, 1, token_inner ? 3 : 2};
-  for (int i = 1; i < 3; ++i) {
-    for (int at = i, j = i - 1; j >= 0; --j) {
-      const int64_t a = outer[j], b = outer[at];
+  for (int d = 1; d < 3; ++d) {
+    for (int k = d, j = d - 1; j >= 0; --j) {
+      const int64_t a = outer[j], b = outer[k];
       if (o.sizes[a] == 1 || o.sizes[b] == 1 || o.strides[a] == 0 || o.strides[b] == 0) continue;
       if (o.strides[a] > o.strides[b]) break;
       if (o.strides[a] < o.strides[b]) {
-        std::swap(outer[j], outer[at]);
-        at = j;
+        std::swap(outer[j], outer[k]);
+        k = j;
       }
     }
   }
