@@ -11,6 +11,8 @@ the histories h_k and the noise z:
     x'  = mask ? x' : known_s known + known_n z2     only where a mask is given (before ``next``)
 
 A term whose coefficient is 0 is neither read nor drawn. z lives on the row's ``stream``, z2 on its ``known_stream``.
+Two kinds of plan change what a row's noise and x0 are, with an op of their own: learned variance (`LEARNED_COLUMNS`)
+and a threshold (`Plan.with_threshold`).
 """
 
 from __future__ import annotations
@@ -33,6 +35,9 @@ COLUMNS = (
     *("known_s", "known_n", "stream", "known_stream"),
 )
 """The columns of a plan's table, in the order of the enum in csrc/core/step.h."""
+
+LEARNED_COLUMNS = (*COLUMNS, "r0", "r1")
+"""The columns of a plan of learned variance: z is multiplied by exp((r0 + r1 v)/2), v the model's second output."""
 
 SLOTS = 4
 """A row can read this many histories."""
@@ -66,6 +71,12 @@ class Row:
     known_n: float = 0.0
     stream: int = 0
     known_stream: int = 0
+    r0: float = 0.0
+    r1: float = 0.0
+    """In a plan of learned variance: ln variance = r0 + r1 v, v from the second half of the model's channels."""
+    path: tuple[float, float] | None = None
+    """(s, t), 0 <= s < t <= 1: z is the increment of the sample's Brownian path from s to t over sqrt(t - s), instead
+    of noise of its own (`diffkern.brownian`)."""
     time: float = 0.0
     """The time given to the model."""
     calls_model: bool = True
@@ -88,9 +99,9 @@ class Row:
         """Whether the row has an x0 formula."""
         return self.p != 0 or self.q != 0 or self.r != 0
 
-    def coefficients(self) -> tuple[float, ...]:
-        """The row's 21 entries of the table, in the order of `COLUMNS`."""
-        return tuple(float(getattr(self, name)) for name in COLUMNS)
+    def coefficients(self, columns: Sequence[str] = COLUMNS) -> tuple[float, ...]:
+        """The row's entries of the table, in the order of ``columns``."""
+        return tuple(float(getattr(self, name)) for name in columns)
 
 
 @dataclass(frozen=True)
@@ -109,6 +120,10 @@ class Plan:
     prediction: str = "eps"
     time_dtype: str = "float32"
     """dtype of the times the model is given: "int64" or "float32"."""
+    learned_variance: bool = False
+    """The model returns 2C channels, the second half its variance; its rows are run by ``ops.learned_step``."""
+    threshold: tuple[float, float | None] | None = None
+    """(quantile, maximum) of dynamic thresholding, see `with_threshold`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", tuple(self.rows))
@@ -120,9 +135,15 @@ class Plan:
         for argument, value in (("init_scale", self.init_scale), ("first_k", self.first_k)):
             if not math.isfinite(value):
                 raise ValueError(f"{argument} must be finite, got {value}")
+        if self.threshold is not None:
+            object.__setattr__(self, "threshold", _check_threshold(*self.threshold))
         saved: set[int] = set()
         for i, row in enumerate(self.rows):
             _check_row(i, row, saved, self.time_dtype)
+            if self.learned_variance:
+                _check_learned(i, row)
+            if self.threshold is not None:
+                _check_thresholded(i, row)
             saved.update(slot for slot, _ in row.saves)
         if not self.rows[-1].ends_step:
             raise ValueError("the last row must end a step, got ends_step=False")
@@ -131,6 +152,11 @@ class Plan:
     def table(self) -> Tensor:
         """[R, 21] float64 on the CPU, one row a row; do not write into it."""
         return torch.tensor([row.coefficients() for row in self.rows], dtype=torch.float64)
+
+    @cached_property
+    def learned_table(self) -> Tensor:
+        """[R, 23] float64 on the CPU: `table` with the columns r0 and r1; do not write into it."""
+        return torch.tensor([row.coefficients(LEARNED_COLUMNS) for row in self.rows], dtype=torch.float64)
 
     @cached_property
     def steps(self) -> tuple[range, ...]:
@@ -194,6 +220,17 @@ class Plan:
         ]
         return replace(self, rows=tuple(rows))
 
+    def with_threshold(self, quantile: float = 0.995, maximum: float | None = None) -> Plan:
+        """The plan with dynamic thresholding instead of its clip: x0 -> clamp(x0, -s, s)/s.
+
+        s is that quantile of abs(x0) over the sample, at least 1 and at most ``maximum`` (Imagen, arXiv 2205.11487,
+        section 2.3; diffusers sets maximum 1 by default, which is a plain clip to [-1, 1]). Every row must take its
+        direction from x0: make the plan with a ``clip``, or take a sampler that reads the model through x0 alone
+        (`dpmpp_2m` and the like). Three ops a model call instead of one.
+        """
+        rows = tuple(replace(row, clip=math.inf) for row in self.rows)
+        return replace(self, rows=rows, threshold=(quantile, maximum))
+
     def to_json(self) -> str:
         """The plan as JSON text; `from_json` gives back an equal plan. Fields at their defaults are left out."""
         rows = [
@@ -215,7 +252,9 @@ class Plan:
             raise ValueError(f"text must be the JSON of a plan with diffkern_plan = {_FORMAT}, got {found!r}")
         head = {key: value for key, value in data.items() if key not in ("diffkern_plan", "rows")}
         try:
-            rows = tuple(Row(**{**row, "saves": tuple(map(tuple, row.get("saves", ())))}) for row in data["rows"])
+            rows = tuple(_row_from(row) for row in data["rows"])
+            if head.get("threshold") is not None:
+                head["threshold"] = tuple(head["threshold"])
             return Plan(rows=rows, **head)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"text must be the JSON of a plan, got a field that does not fit: {error}") from error
@@ -226,14 +265,21 @@ class Plan:
             f"prediction {self.prediction}, time {self.time_dtype}, init_scale {self.init_scale:g}, "
             f"first_k {self.first_k:g}"
         )
+        if self.learned_variance:
+            title += ", learned variance"
+        if self.threshold is not None:
+            quantile, maximum = self.threshold
+            title += f", threshold {quantile:g}" + (f" up to {maximum:g}" if maximum is not None else "")
         defaults = asdict(Row())
-        names = [n for n in COLUMNS if n not in ("stream", "known_stream")]
+        names = [n for n in LEARNED_COLUMNS if n not in ("stream", "known_stream")]
         names = [n for n in names if any(getattr(row, n) != defaults[n] for row in self.rows)]
         cells = [["row", "time", *names, "stream", "saves"]]
         for i, row in enumerate(self.rows):
             saves = " ".join(f"h{slot}={source}" for slot, source in row.saves)
             time = f"{row.time:.7g}" if row.calls_model else "-"
             stream = streams.describe(row.stream) if row.draws else "-"
+            if row.draws and row.path is not None:
+                stream = f"path {row.path[0]:.4g}..{row.path[1]:.4g}"
             cells.append([f"{i}", time, *(f"{getattr(row, n):.7g}" for n in names), stream, saves])
         widths = [max(len(line[c]) for line in cells) for c in range(len(cells[0]))]
         lines = [
@@ -242,9 +288,46 @@ class Plan:
         return "\n".join([title, *lines])
 
 
+def _row_from(data: Mapping[str, Any]) -> Row:
+    """The row of its JSON object, whose lists were tuples."""
+    path = data.get("path")
+    saves = tuple(map(tuple, data.get("saves", ())))
+    return Row(**{**data, "saves": saves, "path": None if path is None else tuple(path)})
+
+
+def _check_threshold(quantile: float, maximum: float | None) -> tuple[float, float | None]:
+    if not 0.0 <= quantile <= 1.0:
+        raise ValueError(f"quantile of a threshold must lie in [0, 1], got {quantile}")
+    if maximum is not None and not 1.0 <= maximum < math.inf:
+        raise ValueError(f"maximum of a threshold must be a finite number >= 1, or None, got {maximum}")
+    return quantile, maximum
+
+
+def _check_thresholded(i: int, row: Row) -> None:
+    if not row.calls_model:
+        return
+    if (row.d, row.D, row.r) != (0, 0, 0) or row.clip < math.inf or not row.makes_x0:
+        raise ValueError(
+            f"row {i}: a threshold needs a row that reads the model through x0 alone, without a clip (make the plan "
+            f"with a clip, then with_threshold), got d, D, r, clip = {row.d, row.D, row.r, row.clip}"
+        )
+
+
+def _check_learned(i: int, row: Row) -> None:
+    if not row.calls_model:
+        raise ValueError(f"row {i}: every row of a plan with learned_variance calls the model, got calls_model=False")
+    unused = ("w", "r", "e0", "e1", "e2", "e3", "A", "B", "D")
+    given = [name for name in unused if getattr(row, name) != 0]
+    if given:
+        raise ValueError(
+            f"row {i}: {', '.join(unused)} must be 0 in a plan with learned_variance (guidance: "
+            f"diffkern.guidance.classifier_free), got {given[0]} = {getattr(row, given[0])}"
+        )
+
+
 def _check_row(i: int, row: Row, saved: set[int], time_dtype: str) -> None:
     """Raise ValueError if row ``i`` could not run after rows that filled the history slots ``saved``."""
-    for name in COLUMNS:
+    for name in LEARNED_COLUMNS:
         value = getattr(row, name)
         if name in ("stream", "known_stream"):
             if value != int(value) or not 0 <= value < streams.LIMIT:
@@ -254,6 +337,8 @@ def _check_row(i: int, row: Row, saved: set[int], time_dtype: str) -> None:
                 raise ValueError(f"row {i}: clip must be positive (inf for none), got {value}")
         elif not math.isfinite(value):
             raise ValueError(f"row {i}: coefficient {name} must be finite, got {value}")
+    if row.path is not None and not (len(row.path) == 2 and 0.0 <= row.path[0] < row.path[1] <= 1.0):
+        raise ValueError(f"row {i}: path must be (s, t) with 0 <= s < t <= 1, got {row.path}")
     if not math.isfinite(row.time):
         raise ValueError(f"row {i}: time must be finite, got {row.time}")
     if row.calls_model and time_dtype == "int64" and row.time != int(row.time):

@@ -215,7 +215,7 @@ def test_initial_states():
 def test_start_in_the_middle():
     for plan in (PLANS["ddpm"], PLANS["heun_edm"], PLANS["ddim"]):
         x = start_of(plan, torch.float32)
-        final, states = sample(network, x, plan, seeds=SEEDS, trajectory=True)
+        final, states, _ = sample(network, x, plan, seeds=SEEDS, trajectory=True)
         assert torch.equal(sample(network, states[5], plan, seeds=SEEDS, start=5), final)
 
 
@@ -299,7 +299,7 @@ def test_inpainting_keeps_the_known_and_paints_the_rest(name):
     known = torch.linspace(-1, 1, x.numel(), dtype=torch.float64).reshape(SHAPE)
     mask = torch.zeros(SHAPE, dtype=torch.bool)
     mask[:, :, :2] = True
-    got, states = sample(network, x, plan, seeds=SEEDS, mask=mask, known=known, trajectory=True)
+    got, states, _ = sample(network, x, plan, seeds=SEEDS, mask=mask, known=known, trajectory=True)
     assert torch.equal(got[~mask], known[~mask])
     assert not torch.equal(got[mask], known[mask])
     # On the way, the known part stands at the level of each step, with noise of its own stream.
@@ -325,7 +325,7 @@ def test_callback_and_trajectory(name):
     def callback(info: sampling.StepInfo) -> None:
         seen.append({k: v.clone() if isinstance(v, Tensor) else v for k, v in info.items()})
 
-    final, states = sample(network, x, plan, seeds=SEEDS, callback=callback, trajectory=True)
+    final, states, _ = sample(network, x, plan, seeds=SEEDS, callback=callback, trajectory=True)
     assert torch.equal(final, sample(network, x, plan, seeds=SEEDS))
     assert states.shape == (len(plan.steps) + 1, *SHAPE)
     assert torch.equal(states[0], x)
@@ -378,14 +378,15 @@ def test_progress_bar(capsys):
 )
 def test_the_loop_reuses_its_buffers(monkeypatch, name, kwargs, states, inputs):
     used: dict[str, set[int]] = {"state": set(), "input": set()}
-    original = ops.step_out
+    original = ops.step_into
 
-    def spy(*args: Any, **kw: Any) -> Tensor:
-        used["state"] |= {kw[k].data_ptr() for k in ("out", "x0", "s") if kw[k] is not None}
-        used["input"] |= {kw["next"].data_ptr()} if kw["next"] is not None else set()
-        return original(*args, **kw)
+    def spy(*args: Any) -> None:
+        *outputs, following = args[14:]
+        used["state"] |= {tensor.data_ptr() for tensor in outputs if tensor is not None}
+        used["input"] |= {following.data_ptr()} if following is not None else set()
+        original(*args)
 
-    monkeypatch.setattr(ops, "step_out", spy)
+    monkeypatch.setattr(ops, "step_into", spy)
     model = conditional if "cond" in kwargs else network
     sample(model, start_of(PLANS[name], torch.float32), PLANS[name], seeds=SEEDS, **kwargs)
     assert (len(used["state"]), len(used["input"])) == (states, inputs)
@@ -399,6 +400,15 @@ def test_a_model_may_return_its_own_input(name):
     cond = torch.zeros(3)
     got = sample(lambda x, t, c: x, x, plan, cond=cond, uncond=cond, guidance=2.0)
     near(got, run_plan(plan, lambda x, t: x, x), 1e-9)
+
+
+def test_noise_tensors_with_a_mask_leave_the_known_part_to_the_seeds():
+    plan = PLANS["ddpm"]
+    x, known = start_of(plan), torch.randn(SHAPE, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    mask = (torch.arange(known.numel()).reshape(SHAPE) % 2).bool()
+    want = sample(network, x, plan, seeds=SEEDS, mask=mask, known=known)
+    drawn = [ops.randn(SHAPE, SEEDS, row.stream, dtype=torch.float64) for row in plan.rows if row.draws]
+    assert torch.equal(sample(network, x, plan, seeds=SEEDS, noise=drawn, mask=mask, known=known), want)
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -430,10 +440,6 @@ DDPM, DDIM = PLANS["ddpm"], PLANS["ddim"]
         ({"mask": X}, r"mask and known must be given together, got only mask"),
         ({"known": X}, r"mask and known must be given together, got only known"),
         ({"noise": [], "seeds": 3}, r"give seeds or noise, not both, got both"),
-        (
-            {"noise": [], "mask": X, "known": X},
-            r"noise replaces a plan's own draws only: give seeds with mask and known, got noise",
-        ),
     ],
 )
 def test_bad_input_says_what_is_wrong(kwargs, message):

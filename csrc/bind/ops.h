@@ -275,7 +275,9 @@ struct Ops {
       check_shape(op, o.next, out, next_doubled ? 2 : 1);
       next_dtype = float_dtype(op, o.next);
     }
-    if (o.seeds && o.noise) fail(op, "give either seeds (noise by address) or noise (a tensor), got both");
+    if (o.seeds && o.noise && !o.mask) {  // with a mask the seeds are those of the known image's noise
+      fail(op, "give either seeds (noise by address) or noise (a tensor), got both");
+    }
     StepArgs args{};
     args.state = state;
     args.seeds = check_seeds(op, o.seeds, out, batch);

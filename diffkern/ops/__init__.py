@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from diffkern.ops._attention import attention, spatial_attention
 from diffkern.ops._noise import randn, seeds
-from diffkern.ops._step import step, step_out
+from diffkern.ops._step import step, step_into, step_out
 from diffkern.ops._training import loss, noising, noising_out
 from diffkern.ops._variational import VARIATIONAL_COLUMNS, variational
 
@@ -26,6 +26,7 @@ __all__ = [
     "seeds",
     "spatial_attention",
     "step",
+    "step_into",
     "step_out",
     "variational",
 ]

@@ -35,7 +35,8 @@ def ddpm(
     All T steps by default, or ``steps`` of them by a ``spacing`` of `diffkern.grids`, or the ``timesteps`` given
     (falling, the last one steps to clean data); on a sub-sequence beta is 1 - abar_t/abar_s. ``variance`` is "beta",
     "beta_tilde", or v in [0, 1] for exp(v ln beta + (1-v) ln beta_tilde); the lectures that print mu~ + beta~ z, or
-    sigma_t = beta~, mean sqrt(beta~).
+    sigma_t = beta~, mean sqrt(beta~). "learned" is that formula with v = (o + 1)/2, o the second half of the channels
+    that the model returns, element by element (arXiv 2102.09672, eq. 15).
     ``clip`` clamps x0 to [-clip, clip]. Lectures 000, 001, 002; arXiv 2006.11239, arXiv 2102.09672.
     """
     need_discrete("ddpm", schedule)
@@ -45,9 +46,18 @@ def ddpm(
     t, s = torch.tensor(times), torch.tensor([*times[1:], -1])
     coef_x0, coef_xt, _ = schedule.posterior(t, s)
     p, q, _, _ = predictions.to_x0_eps(schedule, prediction, t)
-    g = schedule.variance(t, s, variance).sqrt()
+    columns = {"p": p, "q": q, "a": coef_xt, "b": coef_x0}
+    learned = variance == "learned"
+    if learned:
+        low, high = schedule.variance(t, s, "beta_tilde"), schedule.variance(t, s, "beta")
+        low[-1] = high[-1]  # not drawn from; beta_tilde is 0 there
+        columns |= {"r0": 0.5 * (high.log() + low.log()), "r1": 0.5 * (high.log() - low.log())}
+        g = torch.ones_like(low)
+    else:
+        g = schedule.variance(t, s, variance).sqrt()
     g[-1] = 0.0
-    return _vp_plan("ddpm", schedule, times, prediction, bound(clip), p=p, q=q, a=coef_xt, b=coef_x0, g=g)
+    plan = _vp_plan("ddpm", schedule, times, prediction, bound(clip), g=g, **columns)
+    return replace(plan, learned_variance=True) if learned else plan
 
 
 def ddim(

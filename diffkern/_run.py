@@ -1,0 +1,303 @@
+"""One run of a plan: its buffers, worked out before the loop, and its rows one at a time.
+
+A row is a model call and one fused op. Which buffer a row reads and writes depends on the plan alone, so `allocate`
+says it once, and the loop only looks it up.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffkern import ops
+from diffkern.plan import COLUMNS, SLOTS, Plan, Row
+
+Model = Callable[..., Tensor]
+Shift = Callable[[Tensor, Tensor], Tensor]
+_W = COLUMNS.index("w")
+_SHIFT = SLOTS - 1  # the history slot of a mean shift
+
+
+class Call(NamedTuple):
+    """The buffers of a row: 0 is the caller's x, -1 none."""
+
+    x: int
+    out: int
+    x0: int
+    s: int
+    h: tuple[int, int, int, int]
+    next: bool
+    """Whether it writes the next model input."""
+    seeded: bool
+    """Whether it draws by address."""
+
+
+def allocate(plan: Plan, first: int, *, want_x0: bool, masked: bool, needs_input: Callable[[int], bool]) -> list[Call]:
+    """The buffers of the rows from ``first`` on: two states, the histories that are still read, and x0 where wanted."""
+    calls: list[Call] = []
+    state = 0
+    held = -1  # the step's x0, which a callback may look at
+    slots = [-1] * SLOTS
+    starts = {step.start for step in plan.steps}
+    for i in range(first, len(plan.rows)):
+        row = plan.rows[i]
+        if i in starts:
+            held = -1
+        sources = {source for _, source in row.saves}
+        wanted = [True, "x0" in sources or (want_x0 and row.makes_x0), "s" in sources]
+        busy = {state, held, *slots}
+        taken = []
+        for want in wanted:
+            free = next(b for b in itertools.count(1) if b not in busy) if want else -1
+            busy.add(free)
+            taken.append(free)
+        out, x0, s = taken
+        h = [slots[k] if k in row.reads else -1 for k in range(SLOTS)]
+        following = i + 1 < len(plan.rows) and plan.rows[i + 1].calls_model and needs_input(i)
+        seeded = (row.draws and row.path is None) or (masked and row.known_n != 0)
+        calls.append(Call(state, out, x0, s, (h[0], h[1], h[2], h[3]), following, seeded))
+        found = {"x": state, "x0": x0, "s": s}
+        for slot, source in row.saves:
+            slots[slot] = found[source]
+        slots = [b if slot in plan.live[i + 1] else -1 for slot, b in enumerate(slots)]
+        state = out
+        if row.makes_x0:
+            held = x0
+    return calls
+
+
+class Run:
+    """The buffers of one run, and one row at a time."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        x: Tensor,
+        *,
+        first: int,
+        model_dtype: torch.dtype,
+        guided: bool,
+        cond: Any,
+        uncond: Any,
+        mask: Tensor | None,
+        known: Tensor | None,
+        starts: Tensor | None,
+        mean_shift: Shift | None,
+        want_x0: bool,
+    ) -> None:
+        if not x.is_floating_point() or x.ndim < 1:
+            raise ValueError(f"x must be a floating point tensor [B, ...], got {x.dtype} of shape {list(x.shape)}")
+        if (mask is None) != (known is None):
+            raise ValueError(f"mask and known must be given together, got only {'known' if mask is None else 'mask'}")
+        if plan.learned_variance and x.ndim < 2:
+            raise ValueError(f"learned variance needs x of shape [B, C, ...], got {list(x.shape)}")
+        self.plan, self.first, self.model_dtype = plan, first, model_dtype
+        self.mask, self.known, self.cond, self.uncond = mask, known, cond, uncond
+        self.guided, self.shift = guided, mean_shift
+        self.seeds: Tensor | None = None
+        self.state, self.x0, self.batch = x, None, x.shape[0]
+        self.pair: Tensor | None = None
+        if guided:
+            self._prepare_guidance(x.shape[0])
+        elif uncond is not None:
+            raise ValueError("uncond is used with guidance only, got uncond without guidance")
+        self.copies = [2 if guided and row.w not in (0.0, 1.0) else 1 for row in plan.rows]
+        self.calls = allocate(plan, first, want_x0=want_x0, masked=mask is not None, needs_input=self._needs_input)
+        most = max(buffer for call in self.calls for buffer in call[:4])
+        # The list ends in None, so that number -1 is "none".
+        self.buffers: list[Tensor | None] = [x, *(torch.empty_like(x) for _ in range(most)), None]
+        self._inputs: list[Tensor] = []
+        self._spare: dict[str, Tensor] = {}
+        channels = 2 * x.shape[1] if plan.learned_variance else x.shape[1] if x.ndim > 1 else None
+        tail = [] if channels is None else [channels, *x.shape[2:]]
+        self._want = [torch.Size([copies * x.shape[0], *tail]) for copies in (1, 2)]
+        self.table = self._tables(plan, starts)
+        self.index = None if starts is None else self._indices(starts)
+        if starts is not None:
+            self.table = self.table.to(x.device)
+        self._prepare_inputs()
+
+    def _prepare_guidance(self, batch: int) -> None:
+        for argument, value in (("cond", self.cond), ("uncond", self.uncond)):
+            if not isinstance(value, Tensor):
+                raise ValueError(f"guidance needs cond and uncond as tensors, got {argument} = {type(value).__name__}")
+            if value.ndim == 0 or value.shape[0] != batch:
+                raise ValueError(f"{argument} must have one entry a sample ({batch}), got shape {list(value.shape)}")
+        if self.cond.shape != self.uncond.shape or self.cond.dtype != self.uncond.dtype:
+            raise ValueError(
+                f"cond and uncond must have one shape and dtype, got {list(self.cond.shape)} {self.cond.dtype} "
+                f"and {list(self.uncond.shape)} {self.uncond.dtype}"
+            )
+        self.pair = torch.cat([self.uncond, self.cond])
+
+    def _tables(self, plan: Plan, starts: Tensor | None) -> Tensor:
+        """The table of the rows; after them the rows that leave a waiting sample as it is, where samples wait."""
+        rows = list(plan.rows)
+        if plan.threshold is not None:
+            # The op is given the thresholded x0 in the place of m.
+            rows = [replace(row, w=0.0, p=0.0, q=1.0) if row.calls_model else row for row in rows]
+            self.estimates = torch.tensor(
+                [Row(w=row.w, p=row.p, q=row.q, b=1.0).coefficients() for row in plan.rows], dtype=torch.float64
+            )
+            if self.guided:
+                self.estimates[self.estimates[:, _W] == 1.0, _W] = 0.0
+        if self.shift is not None and not plan.learned_variance:
+            rows = [replace(row, e3=row.g * row.g) if row.draws else row for row in rows]
+        if starts is not None:
+            rows += [
+                Row(a=1.0, k=r.k, known_s=r.known_s, known_n=r.known_n, known_stream=r.known_stream) for r in plan.rows
+            ]
+        if plan.learned_variance:
+            return replace(plan, rows=tuple(rows), threshold=None).learned_table
+        table = torch.tensor([row.coefficients() for row in rows], dtype=torch.float64)
+        if self.guided:  # a row of weight 1 calls the conditional model alone, so its op takes m as it is
+            table[table[:, _W] == 1.0, _W] = 0.0
+        return table
+
+    def _indices(self, starts: Tensor) -> Sequence[Tensor]:
+        """For each row, the row of the table that each sample runs: its own, or the one that waits."""
+        rows = len(self.plan.rows)
+        begin = torch.tensor([step.start for step in self.plan.steps])[starts.cpu()]
+        number = torch.arange(rows)[:, None]
+        return torch.where(number < begin, number + rows, number).to(self.state.device).unbind(0)
+
+    def _prepare_inputs(self) -> None:
+        """Times on the device, and the model input of the first row."""
+        x, plan, first = self.state, self.plan, self.first
+        times = torch.tensor([row.time for row in plan.rows], dtype=getattr(torch, plan.time_dtype))
+        repeated = times.to(x.device)[:, None].repeat(1, max(self.copies) * self.batch)
+        self._times = [t[: copies * self.batch] for t, copies in zip(repeated.unbind(0), self.copies, strict=True)]
+        k = plan.first_k if first == 0 else plan.rows[first - 1].k
+        self.input = x
+        if k != 1.0 or self.copies[first] != 1 or self.model_dtype != x.dtype:
+            work = torch.promote_types(x.dtype, torch.float32)
+            self.input = self._input_buffer(self.copies[first], avoid=None)
+            scaled = (x.to(work) * k).to(self.model_dtype)
+            for copy in self.input.split(self.batch) if self.batch else ():
+                copy.copy_(scaled)
+
+    def _needs_input(self, i: int) -> bool:
+        """Whether the model input after row ``i`` is another tensor than the state."""
+        return self.plan.rows[i].k != 1.0 or self.copies[i + 1] != 1 or self.model_dtype != self.state.dtype
+
+    def row(self, model: Model, i: int, noise: Tensor | None) -> None:
+        """Call the model if row i does, then make the row's outputs."""
+        row, call, buffers = self.plan.rows[i], self.calls[i - self.first], self.buffers
+        m = self.call(model, i) if row.calls_model else None
+        into = self._input_buffer(self.copies[i + 1], avoid=m) if call.next else None
+        m2 = m if self.batch == 0 and self.copies[i] == 2 else None  # two halves of an empty batch
+        if self.plan.threshold is not None and m is not None:
+            m, m2 = self._thresholded(i, m, m2), None
+        if row.path is not None and noise is None and row.draws:
+            noise = self._increment(row.path)
+        index = None if self.index is None else self.index[i]
+        seeds = self.seeds if call.seeded and (noise is None or self.mask is not None) else None
+        out = buffers[call.out]
+        assert out is not None
+        h = [buffers[number] for number in call.h]
+        if self.plan.learned_variance:
+            assert m is not None
+            if self.shift is not None and row.g != 0:
+                noise = self._learned_shift(i, m, noise, index)
+                seeds = seeds if self.mask is not None else None
+            ops.learned_step_out(
+                self.state, m, table=self.table, row=i, index=index, seeds=seeds, noise=noise, mask=self.mask,
+                known=self.known, out=out, x0=buffers[call.x0], next=into,
+            )  # fmt: skip
+        else:
+            if self.shift is not None and row.draws:
+                h[_SHIFT] = self._gradient(i)
+            ops.step_into(
+                self.state, m, m2, h[0], h[1], h[2], h[3], self.table, i, index, seeds, noise, self.mask, self.known,
+                out, buffers[call.x0], buffers[call.s], into,
+            )  # fmt: skip
+        self.operands = (self.state, m, m2, *h, i, index)
+        self.state = out
+        if row.makes_x0:
+            self.x0 = buffers[call.x0]
+        self.input = out if into is None else into
+
+    def logprob(self) -> Tensor:
+        """ln p(new state given the one before) of the row that has just run, [B]."""
+        x, m, m2, h0, h1, h2, h3, i, index = self.operands
+        return ops.step_logprob(self.state, x, m, m2, h0, h1, h2, h3, table=self.table, row=i, index=index)
+
+    def call(self, model: Model, i: int) -> Tensor:
+        """The model's output at row i, checked."""
+        copies = self.copies[i]
+        cond = self.cond
+        if self.guided:
+            cond = self.pair if copies == 2 else cond if self.plan.rows[i].w == 1.0 else self.uncond
+        m = model(self.input, self._times[i]) if cond is None else model(self.input, self._times[i], cond)
+        want = self._want[copies - 1]
+        if not isinstance(m, Tensor) or m.shape != want:
+            got = f"shape {list(m.shape)}" if isinstance(m, Tensor) else type(m).__name__
+            raise ValueError(f"model must return a tensor of shape {list(want)}, got {got} at row {i}")
+        return m
+
+    def _thresholded(self, i: int, m: Tensor, m2: Tensor | None) -> Tensor:
+        """The thresholded x0; before the variance in a model of learned variance."""
+        assert self.plan.threshold is not None
+        quantile, maximum = self.plan.threshold
+        room = self._room("m", m) if self.plan.learned_variance else self._room("threshold", self.state)
+        x0, values = room, m
+        if self.plan.learned_variance:
+            channels = self.state.shape[1]
+            room[:, channels:] = m[:, channels:]
+            x0, values = room[:, :channels], m[:, :channels]
+        ops.step_out(self.state, values, m2, table=self.estimates, row=i, out=x0)
+        ops.dynamic_threshold_out(x0, quantile, float("inf") if maximum is None else maximum, out=x0)
+        return room
+
+    def _increment(self, path: tuple[float, float]) -> Tensor:
+        from diffkern import brownian
+
+        assert self.seeds is not None
+        streams, weights = brownian.increment(*path, normalised=True)
+        return ops.noise_sum_out(self.seeds, streams, weights, out=self._room("path", self.state))
+
+    def _gradient(self, i: int) -> Tensor:
+        """The mean shift's function at the state of row i."""
+        assert self.shift is not None
+        state = self.state
+        given = self.shift(state, self._times[i][: self.batch])
+        if not isinstance(given, Tensor) or given.shape != state.shape:
+            got = f"shape {list(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+            raise ValueError(f"mean_shift must return a tensor of shape {list(state.shape)}, got {got} at row {i}")
+        return given.to(state.dtype)
+
+    def _learned_shift(self, i: int, m: Tensor, noise: Tensor | None, index: Tensor | None) -> Tensor:
+        """z + std gradient, which the learned std turns into std z + variance gradient."""
+        plain = self._plain_noise(i) if noise is None else noise
+        row = Row(g=1.0, r0=self.plan.rows[i].r0, r1=self.plan.rows[i].r1)
+        table = replace(self.plan, rows=(row,), threshold=None).learned_table
+        scaled = self._room("shift", self.state)
+        ops.learned_step_out(self.state, m, table=table, noise=self._gradient(i), out=scaled)
+        return scaled.add_(plain)
+
+    def _plain_noise(self, i: int) -> Tensor:
+        assert self.seeds is not None
+        return ops.randn(tuple(self.state.shape), self.seeds, self.plan.rows[i].stream, dtype=self.state.dtype)
+
+    def _room(self, name: str, like: Tensor) -> Tensor:
+        """A buffer kept for the whole run."""
+        if name not in self._spare:
+            self._spare[name] = torch.empty_like(like)
+        return self._spare[name]
+
+    def _input_buffer(self, copies: int, avoid: Tensor | None) -> Tensor:
+        """A model input; never one that ``avoid`` lives in, the output of a model that returns its own input."""
+        used = None if avoid is None else avoid.untyped_storage().data_ptr()
+        for buffer in self._inputs:
+            if buffer.untyped_storage().data_ptr() != used:
+                break
+        else:
+            like = torch.empty_like(self.state, dtype=self.model_dtype)
+            buffer = like if max(self.copies) == 1 else torch.empty_like(torch.cat([like, like]))
+            self._inputs.append(buffer)
+        return buffer if buffer.shape[0] == copies * self.batch else buffer[: copies * self.batch]
