@@ -20,7 +20,7 @@ from diffkern.plan import COLUMNS, SLOTS, Plan, Row
 Model = Callable[..., Tensor]
 Shift = Callable[[Tensor, Tensor], Tensor]
 _W = COLUMNS.index("w")
-_SHIFT = SLOTS - 1  # the history slot of a mean shift
+_NO_HISTORY = (None,) * SLOTS
 
 
 class Call(NamedTuple):
@@ -31,15 +31,21 @@ class Call(NamedTuple):
     x0: int
     s: int
     h: tuple[int, int, int, int]
-    next: bool
-    """Whether it writes the next model input."""
+    next: int
+    """How many times the new state stands in the next model input; 0: the input is the state itself, or not needed."""
     seeded: bool
     """Whether it draws by address."""
 
 
-def allocate(plan: Plan, first: int, *, want_x0: bool, masked: bool, needs_input: Callable[[int], bool]) -> list[Call]:
-    """The buffers of the rows from ``first`` on: two states, the histories that are still read, and x0 where wanted."""
-    calls: list[Call] = []
+def allocate(
+    plan: Plan, first: int, copies: Sequence[int], *, want_x0: bool, masked: bool, converts: bool
+) -> list[Call]:
+    """The buffers of the rows from ``first`` on: two states, the histories that are still read, and x0 where wanted.
+
+    ``copies`` is how many times the state stands in each row's model input, ``converts`` whether that has a dtype of
+    its own.
+    """
+    calls = [Call(-1, -1, -1, -1, (-1, -1, -1, -1), 0, False)] * first
     state = 0
     held = -1  # the step's x0, which a callback may look at
     slots = [-1] * SLOTS
@@ -58,7 +64,9 @@ def allocate(plan: Plan, first: int, *, want_x0: bool, masked: bool, needs_input
             taken.append(free)
         out, x0, s = taken
         h = [slots[k] if k in row.reads else -1 for k in range(SLOTS)]
-        following = i + 1 < len(plan.rows) and plan.rows[i + 1].calls_model and needs_input(i)
+        following = 0
+        if i + 1 < len(plan.rows) and plan.rows[i + 1].calls_model and (row.k != 1.0 or converts or copies[i + 1] != 1):
+            following = copies[i + 1]
         seeded = (row.draws and row.path is None) or (masked and row.known_n != 0)
         calls.append(Call(state, out, x0, s, (h[0], h[1], h[2], h[3]), following, seeded))
         found = {"x": state, "x0": x0, "s": s}
@@ -107,8 +115,13 @@ class Run:
         elif uncond is not None:
             raise ValueError("uncond is used with guidance only, got uncond without guidance")
         self.copies = [2 if guided and row.w not in (0.0, 1.0) else 1 for row in plan.rows]
-        self.calls = allocate(plan, first, want_x0=want_x0, masked=mask is not None, needs_input=self._needs_input)
-        most = max(buffer for call in self.calls for buffer in call[:4])
+        key = (first, want_x0, mask is not None, model_dtype != x.dtype, guided)
+        if key not in plan.cache:
+            plan.cache[key] = allocate(
+                plan, first, self.copies, want_x0=want_x0, masked=mask is not None, converts=model_dtype != x.dtype
+            )
+        self.calls: list[Call] = plan.cache[key]
+        most = max(buffer for call in self.calls[first:] for buffer in call[:4])
         # The list ends in None, so that number -1 is "none".
         self.buffers: list[Tensor | None] = [x, *(torch.empty_like(x) for _ in range(most)), None]
         self._inputs: list[Tensor] = []
@@ -137,6 +150,8 @@ class Run:
 
     def _tables(self, plan: Plan, starts: Tensor | None) -> Tensor:
         """The table of the rows; after them the rows that leave a waiting sample as it is, where samples wait."""
+        if plan.threshold is None and self.shift is None and starts is None and not self.guided:
+            return plan.learned_table if plan.learned_variance else plan.table
         rows = list(plan.rows)
         if plan.threshold is not None:
             # The op is given the thresholded x0 in the place of m.
@@ -170,8 +185,9 @@ class Run:
         """Times on the device, and the model input of the first row."""
         x, plan, first = self.state, self.plan, self.first
         times = torch.tensor([row.time for row in plan.rows], dtype=getattr(torch, plan.time_dtype))
-        repeated = times.to(x.device)[:, None].repeat(1, max(self.copies) * self.batch)
-        self._times = [t[: copies * self.batch] for t, copies in zip(repeated.unbind(0), self.copies, strict=True)]
+        self._times = list(times.to(x.device)[:, None].repeat(1, max(self.copies) * self.batch).unbind(0))
+        if max(self.copies) != min(self.copies):
+            self._times = [t[: copies * self.batch] for t, copies in zip(self._times, self.copies, strict=True)]
         k = plan.first_k if first == 0 else plan.rows[first - 1].k
         self.input = x
         if k != 1.0 or self.copies[first] != 1 or self.model_dtype != x.dtype:
@@ -181,15 +197,11 @@ class Run:
             for copy in self.input.split(self.batch) if self.batch else ():
                 copy.copy_(scaled)
 
-    def _needs_input(self, i: int) -> bool:
-        """Whether the model input after row ``i`` is another tensor than the state."""
-        return self.plan.rows[i].k != 1.0 or self.copies[i + 1] != 1 or self.model_dtype != self.state.dtype
-
     def row(self, model: Model, i: int, noise: Tensor | None) -> None:
         """Call the model if row i does, then make the row's outputs."""
-        row, call, buffers = self.plan.rows[i], self.calls[i - self.first], self.buffers
+        row, call, buffers = self.plan.rows[i], self.calls[i], self.buffers
         m = self.call(model, i) if row.calls_model else None
-        into = self._input_buffer(self.copies[i + 1], avoid=m) if call.next else None
+        into = self._input_buffer(call.next, avoid=m) if call.next else None
         m2 = m if self.batch == 0 and self.copies[i] == 2 else None  # two halves of an empty batch
         if self.plan.threshold is not None and m is not None:
             m, m2 = self._thresholded(i, m, m2), None
@@ -197,29 +209,29 @@ class Run:
             noise = self._increment(row.path)
         index = None if self.index is None else self.index[i]
         seeds = self.seeds if call.seeded and (noise is None or self.mask is not None) else None
-        out = buffers[call.out]
+        out, x0 = buffers[call.out], buffers[call.x0]
         assert out is not None
-        h = [buffers[number] for number in call.h]
+        h0, h1, h2, h3 = (buffers[number] for number in call.h) if row.reads else _NO_HISTORY
         if self.plan.learned_variance:
             assert m is not None
-            if self.shift is not None and row.g != 0:
-                noise = self._learned_shift(i, m, noise, index)
+            if self.shift is not None and row.draws:
+                noise = self._learned_shift(i, m, noise)
                 seeds = seeds if self.mask is not None else None
             ops.learned_step_out(
                 self.state, m, table=self.table, row=i, index=index, seeds=seeds, noise=noise, mask=self.mask,
-                known=self.known, out=out, x0=buffers[call.x0], next=into,
+                known=self.known, out=out, x0=x0, next=into,
             )  # fmt: skip
         else:
             if self.shift is not None and row.draws:
-                h[_SHIFT] = self._gradient(i)
+                h3 = self._gradient(i)
             ops.step_into(
-                self.state, m, m2, h[0], h[1], h[2], h[3], self.table, i, index, seeds, noise, self.mask, self.known,
-                out, buffers[call.x0], buffers[call.s], into,
+                self.state, m, m2, h0, h1, h2, h3, self.table, i, index, seeds, noise, self.mask, self.known, out,
+                x0, buffers[call.s], into,
             )  # fmt: skip
-        self.operands = (self.state, m, m2, *h, i, index)
+        self.operands = (self.state, m, m2, h0, h1, h2, h3, i, index)
         self.state = out
         if row.makes_x0:
-            self.x0 = buffers[call.x0]
+            self.x0 = x0
         self.input = out if into is None else into
 
     def logprob(self) -> Tensor:
@@ -271,7 +283,7 @@ class Run:
             raise ValueError(f"mean_shift must return a tensor of shape {list(state.shape)}, got {got} at row {i}")
         return given.to(state.dtype)
 
-    def _learned_shift(self, i: int, m: Tensor, noise: Tensor | None, index: Tensor | None) -> Tensor:
+    def _learned_shift(self, i: int, m: Tensor, noise: Tensor | None) -> Tensor:
         """z + std gradient, which the learned std turns into std z + variance gradient."""
         plain = self._plain_noise(i) if noise is None else noise
         row = Row(g=1.0, r0=self.plan.rows[i].r0, r1=self.plan.rows[i].r1)
@@ -292,9 +304,10 @@ class Run:
 
     def _input_buffer(self, copies: int, avoid: Tensor | None) -> Tensor:
         """A model input; never one that ``avoid`` lives in, the output of a model that returns its own input."""
-        used = None if avoid is None else avoid.untyped_storage().data_ptr()
+        place = -1 if avoid is None else avoid.data_ptr()
         for buffer in self._inputs:
-            if buffer.untyped_storage().data_ptr() != used:
+            first = buffer.data_ptr()
+            if not first <= place < first + buffer.nbytes:
                 break
         else:
             like = torch.empty_like(self.state, dtype=self.model_dtype)

@@ -154,6 +154,11 @@ class Plan:
         return torch.tensor([row.coefficients() for row in self.rows], dtype=torch.float64)
 
     @cached_property
+    def cache(self) -> dict[Any, Any]:
+        """What runs work out from the plan alone and keep for the next run."""
+        return {}
+
+    @cached_property
     def learned_table(self) -> Tensor:
         """[R, 23] float64 on the CPU: `table` with the columns r0 and r1; do not write into it."""
         return torch.tensor([row.coefficients(LEARNED_COLUMNS) for row in self.rows], dtype=torch.float64)
