@@ -31,19 +31,23 @@ constexpr uint32_t kX0 = kTermP | kTermQ;
 constexpr uint32_t kFromEps = kX0 | kTermB | kTermD;
 constexpr uint32_t kFromX0 = kX0 | kTermA | kTermB;
 constexpr uint32_t kFromSlope = kTermA | kTermD;
-constexpr uint32_t kSlope = kWantS | kTermSlopeA | kTermSlopeD;
-#define DK_FOR_BASE_LOOPS(DO)       \
-  DO(kFromEps)                      \
-  DO(kFromEps | kWantX0)            \
-  DO(kFromEps | kTermA)             \
-  DO(kX0 | kTermB)                  \
-  DO(kX0 | kTermB | kTermClip)      \
-  DO(kFromX0)                       \
-  DO(kFromX0 | kWantX0)             \
-  DO(kFromX0 | kTermClip)           \
-  DO(kFromX0 | kTermClip | kWantX0) \
-  DO(kFromSlope)                    \
-  DO(kFromSlope | kSlope)           \
+constexpr uint32_t kSlope = kWantS | kTermSlopeD;
+constexpr uint32_t kSlopeOfX0 = kWantS | kTermSlopeA | kTermSlopeB;
+#define DK_FOR_BASE_LOOPS(DO)           \
+  DO(kFromEps)                          \
+  DO(kFromEps | kWantX0)                \
+  DO(kFromEps | kTermA)                 \
+  DO(kX0 | kTermB)                      \
+  DO(kX0 | kTermB | kTermClip)          \
+  DO(kFromX0)                           \
+  DO(kFromX0 | kWantX0)                 \
+  DO(kFromX0 | kTermClip)               \
+  DO(kFromX0 | kTermClip | kWantX0)     \
+  DO(kFromSlope)                        \
+  DO(kFromSlope | kSlope)               \
+  DO(kFromSlope | kSlope | kTermSlopeA) \
+  DO(kFromX0 | kTermClip | kSlopeOfX0)  \
+  DO(kTermD | kSlope)                   \
   DO(kTermD)
 
 // Is such a loop all there is to do? It reads and writes only what its terms name, over any length.

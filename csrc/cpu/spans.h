@@ -89,11 +89,44 @@ DK_BODY void base_body(const StepSpan<T>& span, const T* m, uint32_t terms) {
   }
 }
 
-// out += coefficient * term, one rounding.
-template <class T>
-DK_BODY void add_term(T coefficient, const T* term, T* out, int64_t n) {
+// out += c[0] term[0] + ... + c[kTerms - 1] term[kTerms - 1], a rounding each, in one pass over out.
+template <int kTerms, class T>
+DK_BODY void add_terms(const T* c, const T* const* term, T* out, int64_t n) {
+  T by[kTerms];
+  const T* in[kTerms];
+  for (int j = 0; j < kTerms; ++j) by[j] = c[j], in[j] = term[j];
 #pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) out[i] = fma(coefficient, term[i], out[i]);
+  for (int64_t i = 0; i < n; ++i) {
+    T sum = out[i];
+    for (int j = 0; j < kTerms; ++j) sum = fma(by[j], in[j][i], sum);
+    out[i] = sum;
+  }
+}
+
+// The histories and the noise that are at work, in the order of step_element.
+template <class T>
+DK_BODY void add_later_terms(const StepSpan<T>& span) {
+  T c[kHistories + 1];
+  const T* term[kHistories + 1];
+  int count = 0;
+  for (int j = 0; j < kHistories; ++j) {
+    if (span.terms & (kTermE0 << j)) c[count] = span.k.e[j], term[count++] = span.h[j];
+  }
+  if (span.terms & kTermG) c[count] = span.k.g, term[count++] = span.z;
+  switch (count) {
+    case 1:
+      return add_terms<1>(c, term, span.out, span.n);
+    case 2:
+      return add_terms<2>(c, term, span.out, span.n);
+    case 3:
+      return add_terms<3>(c, term, span.out, span.n);
+    case 4:
+      return add_terms<4>(c, term, span.out, span.n);
+    case 5:
+      return add_terms<5>(c, term, span.out, span.n);
+    default:
+      return;
+  }
 }
 
 // The stages of the step one after the other over a span that stays in the L1 cache.
@@ -112,10 +145,7 @@ DK_BODY void step_body(const StepSpan<T>& span) {
     m = to;
   }
   base_body(span, m, terms & kBaseTerms);
-  for (int j = 0; j < kHistories; ++j) {
-    if (terms & (kTermE0 << j)) add_term(k.e[j], span.h[j], out, n);
-  }
-  if (terms & kTermG) add_term(k.g, span.z, out, n);
+  add_later_terms(span);
   if (terms & kTermMask) {
     const T *mask = span.mask, *known = span.known, *z2 = span.z2;
 #pragma GCC ivdep
