@@ -54,23 +54,29 @@ def initial(
     dtype: torch.dtype = torch.float32,
     *,
     device: torch.device | str = "cpu",
-    start: int = 0,
+    start: int | Tensor = 0,
     x0: Tensor | None = None,
 ) -> Tensor:
     """The state that `sample` starts from: init_scale z with z on ``streams.INITIAL``, [B, ...].
 
     With ``start`` and ``x0`` (clean images of that shape): x0 noised to the level before step ``start``, for image to
-    image. ``seeds`` is an integer or int64 [B]. Raises ValueError for ``start`` > 0 without ``x0``.
+    image; int64 [B] is a start for each sample. ``seeds`` is an integer or int64 [B]. Raises ValueError for ``start`` >
+    0 without ``x0``.
     """
-    if start > 0 and x0 is None:
+    starts = _steps_of(start, plan, shape[0])
+    if x0 is None and max(starts) > 0:
         raise ValueError(f"x0 must be given to start in the middle of a plan, got start={start} without x0")
     if x0 is not None and tuple(x0.shape) != tuple(shape):
         raise ValueError(f"x0 must have the shape {list(shape)}, got {list(x0.shape)}")
-    signal, noise = plan.level(start)
+    levels = [plan.level(value) for value in starts]
     z = ops.randn(tuple(shape), _seeds(seeds, shape[0], torch.device(device)), streams.INITIAL, dtype=dtype)
-    if x0 is None or signal == 0.0:
-        return z.mul_(noise)
-    return (signal * x0.to(device, torch.promote_types(dtype, torch.float32)) + noise * z).to(dtype)
+    if len(set(levels)) == 1 and (x0 is None or levels[0][0] == 0.0):
+        return z.mul_(levels[0][1])
+    assert x0 is not None
+    wide = torch.promote_types(dtype, torch.float32)
+    one = (1,) * (len(shape) - 1)
+    signal, noise = torch.tensor(levels, dtype=wide, device=device).unbind(1)
+    return (signal.reshape(-1, *one) * x0.to(device, wide) + noise.reshape(-1, *one) * z).to(dtype)
 
 
 @overload
@@ -197,8 +203,8 @@ def sample(
     if guidance is not None:
         plan = plan.with_guidance(guidance)
     guided = guidance is not None or any(row.w != 0 for row in plan.rows)
-    starts = _starts(start, plan, x.shape[0])
-    begin = min(starts) if starts else 0
+    starts = _runnable_steps(start, plan, x.shape[0])
+    begin = min(starts)
     steps = plan.steps[begin:]
     rows = [plan.rows[i] for step in steps for i in step]
     if mean_shift is not None and any(slot == SLOTS - 1 for row in plan.rows for slot in row.reads):
@@ -301,14 +307,14 @@ def transition_logprob(
     return ops.step_logprob(after.detach(), x.detach(), m, table=run.table, row=number)
 
 
-def _starts(start: int | Tensor, plan: Plan, batch: int) -> list[int]:
+def _steps_of(start: int | Tensor, plan: Plan, batch: int) -> list[int]:
     """The first step of every sample, or of all of them."""
     if isinstance(start, Tensor):
         if start.dtype != torch.int64 or start.shape != (batch,):
             raise ValueError(
                 f"start must be an integer or int64 [{batch}], got {start.dtype} of shape {list(start.shape)}"
             )
-        starts = [int(value) for value in start.tolist()]
+        starts = [int(value) for value in start.tolist()] or [0]
     else:
         starts = [start]
     for value in set(starts):
@@ -316,6 +322,13 @@ def _starts(start: int | Tensor, plan: Plan, batch: int) -> list[int]:
             raise ValueError(
                 f"start must lie in 0..{len(plan.steps) - 1} ({plan.name} has {len(plan.steps)} steps), got {value}"
             )
+    return starts
+
+
+def _runnable_steps(start: int | Tensor, plan: Plan, batch: int) -> list[int]:
+    """`_steps_of`, none of which reads what an earlier step saved."""
+    starts = _steps_of(start, plan, batch)
+    for value in set(starts):
         if plan.live[plan.steps[value].start]:
             raise ValueError(
                 f"start must be a step that reads no history of the steps before it, got {value} of {plan.name}: make "

@@ -486,7 +486,7 @@ def test_bad_models_and_states():
         initial(DDIM, SHAPE, 3, start=2)
     with pytest.raises(ValueError, match=r"x0 must have the shape \[3, 2, 5, 4\], got \[3, 2\]"):
         initial(DDIM, SHAPE, 3, start=2, x0=X[:, :, 0, 0])
-    with pytest.raises(ValueError, match=r"step must lie in 0\.\.9 \(ddim has 10\), got 10"):
+    with pytest.raises(ValueError, match=r"start must lie in 0\.\.9 \(ddim has 10 steps\), got 10"):
         initial(DDIM, SHAPE, 3, start=10, x0=X)
 
 
