@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import attention_cases
+from benchmarks import attention_cases, sampler_cases
 from benchmarks.case import (
     Baseline,
     Case,
@@ -429,6 +429,7 @@ def _cases() -> dict[str, Callable[[Setting], Case]]:
         "guided-small": (guided, {"shape": SMALL}),
         "ddim-loop": (loop, {"shape": SMALL, "kind": "ddim"}),
         "ddpm-loop": (loop, {"shape": SMALL, "kind": "ddpm"}),
+        **sampler_cases.TABLE,
         **attention_cases.TABLE,
     }
     return {name: functools.partial(build, name, **options) for name, (build, options) in table.items()}

@@ -9,7 +9,7 @@ namespace dk::bind {
 namespace {
 
 // Blocks a thread takes at least: below, waking a second thread costs more than it saves.
-constexpr int64_t kGrain = 32, kGrainWithNoise = 8;
+constexpr int64_t kGrain = 32, kGrainWithNoise = 16;
 
 template <class Args>
 void run(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, bool draws) {
