@@ -33,6 +33,7 @@ from benchmarks.case import (
     tight,
     try_compile,
 )
+from benchmarks.learned_case import learned
 from benchmarks.variational_case import hybrid
 from diffkern import _load, ops, reference, samplers, sampling, schedules, streams
 from diffkern.plan import Plan
@@ -410,6 +411,7 @@ def _cases() -> dict[str, Callable[[Setting], Case]]:
         "ddim": (step, {"shape": LARGE, "kind": "ddim", "goal": 10.0, "add": 1.3}),
         "ddim-x0": (step, {"shape": LARGE, "kind": "ddim", "want_x0": True, "goal": 8.0}),
         "ddpm": (step, {"shape": LARGE, "kind": "ddpm", "goal": 6.0}),
+        "learned-step": (learned, {"shape": LARGE, "goal": 4.0}),
         "loss-v": (loss, {"shape": LARGE, "prediction": "v", "goal": 4.0}),
         "loss-v-stored": (loss, {"shape": LARGE, "prediction": "v", "stored": True}),
         "loss-eps": (loss, {"shape": LARGE, "prediction": "eps", "goal": 4.0}),

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .plan import COLUMNS
 
-__all__ = ["attention", "loss", "noising", "normal", "philox", "randn", "spatial_attention", "step", "variational"]
+__all__ = ["attention", "learned_step", "loss", "noising", "normal", "philox", "randn", "spatial_attention", "step"]
+__all__ += ["variational"]
 
 _MASK = np.uint64(0xFFFFFFFF)
 
@@ -209,6 +210,40 @@ def step(
         results.append((new, x0, s, c["k"] * new))
     out, clean, slope, scaled = (torch.stack(part) for part in zip(*results, strict=True))
     return out, clean, slope, scaled
+
+
+def learned_step(
+    x: Tensor,
+    m: Tensor | None,
+    *,
+    table: Tensor,
+    row: int = 0,
+    index: Tensor | None = None,
+    seeds: Tensor | None = None,
+    noise: Tensor | None = None,
+    mask: Tensor | None = None,
+    known: Tensor | None = None,
+    compute: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x', x0 and k x': `step` with the noise of every element scaled by exp((r0 + r1 v) / 2) beforehand."""
+    rows = [row] * len(x) if index is None else index.reshape(-1).expand(len(x)).tolist()
+    mean, v = (None, None) if m is None else (part.to(compute) for part in m.chunk(2, dim=1))
+    scaled = torch.zeros(x.shape, dtype=compute)
+    for b, number in enumerate(rows):
+        c = dict(zip((*COLUMNS, "r0", "r1"), table[number].tolist(), strict=True))
+        if c["g"] == 0:
+            continue
+        if noise is not None:
+            z = noise[b].to(compute)
+        else:
+            assert seeds is not None
+            z = randn([1, *x.shape[1:]], seeds[b : b + 1], int(c["stream"]), dtype=compute)[0]
+        log_variance = torch.full_like(z, c["r0"]) + (0.0 if c["r1"] == 0 or v is None else c["r1"] * v[b])
+        scaled[b] = torch.exp(0.5 * log_variance) * z
+    plain = table[:, : len(COLUMNS)]
+    given = {"seeds": seeds, "noise": scaled, "mask": mask, "known": known}
+    out, x0, _, following = step(x, mean, table=plain, row=row, index=index, **given, compute=compute)
+    return out, x0, following
 
 
 def attention(

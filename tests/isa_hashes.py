@@ -49,6 +49,10 @@ def hashes() -> dict[str, str]:
         image = values(shape, 3, dtype) / 2
         bound = torch.ops.diffkern.variational(both, image, bounds.double(), None, seeds, 3, None, 1, True)
         found[f"variational {name}"] = digest(*bound)
+        columns = {"p": 1.25, "q": -0.75, "clip": 1.5, "a": 0.6, "b": 0.4, "g": 1.0, "k": 0.9, "r0": -2.5, "r1": 1.5}
+        learned = torch.tensor([[columns.get(name, 0.0) for name in ops.LEARNED_COLUMNS]], dtype=torch.float64)
+        one = ops.learned_step(x, both, table=learned, seeds=seeds, want_x0=True, next_copies=1)
+        found[f"learned_step {name}"] = digest(*one)
         for row, coefficients in ROWS.items():
             h = [values(shape, 4 + k, dtype) for k in range(4)]
             pair = torch.cat([m, values(shape, 9, dtype)])

@@ -234,6 +234,7 @@ KINDS: dict[str, tuple[Callable[..., cases.Case], dict[str, Any]]] = {
     "ddim": (cases.step, {"kind": "ddim", "want_x0": True, "add": 1.3}),
     "ddim-channels-last": (cases.step, {"kind": "ddim", "channels_last": True}),
     "ddpm": (cases.step, {"kind": "ddpm"}),
+    "learned-step": (cases.learned, {}),
     "guided": (cases.guided, {}),
     "heun": (cases.heun, {}),
     "ddim-loop": (cases.loop, {"kind": "ddim"}),
@@ -248,7 +249,7 @@ KINDS: dict[str, tuple[Callable[..., cases.Case], dict[str, Any]]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_case_agrees_with_the_reference_and_its_baselines(kind: str) -> None:
     build, options = KINDS[kind]
-    if build in (cases.step, cases.guided, cases.heun, cases.loop):
+    if build in (cases.step, cases.learned, cases.guided, cases.heun, cases.loop):
         pytest.importorskip("diffusers")
     case = build(kind, cases.Setting(compiled=False), TINY, **options)
     with torch.set_grad_enabled(case.grad):

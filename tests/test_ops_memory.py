@@ -17,6 +17,15 @@ SHAPE = (4, 3, 64, 65)
 COUNT = math.prod(SHAPE)
 BLOCK = 1024
 SEEDS = ops.seeds(0, 4)
+LEARNED = torch.tensor(
+    [
+        [
+            {"a": 0.6, "q": -0.7, "b": 0.4, "clip": 1.5, "g": 1.0, "r1": 0.3}.get(name, 0.0)
+            for name in ops.LEARNED_COLUMNS
+        ]
+    ],
+    dtype=torch.float64,
+)
 NOISING = torch.tensor([[0.9, 0.43, 0.43, -0.9]], dtype=torch.float64)
 LOSS = torch.tensor([[0.43, -0.9, 1.0]], dtype=torch.float64)
 
@@ -49,11 +58,13 @@ def test_the_measure_works() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_outputs_only(layout: str, dtype: torch.dtype) -> None:
     x, m, m2 = (values(SHAPE, k, dtype, layout) for k in range(3))
+    both = values((SHAPE[0], 2 * SHAPE[1], *SHAPE[2:]), 4, dtype, layout)
     calls: dict[str, Callable[[], object]] = {
         "randn": lambda: ops.randn(SHAPE, SEEDS, dtype=dtype),
         "noising": lambda: ops.noising(x, NOISING, seeds=SEEDS),
         "noising 3": lambda: ops.noising(x, NOISING, seeds=SEEDS, want_target=True, want_eps=True),
         "step": lambda: ops.step(x, m, table=table(ROWS["eps"])),
+        "learned step": lambda: ops.learned_step(*(x, both), table=LEARNED, seeds=SEEDS, want_x0=True, next_copies=2),
         "step all": lambda: ops.step(
             *(x, m, m2, x, x, m, m),
             **{
@@ -79,10 +90,14 @@ EPS = table(ROWS["eps noise"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_out_variants_allocate_nothing(layout: str) -> None:
     x, m = values(SHAPE, 1, layout=layout), values(SHAPE, 2, torch.bfloat16, layout)
+    both = values((SHAPE[0], 2 * SHAPE[1], *SHAPE[2:]), 3, layout=layout)
     outs = [arrange(torch.zeros(SHAPE), "contiguous" if layout == "expanded" else layout).clone() for _ in range(4)]
     calls: dict[str, Callable[[], object]] = {
         "randn": lambda: ops.randn(SHAPE, SEEDS, out=outs[0]),
         "noising": lambda: ops.noising_out(x, NOISING, seeds=SEEDS, out=outs[0], target=outs[1], eps=outs[2]),
+        "learned step": lambda: ops.learned_step_out(
+            x, both, table=LEARNED, seeds=SEEDS, out=outs[0], x0=outs[1], next=outs[3]
+        ),
         "step": lambda: ops.step_out(x, m, table=EPS, seeds=SEEDS, out=outs[0], x0=outs[1], s=outs[2], next=outs[3]),
     }
     for name, call in calls.items():
@@ -95,6 +110,7 @@ def test_nothing_is_written_outside(shape: tuple[int, ...], dtype: torch.dtype) 
     """Outputs at odd places of a larger buffer: what lies before, between and behind them stays as it was."""
     count, batch = math.prod(shape), shape[0]
     x, m, seeds = values(shape, 1, dtype), values(shape, 2, dtype), ops.seeds(0, batch)
+    both = torch.cat([m, m], 1)
     for gap in (1, 5, 64):
         for layout in ("contiguous", "channels_last"):
             if layout == "channels_last" and len(shape) != 4:
@@ -108,6 +124,7 @@ def test_nothing_is_written_outside(shape: tuple[int, ...], dtype: torch.dtype) 
                 kept[start : start + count] = False
             ops.randn(shape, seeds, out=outs[0])
             ops.noising_out(x, NOISING, seeds=seeds, out=outs[0], target=outs[1], eps=outs[2])
+            ops.learned_step_out(x, both, table=LEARNED, seeds=seeds, out=outs[0], x0=outs[1], next=outs[3])
             ops.step_out(x, m, table=EPS, seeds=seeds, out=outs[0], x0=outs[1], s=outs[2], next=outs[3])
             assert bool((buffer[kept] == -7.0).all())
             assert same_bits(outs[0], ops.step(x, m, table=EPS, seeds=seeds)[0])

@@ -32,8 +32,66 @@ VARIATIONAL = torch.tensor(
     dtype=torch.float64,
 )
 STEP = table(ROWS["eps"], EVERYTHING, {**EVERYTHING, "a": 0.1, "e3": 2.0})
+LEARNED = torch.tensor(
+    [
+        [
+            0,
+            1.1,
+            -0.9,
+            0,
+            1.5,
+            0.6,
+            0.4,
+            0.3,
+            0,
+            0,
+            0,
+            0,
+            0.5,
+            0,
+            0,
+            0,
+            0.8,
+            0.9,
+            0.43,
+            2.0**41 + 9,
+            2.0**40,
+            -0.7,
+            0.3,
+        ],
+        [
+            0,
+            1.2,
+            -0.8,
+            0,
+            1.4,
+            0.5,
+            0.3,
+            0.2,
+            0,
+            0,
+            0,
+            0,
+            0.6,
+            0,
+            0,
+            0,
+            0.7,
+            0.8,
+            0.53,
+            2.0**41 + 7,
+            2.0**40,
+            0.6,
+            -0.2,
+        ],
+        [0, 0.7, 0.2, 0, math.inf, 0.4, 0.2, 0.1, 0, 0, 0, 0, 0.0, 0, 0, 0, 0.6, 0.7, 0.63, 5.0, 6.0, 0.5, 0.1],
+    ],
+    dtype=torch.float64,
+)
 T = {name: values(SHAPE, k) for k, name in enumerate(("x", "m", "m2", "h0", "h1", "h2", "h3", "known", "noise"))}
 MASK = values(SHAPE, 20).abs().clamp(max=1)
+BOTH = torch.cat([T["m"], T["h1"]], 1)
+LEARNED_INPUTS = (T["x"], BOTH, LEARNED, 1, INDEX, SEEDS, None, MASK, T["known"])
 STEP_INPUTS = (*(T[n] for n in ("x", "m", "m2", "h0", "h1", "h2", "h3")), STEP, 1, None, SEEDS, None, MASK, T["known"])
 
 
@@ -59,6 +117,12 @@ def step_reference() -> tuple[Tensor, ...]:
         *(x, m, m2, h0, h1, h2, h3),
         **{"table": rows, "row": row, "index": index, "seeds": seeds, "noise": noise, "mask": mask, "known": known},
     )
+
+
+def learned_reference() -> tuple[Tensor, ...]:
+    x, m, rows, row, index, seeds, noise, mask, known = LEARNED_INPUTS
+    given = {"table": rows, "row": row, "index": index, "seeds": seeds, "noise": noise, "mask": mask, "known": known}
+    return reference.learned_step(x, m, **given)
 
 
 def variational_reference() -> tuple[Tensor, ...]:
@@ -99,6 +163,8 @@ CALLS: dict[str, tuple[tuple[Any, ...], Callable[[], tuple[Tensor, ...]]]] = {
     ),
     "step": ((*STEP_INPUTS, True, True, 1, torch.float64), step_reference),
     "step_ad": ((*STEP_INPUTS, True, True, 1, torch.float64), step_reference),
+    "learned_step": ((*LEARNED_INPUTS, True, 1, torch.float64), learned_reference),
+    "learned_step_out": ((*LEARNED_INPUTS, empty(), empty(), empty(dtype=torch.float64)), learned_reference),
     "step_out": ((*STEP_INPUTS, empty(), empty(), empty(), empty(dtype=torch.float64)), step_reference),
 }
 
@@ -184,6 +250,13 @@ def opcheck_samples() -> dict[str, tuple[str, tuple[Any, ...]]]:
     index = (T["x"], T["m"], T["m2"], *none[:4], table(ROWS["eps"], ROWS["eps noise"]), 0, INDEX % 2, SEEDS, *none[:3])
     samples["step index"] = ("step", (*index, False, False, 0, None))
     samples["step_out few"] = ("step_out", (*STEP_INPUTS, empty(), None, None, None))
+    for layout in ("channels_last", "permuted", "sliced"):
+        x, m = arrange(T["x"], layout), arrange(BOTH, layout).to(torch.bfloat16)
+        arguments = (x, m, LEARNED, 1, None, None, T["noise"], None, None, layout == "sliced", 2, None)
+        samples[f"learned_step {layout}"] = ("learned_step", arguments)
+    plain = torch.zeros(1, 23, dtype=torch.float64).index_fill_(1, torch.tensor([4, 5]), 0.5)  # clip and a
+    samples["learned_step without m"] = ("learned_step", (T["x"], None, plain, 0, *none[:5], True, 1, None))
+    samples["learned_step_out few"] = ("learned_step_out", (*LEARNED_INPUTS, empty(), None, None))
     samples["noising_out few"] = ("noising_out", (T["x"], NOISING, INDEX, SEEDS, 0, None, empty(), None, None))
     samples["randn_out bfloat16"] = ("randn_out", (SEEDS, 0, arrange(empty(dtype=torch.bfloat16), "channels_last")))
     for layout in LAYOUTS:

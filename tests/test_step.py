@@ -15,7 +15,7 @@ from tolerances import STATE_DTYPES, check, coarser
 from torch import Tensor
 
 from diffkern import _C, ops, reference
-from diffkern.ops import VARIATIONAL_COLUMNS
+from diffkern.ops import LEARNED_COLUMNS, VARIATIONAL_COLUMNS
 from diffkern.plan import COLUMNS
 
 NAMES = ("out", "x0", "s", "next")
@@ -53,7 +53,8 @@ def compare(row: str, inputs: dict[str, Any], model: torch.dtype, what: str, **m
 
 
 def test_columns_are_the_native_ones() -> None:
-    assert _C.columns() == {"step": len(COLUMNS), "noising": 4, "loss": 3, "variational": len(VARIATIONAL_COLUMNS)}
+    named = {"step": COLUMNS, "learned_step": LEARNED_COLUMNS, "variational": VARIATIONAL_COLUMNS}
+    assert _C.columns() == {"noising": 4, "loss": 3, **{op: len(columns) for op, columns in named.items()}}
 
 
 @pytest.mark.parametrize("row", ROWS)

@@ -5,6 +5,7 @@
 
 #include "../core/args.h"
 #include "../core/attention.h"
+#include "../core/learned_step.h"
 
 namespace py = pybind11;
 
@@ -56,6 +57,7 @@ PYBIND11_MODULE(_C, m) {
       [] {
         py::dict sizes;
         sizes["step"] = static_cast<int>(dk::kColumns);
+        sizes["learned_step"] = static_cast<int>(dk::kLearnedColumns);
         sizes["noising"] = static_cast<int>(dk::kNoisingColumns);
         sizes["loss"] = static_cast<int>(dk::kLossColumns);
         sizes["variational"] = static_cast<int>(dk::kBoundColumns);

@@ -7,7 +7,7 @@
 // Schemas of the functions below stand next to them in the same order in schemas.cpp.
 #pragma once
 
-#include "operand.h"
+#include "step_checks.h"
 
 namespace dk::bind {
 
@@ -184,49 +184,28 @@ struct Ops {
     return o.m;
   }
 
-  static void need(const Operand& operand, bool reads, const char* why, double coefficient) {
-    if (reads && !operand) {
-      fail("step", operand.name, " must be given: the row has ", why, " = ", coefficient);
-    }
-  }
-
-  static void check_row_stream(const char* column, double stream, int64_t number) {
-    if (!(stream >= 0 && stream < 9007199254740992.0 && stream == std::floor(stream))) {
-      fail("step", column, " must be an integer in [0, 2^53), got ", stream, " in row ", number);
-    }
-  }
-
   // Host rows: every operand that the row reads must be there.
   static void check_row(const StepOperands& o, const double* row, int64_t number, uint32_t want) {
-    check_row_finite("step", row, kColumns, number);
-    if (!(row[kClip] > 0))
-      fail("step", "clip must be positive (inf: no clipping), got ", row[kClip], " in row ", number);
+    const char* op = "step";
+    check_row_finite(op, row, kColumns, number);
+    check_clip(op, row[kClip], number);
     const uint32_t terms = step_terms(row, want);
-    need(o.x, terms & kTermP, "p", row[kP]);
-    need(o.x, terms & kTermA, "a", row[kA]);
-    need(o.x, terms & kTermSlopeA, "A", row[kSlopeA]);
-    need(o.m, terms & kTermQ, "q", row[kQ]);
-    need(o.m, terms & kTermD, "d", row[kD]);
-    need(o.m, terms & kTermSlopeD, "D", row[kSlopeD]);
+    need(op, o.x, terms & kTermP, "p", row[kP]);
+    need(op, o.x, terms & kTermA, "a", row[kA]);
+    need(op, o.x, terms & kTermSlopeA, "A", row[kSlopeA]);
+    need(op, o.m, terms & kTermQ, "q", row[kQ]);
+    need(op, o.m, terms & kTermD, "d", row[kD]);
+    need(op, o.m, terms & kTermSlopeD, "D", row[kSlopeD]);
     const int64_t batch = o.out.sizes[0];  // an empty batch doubled is an empty batch
     const bool guided = o.m && (o.m2 || o.m.sizes[0] != batch || batch == 0);
     if ((terms & kTermW) && !guided) {
-      fail("step",
-           "m must hold two predictions for guidance (a doubled batch [uncond | cond], or m2): the row has w = ",
+      fail(op, "m must hold two predictions for guidance (a doubled batch [uncond | cond], or m2): the row has w = ",
            row[kW]);
     }
     static const char* const kWhy[kHistories] = {"e0", "e1", "e2", "e3"};
-    for (int k = 0; k < kHistories; ++k) need(o.h[k], terms & (kTermE0 << k), kWhy[k], row[kE0 + k]);
-    need(o.known, terms & kTermKnownS, "known_s", row[kKnownS]);
-    if ((terms & kReadsNoise) && !o.noise && !o.seeds) {
-      fail("step", "seeds (noise by address) or noise (a tensor) must be given: the row has ",
-           (terms & kTermG) ? "g" : "r", " = ", row[(terms & kTermG) ? kG : kR]);
-    }
-    if ((terms & kTermKnownN) && !o.seeds) {
-      fail("step", "seeds must be given: the row re-noises the known image with known_n = ", row[kKnownN]);
-    }
-    if (terms & kReadsNoise) check_row_stream("stream", row[kStream], number);
-    if (terms & kTermKnownN) check_row_stream("known_stream", row[kKnownStream], number);
+    for (int k = 0; k < kHistories; ++k) need(op, o.h[k], terms & (kTermE0 << k), kWhy[k], row[kE0 + k]);
+    need(op, o.known, terms & kTermKnownS, "known_s", row[kKnownS]);
+    check_row_noise(op, o.seeds, o.noise, terms, row, number);
   }
 
   static void step_into(const StepOperands& o, int64_t row) {
@@ -255,29 +234,9 @@ struct Ops {
       check_shape(op, o.m2, out);
       check_dtype(op, o.m2, o.m);
     }
-    Dtype mask_dtype = Dtype::u8;
-    if (o.mask) {
-      check_same_device(op, o.mask, out);
-      check_shape(op, o.mask, out);
-      if (!is_mask_dtype(o.mask.dtype)) {
-        if (o.mask.dtype != out.dtype) {
-          fail(op, "mask must be bool, uint8 or the dtype of the state (", dtype_text(out.dtype), "), got ",
-               dtype_text(o.mask.dtype));
-        }
-        mask_dtype = state;
-      }
-    }
-    bool next_doubled = false;
-    Dtype next_dtype = m_dtype;
-    if (o.next) {
-      check_same_device(op, o.next, out);
-      next_doubled = o.next.dims > 0 && o.next.sizes[0] == 2 * batch && batch > 0;
-      check_shape(op, o.next, out, next_doubled ? 2 : 1);
-      next_dtype = float_dtype(op, o.next);
-    }
-    if (o.seeds && o.noise && !o.mask) {  // with a mask the seeds are those of the known image's noise
-      fail(op, "give either seeds (noise by address) or noise (a tensor), got both");
-    }
+    const Dtype mask_dtype = check_mask(op, o.mask, out, state);
+    const NextInput next(op, o.next, out, m_dtype);
+    check_one_noise(op, o.seeds, o.noise, o.mask);
     StepArgs args{};
     args.state = state;
     args.seeds = check_seeds(op, o.seeds, out, batch);
@@ -322,8 +281,7 @@ struct Ops {
     args.x = make_view(args.space, o.x, state);
     args.u = make_view(args.space, o.m, m_dtype);
     if (doubled) {
-      args.c = args.u;
-      args.c.data = static_cast<char*>(args.u.data) + batch * args.u.batch_stride * size_of(m_dtype);
+      args.c = second_half(args.u, batch);
     } else {
       args.c = make_view(args.space, o.m2, m_dtype);
     }
@@ -334,11 +292,8 @@ struct Ops {
     args.out = make_view(args.space, out, state);
     args.x0 = make_view(args.space, o.x0, state);
     args.s = make_view(args.space, o.s, state);
-    args.next = make_view(args.space, o.next, next_dtype);
-    if (next_doubled) {
-      args.next2 = args.next;
-      args.next2.data = static_cast<char*>(args.next.data) + batch * args.next.batch_stride * size_of(next_dtype);
-    }
+    args.next = make_view(args.space, o.next, next.dtype);
+    if (next.doubled) args.next2 = second_half(args.next, batch);
     if (args.space.batch * args.space.count > 0) Backend::step(args, out, draws);
   }
 

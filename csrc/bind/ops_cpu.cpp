@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "attention.h"
+#include "learned_step.h"
 #include "ops.h"
 #include "variational.h"
 
@@ -32,6 +33,9 @@ struct CpuBackend {
   static void loss(const LossArgs& args, const Operand&) {
     run(cpu::loss, args, args.seeds.data != nullptr);
     cpu::loss_finish(args);
+  }
+  static void learned_step(const LearnedStepArgs& args, const Operand&, bool draws) {
+    run(cpu::learned_step, args, draws);
   }
   static void variational(const VariationalArgs& args, const Operand&) {
     run(cpu::variational, args, true);
@@ -75,6 +79,7 @@ struct CpuAttention {
 
 STABLE_TORCH_LIBRARY_IMPL(diffkern, CPU, m) {
   Ops<CpuBackend>::implement(m);
+  LearnedStepOps<CpuBackend>::implement(m);
   VariationalOps<CpuBackend>::implement(m);
   AttentionOps<CpuAttention>::implement(m);
 }

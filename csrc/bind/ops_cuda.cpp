@@ -6,6 +6,7 @@
 #include <atomic>
 
 #include "attention.h"
+#include "learned_step.h"
 #include "ops.h"
 #include "variational.h"
 
@@ -37,6 +38,9 @@ struct CudaBackend {
   static void noising(const NoisingArgs& args, const Operand& where) { launch("noising", cuda::noising, args, where); }
   static void step(const StepArgs& args, const Operand& where, bool) { launch("step", cuda::step, args, where); }
   static void loss(const LossArgs& args, const Operand& where) { launch("loss", cuda::loss, args, where); }
+  static void learned_step(const LearnedStepArgs& args, const Operand& where, bool) {
+    launch("learned_step", cuda::learned_step, args, where);
+  }
   static void variational(const VariationalArgs& args, const Operand& where) {
     launch("variational", cuda::variational, args, where);
   }
@@ -84,6 +88,7 @@ struct CudaAttention {
 
 STABLE_TORCH_LIBRARY_IMPL(diffkern, CUDA, m) {
   Ops<CudaBackend>::implement(m);
+  LearnedStepOps<CudaBackend>::implement(m);
   VariationalOps<CudaBackend>::implement(m);
   AttentionOps<CudaAttention>::implement(m);
 }

@@ -34,6 +34,14 @@ STABLE_TORCH_LIBRARY(diffkern, m) {
       "step_out(Tensor? x, Tensor? m, Tensor? m2, Tensor? h0, Tensor? h1, Tensor? h2, Tensor? h3, Tensor table, "
       "SymInt row, Tensor? index, Tensor? seeds, Tensor? noise, Tensor? mask, Tensor? known, Tensor(a!) out, "
       "Tensor(b!)? x0, Tensor(c!)? s, Tensor(d!)? next) -> ()");
+  // csrc/bind/learned_step.h
+  m.def(
+      "learned_step(Tensor x, Tensor? m, Tensor table, SymInt row, Tensor? index, Tensor? seeds, Tensor? noise, "
+      "Tensor? mask, Tensor? known, bool want_x0, int next_copies, ScalarType? next_dtype) -> "
+      "(Tensor, Tensor?, Tensor?)");
+  m.def(
+      "learned_step_out(Tensor x, Tensor? m, Tensor table, SymInt row, Tensor? index, Tensor? seeds, Tensor? noise, "
+      "Tensor? mask, Tensor? known, Tensor(a!) out, Tensor(b!)? x0, Tensor(c!)? next) -> ()");
   m.def("attention(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)");
   m.def(
       "attention_grad(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale) -> "

@@ -8,21 +8,6 @@ namespace dk::bind {
 
 template <class Backend>
 struct VariationalOps {
-  // The two halves of the channels of [B, 2C, ...], or the whole and nothing.
-  struct Halves {
-    std::vector<int64_t> sizes;
-    Operand first, second;
-    Halves(const char* op, const Operand& whole, int64_t channels, bool halved) : first(whole) {
-      if (!whole || !halved) return;
-      sizes.assign(whole.sizes, whole.sizes + whole.dims);
-      sizes[1] = channels;
-      first.sizes = sizes.data();
-      second = first;
-      second.byte_offset += channels * whole.strides[1] * size_of(float_dtype(op, whole));
-    }
-    Halves(const Halves&) = delete;
-  };
-
   // Does pred hold a variance beside the mean? Its shape says so.
   static bool is_learned(const char* op, const Operand& pred, const Operand& x0) {
     bool same = pred.dims == x0.dims && pred.dims > 0, doubled = same && x0.dims > 1;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../core/args.h"
+#include "../core/learned_step.h"
 
 namespace dk::cpu {
 
@@ -62,6 +63,15 @@ inline bool is_one_loop(uint32_t terms) {
   }
 }
 
+// z scaled to the learned standard deviation of every element; out may be z.
+template <class T>
+struct LearnedSpan {
+  const T *v, *z;
+  T* out;
+  LearnedDeviation<T> k;
+  int64_t n;
+};
+
 template <class T>
 struct NoisingSpan {
   const T *x0, *z;
@@ -98,6 +108,8 @@ struct Isa {
   void (*normals)(uint64_t seed, uint64_t stream, uint64_t q0, int64_t quads, float* out);
   void (*step_f32)(const StepSpan<float>&);
   void (*step_f64)(const StepSpan<double>&);
+  void (*learned_f32)(const LearnedSpan<float>&);
+  void (*learned_f64)(const LearnedSpan<double>&);
   void (*noising_f32)(const NoisingSpan<float>&);
   void (*noising_f64)(const NoisingSpan<double>&);
   float (*loss_f32)(const LossSpan<float>&);

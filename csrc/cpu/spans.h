@@ -159,6 +159,13 @@ DK_BODY void step_body(const StepSpan<T>& span) {
 }
 
 template <class T>
+DK_BODY void learned_body(const LearnedSpan<T>& span) {
+  const LearnedSpan<T> s = span;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < s.n; ++i) s.out[i] = learned_noise(s.k, s.v[i], s.z[i]);
+}
+
+template <class T>
 DK_BODY void affine_loop(T a, const T* x0, T b, const T* z, T* out, int64_t n) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) out[i] = affine(a, x0[i], b, z[i]);
@@ -267,6 +274,8 @@ DK_BODY void narrow_bf16_body(const float* in, Bfloat16* out, int64_t n) {
   }                                                                                                                    \
   TARGET void step_f32(const StepSpan<float>& span) { step_body(span); }                                               \
   TARGET void step_f64(const StepSpan<double>& span) { step_body(span); }                                              \
+  TARGET void learned_f32(const LearnedSpan<float>& span) { learned_body(span); }                                      \
+  TARGET void learned_f64(const LearnedSpan<double>& span) { learned_body(span); }                                     \
   TARGET void noising_f32(const NoisingSpan<float>& span) { noising_body(span); }                                      \
   TARGET void noising_f64(const NoisingSpan<double>& span) { noising_body(span); }                                     \
   TARGET float loss_f32(const LossSpan<float>& span) { return loss_body(span); }                                       \
@@ -278,7 +287,7 @@ DK_BODY void narrow_bf16_body(const float* in, Bfloat16* out, int64_t n) {
   TARGET void widen_bf16_span(const Bfloat16* in, float* out, int64_t n) { widen_bf16_body(in, out, n); }              \
   TARGET void narrow_bf16_span(const float* in, Bfloat16* out, int64_t n) { narrow_bf16_body(in, out, n); }            \
   }                                                                                                                    \
-  const Isa VARIABLE{normals_span, step_f32,        step_f64,        noising_f32,     noising_f64,                     \
-                     loss_f32,     loss_f64,        variational_f32, variational_f64, WIDEN_F16,                       \
-                     NARROW_F16,   widen_bf16_span, narrow_bf16_span};                                                 \
+  const Isa VARIABLE{normals_span,    step_f32,    step_f64,   learned_f32,     learned_f64,                           \
+                     noising_f32,     noising_f64, loss_f32,   loss_f64,        variational_f32,                       \
+                     variational_f64, WIDEN_F16,   NARROW_F16, widen_bf16_span, narrow_bf16_span};                     \
   }

@@ -26,6 +26,7 @@ OUTPUTS = {
     "loss": ("value", "grad"),
     "variational": ("value", "means", "grad"),
     "step": ("out", "x0", "s", "next"),
+    "learned_step": ("out", "x0", "next"),
 }
 NOISING = torch.tensor(
     [[0.9, 0.43, 0.43, -0.9], [0.2, 0.98, 0.98, -0.2], [1.0, 0.001, 0.0, 1.0], [0.3, 0.7, 1.0, 0.0], [0.5, 0, 2, 0]],
@@ -46,6 +47,21 @@ BOUNDS = torch.tensor(
     dtype=torch.float64,
 )
 STEPS = table(*ROWS.values())
+# Learned range, clipped and with a known part; the log-variance itself; a fixed variance; the last row; no m but for v.
+LEARNED_ROWS: tuple[dict[str, float], ...] = (
+    {"p": 1.2, "q": -0.7, "clip": 1.0, "a": 0.3, "b": 0.6, "g": 1.0, "r0": -2.5, "r1": 0.8, "stream": 2.0**41 + 5},
+    {"a": 1.0, "d": -0.3, "g": 0.5, "r1": 1.0, "stream": 7.0, "k": 0.7},
+    {"p": 1.2, "q": -0.7, "b": 0.6, "d": 0.1, "g": 1.0, "r0": -1.5, "stream": 2.0**53 - 1},
+    {"p": 1.2, "q": -0.7, "clip": 1.5, "a": 0.3, "b": 0.6, "r0": -2.5, "r1": 0.8},
+    {"a": 1.0, "g": 1.0, "r0": -2.5, "r1": 0.8},
+)
+LEARNED = torch.tensor(
+    [
+        [{"clip": math.inf, "k": 1.0, "known_s": 0.8, "known_n": 0.6, **row}.get(n, 0.0) for n in ops.LEARNED_COLUMNS]
+        for row in LEARNED_ROWS
+    ],
+    dtype=torch.float64,
+)
 GUIDED = {name for name, row in ROWS.items() if row.get("w")}
 STATES = ("x", "h0", "h1", "h2", "h3", "known")
 
@@ -287,6 +303,39 @@ def mixed_row_calls(dtype: torch.dtype) -> Iterator[Call]:
         row = list(ROWS).index("noise before clip")
         for stays in ((), ("table",)):
             yield step_call(f"special values, {dtype} {large}", operands, stays, row=row, seeds=seeds_of(large[0]))
+
+
+def learned_calls(dtype: torch.dtype, layout: str) -> Iterator[Call]:
+    """The step with a learned variance: every row from every source, masks, outputs, special values."""
+    sources = cycle("host", "device", "one", "each", "each int32", "each strided", "one int32")
+    masks, models, noises = cycle(None, torch.bool, None, dtype, torch.uint8), cycle(*DTYPES), cycle(False, False, True)
+    wants = cycle((True, 1), (False, 0), (True, 2), (False, 2))
+    for k, shape in enumerate([*(s for s in SHAPES if len(s) > 1), *(LARGE if layout == "contiguous" else [])]):
+        for row in range(len(LEARNED)):
+            source, mask, model, by_tensor = next(sources), next(masks), next(models), next(noises)
+            want_x0, copies = next(wants)
+            x, m = values(shape, 1, dtype), values((shape[0], 2 * shape[1], *shape[2:]), 2, model)
+            weights = values(shape, 30).mul(2).clamp(0, 1)
+            if mask is not None:
+                weights = weights.to(mask) if mask.is_floating_point else weights.gt(0).to(mask)
+            index = None if source in ("host", "device") else index_of(source, shape[0], len(LEARNED))
+            by_tensor = by_tensor and mask is None  # a known part draws noise of its own
+            arguments = {
+                "x": lay(special(x) if k % 3 == 0 else x, layout),
+                "m": lay(special(m) if k % 3 == 0 else m, layout),
+                "table": LEARNED,
+                "row": row,
+                "index": index,
+                "seeds": None if by_tensor else seeds_of(shape[0]),
+                "noise": lay(values(shape, 20, dtype), layout) if by_tensor else None,
+                "mask": None if mask is None else lay(weights, layout),
+                "known": None if mask is None else lay(values(shape, 21, dtype), layout),
+                "want_x0": want_x0,
+                "next_copies": copies,
+                "next_dtype": None,
+            }
+            what = f"{dtype} {shape} {layout}, row {row}, model {model}, table {source}, mask {mask}"
+            yield Call("learned_step", arguments, what, ("table",) if source == "host" else ())
 
 
 # --------------------------------------------------------------------------------------------------------- comparing

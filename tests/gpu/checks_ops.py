@@ -23,6 +23,7 @@ from gpu.calls import (
     Call,
     compare,
     lay,
+    learned_calls,
     loss_calls,
     mixed_row_calls,
     noising_calls,
@@ -67,6 +68,11 @@ def check_variational(target: Target, dtype: torch.dtype, layout: str) -> None:
 
 def check_step(target: Target, dtype: torch.dtype, layout: str) -> None:
     for call in step_calls(dtype, layout):
+        compare(target, call)
+
+
+def check_learned_step(target: Target, dtype: torch.dtype, layout: str) -> None:
+    for call in learned_calls(dtype, layout):
         compare(target, call)
 
 

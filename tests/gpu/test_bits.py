@@ -44,6 +44,12 @@ def test_step(gpu: Target, dtype: torch.dtype, layout: str) -> None:
 
 
 @dtypes
+@layouts
+def test_learned_step(gpu: Target, dtype: torch.dtype, layout: str) -> None:
+    checks.check_learned_step(gpu, dtype, layout)
+
+
+@dtypes
 def test_mixed_rows_special_values_and_large_batches(gpu: Target, dtype: torch.dtype) -> None:
     checks.check_mixed_rows(gpu, dtype)
 

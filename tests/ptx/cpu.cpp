@@ -10,6 +10,7 @@ int64_t all_blocks(const Args& args) {
 void run(const dk::RandnArgs& args) { dk::cpu::randn(args, 0, all_blocks(args)); }
 void run(const dk::NoisingArgs& args) { dk::cpu::noising(args, 0, all_blocks(args)); }
 void run(const dk::StepArgs& args) { dk::cpu::step(args, 0, all_blocks(args)); }
+void run(const dk::LearnedStepArgs& args) { dk::cpu::learned_step(args, 0, all_blocks(args)); }
 void run(const dk::LossArgs& args) {
   dk::cpu::loss(args, 0, all_blocks(args));
   dk::cpu::loss_finish(args);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <core/args.h>
+#include <core/learned_step.h>
 
 #include <initializer_list>
 
@@ -116,10 +117,25 @@ inline dk::StepArgs step(const int64_t* s, const int64_t* views, const int64_t* 
   return a;
 }
 
+inline dk::LearnedStepArgs learned_step(const int64_t* s, const int64_t* views, const int64_t* r, const int64_t* key,
+                                        uint64_t, const int64_t* extra, const double* row) {  // extra: as step
+  dk::LearnedStepArgs a{};
+  a.space = space(s);
+  int i = 0;
+  for (dk::View* v : {&a.x, &a.m, &a.v, &a.noise, &a.mask, &a.known, &a.out, &a.x0, &a.next, &a.next2}) {
+    *v = view(views, i++);
+  }
+  a.state = static_cast<dk::Dtype>(extra[0]);
+  a.rows = rows(r);
+  for (int k = 0; row != nullptr && k < dk::kLearnedColumns; ++k) a.row[k] = row[k];
+  a.seeds = seeds(key);
+  return a;
+}
+
 }  // namespace flat
 
 // One C function an op, all with the same signature.
-#define FLAT_OPS(OP) OP(randn) OP(noising) OP(loss) OP(variational) OP(step)
+#define FLAT_OPS(OP) OP(randn) OP(noising) OP(loss) OP(variational) OP(step) OP(learned_step)
 #define FLAT_PARAMETERS                                                                               \
   const int64_t *s, const int64_t *views, const int64_t *rows, const int64_t *seeds, uint64_t stream, \
       const int64_t *extra, const double *row

@@ -24,14 +24,14 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 # tools/mutants.py puts changed copies of core and cuda here; the CPU kernels always come from the tree.
 CUDA_CSRC = Path(os.environ.get("DIFFKERN_PTX_CSRC", ROOT / "csrc"))
-CUDA_FILES = ("randn.cu", "noising.cu", "step.cu", "loss.cu", "variational.cu")
+CUDA_FILES = ("randn.cu", "noising.cu", "step.cu", "learned_step.cu", "loss.cu", "variational.cu")
 LEVELS = ("portable", "avx2", "avx512")
 CPU_FILES = (
     "isa",
     *(f"isa_{level}" for level in LEVELS),
     *(f"attention_{level}" for level in (*LEVELS, "avx512_bf16")),
 )
-CPU_FILES += ("blocks", "randn", "noising", "step", "loss", "variational")
+CPU_FILES += ("blocks", "randn", "noising", "step", "learned_step", "loss", "variational")
 # As in CMakeLists.txt; ptxas has no part in the tests, so it need not optimise.
 NVCC_FLAGS = ("-O3", "-std=c++17", "--fmad=false", "-Xptxas", "-O0")
 CPU_FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
@@ -55,9 +55,11 @@ VIEWS = {
     "loss": ("pred", "x0", "noise", "grad"),
     "variational": ("pred", "w", "x0", "noise", "grad", "grad_w"),
     "step": ("x", "u", "c", "h0", "h1", "h2", "h3", "noise", "mask", "known", "out", "x0", "s", "next", "next2"),
+    "learned_step": ("x", "m", "v", "noise", "mask", "known", "out", "x0", "next", "next2"),
 }
 COLUMNS = ("w", "p", "q", "r", "clip", "a", "b", "d", "e0", "e1", "e2", "e3", "g", "A", "B", "D", "k")
 COLUMNS += ("known_s", "known_n", "stream", "known_stream")
+LEARNED_COLUMNS = (*COLUMNS, "r0", "r1")
 LOSS_BLOCK = 1024
 
 
@@ -223,12 +225,12 @@ def _invoke(lib: ctypes.CDLL, call: Call, results: dict[str, Tensor], views: dic
     ]
     seeds = [0, 0] if call.seeds is None else [call.seeds.data_ptr(), call.seeds.stride(0)]
     extra = [0] * 5
-    if call.op == "step":
+    if call.op in ("step", "learned_step"):
         extra[0] = CODES[call.state]
     if call.op in ("loss", "variational"):
         names = ("partials", "value", "samples", "means")
         extra = [call.reduction, *(results[n].data_ptr() if n in results else 0 for n in names)]
-    values = None if call.row is None else (ctypes.c_double * len(COLUMNS))(*call.row)
+    values = None if call.row is None else (ctypes.c_double * len(call.row))(*call.row)
     function = getattr(lib, f"dk_{call.op}")
     return int(
         function(
@@ -358,9 +360,9 @@ def seeds_for(batch: int, seed: int = 0) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (batch,), dtype=torch.int64, generator=generator)
 
 
-def row(**columns: float) -> list[float]:
+def row(names: Sequence[str] = COLUMNS, **columns: float) -> list[float]:
     """A step row by column names, the rest as in diffkern.plan.Row."""
-    base = dict.fromkeys(COLUMNS, 0.0) | {"clip": float("inf"), "k": 1.0}
+    base = dict.fromkeys(names, 0.0) | {"clip": float("inf"), "k": 1.0}
     assert columns.keys() <= base.keys(), columns
     return list((base | columns).values())
 

@@ -8,6 +8,8 @@ import ptxsim
 import pytest
 import torch
 from ptx.harness import DTYPES, Cpu, Device, check
+from ptx.test_learned_step import ROWS as LEARNED_ROWS
+from ptx.test_learned_step import learned_step
 from ptx.test_loss import loss
 from ptx.test_noising import noising
 from ptx.test_randn import randn
@@ -41,4 +43,5 @@ def test_other_architectures(device_of: Callable[[str], Device], cpu: Cpu, arch:
         outputs = wanted(dtype, torch.bfloat16, 2)
         call = step(layout, 2, shape, dtype, ROWS["everything"], mask_dtype=dtype, outputs=outputs, special=True)
         check(device, cpu, call)
+        check(device, cpu, learned_step(layout, 2, shape, dtype, LEARNED_ROWS["masked"], mask_dtype=dtype))
         check(device, cpu, step(layout, 2, shape, dtype, ROWS["ddim"], m_dtype=torch.float32))

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from ptx.harness import DTYPES, Call, Device
+from ptx.test_learned_step import ROWS as LEARNED_ROWS
+from ptx.test_learned_step import learned_step
 from ptx.test_loss import loss
 from ptx.test_noising import noising
 from ptx.test_randn import randn
@@ -34,6 +36,7 @@ def cases(dtype: torch.dtype, layout: str = "contiguous") -> dict[str, Call]:
         "step ddim": step(layout, BATCH, SHAPE, dtype, ROWS["ddim"]),
         "step ddpm": ddpm,
         "step everything": everything,
+        "learned step": learned_step(layout, BATCH, SHAPE, dtype, LEARNED_ROWS["clip"]),
         "loss": everything_learned,
         "variational": variational(layout, BATCH, SHAPE, dtype),
     }
@@ -56,7 +59,7 @@ def check_traffic(call: Call, launch: dict[str, Any]) -> None:
     blocks = launch["grid"][0] * launch["grid"][1]
     lookups = blocks * LOOKUP if call.table is not None else 0
     warps = blocks * launch["block"][0] // 32
-    if call.op in ("randn", "step") and call.seeds is not None:
+    if call.op in ("randn", "step", "learned_step") and call.seeds is not None:
         lookups += warps  # the seed, read by each warp
     partials = {"loss": blocks, "variational": 2 * blocks}.get(call.op, 0)
     # each byte once: sectors asked for by the warps = distinct sectors = the size of the tensors
