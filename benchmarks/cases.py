@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import attention_cases, sampler_cases
+from benchmarks import attention_cases, brownian_case, sampler_cases
 from benchmarks.case import (
     Baseline,
     Case,
@@ -417,6 +417,8 @@ def _cases() -> dict[str, Callable[[Setting], Case]]:
         "loss-eps": (loss, {"shape": LARGE, "prediction": "eps", "goal": 4.0}),
         "loss-eps-stored": (loss, {"shape": LARGE, "prediction": "eps", "stored": True}),
         "hybrid": (hybrid, {"shape": LARGE, "goal": 4.0}),
+        "noise-sum": (brownian_case.noise_sum, {"shape": LARGE, "goal": 4.0}),
+        "brownian": (brownian_case.increments, {"shape": SMALL, "goal": 4.0}),
         "guided": (guided, {"shape": LARGE}),
         "heun": (heun, {"shape": LARGE}),
         "ddim-channels-last": (step, {"shape": LARGE, "kind": "ddim", "channels_last": True}),

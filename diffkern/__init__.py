@@ -7,10 +7,11 @@
 Native ops: `ops`. Schedules, prediction conversions and posteriors: `schedules`, `predictions`; step spacings: `grids`.
 Samplers as data: `plan`, `samplers`; running them: `sampling`. Training: `losses`, `variational`, `flow_matching`,
 `score_matching`, with `weightings` and `time_sampling`. Attention blocks and the demo's UNet: `nn`.
-Processes and probability paths: `simulate`; exact densities: `likelihood`.
+Processes and probability paths: `simulate`, `brownian`; exact densities: `likelihood`.
 """
 
 from diffkern import (
+    brownian,
     flow_matching,
     grids,
     likelihood,
@@ -64,6 +65,7 @@ __all__ = [
     "Sampled",
     "attention",
     "bits_per_dim",
+    "brownian",
     "build_info",
     "convert",
     "cosine",

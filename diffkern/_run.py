@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffkern import ops
+from diffkern import brownian, ops
 from diffkern.plan import COLUMNS, SLOTS, Plan, Row
 
 Model = Callable[..., Tensor]
@@ -108,7 +108,8 @@ class Run:
         self.mask, self.known, self.cond, self.uncond = mask, known, cond, uncond
         self.guided, self.shift = guided, mean_shift
         self.seeds: Tensor | None = None
-        self.state, self.x0, self.batch = x, None, x.shape[0]
+        self.state, self.batch = x, x.shape[0]
+        self.x0: Tensor | None = None
         self.pair: Tensor | None = None
         if guided:
             self._prepare_guidance(x.shape[0])
@@ -267,8 +268,6 @@ class Run:
         return room
 
     def _increment(self, path: tuple[float, float]) -> Tensor:
-        from diffkern import brownian
-
         assert self.seeds is not None
         streams, weights = brownian.increment(*path, normalised=True)
         return ops.noise_sum_out(self.seeds, streams, weights, out=self._room("path", self.state))

@@ -16,8 +16,19 @@ from torch import Tensor
 
 from .plan import COLUMNS
 
-__all__ = ["attention", "learned_step", "loss", "noising", "normal", "philox", "randn", "spatial_attention", "step"]
-__all__ += ["variational"]
+__all__ = [
+    "attention",
+    "learned_step",
+    "loss",
+    "noise_sum",
+    "noising",
+    "normal",
+    "philox",
+    "randn",
+    "spatial_attention",
+    "step",
+    "variational",
+]
 
 _MASK = np.uint64(0xFFFFFFFF)
 
@@ -55,6 +66,16 @@ def randn(shape: Sequence[int], seeds: Tensor, stream: int = 0, *, dtype: torch.
     samples = [normal(philox(int(s), stream, quads)).reshape(-1)[:count] for s in seeds.tolist()]
     values = np.stack(samples) if samples else np.zeros((0, count))
     return torch.from_numpy(values).reshape(tuple(shape)).to(dtype)
+
+
+def noise_sum(
+    size: Sequence[int], seeds: Tensor, streams: Tensor, weights: Tensor, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """sum_j weights[j] randn(size, seeds, streams[j])."""
+    total = torch.zeros(tuple(size), dtype=torch.float64)
+    for stream, weight in zip(streams.tolist(), weights.tolist(), strict=True):
+        total = total + weight * randn(size, seeds, stream)
+    return total.to(dtype)
 
 
 def _gather(table: Tensor, index: Tensor | None, batch: int, dims: int, compute: torch.dtype) -> tuple[Tensor, ...]:

@@ -35,6 +35,8 @@ def hashes() -> dict[str, str]:
         for layout in ("contiguous", "channels_last", "sliced"):
             out = arrange(torch.zeros(shape, dtype=dtype), layout)
             found[f"randn {name} {layout}"] = digest(ops.randn(shape, seeds, 2**40 + 3, out=out))
+            ops.noise_sum_out(seeds, torch.tensor([3, 2**41, 5]), torch.tensor([0.3, -1.7, 11.0]).double(), out)
+            found[f"noise_sum {name} {layout}"] = digest(out)
         x, m = values(shape, 1, dtype), values(shape, 2, dtype)
         # Infinities, NaN, subnormal and huge values: the conversions of 16-bit tensors must agree on them too.
         x.view(-1)[:8] = torch.tensor([float("inf"), -float("inf"), float("nan"), 1e-7, -6e-8, 65504.0, 1e30, 0.0])

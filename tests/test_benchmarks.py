@@ -19,7 +19,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 pytest.importorskip("benchmarks")
 
-from benchmarks import attention_cases, cases, report, run, timing
+from benchmarks import attention_cases, brownian_case, cases, report, run, timing
 
 TINY = (2, 3, 8, 8)
 
@@ -226,6 +226,8 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
 # -------------------------------------------------------------------------------------------------------- cases
 KINDS: dict[str, tuple[Callable[..., cases.Case], dict[str, Any]]] = {
     "randn": (cases.randn, {}),
+    "noise-sum": (brownian_case.noise_sum, {}),
+    "brownian": (brownian_case.increments, {}),
     "noising": (cases.noising, {}),
     "noising-v": (cases.noising, {"target": True}),
     "noising-bf16": (cases.noising, {"dtype": torch.bfloat16}),

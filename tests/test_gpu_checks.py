@@ -37,6 +37,7 @@ def check(function: Callable[..., None], *args: Any, **kwargs: Any) -> Check:
 # Compare results of a device with the CPU's; a part of the cases that a GPU gets.
 COMPARISONS: dict[str, Check] = {
     "randn": check(checks_ops.check_randn, torch.bfloat16),
+    "noise_sum": check(checks_ops.check_noise_sum, torch.float16),
     "mixed rows": check(checks_ops.check_mixed_rows, torch.float16),
     "far elements": check(checks_ops.check_far_elements, 100_003),
     "layout of sampling": check(checks_runs.check_layout_of_sampling),

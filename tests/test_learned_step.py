@@ -81,8 +81,9 @@ def test_rows(row: str, state: torch.dtype) -> None:
         inputs = operands(shape, state, model, layout)
         what = f"{layout}, model in {model}"
         compare(row, inputs, model, what, seeds=seeds, mask=mask)
-        if row != "masked":
-            compare(row, inputs, model, what, noise=values(shape, 20, state, LAYOUTS[LAYOUTS.index(layout) - 1]))
+        noise = values(shape, 20, state, LAYOUTS[LAYOUTS.index(layout) - 1])
+        known = {"seeds": seeds, "mask": mask} if row == "masked" else {}  # the seeds are the known image's then
+        compare(row, inputs, model, what, noise=noise, **known)
 
 
 @pytest.mark.parametrize("shape", SHAPES_WITH_CHANNELS, ids=str)

@@ -314,7 +314,7 @@ LAYERS = [
         "grids",
     ],
     ["plan"],
-    ["reference", "ops"],
+    ["reference", "ops", "brownian"],
     ["samplers"],
     ["weightings", "_time_sampler", "_resampling", "time_sampling"],
     ["losses", "_run", "nn", "variational"],

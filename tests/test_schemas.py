@@ -21,6 +21,7 @@ from diffkern import ops, reference
 SHAPE = (3, 2, 5, 4)
 SEEDS = torch.tensor([11, -12, 13])
 INDEX = torch.tensor([2, 0, 1])
+TERMS = torch.tensor([7, 5, 2**50]), torch.tensor([0.5, -2.0, 0.3], dtype=torch.float64)
 NOISING = torch.tensor([[0.9, 0.43, 0.31, -0.92], [0.2, 0.98, 0.77, -0.21], [0.5, 0.6, 0.7, 0.8]], dtype=torch.float64)
 LOSS = torch.tensor([[0.31, -0.92, 1.5], [0.77, -0.21, 2.5], [0.7, 0.8, 3.5]], dtype=torch.float64)
 VARIATIONAL = torch.tensor(
@@ -135,6 +136,8 @@ def variational_reference() -> tuple[Tensor, ...]:
 CALLS: dict[str, tuple[tuple[Any, ...], Callable[[], tuple[Tensor, ...]]]] = {
     "randn": ((SHAPE, SEEDS, 5, torch.float64), lambda: (reference.randn(SHAPE, SEEDS, 5),)),
     "randn_out": ((SEEDS, 5, empty()), lambda: (reference.randn(SHAPE, SEEDS, 5),)),
+    "noise_sum": ((SHAPE, SEEDS, *TERMS, torch.float64), lambda: (reference.noise_sum(SHAPE, SEEDS, *TERMS),)),
+    "noise_sum_out": ((SEEDS, *TERMS, empty()), lambda: (reference.noise_sum(SHAPE, SEEDS, *TERMS),)),
     "noising": (
         (T["x"], NOISING, INDEX, SEEDS, 5, None, True, True),
         lambda: reference.noising(T["x"], NOISING, INDEX, seeds=SEEDS, stream=5),
@@ -274,6 +277,8 @@ def opcheck_samples() -> dict[str, tuple[str, tuple[Any, ...]]]:
         samples[f"spatial_grad {form}"] = ("spatial_attention_grad", (up, x, up, LSE_MAP, 2, 0, 0.25))
     samples["spatial edm"] = ("spatial_attention", (leaf(qkv_of((2, 96, 3, 2, 2))), 2, 2, 0.25))
     samples["spatial one position"] = ("spatial_attention", (qkv_of((2, 96, 1, 1), form="channels_last"), 2, 1, 0.25))
+    samples["noise_sum_out permuted"] = ("noise_sum_out", (SEEDS, *TERMS, arrange(empty(), "permuted")))
+    samples["noise_sum empty"] = ("noise_sum", ((0, 3), SEEDS[:0], *(t[:0] for t in TERMS), torch.bfloat16))
     samples["randn empty"] = ("randn", ((0, 3), SEEDS[:0], 0, torch.float32))
     return samples
 

@@ -15,8 +15,8 @@ from tolerances import STATE_DTYPES, check, coarser
 from torch import Tensor
 
 from diffkern import _C, ops, reference
-from diffkern.ops import LEARNED_COLUMNS, VARIATIONAL_COLUMNS
-from diffkern.plan import COLUMNS
+from diffkern.ops import VARIATIONAL_COLUMNS
+from diffkern.plan import COLUMNS, LEARNED_COLUMNS
 
 NAMES = ("out", "x0", "s", "next")
 DOUBLED = {"eps guided", "euler guided", "everything"}

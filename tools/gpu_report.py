@@ -27,7 +27,7 @@ from typing import Any
 import gpu_report_attention
 from gpu_report_common import ARCHITECTURES, FLAGS, ROOT, nvcc_version, run, table
 
-FILES = ("randn", "noising", "step", "learned_step", "loss", "variational")
+FILES = ("randn", "noise_sum", "noising", "step", "learned_step", "loss", "variational")
 ACCESS = ("direct", "staged", "scalar")
 # Per multiprocessor: threads, blocks, registers, shared memory in bytes (CUDA programming guide, technical
 # specifications per compute capability); 1 KiB a block of shared memory is the system's.

@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "learned_step.h"
+#include "noise_sum.h"
 #include "ops.h"
 #include "variational.h"
 
@@ -30,6 +31,13 @@ struct CpuBackend {
   static void randn(const RandnArgs& args, const Operand&) { run(cpu::randn, args, true); }
   static void noising(const NoisingArgs& args, const Operand&) { run(cpu::noising, args, args.seeds.data != nullptr); }
   static void step(const StepArgs& args, const Operand&, bool draws) { run(cpu::step, args, draws); }
+  static void noise_sum(const NoiseSumArgs& args, const Operand&) {
+    const int64_t blocks = args.space.batch * cpu::blocks_per_sample(args.space);
+    const int64_t grain = std::max<int64_t>(1, kGrainWithNoise / std::max(1, args.terms.n));  // a block is n blocks
+    if (blocks <= grain) return cpu::noise_sum(args, 0, blocks);
+    torch::stable::parallel_for(0, blocks, grain,
+                                [&](int64_t begin, int64_t end) { cpu::noise_sum(args, begin, end); });
+  }
   static void loss(const LossArgs& args, const Operand&) {
     run(cpu::loss, args, args.seeds.data != nullptr);
     cpu::loss_finish(args);
@@ -80,6 +88,7 @@ struct CpuAttention {
 STABLE_TORCH_LIBRARY_IMPL(diffkern, CPU, m) {
   Ops<CpuBackend>::implement(m);
   LearnedStepOps<CpuBackend>::implement(m);
+  NoiseSumOps<CpuBackend>::implement(m);
   VariationalOps<CpuBackend>::implement(m);
   AttentionOps<CpuAttention>::implement(m);
 }

@@ -7,6 +7,7 @@
 
 #include "attention.h"
 #include "learned_step.h"
+#include "noise_sum.h"
 #include "ops.h"
 #include "variational.h"
 
@@ -40,6 +41,9 @@ struct CudaBackend {
   static void loss(const LossArgs& args, const Operand& where) { launch("loss", cuda::loss, args, where); }
   static void learned_step(const LearnedStepArgs& args, const Operand& where, bool) {
     launch("learned_step", cuda::learned_step, args, where);
+  }
+  static void noise_sum(const NoiseSumArgs& args, const Operand& where) {
+    launch("noise_sum", cuda::noise_sum, args, where);
   }
   static void variational(const VariationalArgs& args, const Operand& where) {
     launch("variational", cuda::variational, args, where);
@@ -89,6 +93,7 @@ struct CudaAttention {
 STABLE_TORCH_LIBRARY_IMPL(diffkern, CUDA, m) {
   Ops<CudaBackend>::implement(m);
   LearnedStepOps<CudaBackend>::implement(m);
+  NoiseSumOps<CudaBackend>::implement(m);
   VariationalOps<CudaBackend>::implement(m);
   AttentionOps<CudaAttention>::implement(m);
 }

@@ -14,6 +14,9 @@ STABLE_TORCH_LIBRARY(diffkern, m) {
   m.def(
       "loss(Tensor pred, Tensor x0, Tensor table, Tensor? index, Tensor? seeds, SymInt stream, Tensor? noise, "
       "int reduction, bool want_grad) -> (Tensor, Tensor?)");
+  // csrc/bind/noise_sum.h
+  m.def("noise_sum(SymInt[] size, Tensor seeds, Tensor streams, Tensor weights, ScalarType dtype) -> Tensor");
+  m.def("noise_sum_out(Tensor seeds, Tensor streams, Tensor weights, Tensor(a!) out) -> ()");
   // csrc/bind/variational.h
   m.def(
       "variational(Tensor pred, Tensor x0, Tensor table, Tensor? index, Tensor? seeds, SymInt stream, Tensor? noise, "

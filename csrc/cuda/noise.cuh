@@ -21,19 +21,38 @@ __device__ __forceinline__ uint64_t seed_of(const Seeds& seeds, int64_t sample) 
   return static_cast<uint64_t>(seeds.data[sample * seeds.stride]);
 }
 
-// Normals of positions begin .. begin + n - 1 (begin is a multiple of 4), to z[0 .. n), and something to the rest of
-// the last chunk, which is read whole. All threads of the block call this; it ends with a barrier.
-__device__ __forceinline__ void stage_noise(const Space& space, uint64_t seed, uint64_t stream, int64_t begin, int n,
-                                            float* z) {
+// One quad of a sample's noise, q = element / 4.
+struct Normals {
+  uint64_t seed, stream;
+  __device__ __forceinline__ void operator()(uint64_t q, float (&z)[4]) const { draw_quad(seed, stream, q, z); }
+};
+
+__device__ __forceinline__ void store_quad(float* z, const float (&quad)[4]) {
+  *reinterpret_cast<float4*>(z) = make_float4(quad[0], quad[1], quad[2], quad[3]);
+}
+__device__ __forceinline__ void store_quad(double* z, const double (&quad)[4]) {
+  // Eight threads store together, 16 bytes each and 32 apart: four of them begin with the second half, so that the
+  // eight meet all banks.
+  const bool swap = threadIdx.x & 4;
+  double2* to = reinterpret_cast<double2*>(z);
+  to[swap] = swap ? make_double2(quad[2], quad[3]) : make_double2(quad[0], quad[1]);
+  to[!swap] = swap ? make_double2(quad[0], quad[1]) : make_double2(quad[2], quad[3]);
+}
+
+// Noise of positions begin .. begin + n - 1 (begin is a multiple of 4), to z[0 .. n), and something to the rest of the
+// last chunk, which is read whole. `draw(q, quad)` gives quad q of the sample. All threads of the block call this; it
+// ends with a barrier.
+template <class T, class Draw>
+__device__ __forceinline__ void stage_quads(const Space& space, const Draw& draw, int64_t begin, int n, T* z) {
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const bool ordered = space.layout != Layout::channels_last || space.channels == 1 || space.channels == space.count;
   const int drawn = ordered ? (n + 3) / 4 * 4 : n;
-  if (thread < (-drawn & 7)) z[drawn + thread] = 0.0f;
+  if (thread < (-drawn & 7)) z[drawn + thread] = T(0);
   if (ordered) {
     for (int k = thread; 4 * k < n; k += threads) {  // z has room for whole quads
-      float quad[4];
-      draw_quad(seed, stream, static_cast<uint64_t>(begin / 4 + k), quad);
-      *reinterpret_cast<float4*>(z + 4 * k) = make_float4(quad[0], quad[1], quad[2], quad[3]);
+      T quad[4];
+      draw(static_cast<uint64_t>(begin / 4 + k), quad);
+      store_quad(z + 4 * k, quad);
     }
   } else {
     // Position p = inner C + c. The tile holds inner indices low(c) .. high(c) - 1 of channel c: one run of elements.
@@ -49,8 +68,8 @@ __device__ __forceinline__ void stage_noise(const Space& space, uint64_t seed, u
         const int64_t high = c * inner + last_row + (c < last_column ? 1 : 0);
         const int64_t q = low / 4 + k / columns;
         if (4 * q >= high) continue;
-        float quad[4];
-        draw_quad(seed, stream, static_cast<uint64_t>(q), quad);
+        T quad[4];
+        draw(static_cast<uint64_t>(q), quad);
 #pragma unroll
         for (int lane = 0; lane < 4; ++lane) {
           const int64_t i = 4 * q + lane;
@@ -60,8 +79,8 @@ __device__ __forceinline__ void stage_noise(const Space& space, uint64_t seed, u
     } else {  // many channels: hardly two elements of a quad lie in the same tile
       for (int k = thread; k < n; k += threads) {
         const int64_t p = begin + k, i_inner = p / channels, i = (p - i_inner * channels) * inner + i_inner;
-        float quad[4];
-        draw_quad(seed, stream, static_cast<uint64_t>(i) / 4, quad);
+        T quad[4];
+        draw(static_cast<uint64_t>(i) / 4, quad);
         const int lane = static_cast<int>(i & 3);
         z[k] = lane == 0 ? quad[0] : lane == 1 ? quad[1] : lane == 2 ? quad[2] : quad[3];
       }
@@ -70,11 +89,45 @@ __device__ __forceinline__ void stage_noise(const Space& space, uint64_t seed, u
   __syncthreads();
 }
 
+__device__ __forceinline__ void stage_noise(const Space& space, uint64_t seed, uint64_t stream, int64_t begin, int n,
+                                            float* z) {
+  stage_quads(space, Normals{seed, stream}, begin, n, z);
+}
+
 // Where a block's threads find the noise of their chunks.
 template <class S, Access access, int kTileThreads = static_cast<int>(kThreads)>
 struct NoiseTile {
   static constexpr int kRoom = access == Access::direct ? 4 : kTileThreads * kWidth<S, access> * kChunks<S, access>;
 };
+
+// A chunk of staged values.
+template <class Staged, class T, int W>
+__device__ __forceinline__ void read_staged(const Staged* from, T (&z)[W]) {
+  if constexpr (sizeof(Staged) * W % 16 == 0) {
+    constexpr int kPart = 16 / static_cast<int>(sizeof(Staged));
+#pragma unroll
+    for (int k = 0; k < W; k += kPart) {
+      if constexpr (sizeof(Staged) == 8) {
+        const double2 v = *reinterpret_cast<const double2*>(from + k);
+        z[k] = v.x;
+        z[k + 1] = v.y;
+      } else {
+        const float4 v = *reinterpret_cast<const float4*>(from + k);
+        z[k] = v.x;
+        z[k + 1] = v.y;
+        z[k + 2] = v.z;
+        z[k + 3] = v.w;
+      }
+    }
+  } else if constexpr (W == 2) {
+    const float2 v = *reinterpret_cast<const float2*>(from);
+    z[0] = v.x;
+    z[1] = v.y;
+  } else {
+    static_assert(W == 1, "a chunk is 16 bytes, or one element");
+    z[0] = from[0];
+  }
+}
 
 // Noise of a chunk, `local` = its first position within the tile.
 template <Access access, class T, int W>
@@ -89,21 +142,8 @@ __device__ __forceinline__ void chunk_noise(const float* staged, uint64_t seed, 
 #pragma unroll
       for (int j = 0; j < 4; ++j) z[k + j] = quad[j];
     }
-  } else if constexpr (W % 4 == 0) {
-#pragma unroll
-    for (int k = 0; k < W; k += 4) {
-      const float4 v = *reinterpret_cast<const float4*>(staged + local + k);
-      z[k] = v.x;
-      z[k + 1] = v.y;
-      z[k + 2] = v.z;
-      z[k + 3] = v.w;
-    }
-  } else if constexpr (W == 2) {
-    const float2 v = *reinterpret_cast<const float2*>(staged + local);
-    z[0] = v.x;
-    z[1] = v.y;
   } else {
-    z[0] = staged[local];
+    read_staged(staged + local, z);
   }
 }
 

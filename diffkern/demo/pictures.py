@@ -116,9 +116,9 @@ def trajectory_strip(
         plan, (len(classes), config.in_channels, config.image_size, config.image_size), seeds, device=device
     )
     none = torch.full_like(cond, model.null_class)
-    states = sampling.sample(
-        model, x, plan, seeds=seeds, cond=cond, uncond=none, guidance=guidance, trajectory=True
-    ).trajectory.cpu()
+    run = sampling.sample(model, x, plan, seeds=seeds, cond=cond, uncond=none, guidance=guidance, trajectory=True)
+    assert run.trajectory is not None
+    states = run.trajectory.cpu()
     shown = [round((len(states) - 1) * c / (columns - 1)) for c in range(columns)]
     title = f"{plan.name}, {len(states) - 1} steps: the state after so many steps"
     rows = list(states[shown].transpose(0, 1))

@@ -1,5 +1,5 @@
-"""The native ops as typed functions, their fake tensors and gradients: `randn`, `noising`, `loss`, `variational`,
-`step`, `learned_step`, `attention`, `spatial_attention`.
+"""The native ops as typed functions, their fake tensors and gradients: `randn`, `noise_sum`, `noising`, `loss`,
+`variational`, `step`, `learned_step`, `attention`, `spatial_attention`.
 
 Every op runs on CPU and CUDA tensors, under torch.compile and torch.export. Dimension 0 is the batch. Tables of
 coefficients are float64; arithmetic is float32 (float64 for float64 tensors) and rounds once, at the store.
@@ -11,11 +11,12 @@ Noise is an address: element i of a sample is a fixed function of (seed of the s
 from __future__ import annotations
 
 from diffkern.ops._attention import attention, spatial_attention
-from diffkern.ops._learned_step import LEARNED_COLUMNS, learned_step, learned_step_out
-from diffkern.ops._noise import randn, seeds
+from diffkern.ops._learned_step import learned_step, learned_step_out
+from diffkern.ops._noise import noise_sum, noise_sum_out, randn, seeds
 from diffkern.ops._step import step, step_into, step_out
 from diffkern.ops._training import loss, noising, noising_out
 from diffkern.ops._variational import VARIATIONAL_COLUMNS, variational
+from diffkern.plan import LEARNED_COLUMNS
 
 __all__ = [
     "LEARNED_COLUMNS",
@@ -24,6 +25,8 @@ __all__ = [
     "learned_step",
     "learned_step_out",
     "loss",
+    "noise_sum",
+    "noise_sum_out",
     "noising",
     "noising_out",
     "randn",

@@ -8,10 +8,6 @@ import torch
 from torch import Tensor
 
 from diffkern.ops._common import check_on_device, empty_like, native, one_device, refuse_grad, wrote
-from diffkern.plan import COLUMNS
-
-LEARNED_COLUMNS = (*COLUMNS, "r0", "r1")
-"""The columns of the table of `learned_step`, in order (csrc/core/learned_step.h has the same list)."""
 
 
 def learned_step(

@@ -1,4 +1,4 @@
-"""Noise by address: the seeds of samples, and `randn`."""
+"""Noise by address: the seeds of samples, `randn`, and `noise_sum`."""
 
 from __future__ import annotations
 
@@ -71,3 +71,39 @@ def _(size: Sequence[int], seeds: Tensor, stream: int, dtype: torch.dtype) -> Te
 @torch.library.register_fake("diffkern::randn_out")
 def _(seeds: Tensor, stream: int, out: Tensor) -> None:
     one_device("randn", out=out, seeds=seeds)
+
+
+def noise_sum(
+    size: Sequence[int],
+    seeds: Tensor,
+    streams: Tensor,
+    weights: Tensor,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """sum_j weights[j] randn(size, seeds, streams[j]), [B, ...] on the device of `seeds` (int64 [B]).
+
+    streams: int64 [n] in [0, 2^53), weights: finite float64 [n], both on the CPU, n <= 64; n = 0 gives zeros. The terms
+    are drawn and added in registers, one fused multiply-add each in the order given: one write, nothing read. float32
+    sums, rounded once at the store of 16-bit dtypes; float64 tensors add the float32 normals of `randn` in float64.
+    As with `randn` the bits depend on seed, element and terms alone. `diffkern.brownian` gives the terms that make
+    increments of a Brownian path.
+    """
+    return native.noise_sum(list(size), seeds, streams, weights, dtype)
+
+
+def noise_sum_out(seeds: Tensor, streams: Tensor, weights: Tensor, out: Tensor) -> Tensor:
+    """`noise_sum` into `out`, [B, ...] of any floating dtype and any strides; returns it."""
+    refuse_grad("noise_sum", out)
+    native.noise_sum_out(seeds, streams, weights, out)
+    wrote(out)
+    return out
+
+
+@torch.library.register_fake("diffkern::noise_sum")
+def _(size: Sequence[int], seeds: Tensor, streams: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    return seeds.new_empty(size, dtype=dtype)
+
+
+@torch.library.register_fake("diffkern::noise_sum_out")
+def _(seeds: Tensor, streams: Tensor, weights: Tensor, out: Tensor) -> None:
+    one_device("noise_sum", out=out, seeds=seeds)

@@ -17,6 +17,7 @@ from diffkern import predictions, streams
 from diffkern.grids import Numbers, table_times
 from diffkern.plan import Plan, Row
 from diffkern.samplers._nodes import bound, chain, grid, need_discrete, need_schedule, not_negative, row
+from diffkern.samplers._noise_path import clock
 from diffkern.schedules import DiscreteSchedule, Schedule
 
 
@@ -121,6 +122,7 @@ def euler_ancestral(
     *,
     eta: float = 1.0,
     noise: float = 1.0,
+    noise_path: str = "independent",
     prediction: str | None = None,
     sigmas: Numbers | None = None,
     timesteps: Numbers | None = None,
@@ -133,11 +135,13 @@ def euler_ancestral(
     sigma_up^2). In the state x0 + sigma eps (alpha = 1) that is x + (sigma_down - sigma) eps, with eta = 1 the
     ancestral sampler of k-diffusion and diffusers; the same formula holds for flows. eta = 0 is `euler` in sigma, and
     `ddim`(eta) is the same sampler on the state of a table. Grid and arguments as for `euler`; no noise in a step that
-    ends at sigma = 0. With a ``clip`` eps follows the clipped x0. arXiv 2011.13456, appendix F; arXiv 2010.02502, eq.
-    12.
+    ends at sigma = 0. With a ``clip`` eps follows the clipped x0. ``noise_path="brownian"`` takes every z from one
+    Brownian path a sample, the same for every number of steps: strong order 1 with eta = 1. arXiv 2011.13456, appendix
+    F; arXiv 2010.02502, eq. 12.
     """
     not_negative("eta", eta)
     not_negative("noise", noise)
+    path = clock(noise_path)
     space, nodes, end = grid("euler_ancestral", schedule, steps, prediction, sigmas, timesteps, spacing, clip)
     rows = []
     for i, (node, to) in enumerate(zip(nodes, [*nodes[1:], end], strict=True)):
@@ -147,7 +151,8 @@ def euler_ancestral(
         a, b, d = down * node.P, to.alpha, down * node.Q
         if space.clip < math.inf:
             a, b, d = down / node.sigma, to.alpha - down * node.alpha / node.sigma, 0.0
-        rows.append(row(i, node, to, a=a, b=b, d=d, g=noise * up))
+        g = noise * up
+        rows.append(row(i, node, to, a=a, b=b, d=d, g=g, path=path(node, to, g)))
     return chain("euler_ancestral", space, rows, nodes)
 
 

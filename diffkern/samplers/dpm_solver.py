@@ -6,7 +6,8 @@ latest estimates of x0,
     x' = sigma'/sigma e^(-eta h) x + alpha' k h int_0^1 e^(-(1-u) k h) D(u) du + noise sigma' sqrt(1 - e^(-2 eta h)) z
 
 eta = 0 is the probability-flow ODE, eta = 1 the reverse SDE (eta as in k-diffusion: churn g sqrt(eta)). Where sigma' is
-0 (h infinite) the step ends on x0.
+0 (h infinite) the step ends on x0. ``noise_path="brownian"`` draws each z from one Brownian path a sample, the same for
+every number of steps (`diffkern.samplers._noise_path`); "independent" draws noise of its own for each row.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from diffkern.samplers._nodes import (
     not_negative,
     row,
 )
+from diffkern.samplers._noise_path import Clock, clock
 from diffkern.samplers._phi import phi
 from diffkern.schedules import Schedule
 
@@ -62,6 +64,7 @@ def dpmpp_1s(
     *,
     eta: float = 0.0,
     noise: float = 1.0,
+    noise_path: str = "independent",
     prediction: str | None = None,
     sigmas: Numbers | None = None,
     timesteps: Numbers | None = None,
@@ -75,7 +78,7 @@ def dpmpp_1s(
     18.
     """
     space, nodes, end = grid("dpmpp_1s", schedule, steps, prediction, sigmas, timesteps, spacing, clip)
-    return _multistep("dpmpp_1s", 1, space, nodes, end, eta, noise, "midpoint", False, False)
+    return _multistep("dpmpp_1s", 1, space, nodes, end, eta, noise, noise_path, "midpoint", False, False)
 
 
 def dpmpp_2m(
@@ -84,6 +87,7 @@ def dpmpp_2m(
     *,
     eta: float = 0.0,
     noise: float = 1.0,
+    noise_path: str = "independent",
     solver: str = "midpoint",
     lower_order_final: bool = False,
     prediction: str | None = None,
@@ -100,7 +104,7 @@ def dpmpp_2m(
     below 15 steps). The state is the schedule's own; grid and arguments as for `euler`. arXiv 2211.01095, algorithm 2.
     """
     space, nodes, end = grid("dpmpp_2m", schedule, steps, prediction, sigmas, timesteps, spacing, clip)
-    return _multistep("dpmpp_2m", 2, space, nodes, end, eta, noise, solver, lower_order_final, False)
+    return _multistep("dpmpp_2m", 2, space, nodes, end, eta, noise, noise_path, solver, lower_order_final, False)
 
 
 def dpmpp_2m_sde(schedule: Schedule, steps: int | None = None, *, eta: float = 1.0, **options: Any) -> Plan:
@@ -114,6 +118,7 @@ def dpmpp_3m(
     *,
     eta: float = 0.0,
     noise: float = 1.0,
+    noise_path: str = "independent",
     solver: str = "heun",
     lower_order_final: bool = False,
     compat: bool = False,
@@ -133,7 +138,7 @@ def dpmpp_3m(
     and size and is not offered). State, grid and arguments as for `dpmpp_2m`.
     """
     space, nodes, end = grid("dpmpp_3m", schedule, steps, prediction, sigmas, timesteps, spacing, clip)
-    return _multistep("dpmpp_3m", 3, space, nodes, end, eta, noise, solver, lower_order_final, compat)
+    return _multistep("dpmpp_3m", 3, space, nodes, end, eta, noise, noise_path, solver, lower_order_final, compat)
 
 
 def dpmpp_3m_sde(schedule: Schedule, steps: int | None = None, *, eta: float = 1.0, **options: Any) -> Plan:
@@ -148,6 +153,7 @@ def dpmpp_2s(
     r: float = 0.5,
     eta: float = 0.0,
     noise: float = 1.0,
+    noise_path: str = "independent",
     prediction: str | None = None,
     sigmas: Numbers | None = None,
     timesteps: Numbers | None = None,
@@ -158,11 +164,13 @@ def dpmpp_2s(
 
     x' = a x + alpha' (1 - e^(-k h)) ((1 - 1/(2r)) x0 + 1/(2r) x0_mid) + noise, r in (0, 1]. Two model calls a step,
     order 2; a step that ends at sigma = 0, or starts where alpha is 0, has one call and is of first order. eta > 0
-    draws noise in both rows: at eta = 1 the form of k-diffusion's dpmpp_sde, except that the two noises are independent
-    here. State, grid and arguments as for `dpmpp_2m`. arXiv 2211.01095, algorithm 1.
+    draws noise in both rows, the second for the whole step: at eta = 1 the form of k-diffusion's dpmpp_sde. The two
+    are independent, or with ``noise_path="brownian"`` of one path over nested intervals, as with k-diffusion's
+    BrownianTreeNoiseSampler. State, grid and arguments as for `dpmpp_2m`. arXiv 2211.01095, algorithm 1.
     """
     space, nodes, end = grid("dpmpp_2s", schedule, steps, prediction, sigmas, timesteps, spacing, clip)
     _check(eta, noise)
+    path = clock(noise_path)
     if not 0.0 < r <= 1.0:
         raise ValueError(f"r must lie in (0, 1], got {r}")
     points = [space.native(node) for node in (*nodes, end)]
@@ -171,7 +179,7 @@ def dpmpp_2s(
     for node, to in itertools.pairwise(points):
         jump = Jump(node, to, eta)
         if jump.sharp:
-            rows.append(_last(len(rows), node, to, jump, noise))
+            rows.append(_last(len(rows), node, to, jump, noise, path))
             at.append(node)
             continue
         middle = to if r == 1.0 else space.native(space.at_log_ratio(node.log_ratio + r * jump.h))
@@ -179,9 +187,12 @@ def dpmpp_2s(
         a, b = half.a, half.alpha * half.weight(0)
         # s holds all that the second row needs of x and the first x0.
         share = jump.alpha * jump.weight(0)
-        first = row(len(rows), node, middle, a=a, b=b, g=noise * half.g, A=jump.a, B=share * (1.0 - 0.5 / r))
-        rows.append(replace(first, saves=((0, "s"),), ends_step=False))
-        rows.append(row(len(rows), middle, to, b=share * 0.5 / r, e=(1.0,), g=noise * jump.g))
+        g = noise * half.g
+        first = row(len(rows), node, middle, a=a, b=b, g=g, A=jump.a, B=share * (1.0 - 0.5 / r))
+        rows.append(replace(first, path=path(node, middle, g), saves=((0, "s"),), ends_step=False))
+        g = noise * jump.g  # of the whole step: on a path its first part is the noise of the first row
+        second = row(len(rows), middle, to, b=share * 0.5 / r, e=(1.0,), g=g)
+        rows.append(replace(second, path=path(node, to, g)))
         at += [node, middle]
     return chain("dpmpp_2s", space, rows, at, native_scale(space, points[0]))
 
@@ -196,11 +207,12 @@ def _check(eta: float, noise: float) -> None:
     not_negative("noise", noise)
 
 
-def _last(i: int, node: Node, to: Node, jump: Jump, noise: float) -> Row:
+def _last(i: int, node: Node, to: Node, jump: Jump, noise: float, path: Clock) -> Row:
     """A first-order row; on clean data x0 itself."""
     if ends_on_x0(to):
         return row(i, node, to, b=1.0)
-    return row(i, node, to, a=jump.a, b=to.alpha * jump.weight(0), g=noise * jump.g)
+    g = noise * jump.g
+    return row(i, node, to, a=jump.a, b=to.alpha * jump.weight(0), g=g, path=path(node, to, g))
 
 
 def _multistep(
@@ -211,6 +223,7 @@ def _multistep(
     end: Node,
     eta: float,
     noise: float,
+    noise_path: str,
     solver: str,
     lower_order_final: bool,
     compat: bool,
@@ -218,6 +231,7 @@ def _multistep(
     """Row i saves its x0 in slot i mod (order - 1) and reads those of the steps before."""
     _check(eta, noise)
     choice("solver", solver, ("midpoint", "heun"))
+    path = clock(noise_path)
     points = [space.native(node) for node in (*nodes, end)]
     count = len(nodes)
     rows: list[Row] = []
@@ -230,13 +244,14 @@ def _multistep(
         if lower_order_final:
             past = min(past, count - 1 - i)
         if jump.sharp or past == 0:
-            made = _last(i, node, to, jump, noise)
+            made = _last(i, node, to, jump, noise, path)
         else:
             weights = _weights(jump, lengths[i - past : i][::-1], solver, compat)
             e = [0.0] * 4
             for n, w in enumerate(weights[1:], 1):
                 e[(i - n) % (order - 1)] = to.alpha * w
-            made = row(i, node, to, a=jump.a, b=to.alpha * weights[0], e=e, g=noise * jump.g)
+            g = noise * jump.g
+            made = row(i, node, to, a=jump.a, b=to.alpha * weights[0], e=e, g=g, path=path(node, to, g))
         rows.append(replace(made, saves=((i % (order - 1), "x0"),)) if order > 1 else made)
         lengths.append(jump.h)
     return chain(name, space, rows, nodes if space.in_time else points[:-1], native_scale(space, points[0]))

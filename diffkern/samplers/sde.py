@@ -21,6 +21,7 @@ from diffkern.samplers._nodes import (
     row,
     time_grid,
 )
+from diffkern.samplers._noise_path import clock
 from diffkern.schedules import DiscreteSchedule, EDMSchedule, Schedule
 
 
@@ -29,6 +30,7 @@ def euler_maruyama(
     steps: int | None = None,
     *,
     eta: float = 1.0,
+    noise_path: str = "independent",
     prediction: str | None = None,
     timesteps: Numbers | None = None,
     clip: float | None = None,
@@ -42,10 +44,13 @@ def euler_maruyama(
     the last step. ``steps`` are even in time from the noise end to the schedule's `time_eps` before data; on a table
     from T-1 to -1, so that T steps are the single ones; on EDM between ``schedule.sigmas``. Or ``timesteps``, every
     point including the last. f and g are infinite where alpha is 0 (a flow's noise end): start after it.
+    ``noise_path="brownian"``: z is the increment of one Brownian path a sample, the same for every number of steps, and
+    the sampler converges path by path (strong order 1); "independent" noise agrees in law alone.
     Lectures 001, 003; arXiv 2011.13456, eq. 6. (score_sde steps 1/N on a grid whose points are (1 - eps)/(N - 1)
     apart.)
     """
     not_negative("eta", eta)
+    path = clock(noise_path)
     walk = _Walk("euler_maruyama", schedule, prediction, clip)
     times = _times("euler_maruyama", schedule, steps, timesteps)
     rows, at = [], [walk.node(t) for t in times[:-1]]
@@ -59,7 +64,9 @@ def euler_maruyama(
             )
         pull = 0.5 * (1.0 + eta * eta) * g2 * h
         noise = eta * math.sqrt(g2 * h) if i + 1 < len(at) else 0.0
-        rows.append(walk.row(i, node, walk.end(s), keep=1.0 - h * f, pull=pull, g=noise))
+        to = walk.end(s)
+        made = walk.row(i, node, to, keep=1.0 - h * f, pull=pull, g=noise)
+        rows.append(replace(made, path=path(node, to, noise)))
     return walk.plan(rows, at)
 
 

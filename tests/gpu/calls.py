@@ -13,6 +13,7 @@ from op_cases import LAYOUTS, ROWS, SHAPES, arrange, table, values
 from torch import Tensor
 
 from diffkern import ops
+from diffkern.plan import LEARNED_COLUMNS
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INPUT_LAYOUTS = (*LAYOUTS, "misaligned")
@@ -22,6 +23,7 @@ LARGE = [(65539, 3), (2, 3, 131, 127), (1, 1024 * 259 + 13)]
 STREAMS = (0, 9, 1 << 40, 2**53 - 1)
 OUTPUTS = {
     "randn": ("out",),
+    "noise_sum": ("out",),
     "noising": ("out", "target", "eps"),
     "loss": ("value", "grad"),
     "variational": ("value", "means", "grad"),
@@ -57,7 +59,7 @@ LEARNED_ROWS: tuple[dict[str, float], ...] = (
 )
 LEARNED = torch.tensor(
     [
-        [{"clip": math.inf, "k": 1.0, "known_s": 0.8, "known_n": 0.6, **row}.get(n, 0.0) for n in ops.LEARNED_COLUMNS]
+        [{"clip": math.inf, "k": 1.0, "known_s": 0.8, "known_n": 0.6, **row}.get(n, 0.0) for n in LEARNED_COLUMNS]
         for row in LEARNED_ROWS
     ],
     dtype=torch.float64,
@@ -149,6 +151,22 @@ def randn_calls(dtype: torch.dtype) -> Iterator[Call]:
         for what, given in forms.items():
             arguments = {"size": list(shape), "seeds": given, "stream": stream, "dtype": dtype}
             yield Call("randn", arguments, f"{dtype} {shape}, stream {stream}{what}")
+
+
+def noise_sum_calls(dtype: torch.dtype) -> Iterator[Call]:
+    """Sums of none to the most terms, over every shape."""
+    for shape, n in zip([*SHAPES, *LARGE], cycle(5, 1, 64, 0, 24), strict=False):
+        arguments = {"size": list(shape), "seeds": seeds_of(shape[0]), **noise_terms(n), "dtype": dtype}
+        yield Call("noise_sum", arguments, f"{dtype} {shape}, {n} terms", ("streams", "weights"))
+
+
+def noise_terms(n: int) -> dict[str, Tensor]:
+    """Streams and weights of noise_sum, which are read on the host."""
+    generator = torch.Generator().manual_seed(n)
+    return {
+        "streams": torch.randint(0, 2**53, (n,), generator=generator),
+        "weights": torch.randn(n, dtype=torch.float64, generator=generator),
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------ noising

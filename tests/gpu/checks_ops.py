@@ -26,6 +26,8 @@ from gpu.calls import (
     learned_calls,
     loss_calls,
     mixed_row_calls,
+    noise_sum_calls,
+    noise_terms,
     noising_calls,
     randn_calls,
     seeds_of,
@@ -48,6 +50,11 @@ POISON = 0xA5
 # --------------------------------------------------------------------------------------------------------------- bits
 def check_randn(target: Target, dtype: torch.dtype) -> None:
     for call in randn_calls(dtype):
+        compare(target, call)
+
+
+def check_noise_sum(target: Target, dtype: torch.dtype) -> None:
+    for call in noise_sum_calls(dtype):
         compare(target, call)
 
 
@@ -129,6 +136,12 @@ def out_calls(dtype: torch.dtype, layout: str) -> list[Call]:
         what, last = f"{dtype} {shape} {layout}", len(STEPS) - 1
         calls += [
             Call("randn", {"size": list(shape), "seeds": seeds, "stream": 3, "dtype": dtype}, what),
+            Call(
+                "noise_sum",
+                {"size": list(shape), "seeds": seeds, **noise_terms(3), "dtype": dtype},
+                what,
+                ("streams", "weights"),
+            ),
             Call("noising", {**noising, **outputs}, what),
             step_call(what, operands, ("table",), row=last, seeds=seeds, **want),
             step_call(what, operands, index=torch.full((shape[0],), last), seeds=seeds, **want),
@@ -269,6 +282,7 @@ def check_devices_do_not_mix(target: Target, other: torch.device) -> None:
     common = {"x0": x, "index": target.move(torch.tensor([0, 1])), "seeds": seeds}
     calls: dict[str, tuple[Callable[..., Any], dict[str, Any], tuple[str, ...]]] = {
         "randn": (lambda **a: ops.randn([2, 9], **a), {"seeds": seeds, "out": x}, ("seeds",)),
+        "noise_sum": (lambda **a: ops.noise_sum_out(**noise_terms(3), **a), {"seeds": seeds, "out": x}, ("seeds",)),
         "noising": (ops.noising, {**common, "table": noising}, ("table", "index", "seeds")),
         "loss": (ops.loss, {**common, "pred": m, "table": loss}, ("pred", "table", "index", "seeds")),
         "step": (ops.step, {"x": x, "m": m, "table": steps, "seeds": seeds}, ("m", "seeds")),

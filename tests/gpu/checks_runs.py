@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from gpu.calls import LOSS, NOISING, seeds_of
+from gpu.calls import LOSS, NOISING, noise_terms, seeds_of
 from gpu.harness import HOST, Target, Traffic, assert_same
 from op_cases import ROWS, table, values
 from torch import Tensor
@@ -212,7 +212,7 @@ def check_graph_of_a_loop(target: Target, whole: bool) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ streams
-STREAM_JOBS = ("randn", "noising", "loss", "step", "step, table on the device")
+STREAM_JOBS = ("randn", "noise_sum", "noising", "loss", "step", "step, table on the device")
 
 
 def stream_jobs(target: Target) -> dict[str, tuple[Callable[[dict[str, Tensor]], Any], dict[str, Tensor]]]:
@@ -225,6 +225,7 @@ def stream_jobs(target: Target) -> dict[str, tuple[Callable[[dict[str, Tensor]],
     x, m, seeds = values(shape, 1), values(shape, 2), seeds_of(4)
     return {
         "randn": (lambda o: ops.randn(shape, o["seeds"], 3), {"seeds": seeds}),
+        "noise_sum": (lambda o: ops.noise_sum(shape, o["seeds"], **noise_terms(24)), {"seeds": seeds}),
         "noising": (
             lambda o: ops.noising(o["x0"], noising[o["x0"].device.type], seeds=o["seeds"])[0],
             {"x0": x, "seeds": seeds},

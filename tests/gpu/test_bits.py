@@ -20,6 +20,11 @@ def test_randn(gpu: Target, dtype: torch.dtype) -> None:
 
 
 @dtypes
+def test_noise_sum(gpu: Target, dtype: torch.dtype) -> None:
+    checks.check_noise_sum(gpu, dtype)
+
+
+@dtypes
 @layouts
 def test_noising(gpu: Target, dtype: torch.dtype, layout: str) -> None:
     checks.check_noising(gpu, dtype, layout)

@@ -8,6 +8,7 @@ int64_t all_blocks(const Args& args) {
   return args.space.count == 0 ? 0 : args.space.batch * dk::cpu::blocks_per_sample(args.space);
 }
 void run(const dk::RandnArgs& args) { dk::cpu::randn(args, 0, all_blocks(args)); }
+void run(const dk::NoiseSumArgs& args) { dk::cpu::noise_sum(args, 0, all_blocks(args)); }
 void run(const dk::NoisingArgs& args) { dk::cpu::noising(args, 0, all_blocks(args)); }
 void run(const dk::StepArgs& args) { dk::cpu::step(args, 0, all_blocks(args)); }
 void run(const dk::LearnedStepArgs& args) { dk::cpu::learned_step(args, 0, all_blocks(args)); }

@@ -4,6 +4,7 @@
 
 #include <core/args.h>
 #include <core/learned_step.h>
+#include <core/noise_sum.h>
 
 #include <initializer_list>
 
@@ -49,6 +50,21 @@ inline dk::Seeds seeds(const int64_t* v) { return {reinterpret_cast<const int64_
 inline dk::RandnArgs randn(const int64_t* s, const int64_t* views, const int64_t*, const int64_t* key, uint64_t stream,
                            const int64_t*, const double*) {
   return {space(s), view(views, 0), seeds(key), stream};
+}
+
+// extra: number of terms, streams; row: weights
+inline dk::NoiseSumArgs noise_sum(const int64_t* s, const int64_t* views, const int64_t*, const int64_t* key, uint64_t,
+                                  const int64_t* extra, const double* row) {
+  dk::NoiseSumArgs a{};
+  a.space = space(s);
+  a.out = view(views, 0);
+  a.seeds = seeds(key);
+  a.terms.n = static_cast<int32_t>(extra[0]);
+  for (int j = 0; j < a.terms.n; ++j) {
+    a.terms.stream[j] = static_cast<uint64_t>(extra[1 + j]);
+    a.terms.weight[j] = row[j];
+  }
+  return a;
 }
 
 inline dk::NoisingArgs noising(const int64_t* s, const int64_t* views, const int64_t* r, const int64_t* key,
@@ -135,7 +151,7 @@ inline dk::LearnedStepArgs learned_step(const int64_t* s, const int64_t* views, 
 }  // namespace flat
 
 // One C function an op, all with the same signature.
-#define FLAT_OPS(OP) OP(randn) OP(noising) OP(loss) OP(variational) OP(step) OP(learned_step)
+#define FLAT_OPS(OP) OP(randn) OP(noise_sum) OP(noising) OP(loss) OP(variational) OP(step) OP(learned_step)
 #define FLAT_PARAMETERS                                                                               \
   const int64_t *s, const int64_t *views, const int64_t *rows, const int64_t *seeds, uint64_t stream, \
       const int64_t *extra, const double *row

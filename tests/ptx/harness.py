@@ -24,14 +24,14 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 # tools/mutants.py puts changed copies of core and cuda here; the CPU kernels always come from the tree.
 CUDA_CSRC = Path(os.environ.get("DIFFKERN_PTX_CSRC", ROOT / "csrc"))
-CUDA_FILES = ("randn.cu", "noising.cu", "step.cu", "learned_step.cu", "loss.cu", "variational.cu")
+CUDA_FILES = ("randn.cu", "noise_sum.cu", "noising.cu", "step.cu", "learned_step.cu", "loss.cu", "variational.cu")
 LEVELS = ("portable", "avx2", "avx512")
 CPU_FILES = (
     "isa",
     *(f"isa_{level}" for level in LEVELS),
     *(f"attention_{level}" for level in (*LEVELS, "avx512_bf16")),
 )
-CPU_FILES += ("blocks", "randn", "noising", "step", "learned_step", "loss", "variational")
+CPU_FILES += ("blocks", "randn", "noise_sum", "noising", "step", "learned_step", "loss", "variational")
 # As in CMakeLists.txt; ptxas has no part in the tests, so it need not optimise.
 NVCC_FLAGS = ("-O3", "-std=c++17", "--fmad=false", "-Xptxas", "-O0")
 CPU_FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
@@ -51,6 +51,7 @@ LAYOUTS = {
 # Views of the PODs in core/args.h, in the order of flat.h.
 VIEWS = {
     "randn": ("out",),
+    "noise_sum": ("out",),
     "noising": ("x0", "noise", "out", "target", "eps"),
     "loss": ("pred", "x0", "noise", "grad"),
     "variational": ("pred", "w", "x0", "noise", "grad", "grad_w"),
@@ -154,6 +155,7 @@ class Call:
     row: Sequence[float] | None = None  # by value
     seeds: Tensor | None = None
     stream: int = 0
+    terms: tuple[Sequence[int], Sequence[float]] | None = None  # streams and weights of noise_sum
     reduction: int = 0
     state: torch.dtype = torch.float32
     in_place: dict[str, str] = field(default_factory=dict)
@@ -231,6 +233,10 @@ def _invoke(lib: ctypes.CDLL, call: Call, results: dict[str, Tensor], views: dic
         names = ("partials", "value", "samples", "means")
         extra = [call.reduction, *(results[n].data_ptr() if n in results else 0 for n in names)]
     values = None if call.row is None else (ctypes.c_double * len(call.row))(*call.row)
+    if call.terms is not None:
+        chosen, weights = call.terms
+        extra = [len(chosen), *chosen]
+        values = (ctypes.c_double * max(1, len(weights)))(*weights)
     function = getattr(lib, f"dk_{call.op}")
     return int(
         function(

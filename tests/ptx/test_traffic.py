@@ -10,6 +10,7 @@ from ptx.harness import DTYPES, Call, Device
 from ptx.test_learned_step import ROWS as LEARNED_ROWS
 from ptx.test_learned_step import learned_step
 from ptx.test_loss import loss
+from ptx.test_noise_sum import noise_sum
 from ptx.test_noising import noising
 from ptx.test_randn import randn
 from ptx.test_step import ROWS, step, wanted
@@ -31,6 +32,7 @@ def cases(dtype: torch.dtype, layout: str = "contiguous") -> dict[str, Call]:
     everything_learned.index = torch.tensor([0, 3])  # rows without zeros
     calls = {
         "randn": randn(layout, BATCH, SHAPE, dtype),
+        "noise_sum": noise_sum(layout, BATCH, SHAPE, dtype, n=3),
         "noising": noising(layout, BATCH, SHAPE, dtype),
         "noising, noise tensor": noising(layout, BATCH, SHAPE, dtype, tensor_noise=True),
         "step ddim": step(layout, BATCH, SHAPE, dtype, ROWS["ddim"]),
@@ -59,7 +61,7 @@ def check_traffic(call: Call, launch: dict[str, Any]) -> None:
     blocks = launch["grid"][0] * launch["grid"][1]
     lookups = blocks * LOOKUP if call.table is not None else 0
     warps = blocks * launch["block"][0] // 32
-    if call.op in ("randn", "step", "learned_step") and call.seeds is not None:
+    if call.op in ("randn", "noise_sum", "step", "learned_step") and call.seeds is not None:
         lookups += warps  # the seed, read by each warp
     partials = {"loss": blocks, "variational": 2 * blocks}.get(call.op, 0)
     # each byte once: sectors asked for by the warps = distinct sectors = the size of the tensors
