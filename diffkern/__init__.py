@@ -8,12 +8,14 @@ Native ops: `ops`. Schedules, prediction conversions and posteriors: `schedules`
 Samplers as data: `plan`, `samplers`; running them: `sampling`. Training: `losses`, `variational`, `flow_matching`,
 `score_matching`, with `weightings` and `time_sampling`. Attention blocks and the demo's UNet: `nn`.
 Processes and probability paths: `simulate`, `brownian`; exact densities: `likelihood`.
+Guided models: `guidance`.
 """
 
 from diffkern import (
     brownian,
     flow_matching,
     grids,
+    guidance,
     likelihood,
     losses,
     ops,
@@ -84,6 +86,7 @@ __all__ = [
     "from_betas",
     "get_sampler",
     "grids",
+    "guidance",
     "heun",
     "hybrid_loss",
     "initial",

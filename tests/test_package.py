@@ -317,7 +317,7 @@ LAYERS = [
     ["reference", "ops", "brownian"],
     ["samplers"],
     ["weightings", "_time_sampler", "_resampling", "time_sampling"],
-    ["losses", "_run", "nn", "variational"],
+    ["losses", "_run", "nn", "variational", "guidance"],
     ["sampling"],
     ["score_matching", "flow_matching"],
     ["simulate"],

@@ -1,0 +1,209 @@
+"""Classifier guidance: the gradient of log p(y given x_t) added to the score, or to the mean of a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffkern import ops
+from diffkern.guidance._guided import Model
+from diffkern.plan import COLUMNS
+from diffkern.predictions import check_prediction, target_coefficients
+from diffkern.schedules import DiscreteSchedule, Schedule
+
+Gradient = Callable[..., Tensor]
+"""gradient(x, t) -> like x."""
+
+
+def classifier_gradient(classifier: Model, y: Tensor | int, scale: float | Tensor = 1.0) -> Gradient:
+    """fn(x, t) = scale grad_x log p(y given x_t), log p = log_softmax(classifier(x, t)) at y; shaped like x.
+
+    Lecture 002, algorithm 1; Dhariwal and Nichol, arXiv 2105.05233. ``classifier`` is any differentiable torch module
+    or function that returns logits [B, K]; ``y`` a class or int64 [B]; ``scale`` a number or one a sample [B]. The
+    result is what `classifier_guided` (score shift) and ``sample(mean_shift=)`` (mean shift) take. Works under
+    no_grad and inference_mode. Raises ValueError if the logits do not depend on x differentiably.
+    """
+    if isinstance(y, Tensor):
+        if y.ndim > 1 or y.is_floating_point() or y.dtype == torch.bool:
+            raise ValueError(f"y must be a class or int64 [B], got {y.dtype} {list(y.shape)}")
+    elif isinstance(y, bool) or not isinstance(y, int):
+        raise ValueError(f"y must be a class or int64 [B], got {type(y).__name__}")
+
+    def log_prob(x: Tensor, t: Any, *args: Any, **kwargs: Any) -> Tensor:
+        logits = classifier(x, t, *args, **kwargs)
+        batch = x.shape[0]
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch:
+            got = f"shape {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(f"classifier must return logits of shape [{batch}, K], got {got}")
+        label = torch.as_tensor(y, dtype=torch.int64, device=logits.device)
+        if label.ndim and label.shape[0] != batch:
+            raise ValueError(f"y must have one class a sample ({batch}), got shape {list(label.shape)}")
+        if label.device.type == "cpu" and not bool(((label >= 0) & (label < logits.shape[1])).all()):
+            raise ValueError(f"y must be classes in 0..{logits.shape[1] - 1}, got {label.tolist()}")
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return wide.log_softmax(1).gather(1, label.expand(batch)[:, None])[:, 0]
+
+    return _gradient(log_prob, scale, "classifier")
+
+
+def log_prob_gradient(log_prob: Callable[..., Tensor], scale: float | Tensor = 1.0) -> Gradient:
+    """fn(x, t) = scale grad_x log_prob(x, t) for any differentiable log_prob [B]: a regressor, CLIP, an energy."""
+    return _gradient(log_prob, scale, "log_prob")
+
+
+def _gradient(log_prob: Callable[..., Tensor], scale: float | Tensor, name: str) -> Gradient:
+    if isinstance(scale, Tensor):
+        if scale.ndim > 1 or not scale.is_floating_point():
+            raise ValueError(f"scale must be a number or one a sample [B], got {scale.dtype} {list(scale.shape)}")
+    elif isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number or one a sample [B], got {scale!r}")
+
+    def gradient(x: Tensor, t: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if isinstance(scale, Tensor) and scale.ndim and scale.shape[0] != x.shape[0]:
+            raise ValueError(f"scale must have one entry a sample ({x.shape[0]}), got shape {list(scale.shape)}")
+        with torch.inference_mode(False), torch.enable_grad():
+            x = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
+            t = t.clone() if isinstance(t, Tensor) and t.is_inference() else t
+            value = log_prob(x, t, *args, **kwargs)
+            if not isinstance(value, Tensor) or value.shape != x.shape[:1]:
+                got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"{name} must return one value a sample [{x.shape[0]}], got {got}")
+            found = None
+            if value.requires_grad:
+                weighted = value * (scale.to(value) if isinstance(scale, Tensor) else scale)
+                (found,) = torch.autograd.grad(weighted.sum(), x, allow_unused=True)
+        if found is None:
+            raise ValueError(
+                f"{name} must be differentiable in x, got an output without a gradient in x "
+                "(was it computed under no_grad, or detached?)"
+            )
+        return found
+
+    return gradient
+
+
+def classifier_guided(
+    model: Model, gradient: Gradient, schedule: Schedule, prediction: str | None = None
+) -> ClassifierGuided:
+    """Classifier guidance by score shift: the model whose score is that of ``model`` plus gradient(x_t, t).
+
+    In eps, eps~ = eps - sigma gradient (Dhariwal and Nichol, arXiv 2105.05233, algorithm 2); in every ``prediction``
+    m = u x0 + v eps (the schedule's own by default) of every schedule
+
+        m~ = m - sigma (v - u sigma/alpha) gradient
+
+    ``gradient(x_t, t)`` is that of `classifier_gradient` or `log_prob_gradient`, or yours, shaped like x; x_t =
+    alpha x0 + sigma eps, as the model is given it. For the prediction ``edm``, whose model is given c_in x_t and
+    c_noise, the gradient is given x_t and sigma. Where alpha is 0 (the start of a flow, a table of zero terminal SNR)
+    x_t is noise that says nothing about y, and the score is not shifted there. One fused op a call (edm: two); the
+    coefficients of whole times of a table are made once, those of others on the device at each call.
+    """
+    return ClassifierGuided(model, gradient, schedule, prediction or schedule.default_prediction)
+
+
+class ClassifierGuided:
+    """``guided(x, t)``: the model's prediction with its score shifted; see `classifier_guided`."""
+
+    def __init__(self, model: Model, gradient: Gradient, schedule: Schedule, prediction: str) -> None:
+        for name, value in (("model", model), ("gradient", gradient)):
+            if not callable(value):
+                raise ValueError(f"{name} must be callable, got {type(value).__name__}")
+        self.model, self.gradient, self.schedule = model, gradient, schedule
+        self.prediction = check_prediction(prediction)
+        if prediction == "mu" and not isinstance(schedule, DiscreteSchedule):
+            raise ValueError(f"prediction 'mu' needs a discrete schedule, got {schedule.name}")
+        if prediction == "edm":
+            schedule.preconditioning(schedule.noise_end)  # an error for a schedule that has none
+        self._tables: dict[str, Tensor] = {}
+
+    def __call__(self, x: Tensor, t: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The shifted prediction at x [B, ...] and time t, [B], [] or a number; more arguments go to the model."""
+        m = self.model(x, t, *args, **kwargs)
+        learned = x.ndim > 1 and isinstance(m, Tensor) and m.shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:])
+        if not isinstance(m, Tensor) or (m.shape != x.shape and not learned):
+            got = f"shape {list(m.shape)}" if isinstance(m, Tensor) else type(m).__name__
+            raise ValueError(f"model must return a tensor of shape {list(x.shape)}, got {got}")
+        time = t if isinstance(t, Tensor) else torch.tensor(t, device=x.device)
+        time = self._time(time.to(x.device))
+        if self.prediction == "edm":
+            scale = 1.0 / self.schedule.input_scale("edm", time)
+            clean = ops.step(x, None, table=_table("a", scale), index=_index(scale, x))[0]
+            found = self.gradient(clean, time.to(t.dtype if isinstance(t, Tensor) else torch.float32))
+        else:
+            found = self.gradient(x, t)
+        if not isinstance(found, Tensor) or found.shape != x.shape:
+            got = f"shape {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(f"gradient must return a tensor of shape {list(x.shape)}, got {got}")
+        table, index = self._rows(time, x)
+        first = m[:, : x.shape[1]] if learned else m
+        shifted = ops.step(None, first, h0=found, table=table, index=index)[0].to(m.dtype)
+        return torch.cat([shifted, m[:, x.shape[1] :]], 1) if learned else shifted
+
+    def _time(self, t: Tensor) -> Tensor:
+        """The schedule's time of a model time."""
+        if self.prediction == "edm":
+            return (4.0 * t.to(torch.float64)).exp()
+        if not isinstance(self.schedule, DiscreteSchedule):
+            return t
+        kept = self.schedule.kept
+        if len(kept) == int(kept[-1]) + 1:
+            return t
+        kept = kept.to(t.device)  # a subsequence's models are given the times of the whole table
+        wide = t.to(torch.float64)
+        index = (torch.searchsorted(kept, wide.contiguous(), right=True) - 1).clamp(0, len(kept) - 1)
+        low, high = kept[index], kept[(index + 1).clamp(max=len(kept) - 1)]
+        place = index + (wide - low) / (high - low).clamp(min=1)
+        if t.is_floating_point():
+            return place
+        return torch.where(place == place.round(), place, -1.0).to(torch.int64)  # -1: no time of the subsequence
+
+    def _rows(self, time: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(table, index) of the op that makes m + shift gradient."""
+        if isinstance(self.schedule, DiscreteSchedule) and not time.is_floating_point():
+            key = str(x.device)
+            if key not in self._tables:
+                shift = score_shift(self.schedule, self.prediction, torch.arange(self.schedule.T))
+                self._tables[key] = _table("e0", shift.to(x.device), d=1.0)
+            ok = (time >= 0) & (time < self.schedule.T)
+            if time.device.type == "cpu" and not bool(ok.all()):
+                raise ValueError(f"t must be times of {self.schedule.name}, got {time.tolist()}")
+            return self._tables[key], time
+        shift = score_shift(self.schedule, self.prediction, time)
+        return _table("e0", shift, d=1.0), _index(shift, x)
+
+
+def score_shift(schedule: Schedule, prediction: str, t: int | float | Tensor) -> Tensor:
+    """-sigma (v - u sigma/alpha), float64 in the shape of t: d m/d score at fixed x of a prediction m = u x0 + v eps.
+
+    0 where alpha is 0, unless u is 0 (eps, score), for which it has a value everywhere.
+    """
+    u, v = target_coefficients(schedule, prediction, t)
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    shift = -sigma * torch.where(u == 0, v, v - u * sigma / alpha)
+    return torch.where((alpha == 0) & (u != 0), 0.0, shift)
+
+
+def _table(column: str, values: Tensor, **others: float) -> Tensor:
+    """[n, 21] on the device of ``values`` [n] or []: a row a value, ``others`` in all rows."""
+    values = values.reshape(-1)
+    table = torch.zeros(len(values), len(COLUMNS), dtype=torch.float64, device=values.device)
+    table[:, COLUMNS.index("clip")], table[:, COLUMNS.index("k")] = math.inf, 1.0
+    for name, value in others.items():
+        table[:, COLUMNS.index(name)] = value
+    table[:, COLUMNS.index(column)] = values
+    return table
+
+
+def _index(values: Tensor, x: Tensor) -> Tensor:
+    """Every sample's row of `_table`: its own, or the only one."""
+    if values.ndim > 1 or (values.ndim == 1 and values.shape[0] != x.shape[0]):
+        raise ValueError(f"t must be a number or one time a sample [{x.shape[0]}], got shape {list(values.shape)}")
+    return (
+        torch.zeros((), dtype=torch.int64, device=x.device)
+        if values.ndim == 0
+        else torch.arange(len(values), device=x.device)
+    )
