@@ -83,8 +83,12 @@ def _eager(
     ones = torch.ones(len(x), device=x.device)
     scale = plan.first_k
     for row in plan.rows:
-        m = model(x if scale == 1.0 else x * scale, ones * row.time)
-        x0 = row.p * x + row.q * m if row.makes_x0 and (row.b or row.B or ("x0" in dict(row.saves).values())) else None
+        m = model(x if scale == 1.0 else x * scale, ones * row.time) if row.calls_model else None
+        x0 = (
+            row.p * x + row.q * m
+            if m is not None and row.makes_x0 and (row.b or row.B or ("x0" in dict(row.saves).values()))
+            else None
+        )
         parts: list[tuple[float, Tensor | None]] = [(row.a, x), (row.b, x0), (row.d, m)]
         parts += [(e, histories.get(k)) for k, e in enumerate((row.e0, row.e1, row.e2, row.e3))]
         new = _sum(parts)

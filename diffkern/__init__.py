@@ -5,13 +5,15 @@
     images = diffkern.sample(model, x, plan, seeds=0)
 
 Native ops: `ops`. Schedules, prediction conversions and posteriors: `schedules`, `predictions`; step spacings: `grids`.
-Samplers as data: `plan`, `samplers`; running them: `sampling`. Training: `losses`, `variational`, `flow_matching`,
+Samplers as data: `plan`, `samplers`; running them: `sampling`; with steps that depend on the sample: `adaptive`,
+`predictor_corrector`. Training: `losses`, `variational`, `flow_matching`,
 `score_matching`, with `weightings` and `time_sampling`. Attention blocks and the demo's UNet: `nn`.
 Processes and probability paths: `simulate`, `brownian`; exact densities: `likelihood`.
 Guided models: `guidance`.
 """
 
 from diffkern import (
+    adaptive,
     brownian,
     flow_matching,
     grids,
@@ -33,14 +35,45 @@ from diffkern import (
     weightings,
 )
 from diffkern._load import build_info, cuda_status
+from diffkern._predictor_corrector import pc_plan, predictor_corrector
+from diffkern.adaptive import rk45
 from diffkern.flow_matching import flow_matching_loss
 from diffkern.likelihood import log_likelihood
 from diffkern.losses import draw_seeds, edm_loss, noised, prediction_loss, simple_loss
 from diffkern.ops import attention, loss, noising, randn, seeds, spatial_attention, step, step_out
 from diffkern.plan import Plan, Row
 from diffkern.predictions import convert
-from diffkern.samplers import ddim, ddpm, euler, get_sampler, heun
-from diffkern.sampling import Sampled, initial, sample
+from diffkern.samplers import (
+    annealed_langevin,
+    ddim,
+    ddim_inversion,
+    ddpm,
+    deis,
+    dpm_2,
+    dpm_2_ancestral,
+    dpmpp_1s,
+    dpmpp_2m,
+    dpmpp_2m_sde,
+    dpmpp_2s,
+    dpmpp_2s_ancestral,
+    dpmpp_3m,
+    dpmpp_3m_sde,
+    dpmpp_sde,
+    euler,
+    euler_ancestral,
+    euler_maruyama,
+    flow_sde,
+    get_sampler,
+    heun,
+    langevin,
+    lms,
+    midpoint,
+    repaint,
+    rk4,
+    rk4_38,
+    unipc,
+)
+from diffkern.sampling import Sampled, initial, sample, transition_logprob
 from diffkern.schedules import (
     cosine,
     cosine_arc,
@@ -65,6 +98,8 @@ __all__ = [
     "Plan",
     "Row",
     "Sampled",
+    "adaptive",
+    "annealed_langevin",
     "attention",
     "bits_per_dim",
     "brownian",
@@ -74,14 +109,29 @@ __all__ = [
     "cosine_arc",
     "cuda_status",
     "ddim",
+    "ddim_inversion",
     "ddpm",
+    "deis",
+    "dpm_2",
+    "dpm_2_ancestral",
+    "dpmpp_1s",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "dpmpp_2s",
+    "dpmpp_2s_ancestral",
+    "dpmpp_3m",
+    "dpmpp_3m_sde",
+    "dpmpp_sde",
     "draw_seeds",
     "edm",
     "edm_loss",
     "euler",
+    "euler_ancestral",
+    "euler_maruyama",
     "flow",
     "flow_matching",
     "flow_matching_loss",
+    "flow_sde",
     "from_alphas_cumprod",
     "from_betas",
     "get_sampler",
@@ -90,21 +140,30 @@ __all__ = [
     "heun",
     "hybrid_loss",
     "initial",
+    "langevin",
     "likelihood",
     "linear",
+    "lms",
     "log_likelihood",
     "loss",
     "losses",
+    "midpoint",
     "noised",
     "noising",
     "ops",
     "path",
+    "pc_plan",
     "plan",
     "prediction_loss",
     "predictions",
+    "predictor_corrector",
     "randn",
     "rectified_flow",
     "reference",
+    "repaint",
+    "rk4",
+    "rk4_38",
+    "rk45",
     "sample",
     "samplers",
     "sampling",
@@ -120,6 +179,8 @@ __all__ = [
     "streams",
     "sub_vp",
     "time_sampling",
+    "transition_logprob",
+    "unipc",
     "variational",
     "ve",
     "vlb_loss",

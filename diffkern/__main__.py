@@ -27,6 +27,7 @@ _commands: dict[str, Command] = {
     ),
     "demo": Command("train a small model on handwritten digits and sample from it", "diffkern.demo.cli:add_demo"),
     "sample": Command("sample from a checkpoint of the demo", "diffkern.demo.cli:add_sample"),
+    "plan": Command("print a sampler's plan, compare two, write one as JSON", "diffkern.plan_command:add_command"),
 }
 
 

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from diffkern import ops, streams
+from diffkern._inputs import Seeds, next_noise, progress_bar, seeds_of
 from diffkern._run import Model, Run, Shift
 from diffkern.plan import SLOTS, Plan
-
-Seeds = int | Tensor
 
 
 class StepInfo(TypedDict):
@@ -69,7 +68,7 @@ def initial(
     if x0 is not None and tuple(x0.shape) != tuple(shape):
         raise ValueError(f"x0 must have the shape {list(shape)}, got {list(x0.shape)}")
     levels = [plan.level(value) for value in starts]
-    z = ops.randn(tuple(shape), _seeds(seeds, shape[0], torch.device(device)), streams.INITIAL, dtype=dtype)
+    z = ops.randn(tuple(shape), seeds_of(seeds, shape[0], torch.device(device)), streams.INITIAL, dtype=dtype)
     if len(set(levels)) == 1 and (x0 is None or levels[0][0] == 0.0):
         return z.mul_(levels[0][1])
     assert x0 is not None
@@ -230,21 +229,21 @@ def sample(
     if noise is not None and seeds is not None and not masked:
         raise ValueError("give seeds or noise, not both, got both")
     if masked or (noises is None and any(row.draws for row in rows)):
-        run.seeds = _seeds(seeds, x.shape[0], x.device)
+        run.seeds = seeds_of(seeds, x.shape[0], x.device)
     elif seeds is not None:
-        _seeds(seeds, x.shape[0], x.device)  # not needed, but a wrong one is still an error
+        seeds_of(seeds, x.shape[0], x.device)  # not needed, but a wrong one is still an error
     states = torch.empty((len(steps) + 1, *x.shape), dtype=x.dtype, device=x.device) if trajectory else None
     if states is not None:
         states[0] = x
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     densities = torch.zeros((len(steps), x.shape[0]), dtype=dtype, device=x.device) if logprob else None
-    bar = _progress_bar(progress, plan, len(steps))
+    bar = progress_bar(progress, plan.name, len(steps))
     try:
         for i, step in enumerate(steps):
             run.x0 = None
             for row in step:
                 draws = plan.rows[row].draws
-                run.row(model, row, None if noises is None or not draws else _next_noise(noises, row, x))
+                run.row(model, row, None if noises is None or not draws else next_noise(noises, row, x))
                 if densities is not None and draws:
                     densities[i] += run.logprob()
             if states is not None:
@@ -349,36 +348,3 @@ def _check_logprob(plan: Plan, mask: Tensor | None, mean_shift: Shift | None) ->
     for (_, stop), (begin, _) in itertools.pairwise(paths):
         if begin < stop:
             raise ValueError(f"logprob needs independent noise in each row, got a path used twice ({plan.name})")
-
-
-def _seeds(seeds: Seeds | None, batch: int, device: torch.device) -> Tensor:
-    """int64 [B] on ``device`` from an integer, a tensor, or (None) torch's default generator."""
-    if seeds is None:
-        return torch.randint(-(2**63), 2**63 - 1, (batch,), dtype=torch.int64).to(device)
-    if isinstance(seeds, Tensor):
-        if seeds.dtype != torch.int64 or seeds.ndim != 1 or seeds.shape[0] != batch:
-            raise ValueError(
-                f"seeds must be an integer or int64 [{batch}], got {seeds.dtype} of shape {list(seeds.shape)}"
-            )
-        return seeds.to(device)
-    if isinstance(seeds, bool) or not isinstance(seeds, int):
-        raise ValueError(f"seeds must be an integer or int64 [{batch}], got {type(seeds).__name__}")
-    return ops.seeds(seeds, batch, device=device)
-
-
-def _next_noise(noises: Iterator[Tensor], row: int, x: Tensor) -> Tensor:
-    z = next(noises, None)
-    if z is None:
-        raise ValueError(f"noise must hold one tensor for each row that draws, got no more at row {row}")
-    if not isinstance(z, Tensor) or z.shape != x.shape or z.dtype != x.dtype:
-        got = f"{z.dtype} of shape {list(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
-        raise ValueError(f"noise must be tensors like x, {x.dtype} of shape {list(x.shape)}, got {got} for row {row}")
-    return z
-
-
-def _progress_bar(progress: bool | str, plan: Plan, steps: int) -> Any:
-    if progress is False:
-        return None
-    from tqdm.auto import tqdm
-
-    return tqdm(total=steps, desc=progress if isinstance(progress, str) else plan.name, unit="step")

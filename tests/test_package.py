@@ -317,12 +317,12 @@ LAYERS = [
     ["reference", "ops", "brownian"],
     ["samplers"],
     ["weightings", "_time_sampler", "_resampling", "time_sampling"],
-    ["losses", "_run", "nn", "variational", "guidance"],
+    ["losses", "_inputs", "_run", "nn", "variational", "guidance"],
     ["sampling"],
-    ["score_matching", "flow_matching"],
+    ["score_matching", "flow_matching", "_predictor_corrector"],
     ["simulate"],
-    ["likelihood"],
-    ["info", "demo"],
+    ["likelihood", "_dormand_prince", "adaptive"],
+    ["info", "demo", "plan_command"],
     ["__main__", "__init__"],
 ]
 # Who may touch the native modules and ops by name.

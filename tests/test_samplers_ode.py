@@ -72,6 +72,8 @@ def options(name: str, **given: object) -> Callable[..., Plan]:
     (options("lms"), 4, 2.0), (options("lms", order=5), 5, 2.0),
     (options("deis", order=1), 1, 1.0), (options("deis", order=2), 2, 2.0), (options("deis"), 3, 2.0),
     (options("deis", order=4), 4, 2.0),
+    (options("dpm_2"), 2, 1.0), (options("dpm_2_ancestral", eta=0.0), 2, 1.0),
+    (options("dpmpp_2s_ancestral", eta=0.0), 2, 1.0),
     (options("dpmpp_1s"), 1, 1.0), (options("dpmpp_2s"), 2, 1.0), (options("dpmpp_2s", r=0.7), 2, 1.0),
     (options("dpmpp_2m"), 2, 1.0), (options("dpmpp_2m", solver="heun"), 2, 1.0),
     (options("dpmpp_3m"), 3, 2.0), (options("dpmpp_3m", compat=True), 2, 2.0),

@@ -325,6 +325,56 @@ def kd_heun_churn(x, sigmas, noises, churn, low, high, s_noise):
     return x
 
 
+def kd_dpm_2(x, sigmas, noises, churn):
+    for i in range(len(sigmas) - 1):
+        gamma = min(churn / (len(sigmas) - 1), 2**0.5 - 1)
+        hat = sigmas[i] * (gamma + 1)
+        x = x + noises[i] * math.sqrt(hat**2 - sigmas[i] ** 2)
+        d = (x - kd_denoiser(x, hat)) / hat
+        if sigmas[i + 1] == 0:
+            x = x + d * (sigmas[i + 1] - hat)
+        else:
+            middle = math.exp(0.5 * (math.log(hat) + math.log(sigmas[i + 1])))
+            two = x + d * (middle - hat)
+            x = x + (two - kd_denoiser(two, middle)) / middle * (sigmas[i + 1] - hat)
+    return x
+
+
+def kd_levels(sigma, to, eta):
+    up = min(to, eta * math.sqrt(to**2 * (sigma**2 - to**2) / sigma**2))
+    return math.sqrt(to**2 - up**2), up
+
+
+def kd_dpm_2_ancestral(x, sigmas, noises, eta, s_noise):
+    for i in range(len(sigmas) - 1):
+        down, up = kd_levels(sigmas[i], sigmas[i + 1], eta)
+        d = (x - kd_denoiser(x, sigmas[i])) / sigmas[i]
+        if down == 0:
+            x = x + d * (down - sigmas[i])
+        else:
+            middle = math.exp(0.5 * (math.log(sigmas[i]) + math.log(down)))
+            two = x + d * (middle - sigmas[i])
+            x = x + (two - kd_denoiser(two, middle)) / middle * (down - sigmas[i]) + noises[i] * s_noise * up
+    return x
+
+
+def kd_dpmpp_2s_ancestral(x, sigmas, noises, eta, s_noise):
+    for i in range(len(sigmas) - 1):
+        down, up = kd_levels(sigmas[i], sigmas[i + 1], eta)
+        denoised = kd_denoiser(x, sigmas[i])
+        if down == 0:
+            x = x + (x - denoised) / sigmas[i] * (down - sigmas[i])
+        else:
+            t, t_next = -math.log(sigmas[i]), -math.log(down)
+            h = t_next - t
+            s = t + 0.5 * h
+            two = math.exp(-s) / math.exp(-t) * x - math.expm1(-h * 0.5) * denoised
+            x = math.exp(-t_next) / math.exp(-t) * x - math.expm1(-h) * kd_denoiser(two, math.exp(-s))
+        if sigmas[i + 1] > 0:
+            x = x + noises[i] * s_noise * up
+    return x
+
+
 def kd_run(plan: Plan, x: Tensor, noises: list[Tensor] | None = None) -> Tensor:
     return run_plan(plan, edm_model, x, noises or [])
 
@@ -380,3 +430,23 @@ def test_kdiffusion_churn(limits):
     near(kd_run(plan, begin, inside), want)
     assert plan.init_scale == pytest.approx(15.0 * math.sqrt(1 + 1.003**2 * ((1 + gamma) ** 2 - 1)))
     assert samplers.euler(EDM, 5, churn=0.0) == samplers.euler(EDM, 5)
+
+
+@pytest.mark.parametrize("churn", [0.0, 3.0])
+def test_kdiffusion_dpm_2(churn):
+    x, noises = kd_setup()
+    plan = samplers.dpm_2(EDM, sigmas=KD_SIGMAS, prediction="x0", churn=churn)
+    gamma = churn / 9
+    begin = x + noises[0] * KD_SIGMAS[0] * math.sqrt((1 + gamma) ** 2 - 1)
+    near(kd_run(plan, begin, noises[1:]), kd_dpm_2(x, KD_SIGMAS, noises, churn))
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize(
+    ("sampler", "theirs"),
+    [(samplers.dpm_2_ancestral, kd_dpm_2_ancestral), (samplers.dpmpp_2s_ancestral, kd_dpmpp_2s_ancestral)],
+)
+def test_kdiffusion_two_stages_ancestral(sampler, theirs, eta):
+    x, noises = kd_setup()
+    plan = sampler(EDM, sigmas=KD_SIGMAS, prediction="x0", eta=eta, noise=1.003)
+    near(kd_run(plan, x, noises), theirs(x, KD_SIGMAS, noises, eta, 1.003))

@@ -67,6 +67,7 @@ def observed(errors: list[float]) -> float:
     (lambda n: samplers.dpmpp_2m_sde(EDM, sigmas=levels(n), solver="heun"), 2),
     (lambda n: samplers.dpmpp_3m_sde(EDM, sigmas=levels(n)), 2),
     (lambda n: samplers.dpmpp_sde(EDM, sigmas=levels(n)), 1),
+    (lambda n: samplers.repaint(EDM, sigmas=levels(n), jump_n_sample=1), 1),
 ])  # fmt: skip
 def test_weak_order_in_sigma(make, order):
     """The variance tends to the data's at its order; the mean of Gaussian data is exact in every one of these."""
@@ -74,6 +75,14 @@ def test_weak_order_in_sigma(make, order):
     assert max(means) < 1e-12
     assert observed(variances) == pytest.approx(order, abs=0.2)
     assert variances[-1] < {1: 0.02, 2: 5e-4}[order]
+
+
+@pytest.mark.parametrize("sampler", [samplers.dpm_2_ancestral, samplers.dpmpp_2s_ancestral])
+def test_weak_order_of_two_stages_and_noise(sampler):
+    """Second-order steps to sigma_down, but of order 1 as an SDE: in the mean, away from the marginal's."""
+    means, variances = weak_errors(lambda n: sampler(EDM, sigmas=levels(n)), EDM, (1.0, 20.0), [64, 128, 256])
+    assert observed(means) == pytest.approx(1, abs=0.2)
+    assert observed(variances) == pytest.approx(2, abs=0.2)
 
 
 @pytest.mark.parametrize(("schedule", "counts"), [

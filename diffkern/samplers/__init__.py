@@ -11,9 +11,12 @@
 | `euler_ancestral` | all | as `euler` | 1 | eta > 0: every step but the last |
 | `dpmpp_1s`, `dpmpp_2m`, `dpmpp_3m`, `unipc` | all | alpha x0 + sigma eps | 1 | none; dpmpp with eta > 0 |
 | `dpmpp_2s` | all | alpha x0 + sigma eps | 2, to sigma = 0: 1 | with eta > 0 |
+| `dpm_2` | all; not flows | as `euler` | 2, to sigma = 0: 1 | none, or churn |
+| `dpm_2_ancestral`, `dpmpp_2s_ancestral` | all; not flows | as `euler` | 2, last 1 | eta > 0: every step but the last |
 | `dpmpp_2m_sde`, `dpmpp_3m_sde`, `dpmpp_sde` | all | alpha x0 + sigma eps | 1, 1, 2 | every step but the last |
 | `euler_maruyama` | all | alpha x0 + sigma eps | 1 | every step but the last |
 | `flow_sde` | continuous | alpha x0 + sigma eps | 1 | every step but the last |
+| `repaint` (inpainting) | all | alpha x0 + sigma eps | 1, and rows of noise alone | every step but the last |
 | `langevin`, `annealed_langevin` | all | alpha x0 + sigma eps | 1 | every step |
 
 docs/samplers.md has their formulas and orders. alpha and sigma are the schedule's own rates, so for EDM and VE the two
@@ -28,6 +31,7 @@ from collections.abc import Callable
 from diffkern.grids import spaced_timesteps
 from diffkern.plan import Plan
 from diffkern.samplers.ancestral import ddim, ddim_inversion, ddpm, euler_ancestral
+from diffkern.samplers.dpm_2 import dpm_2, dpm_2_ancestral, dpmpp_2s_ancestral
 from diffkern.samplers.dpm_solver import (
     dpmpp_1s,
     dpmpp_2m,
@@ -38,6 +42,7 @@ from diffkern.samplers.dpm_solver import (
     dpmpp_sde,
 )
 from diffkern.samplers.multistep import deis, lms
+from diffkern.samplers.repaint import repaint
 from diffkern.samplers.runge_kutta import euler, heun, midpoint, rk4, rk4_38
 from diffkern.samplers.sde import annealed_langevin, euler_maruyama, flow_sde, langevin
 from diffkern.samplers.unipc import unipc
@@ -49,10 +54,13 @@ __all__ = [
     "ddim_inversion",
     "ddpm",
     "deis",
+    "dpm_2",
+    "dpm_2_ancestral",
     "dpmpp_1s",
     "dpmpp_2m",
     "dpmpp_2m_sde",
     "dpmpp_2s",
+    "dpmpp_2s_ancestral",
     "dpmpp_3m",
     "dpmpp_3m_sde",
     "dpmpp_sde",
@@ -65,6 +73,7 @@ __all__ = [
     "langevin",
     "lms",
     "midpoint",
+    "repaint",
     "rk4",
     "rk4_38",
     "spaced_timesteps",
@@ -91,12 +100,16 @@ SAMPLERS: dict[str, Callable[..., Plan]] = {
         dpmpp_2m_sde,
         dpmpp_3m_sde,
         dpmpp_sde,
+        dpm_2,
+        dpm_2_ancestral,
+        dpmpp_2s_ancestral,
         unipc,
         euler_maruyama,
         flow_sde,
         langevin,
         annealed_langevin,
         ddim_inversion,
+        repaint,
     )
 }
 """Every sampler by name."""

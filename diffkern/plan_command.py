@@ -1,0 +1,181 @@
+"""`python -m diffkern plan show | diff | make`: print a plan, compare two, write one as JSON.
+
+A source is a file of `Plan.to_json`, ``-`` for such text on stdin, or a sampler with its arguments as in Python:
+``ddim``, ``ddim(steps=20, eta=0.5)``, ``"heun(schedule=edm(sigma_max=40), steps=18)"``. Values are literals, schedules
+are those of `schedules.SCHEDULES`, linear unless given. After ``show`` and ``make`` the arguments may follow one by
+one: ``show ddim schedule=cosine steps=20``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import math
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from diffkern.plan import Plan, Row
+from diffkern.samplers import SAMPLERS, get_sampler
+from diffkern.schedules import SCHEDULES
+
+__all__ = ["add_command", "differences", "read"]
+
+_HEAD = [field.name for field in fields(Plan) if field.name != "rows"]
+_ROW = [field.name for field in fields(Row)]
+
+
+def read(source: str, arguments: tuple[str, ...] = ()) -> Plan:
+    """The plan of a source, with further ``name=value`` arguments of its sampler. Raises ValueError for any other."""
+    path = Path(source)
+    if source == "-" or path.suffix == ".json" or path.is_file():
+        if arguments:
+            raise ValueError(f"arguments belong to a sampler, got {' '.join(arguments)} for the file {source}")
+        return Plan.from_json(sys.stdin.read() if source == "-" else path.read_text())
+    call = _parsed(source, source)
+    name, positional, named = _call(call, source)
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals or not key.isidentifier():
+            raise ValueError(f"an argument must be name=value, got {argument!r}")
+        if key in named:
+            raise ValueError(f"{key} must be given once, got it twice for {name}")
+        named[key] = _value(_parsed(value, argument), key, argument)
+    if positional:
+        raise ValueError(f"a sampler's arguments must be named, as in {name}(steps=20), got {source!r}")
+    make = get_sampler(name)
+    schedule = named.pop("schedule", None) or SCHEDULES["linear"]()
+    plan = _apply(make, name, (schedule,), named)
+    assert isinstance(plan, Plan)
+    return plan
+
+
+def differences(one: Plan, two: Plan, tolerance: float = 0.0) -> list[str]:
+    """What differs between two plans, a line each: entries of the head, rows, and of each row its columns.
+
+    Numbers a and b differ if abs(a - b) > tolerance max(abs(a), abs(b)).
+    """
+    lines = []
+    for name in _HEAD:
+        if not _same(getattr(one, name), getattr(two, name), tolerance):
+            lines.append(f"{name}: {getattr(one, name)} | {getattr(two, name)}")
+    if len(one.rows) != len(two.rows):
+        lines.append(f"rows: {len(one.rows)} | {len(two.rows)}")
+    for i, (a, b) in enumerate(zip(one.rows, two.rows, strict=False)):
+        pairs = [(name, getattr(a, name), getattr(b, name)) for name in _ROW]
+        changed = [f"{name} {_show(x)} | {_show(y)}" for name, x, y in pairs if not _same(x, y, tolerance)]
+        if changed:
+            lines.append(f"row {i}: {', '.join(changed)}")
+    return lines
+
+
+def add_command(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `plan`."""
+    parser.description = __doc__
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    show = actions.add_parser("show", help="print a plan as a table")
+    make = actions.add_parser("make", help="write a plan as JSON")
+    for action in (show, make):
+        action.add_argument("source", help=f"a file, - for stdin, or a sampler: {', '.join(SAMPLERS)}")
+        action.add_argument("arguments", nargs="*", metavar="NAME=VALUE", help="the sampler's arguments")
+    make.add_argument("-o", "--output", type=Path, help="the file to write; stdout without it")
+    diff = actions.add_parser("diff", help="what differs between two plans; exit status 1 if anything does")
+    diff.add_argument("one", help="a file, - for stdin, or a sampler with its arguments, in quotes")
+    diff.add_argument("two", help="the same")
+    diff.add_argument(
+        "--tolerance", type=float, default=0.0, help="relative difference of numbers that is none (default 0)"
+    )
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.action == "diff":
+        if not arguments.tolerance >= 0.0:
+            raise ValueError(f"--tolerance must be a number >= 0, got {arguments.tolerance}")
+        if arguments.one == arguments.two == "-":
+            raise ValueError("only one of the two plans can be read from stdin, got - twice")
+        found = differences(read(arguments.one), read(arguments.two), arguments.tolerance)
+        for line in found:
+            print(line)
+        return 1 if found else 0
+    plan = read(arguments.source, tuple(arguments.arguments))
+    if arguments.action == "show":
+        print(plan)
+    elif arguments.output is None:
+        print(plan.to_json())
+    else:
+        arguments.output.write_text(plan.to_json() + "\n")
+    return 0
+
+
+def _same(a: Any, b: Any, tolerance: float) -> bool:
+    if isinstance(a, float) and isinstance(b, float | int) and a != b:
+        return abs(a - b) <= tolerance * max(abs(a), abs(b))
+    return bool(a == b)
+
+
+def _show(value: Any) -> str:
+    """A value for people; saves as the table prints them."""
+    if isinstance(value, tuple) and all(isinstance(part, tuple) for part in value):
+        return " ".join(f"h{slot}={source}" for slot, source in value) or "none"
+    return f"{value!r}"
+
+
+def _parsed(text: str, whole: str) -> ast.expr:
+    try:
+        return ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(
+            f"a plan must be a file or a sampler with its arguments, such as ddim(steps=20), got {whole!r}"
+        ) from error
+
+
+def _call(node: ast.expr, whole: str) -> tuple[str, list[Any], dict[str, Any]]:
+    """(name, positional arguments, named arguments) of ``name`` or ``name(...)``."""
+    if isinstance(node, ast.Name):
+        return node.id, [], {}
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+        raise ValueError(
+            f"a plan must be a file or a sampler with its arguments, such as ddim(steps=20), got {whole!r}"
+        )
+    positional = [_value(argument, "", whole) for argument in node.args]
+    named: dict[str, Any] = {}
+    for keyword in node.keywords:
+        if keyword.arg is None:
+            raise ValueError(f"arguments must be named one by one, got ** in {whole!r}")
+        named[keyword.arg] = _value(keyword.value, keyword.arg, whole)
+    return node.func.id, positional, named
+
+
+def _value(node: ast.expr, name: str, whole: str) -> Any:
+    """A literal; for ``schedule`` a schedule by its name, with arguments or without."""
+    if name == "schedule":
+        which, positional, named = _call(node, whole)
+        if which not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {which!r}")
+        return _apply(SCHEDULES[which], which, tuple(positional), named)
+    if isinstance(node, ast.Name):  # a word without quotes: spacing=karras
+        return math.inf if node.id == "inf" else node.id
+    try:
+        return ast.literal_eval(_Infinity().visit(node))
+    except ValueError as error:
+        raise ValueError(f"{name or 'an argument'} must be a number, text or list, got {whole!r}") from error
+
+
+class _Infinity(ast.NodeTransformer):
+    """``inf`` is a number."""
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return ast.Constant(math.inf) if node.id == "inf" else node
+
+
+def _apply(function: Callable[..., Any], name: str, positional: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+    """The call; an argument that the function does not have, or of the wrong type, in one sentence."""
+    try:
+        return function(*positional, **named)
+    except TypeError as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in named.items())
+        raise ValueError(f"{name} does not take these arguments: {error} (got {given or 'none'})") from error
