@@ -21,7 +21,8 @@
 
 docs/samplers.md has their formulas and orders. alpha and sigma are the schedule's own rates, so for EDM and VE the two
 states are one; the model always sees the schedule's own input (x/sqrt(sigma^2+1) on a table, c_in x for EDM's network).
-Each model call is one row, one fused op. Row k draws its noise on ``streams.STEP + k``.
+Each model call is one row, one fused op. Row k draws its noise on ``streams.STEP + k``,
+or from one Brownian path a sample with ``noise_path="brownian"``: `euler_maruyama`, `euler_ancestral`, the `dpmpp_*`.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import pytest
 import torch
 from ptx.harness import DTYPES, Call, Cpu, Device, check, seeds_for, with_changes
 
-COUNTS = (0, 1, 3, 4, 5, 31, 64, 1009, 1023, 1024, 1025, 2053)
+COUNTS = (0, 1, 5, 31, 1023, 1025, 2053)  # the walk over quads is that of randn, which has more
 
 
 def terms(n: int) -> tuple[list[int], list[float]]:
