@@ -34,6 +34,7 @@ from benchmarks.case import (
     try_compile,
 )
 from benchmarks.learned_case import learned
+from benchmarks.logprob_case import logprob
 from benchmarks.variational_case import hybrid
 from diffkern import _load, ops, reference, samplers, sampling, schedules, streams
 from diffkern.plan import Plan
@@ -412,6 +413,8 @@ def _cases() -> dict[str, Callable[[Setting], Case]]:
         "ddim-x0": (step, {"shape": LARGE, "kind": "ddim", "want_x0": True, "goal": 8.0}),
         "ddpm": (step, {"shape": LARGE, "kind": "ddpm", "goal": 6.0}),
         "learned-step": (learned, {"shape": LARGE, "goal": 4.0}),
+        "logprob": (logprob, {"shape": LARGE, "goal": 4.0}),
+        "logprob-grad": (logprob, {"shape": LARGE, "gradient": True, "goal": 4.0}),
         "loss-v": (loss, {"shape": LARGE, "prediction": "v", "goal": 4.0}),
         "loss-v-stored": (loss, {"shape": LARGE, "prediction": "v", "stored": True}),
         "loss-eps": (loss, {"shape": LARGE, "prediction": "eps", "goal": 4.0}),

@@ -27,6 +27,7 @@ __all__ = [
     "randn",
     "spatial_attention",
     "step",
+    "step_logprob",
     "variational",
 ]
 
@@ -265,6 +266,40 @@ def learned_step(
     given = {"seeds": seeds, "noise": scaled, "mask": mask, "known": known}
     out, x0, _, following = step(x, mean, table=plain, row=row, index=index, **given, compute=compute)
     return out, x0, following
+
+
+def step_logprob(
+    after: Tensor,
+    x: Tensor | None,
+    m: Tensor | None,
+    m2: Tensor | None = None,
+    h0: Tensor | None = None,
+    h1: Tensor | None = None,
+    h2: Tensor | None = None,
+    h3: Tensor | None = None,
+    *,
+    table: Tensor,
+    row: int = 0,
+    index: Tensor | None = None,
+    compute: torch.dtype = torch.float64,
+) -> Tensor:
+    """ln N(after; mean, std^2) of `step` without its noise, summed over each sample; 0 where g = 0. Differentiable."""
+    silent, g_column = table[:, : len(COLUMNS)].clone(), COLUMNS.index("g")
+    silent[:, g_column] = 0
+    variance = None
+    if table.shape[1] > len(COLUMNS):
+        assert m is not None
+        m, variance = m.chunk(2, dim=1)
+    mean = step(x, m, m2, h0, h1, h2, h3, table=silent, row=row, index=index, noise=after, compute=compute)[0]
+    rows = table[row : row + 1] if index is None else table
+    columns = _gather(rows, index, after.shape[0], after.dim(), compute)
+    g = columns[g_column].abs()
+    std = torch.where(g > 0, g, 1.0).expand(after.shape)
+    if variance is not None:
+        r0, r1 = columns[len(COLUMNS) :]
+        std = std * torch.exp((r0 + r1 * variance.to(compute)) / 2)
+    nats = 0.5 * ((after.to(compute) - mean) / std) ** 2 + torch.log(std) + 0.5 * math.log(2 * math.pi)
+    return torch.where(g.flatten() > 0, -nats.reshape(len(nats), math.prod(nats.shape[1:])).sum(1), 0.0)
 
 
 def attention(

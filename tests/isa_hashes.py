@@ -55,6 +55,8 @@ def hashes() -> dict[str, str]:
         learned = torch.tensor([[columns.get(name, 0.0) for name in ops.LEARNED_COLUMNS]], dtype=torch.float64)
         one = ops.learned_step(x, both, table=learned, seeds=seeds, want_x0=True, next_copies=1)
         found[f"learned_step {name}"] = digest(*one)
+        density = torch.ops.diffkern.step_logprob(image, m, both, *(None,) * 5, learned, 0, None, True)
+        found[f"step_logprob {name} learned"] = digest(*density)
         for row, coefficients in ROWS.items():
             h = [values(shape, 4 + k, dtype) for k in range(4)]
             pair = torch.cat([m, values(shape, 9, dtype)])
@@ -65,6 +67,9 @@ def hashes() -> dict[str, str]:
                 **{"want_x0": row.startswith("x0"), "want_s": row == "everything", "next_copies": 1},
             )
             found[f"step {name} {row}"] = digest(*out)
+            rows = table({**coefficients, "r": 0.0, "g": 0.3})
+            density = torch.ops.diffkern.step_logprob(image, x, pair, None, *h, rows, 0, None, True)
+            found[f"step_logprob {name} {row}"] = digest(*density)
     return found
 
 

@@ -237,6 +237,8 @@ KINDS: dict[str, tuple[Callable[..., cases.Case], dict[str, Any]]] = {
     "ddim-channels-last": (cases.step, {"kind": "ddim", "channels_last": True}),
     "ddpm": (cases.step, {"kind": "ddpm"}),
     "learned-step": (cases.learned, {}),
+    "logprob": (cases.logprob, {}),
+    "logprob-grad": (cases.logprob, {"gradient": True}),
     "guided": (cases.guided, {}),
     "heun": (cases.heun, {}),
     "ddim-loop": (cases.loop, {"kind": "ddim"}),

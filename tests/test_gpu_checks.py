@@ -56,7 +56,7 @@ COMPARISONS: dict[str, Check] = {
     **{f"no sync, {op}": check(checks_runs.check_no_sync, op) for op in checks_runs.STREAM_JOBS},
 }
 for k, layout in enumerate(calls.INPUT_LAYOUTS[1:]):  # contiguous has the large ones
-    for name in ("noising", "loss", "variational", "step", "learned_step", "out", "in_place"):
+    for name in ("noising", "loss", "variational", "step", "learned_step", "step_logprob", "out", "in_place"):
         dtype = DTYPES[(k + len(name)) % 4]
         COMPARISONS[f"{name} {layout}"] = check(getattr(checks_ops, f"check_{name}"), dtype, layout)
 del COMPARISONS["in_place expanded"]
@@ -73,7 +73,7 @@ OTHERS: dict[str, Check] = {
     "device guard": check(checks_runs.check_device_guard, HOST, "step"),
 }
 # No backward on fake CUDA tensors (its threads ask for the device); of the slow ones, one layout or less.
-SLOW = ("gradients", "noising", "loss", "variational", "step", "learned_step", "out")
+SLOW = ("gradients", "noising", "loss", "variational", "step", "learned_step", "step_logprob", "out")
 REHEARSED = [n for n in COMPARISONS if not n.startswith(SLOW)] + [f"{n} misaligned" for n in ("noising", "loss", "out")]
 GRAPHS = [name for name in COMPARISONS if name.startswith("graph")]
 

@@ -150,9 +150,28 @@ def test_the_bound_needs_two_numbers_a_block(gradient: bool) -> None:
     assert used <= 8 * blocks + SLACK + (8 * COUNT if gradient else 0)
 
 
+@pytest.mark.parametrize("learned", [False, True], ids=["fixed", "learned"])
+@pytest.mark.parametrize("gradient", [False, True], ids=["value", "gradient"])
+def test_the_log_density_needs_a_number_a_block(gradient: bool, learned: bool) -> None:
+    """Inputs and outputs only: no mean, no standard deviations."""
+    after, x, copies = values(SHAPE, 2), values(SHAPE, 3), 2 if learned else 1
+    m = values((SHAPE[0], copies * SHAPE[1], *SHAPE[2:]), 1).requires_grad_(gradient)
+    rows = torch.cat([EPS, torch.tensor([[-0.4, 0.3]], dtype=torch.float64)], 1) if learned else EPS
+    used, _ = allocated(lambda: ops.step_logprob(after, x, m, table=rows))
+    blocks = SHAPE[0] * math.ceil(COUNT / SHAPE[0] / BLOCK)
+    assert used <= 4 * blocks + SLACK + (4 * copies * COUNT if gradient else 0)
+
+
 def test_loss_backward_allocates_nothing_for_a_plain_loss() -> None:
     """`loss.backward()` hands out the gradient that the forward pass made."""
     pred = values(SHAPE, 1).requires_grad_()
     loss = ops.loss(pred, values(SHAPE, 2), LOSS, seeds=SEEDS)
     used, _ = allocated(lambda: torch.autograd.grad(loss, pred, retain_graph=True))
+    assert used <= SLACK
+
+
+def test_backward_of_a_sum_of_log_densities_allocates_nothing() -> None:
+    m = values(SHAPE, 1).requires_grad_()
+    total = ops.step_logprob(values(SHAPE, 2), values(SHAPE, 3), m, table=EPS).sum()
+    used, _ = allocated(lambda: torch.autograd.grad(total, m, retain_graph=True))
     assert used <= SLACK

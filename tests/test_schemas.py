@@ -17,6 +17,7 @@ from op_cases import EVERYTHING, ROWS, arrange, native_draws, same_bits, table, 
 from torch import Tensor
 
 from diffkern import ops, reference
+from diffkern.plan import COLUMNS
 
 SHAPE = (3, 2, 5, 4)
 SEEDS = torch.tensor([11, -12, 13])
@@ -95,6 +96,10 @@ BOTH = torch.cat([T["m"], T["h1"]], 1)
 LEARNED_INPUTS = (T["x"], BOTH, LEARNED, 1, INDEX, SEEDS, None, MASK, T["known"])
 STEP_INPUTS = (*(T[n] for n in ("x", "m", "m2", "h0", "h1", "h2", "h3")), STEP, 1, None, SEEDS, None, MASK, T["known"])
 
+LOGPROB = STEP.clone()
+LOGPROB[:, COLUMNS.index("r")] = 0
+LOGPROB_INPUTS = (T["known"], *STEP_INPUTS[:7], LOGPROB, 1, None, True)
+
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.zeros(shape or SHAPE, dtype=dtype)
@@ -110,6 +115,10 @@ OUT_MAP, LSE_MAP = (t.float() for t in reference.spatial_attention(QKV, 2, "lega
 def gradients(function: Callable[..., tuple[Tensor, Tensor]], up: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     leaves = [t.double().requires_grad_() for t in tensors]
     return torch.autograd.grad(function(*leaves)[0], leaves, up.double())
+
+
+def leaf(t: Tensor) -> Tensor:
+    return t.clone().requires_grad_()
 
 
 def step_reference() -> tuple[Tensor, ...]:
@@ -130,6 +139,13 @@ def variational_reference() -> tuple[Tensor, ...]:
     pred = torch.cat([T["m"], T["h0"]], 1).requires_grad_()
     value, means = reference.variational(pred, T["x"] / 2, VARIATIONAL, INDEX, seeds=SEEDS, stream=5, reduction="sum")
     return value, means, torch.autograd.grad(value, pred)[0].double()
+
+
+def logprob_reference() -> tuple[Tensor, ...]:
+    after, x, m, m2, h0, h1, h2, h3, rows, row, index, _ = LOGPROB_INPUTS
+    m, m2 = leaf(m), leaf(m2)
+    value = reference.step_logprob(after, x, m, m2, h0, h1, h2, h3, table=rows, row=row, index=index)
+    return value, *(t.double() for t in torch.autograd.grad(value.sum(), (m, m2)))
 
 
 # Op -> arguments that differ from each other in value, and the reference's answer in the order of the outputs.
@@ -168,8 +184,12 @@ CALLS: dict[str, tuple[tuple[Any, ...], Callable[[], tuple[Tensor, ...]]]] = {
     "step_ad": ((*STEP_INPUTS, True, True, 1, torch.float64), step_reference),
     "learned_step": ((*LEARNED_INPUTS, True, 1, torch.float64), learned_reference),
     "learned_step_out": ((*LEARNED_INPUTS, empty(), empty(), empty(dtype=torch.float64)), learned_reference),
+    "step_logprob": (LOGPROB_INPUTS, logprob_reference),
     "step_out": ((*STEP_INPUTS, empty(), empty(), empty(), empty(dtype=torch.float64)), step_reference),
 }
+
+
+DIFFERENTIABLE = ("noising", "loss", "variational", "step_ad", "step_logprob", "attention", "spatial_attention")
 
 
 def op_names() -> set[str]:
@@ -189,7 +209,7 @@ def test_every_op_has_its_parts(name: str) -> None:
     assert base in reference.__all__
     assert base in ops.__all__
     differentiable = torch._C._dispatch_has_kernel_for_dispatch_key(f"diffkern::{name}", "Autograd")
-    assert differentiable == (name in ("noising", "loss", "variational", "step_ad", "attention", "spatial_attention"))
+    assert differentiable == (name in DIFFERENTIABLE)
     schema = getattr(torch.ops.diffkern, name).default._schema
     assert schema.is_mutable == name.endswith("_out")
 
@@ -217,10 +237,6 @@ def test_step_ad_is_step() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- opcheck
-def leaf(t: Tensor) -> Tensor:
-    return t.clone().requires_grad_()
-
-
 def opcheck_samples() -> dict[str, tuple[str, tuple[Any, ...]]]:
     """Several calls of each op: with and without optional arguments, gradients, layouts and dtypes."""
     samples = {name: (name, arguments) for name, (arguments, _) in CALLS.items()}
@@ -250,6 +266,17 @@ def opcheck_samples() -> dict[str, tuple[str, tuple[Any, ...]]]:
     samples["step_ad gradient"] = ("step_ad", (*given, True, True, 2, None))
     few = (leaf(T["x"]), leaf(T["m"]), *none[:5], table(ROWS["eps"]), 0, *none[:5], False, False, 0, None)
     samples["step_ad few"] = ("step_ad", few)
+    after, x, m, m2, *rest = LOGPROB_INPUTS
+    samples["step_logprob gradient"] = ("step_logprob", (after, x, leaf(m), leaf(m2), *rest))
+    both = leaf(torch.cat([m, m2]).half())
+    samples["step_logprob doubled"] = ("step_logprob", (after, x, both, None, *rest[:6], INDEX, True))
+    few = (arrange(after, "sliced"), arrange(x, "permuted"), m, *none[:5], table(ROWS["eps noise"]), 0, None, False)
+    samples["step_logprob few"] = ("step_logprob", few)
+    learned = torch.cat([table(ROWS["x0 clip noise"], ROWS["euler"]), torch.tensor([[-0.5, 0.4]] * 2).double()], 1)
+    for layout in ("contiguous", "channels_last", "sliced"):
+        wide = leaf(arrange(torch.cat([m, m2], 1), layout))
+        given = (arrange(after, layout), arrange(x, layout), wide, *none[:5], learned, 0, INDEX % 2, True)
+        samples[f"step_logprob learned {layout}"] = ("step_logprob", given)
     index = (T["x"], T["m"], T["m2"], *none[:4], table(ROWS["eps"], ROWS["eps noise"]), 0, INDEX % 2, SEEDS, *none[:3])
     samples["step index"] = ("step", (*index, False, False, 0, None))
     samples["step_out few"] = ("step_out", (*STEP_INPUTS, empty(), None, None, None))

@@ -27,7 +27,7 @@ from typing import Any
 import gpu_report_attention
 from gpu_report_common import ARCHITECTURES, FLAGS, ROOT, nvcc_version, run, table
 
-FILES = ("randn", "noise_sum", "noising", "step", "learned_step", "loss", "variational")
+FILES = ("randn", "noise_sum", "noising", "step", "learned_step", "loss", "variational", "step_logprob")
 ACCESS = ("direct", "staged", "scalar")
 # Per multiprocessor: threads, blocks, registers, shared memory in bytes (CUDA programming guide, technical
 # specifications per compute capability); 1 KiB a block of shared memory is the system's.
@@ -106,7 +106,8 @@ def compile_all(folder: Path) -> dict[str, dict[int, Compiled]]:
 
 
 def threads_of(kernel: str) -> int:
-    if kernel.startswith("partial_kernel") and ("Half" in kernel or "Bfloat16" in kernel) and "scalar" not in kernel:
+    sums = kernel.startswith(("partial_kernel", "bound_kernel", "density_kernel"))
+    if sums and ("Half" in kernel or "Bfloat16" in kernel) and "scalar" not in kernel:
         return 128
     return 256
 

@@ -16,33 +16,13 @@ struct LearnedStepOps {
   static void check_row(const char* op, const Operands& o, const double* row, int64_t number, uint32_t want) {
     check_row_finite(op, row, kLearnedColumns, number);
     check_clip(op, row[kClip], number);
-    const int excess = learned_step_excess(row);
-    if (excess != kLearnedColumns) {
-      fail(op, "w, r, e0 .. e3, A, B and D must be 0 in a row with learned variance, got ", row[excess], " in row ",
-           number, ", column ", excess);
-    }
-    for (const int k : {kLogVariance0, kLogVariance1}) {
-      if (std::isinf(row[k])) {
-        fail(op, k == kLogVariance0 ? "r0" : "r1", " must be finite, got ", row[k], " in row ", number);
-      }
-    }
+    check_learned_row(op, row, number);
     const uint32_t terms = learned_step_terms(row, want);
     need(op, o.m, terms & kTermQ, "q", row[kQ]);
     need(op, o.m, terms & kTermD, "d", row[kD]);
     need(op, o.m, terms & kTermV, "r1", row[kLogVariance1]);
     need(op, o.known, terms & kTermKnownS, "known_s", row[kKnownS]);
     check_row_noise(op, o.seeds, o.noise, terms, row, number);
-  }
-
-  // m is [B, 2C, ...] where the state is [B, C, ...].
-  static void check_prediction(const char* op, const Operand& m, const Operand& out) {
-    if (!m) return;
-    bool fits = m.dims == out.dims && out.dims > 1;
-    for (int64_t d = 0; fits && d < out.dims; ++d) fits = m.sizes[d] == (d == 1 ? 2 : 1) * out.sizes[d];
-    if (!fits) {
-      fail(op, "m must hold the prediction and its log-variance, twice the channels of ", out.name, " ",
-           shape_text(out), ", got ", shape_text(m));
-    }
   }
 
   static void step_into(const char* op, const Operands& o, int64_t row) {
@@ -58,7 +38,7 @@ struct LearnedStepOps {
       check_shape(op, *same, out);
     }
     check_same_device(op, o.m, out);
-    check_prediction(op, o.m, out);
+    check_learned_prediction(op, o.m, out);
     const Dtype m_dtype = o.m ? float_dtype(op, o.m) : state;
     const Dtype mask_dtype = check_mask(op, o.mask, out, state);
     const NextInput next(op, o.next, out, m_dtype);

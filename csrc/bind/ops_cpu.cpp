@@ -5,6 +5,7 @@
 #include "learned_step.h"
 #include "noise_sum.h"
 #include "ops.h"
+#include "step_logprob.h"
 #include "variational.h"
 
 namespace dk::bind {
@@ -49,6 +50,10 @@ struct CpuBackend {
     run(cpu::variational, args, true);
     cpu::variational_finish(args);
   }
+  static void step_logprob(const StepLogprobArgs& args, const Operand&) {
+    run(cpu::step_logprob, args, false);
+    cpu::step_logprob_finish(args);
+  }
 };
 
 // Tasks a thread takes at least, so that it gets about as many multiplications as waking it costs.
@@ -90,6 +95,7 @@ STABLE_TORCH_LIBRARY_IMPL(diffkern, CPU, m) {
   LearnedStepOps<CpuBackend>::implement(m);
   NoiseSumOps<CpuBackend>::implement(m);
   VariationalOps<CpuBackend>::implement(m);
+  StepLogprobOps<CpuBackend>::implement(m);
   AttentionOps<CpuAttention>::implement(m);
 }
 

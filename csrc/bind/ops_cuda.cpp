@@ -9,6 +9,7 @@
 #include "learned_step.h"
 #include "noise_sum.h"
 #include "ops.h"
+#include "step_logprob.h"
 #include "variational.h"
 
 namespace dk::bind {
@@ -47,6 +48,9 @@ struct CudaBackend {
   }
   static void variational(const VariationalArgs& args, const Operand& where) {
     launch("variational", cuda::variational, args, where);
+  }
+  static void step_logprob(const StepLogprobArgs& args, const Operand& where) {
+    launch("step_logprob", cuda::step_logprob, args, where);
   }
 };
 
@@ -95,6 +99,7 @@ STABLE_TORCH_LIBRARY_IMPL(diffkern, CUDA, m) {
   LearnedStepOps<CudaBackend>::implement(m);
   NoiseSumOps<CudaBackend>::implement(m);
   VariationalOps<CudaBackend>::implement(m);
+  StepLogprobOps<CudaBackend>::implement(m);
   AttentionOps<CudaAttention>::implement(m);
 }
 

@@ -45,6 +45,10 @@ STABLE_TORCH_LIBRARY(diffkern, m) {
   m.def(
       "learned_step_out(Tensor x, Tensor? m, Tensor table, SymInt row, Tensor? index, Tensor? seeds, Tensor? noise, "
       "Tensor? mask, Tensor? known, Tensor(a!) out, Tensor(b!)? x0, Tensor(c!)? next) -> ()");
+  // csrc/bind/step_logprob.h
+  m.def(
+      "step_logprob(Tensor after, Tensor? x, Tensor? m, Tensor? m2, Tensor? h0, Tensor? h1, Tensor? h2, Tensor? h3, "
+      "Tensor table, SymInt row, Tensor? index, bool want_grad) -> (Tensor, Tensor?, Tensor?)");
   m.def("attention(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)");
   m.def(
       "attention_grad(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale) -> "

@@ -2,6 +2,7 @@
 // rows.
 #pragma once
 
+#include "../core/learned_step.h"
 #include "operand.h"
 
 namespace dk::bind {
@@ -67,6 +68,31 @@ inline void check_row_stream(const char* op, const char* column, double stream, 
 
 inline void check_clip(const char* op, double clip, int64_t number) {
   if (!(clip > 0)) fail(op, "clip must be positive (inf: no clipping), got ", clip, " in row ", number);
+}
+
+// Rows and predictions with a learned variance: what learned_step can run; m is [B, 2C, ...] where the state is
+// [B, C, ...].
+inline void check_learned_row(const char* op, const double* row, int64_t number) {
+  const int excess = learned_step_excess(row);
+  if (excess != kLearnedColumns) {
+    fail(op, "w, r, e0 .. e3, A, B and D must be 0 in a row with learned variance, got ", row[excess], " in row ",
+         number, ", column ", excess);
+  }
+  for (const int k : {kLogVariance0, kLogVariance1}) {
+    if (std::isinf(row[k])) {
+      fail(op, k == kLogVariance0 ? "r0" : "r1", " must be finite, got ", row[k], " in row ", number);
+    }
+  }
+}
+
+inline void check_learned_prediction(const char* op, const Operand& m, const Operand& state) {
+  if (!m) return;
+  bool fits = m.dims == state.dims && state.dims > 1;
+  for (int64_t d = 0; fits && d < state.dims; ++d) fits = m.sizes[d] == (d == 1 ? 2 : 1) * state.sizes[d];
+  if (!fits) {
+    fail(op, "m must hold the prediction and its log-variance, twice the channels of ", state.name, " ",
+         shape_text(state), ", got ", shape_text(m));
+  }
 }
 
 // One source of the state's own noise; with a mask the seeds may be those of the known image's.

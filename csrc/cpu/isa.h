@@ -4,6 +4,7 @@
 
 #include "../core/args.h"
 #include "../core/learned_step.h"
+#include "../core/step_logprob.h"
 
 namespace dk::cpu {
 
@@ -103,6 +104,16 @@ struct VariationalSums {
   T squares, nats;
 };
 
+// Absent operands read zeros, gradients nobody wants are scratch.
+template <class T>
+struct LogprobSpan {
+  StepSpan<T> mean;  // gives the mean in `out`, and x0
+  const T *after, *v, *x0;
+  T *grad_u, *grad_c, *grad_v, *energies;  // energies: kBlock values of scratch
+  LogprobRow<T> row;
+  bool learned, wants, splits;  // wants: gradients; splits: those of u and c apart
+};
+
 struct Isa {
   // Normals of quads q0 .. q0 + quads - 1, rounded up to whole groups: out has room for them.
   void (*normals)(uint64_t seed, uint64_t stream, uint64_t q0, int64_t quads, float* out);
@@ -116,6 +127,8 @@ struct Isa {
   double (*loss_f64)(const LossSpan<double>&);
   VariationalSums<float> (*variational_f32)(const VariationalSpan<float>&);
   VariationalSums<double> (*variational_f64)(const VariationalSpan<double>&);
+  float (*step_logprob_f32)(const LogprobSpan<float>&);
+  double (*step_logprob_f64)(const LogprobSpan<double>&);
   void (*widen_f16)(const Half*, float*, int64_t n);
   void (*narrow_f16)(const float*, Half*, int64_t n);
   void (*widen_bf16)(const Bfloat16*, float*, int64_t n);

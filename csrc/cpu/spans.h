@@ -245,6 +245,42 @@ DK_BODY VariationalSums<T> variational_body(const VariationalSpan<T>& span) {
   return {fold(span.squares, kLossBlock), fold(span.nats, kLossBlock)};
 }
 
+template <bool learned, bool wants, class T>
+DK_BODY void logprob_loop(const LogprobSpan<T>& span) {
+  const LogprobSpan<T> s = span;
+  const T* mean = s.mean.out;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < s.mean.n; ++i) {
+    const auto element = logprob_element<learned>(s.row, s.after[i], mean[i], s.x0[i], s.v[i]);
+    s.energies[i] = element.energy;
+    if (wants) s.grad_u[i] = element.by_m;
+    if (wants && learned) s.grad_v[i] = element.by_v;
+  }
+}
+
+template <class T>
+DK_BODY T step_logprob_body(const LogprobSpan<T>& span) {
+  step_body(span.mean);
+  if (span.learned) {
+    span.wants ? logprob_loop<true, true>(span) : logprob_loop<true, false>(span);
+  } else {
+    span.wants ? logprob_loop<false, true>(span) : logprob_loop<false, false>(span);
+  }
+  const int64_t n = span.mean.n;
+  if (span.wants && span.splits) {
+    const LogprobRow<T> row = span.row;
+    T *grad_u = span.grad_u, *grad_c = span.grad_c;
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) {
+      const GuidedGradient<T> parts = guided_gradient(row, grad_u[i]);
+      grad_u[i] = parts.u;
+      grad_c[i] = parts.c;
+    }
+  }
+  for (int64_t i = n; i < kLossBlock; ++i) span.energies[i] = T(0);
+  return fold(span.energies, kLossBlock);
+}
+
 DK_BODY void widen_bf16_body(const Bfloat16* in, float* out, int64_t n) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) out[i] = widen(in[i]);
@@ -284,10 +320,12 @@ DK_BODY void narrow_bf16_body(const float* in, Bfloat16* out, int64_t n) {
   TARGET VariationalSums<double> variational_f64(const VariationalSpan<double>& span) {                                \
     return variational_body(span);                                                                                     \
   }                                                                                                                    \
+  TARGET float step_logprob_f32(const LogprobSpan<float>& span) { return step_logprob_body(span); }                    \
+  TARGET double step_logprob_f64(const LogprobSpan<double>& span) { return step_logprob_body(span); }                  \
   TARGET void widen_bf16_span(const Bfloat16* in, float* out, int64_t n) { widen_bf16_body(in, out, n); }              \
   TARGET void narrow_bf16_span(const float* in, Bfloat16* out, int64_t n) { narrow_bf16_body(in, out, n); }            \
   }                                                                                                                    \
-  const Isa VARIABLE{normals_span,    step_f32,    step_f64,   learned_f32,     learned_f64,                           \
-                     noising_f32,     noising_f64, loss_f32,   loss_f64,        variational_f32,                       \
-                     variational_f64, WIDEN_F16,   NARROW_F16, widen_bf16_span, narrow_bf16_span};                     \
+  const Isa VARIABLE{normals_span,     step_f32,  step_f64,   learned_f32,     learned_f64,     noising_f32,           \
+                     noising_f64,      loss_f32,  loss_f64,   variational_f32, variational_f64, step_logprob_f32,      \
+                     step_logprob_f64, WIDEN_F16, NARROW_F16, widen_bf16_span, narrow_bf16_span};                      \
   }

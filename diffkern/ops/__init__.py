@@ -1,5 +1,5 @@
 """The native ops as typed functions, their fake tensors and gradients: `randn`, `noise_sum`, `noising`, `loss`,
-`variational`, `step`, `learned_step`, `attention`, `spatial_attention`.
+`variational`, `step`, `learned_step`, `step_logprob`, `attention`, `spatial_attention`.
 
 Every op runs on CPU and CUDA tensors, under torch.compile and torch.export. Dimension 0 is the batch. Tables of
 coefficients are float64; arithmetic is float32 (float64 for float64 tensors) and rounds once, at the store.
@@ -14,6 +14,7 @@ from diffkern.ops._attention import attention, spatial_attention
 from diffkern.ops._learned_step import learned_step, learned_step_out
 from diffkern.ops._noise import noise_sum, noise_sum_out, randn, seeds
 from diffkern.ops._step import step, step_into, step_out
+from diffkern.ops._step_logprob import step_logprob
 from diffkern.ops._training import loss, noising, noising_out
 from diffkern.ops._variational import VARIATIONAL_COLUMNS, variational
 from diffkern.plan import LEARNED_COLUMNS
@@ -34,6 +35,7 @@ __all__ = [
     "spatial_attention",
     "step",
     "step_into",
+    "step_logprob",
     "step_out",
     "variational",
 ]

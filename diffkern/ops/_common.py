@@ -92,7 +92,7 @@ def wrote(*outputs: Tensor | None) -> None:
     torch.autograd.graph.increment_version([t for t in outputs if t is not None])
 
 
-_ROW_BY_VALUE = ("step", "learned_step")  # their table may stay on the CPU
+_ROW_BY_VALUE = ("step", "learned_step", "step_logprob")  # their table may stay on the CPU
 
 
 def one_device(op: str, **tensors: Tensor | None) -> None:
@@ -108,7 +108,8 @@ def one_device(op: str, **tensors: Tensor | None) -> None:
 
 def scaled_gradient(grad: Tensor, g_value: Tensor) -> Tensor:
     """The gradient that a forward pass stored, times that of its value ([] or [B])."""
-    if type(g_value) is Tensor and g_value.dim() == 0 and not g_value.is_cuda and g_value.item() == 1.0:
-        return grad  # the usual loss.backward(): nothing to scale, and reading a CPU value costs nothing
+    one = type(g_value) is Tensor and not g_value.is_cuda and g_value.numel() > 0 and not any(g_value.stride())
+    if one and g_value[(0,) * g_value.dim()].item() == 1.0:
+        return grad  # the usual loss.backward() or value.sum(): nothing to scale, and reading a CPU value costs nothing
     scale = g_value.reshape(-1, *(1,) * (grad.dim() - 1)) if g_value.dim() else g_value
     return (grad * scale).to(grad.dtype)

@@ -29,6 +29,7 @@ OUTPUTS = {
     "variational": ("value", "means", "grad"),
     "step": ("out", "x0", "s", "next"),
     "learned_step": ("out", "x0", "next"),
+    "step_logprob": ("value", "grad", "grad2"),
 }
 NOISING = torch.tensor(
     [[0.9, 0.43, 0.43, -0.9], [0.2, 0.98, 0.98, -0.2], [1.0, 0.001, 0.0, 1.0], [0.3, 0.7, 1.0, 0.0], [0.5, 0, 2, 0]],
@@ -64,7 +65,10 @@ LEARNED = torch.tensor(
     ],
     dtype=torch.float64,
 )
+# Every row with noise that is not before the clip, and rows without.
+DENSITIES = table(*({**row, "r": 0.0, "g": 0.3 if k % 5 else 0.0} for k, row in enumerate(ROWS.values())))
 GUIDED = {name for name, row in ROWS.items() if row.get("w")}
+LOGPROB_INPUTS = ("after", "x", "m", "m2", "h0", "h1", "h2", "h3")
 STATES = ("x", "h0", "h1", "h2", "h3", "known")
 
 
@@ -245,9 +249,11 @@ def order_may_differ(call: Call) -> bool:
     """Whether CPU and GPU add a sample's squares in different orders: the GPU walks channels_last memory for any number
     of channels, the CPU up to 16 where it draws noise. The gradient, one element each, has the same bits.
     """
+    if call.op not in ("loss", "variational"):
+        return False
     x0 = call.arguments["x0"]
     walks_channels = x0.dim() >= 3 and x0.shape[1] > 16 and x0.stride(1) == 1
-    return call.op in ("loss", "variational") and call.arguments["seeds"] is not None and walks_channels
+    return call.arguments["seeds"] is not None and walks_channels
 
 
 # --------------------------------------------------------------------------------------------------------------- step
@@ -354,6 +360,38 @@ def learned_calls(dtype: torch.dtype, layout: str) -> Iterator[Call]:
             }
             what = f"{dtype} {shape} {layout}, row {row}, model {model}, table {source}, mask {mask}"
             yield Call("learned_step", arguments, what, ("table",) if source == "host" else ())
+
+
+def logprob_calls(dtype: torch.dtype, layout: str) -> Iterator[Call]:
+    """The log-density of a step: rows of every kind from every source, guidance, learned variances, special values."""
+    sources = cycle("host", "device", "one", "each", "each int32", "each strided", "one int32")
+    models, grads, forms = cycle(*DTYPES), cycle(True, True, False), cycle("m2", "doubled", "learned")
+    for k, shape in enumerate([*SHAPES, *(LARGE if layout == "contiguous" else [])]):
+        for turn in range(6):
+            form, source, model, batch = next(forms), next(sources), next(models), shape[0]
+            if form == "learned" and len(shape) < 2:
+                form = "m2"
+            rows = LEARNED if form == "learned" else DENSITIES
+            row = (7 * k + turn) % len(rows)
+            index = None if source in ("host", "device") else index_of(source, batch, len(rows))
+            given = {name: values(shape, 40 + j, dtype) for j, name in enumerate(LOGPROB_INPUTS) if name[0] != "m"}
+            wide = (2 * batch, *shape[1:]) if form == "doubled" else shape
+            if form == "learned":
+                wide = (batch, 2 * shape[1], *shape[2:])
+            given |= {"m": values(wide, 50, model), "m2": values(shape, 51, model)}
+            if turn == 3:
+                given = {name: special(t) for name, t in given.items()}
+            if form != "m2":
+                del given["m2"]
+            arguments = {
+                **{name: None if name not in given else lay(given[name], layout) for name in LOGPROB_INPUTS},
+                "table": rows,
+                "row": row,
+                "index": index,
+                "want_grad": next(grads),
+            }
+            what = f"{dtype} {shape} {layout}, {form}, row {row}, model {model}, table {source}"
+            yield Call("step_logprob", arguments, what, ("table",) if source == "host" else ())
 
 
 # --------------------------------------------------------------------------------------------------------- comparing

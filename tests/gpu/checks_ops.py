@@ -24,6 +24,7 @@ from gpu.calls import (
     compare,
     lay,
     learned_calls,
+    logprob_calls,
     loss_calls,
     mixed_row_calls,
     noise_sum_calls,
@@ -80,6 +81,11 @@ def check_step(target: Target, dtype: torch.dtype, layout: str) -> None:
 
 def check_learned_step(target: Target, dtype: torch.dtype, layout: str) -> None:
     for call in learned_calls(dtype, layout):
+        compare(target, call)
+
+
+def check_step_logprob(target: Target, dtype: torch.dtype, layout: str) -> None:
+    for call in logprob_calls(dtype, layout):
         compare(target, call)
 
 

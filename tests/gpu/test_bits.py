@@ -55,6 +55,12 @@ def test_learned_step(gpu: Target, dtype: torch.dtype, layout: str) -> None:
 
 
 @dtypes
+@layouts
+def test_step_logprob(gpu: Target, dtype: torch.dtype, layout: str) -> None:
+    checks.check_step_logprob(gpu, dtype, layout)
+
+
+@dtypes
 def test_mixed_rows_special_values_and_large_batches(gpu: Target, dtype: torch.dtype) -> None:
     checks.check_mixed_rows(gpu, dtype)
 

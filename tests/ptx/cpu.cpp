@@ -20,6 +20,10 @@ void run(const dk::VariationalArgs& args) {
   dk::cpu::variational(args, 0, all_blocks(args));
   dk::cpu::variational_finish(args);
 }
+void run(const dk::StepLogprobArgs& args) {
+  dk::cpu::step_logprob(args, 0, all_blocks(args));
+  dk::cpu::step_logprob_finish(args);
+}
 
 }  // namespace
 

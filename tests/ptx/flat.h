@@ -5,6 +5,7 @@
 #include <core/args.h>
 #include <core/learned_step.h>
 #include <core/noise_sum.h>
+#include <core/step_logprob.h>
 
 #include <initializer_list>
 
@@ -148,10 +149,28 @@ inline dk::LearnedStepArgs learned_step(const int64_t* s, const int64_t* views, 
   return a;
 }
 
+inline dk::StepLogprobArgs step_logprob(const int64_t* s, const int64_t* views, const int64_t* r, const int64_t*,
+                                        uint64_t, const int64_t* extra, const double* row) {
+  dk::StepLogprobArgs a{};  // extra: dtype of the state, learned, partials, value
+  a.space = space(s);
+  int i = 0;
+  for (dk::View* v :
+       {&a.after, &a.x, &a.u, &a.c, &a.v, &a.h[0], &a.h[1], &a.h[2], &a.h[3], &a.grad_u, &a.grad_c, &a.grad_v}) {
+    *v = view(views, i++);
+  }
+  a.state = static_cast<dk::Dtype>(extra[0]);
+  a.learned = extra[1] != 0;
+  a.rows = rows(r);
+  for (int k = 0; row != nullptr && k < dk::logprob_columns(a.learned); ++k) a.row[k] = row[k];
+  a.partials = reinterpret_cast<void*>(extra[2]);
+  a.value = reinterpret_cast<void*>(extra[3]);
+  return a;
+}
+
 }  // namespace flat
 
 // One C function an op, all with the same signature.
-#define FLAT_OPS(OP) OP(randn) OP(noise_sum) OP(noising) OP(loss) OP(variational) OP(step) OP(learned_step)
+#define FLAT_OPS(OP) OP(randn) OP(noise_sum) OP(noising) OP(loss) OP(variational) OP(step) OP(learned_step) OP(step_logprob)
 #define FLAT_PARAMETERS                                                                               \
   const int64_t *s, const int64_t *views, const int64_t *rows, const int64_t *seeds, uint64_t stream, \
       const int64_t *extra, const double *row

@@ -24,14 +24,23 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 # tools/mutants.py puts changed copies of core and cuda here; the CPU kernels always come from the tree.
 CUDA_CSRC = Path(os.environ.get("DIFFKERN_PTX_CSRC", ROOT / "csrc"))
-CUDA_FILES = ("randn.cu", "noise_sum.cu", "noising.cu", "step.cu", "learned_step.cu", "loss.cu", "variational.cu")
+CUDA_FILES = (
+    "randn.cu",
+    "noise_sum.cu",
+    "noising.cu",
+    "step.cu",
+    "learned_step.cu",
+    "loss.cu",
+    "variational.cu",
+    "step_logprob.cu",
+)
 LEVELS = ("portable", "avx2", "avx512")
 CPU_FILES = (
     "isa",
     *(f"isa_{level}" for level in LEVELS),
     *(f"attention_{level}" for level in (*LEVELS, "avx512_bf16")),
 )
-CPU_FILES += ("blocks", "randn", "noise_sum", "noising", "step", "learned_step", "loss", "variational")
+CPU_FILES += ("blocks", "randn", "noise_sum", "noising", "step", "learned_step", "loss", "variational", "step_logprob")
 # As in CMakeLists.txt; ptxas has no part in the tests, so it need not optimise.
 NVCC_FLAGS = ("-O3", "-std=c++17", "--fmad=false", "-Xptxas", "-O0")
 CPU_FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
@@ -55,6 +64,7 @@ VIEWS = {
     "noising": ("x0", "noise", "out", "target", "eps"),
     "loss": ("pred", "x0", "noise", "grad"),
     "variational": ("pred", "w", "x0", "noise", "grad", "grad_w"),
+    "step_logprob": ("after", "x", "u", "c", "v", "h0", "h1", "h2", "h3", "grad_u", "grad_c", "grad_v"),
     "step": ("x", "u", "c", "h0", "h1", "h2", "h3", "noise", "mask", "known", "out", "x0", "s", "next", "next2"),
     "learned_step": ("x", "m", "v", "noise", "mask", "known", "out", "x0", "next", "next2"),
 }
@@ -205,6 +215,10 @@ def _prepare(call: Call) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         results["partials"] = torch.empty(call.batch, blocks * (2 if call.op == "variational" else 1), dtype=sums)
         results["value"] = torch.empty(call.batch if call.reduction == 0 else 1, dtype=sums)
         results["samples"] = torch.empty(call.batch if call.reduction else 0, dtype=sums)
+    if call.op == "step_logprob":
+        sums = torch.float64 if call.state == torch.float64 else torch.float32
+        results["partials"] = torch.empty(call.batch, (call.count + LOSS_BLOCK - 1) // LOSS_BLOCK, dtype=sums)
+        results["value"] = torch.empty(call.batch, dtype=sums)
     if call.op == "variational":
         results["means"] = torch.empty(call.batch, 2, dtype=results["value"].dtype)
     return results, views
@@ -232,6 +246,10 @@ def _invoke(lib: ctypes.CDLL, call: Call, results: dict[str, Tensor], views: dic
     if call.op in ("loss", "variational"):
         names = ("partials", "value", "samples", "means")
         extra = [call.reduction, *(results[n].data_ptr() if n in results else 0 for n in names)]
+    if call.op == "step_logprob":
+        columns = len(call.row) if call.row is not None else 0 if call.table is None else call.table.shape[1]
+        learned = int(columns > len(COLUMNS))
+        extra = [CODES[call.state], learned, results["partials"].data_ptr(), results["value"].data_ptr(), 0]
     values = None if call.row is None else (ctypes.c_double * len(call.row))(*call.row)
     if call.terms is not None:
         chosen, weights = call.terms

@@ -14,6 +14,7 @@ from ptx.test_loss import loss
 from ptx.test_noising import noising
 from ptx.test_randn import randn
 from ptx.test_step import ROWS, step, wanted
+from ptx.test_step_logprob import density
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_120")
 
@@ -45,3 +46,4 @@ def test_other_architectures(device_of: Callable[[str], Device], cpu: Cpu, arch:
         check(device, cpu, call)
         check(device, cpu, learned_step(layout, 2, shape, dtype, LEARNED_ROWS["masked"], mask_dtype=dtype))
         check(device, cpu, step(layout, 2, shape, dtype, ROWS["ddim"], m_dtype=torch.float32))
+        check(device, cpu, density(layout, 2, shape, dtype, m_dtype=torch.float16, learned=layout != "strided"))

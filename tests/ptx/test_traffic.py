@@ -14,6 +14,8 @@ from ptx.test_noise_sum import noise_sum
 from ptx.test_noising import noising
 from ptx.test_randn import randn
 from ptx.test_step import ROWS, step, wanted
+from ptx.test_step_logprob import ROWS as DENSITY_ROWS
+from ptx.test_step_logprob import density
 from ptx.test_variational import variational
 
 SHAPE = (3, 32, 64)  # a multiple of every tile
@@ -41,11 +43,20 @@ def cases(dtype: torch.dtype, layout: str = "contiguous") -> dict[str, Call]:
         "learned step": learned_step(layout, BATCH, SHAPE, dtype, LEARNED_ROWS["clip"]),
         "loss": everything_learned,
         "variational": variational(layout, BATCH, SHAPE, dtype),
+        "step_logprob": density(layout, BATCH, SHAPE, dtype, DENSITY_ROWS["everything"]),
+        "step_logprob learned": learned_density(layout, dtype),
     }
     ddpm_table = step(layout, BATCH, SHAPE, dtype, ROWS["ddpm"])
     ddpm_table.row, ddpm_table.table = None, table
     calls["step ddpm, table"] = ddpm_table
     return calls
+
+
+def learned_density(layout: str, dtype: torch.dtype) -> Call:
+    """A row for each sample from the table, without the histories, which no row of a learned variance reads."""
+    call = density(layout, BATCH, SHAPE, dtype, learned=True)
+    call.inputs = {name: tensor for name, tensor in call.inputs.items() if not name.startswith("h")}
+    return call
 
 
 def tensors(call: Call) -> tuple[int, int]:
@@ -63,7 +74,7 @@ def check_traffic(call: Call, launch: dict[str, Any]) -> None:
     warps = blocks * launch["block"][0] // 32
     if call.op in ("randn", "noise_sum", "step", "learned_step") and call.seeds is not None:
         lookups += warps  # the seed, read by each warp
-    partials = {"loss": blocks, "variational": 2 * blocks}.get(call.op, 0)
+    partials = {"loss": blocks, "variational": 2 * blocks, "step_logprob": blocks}.get(call.op, 0)
     # each byte once: sectors asked for by the warps = distinct sectors = the size of the tensors
     load, store, unique = launch["global_load"], launch["global_store"], launch["unique_sectors"]
     assert reads // 32 <= load["sectors"] <= reads // 32 + lookups

@@ -1,0 +1,154 @@
+// The op `step_logprob` over a backend, which gives
+//   static void step_logprob(const StepLogprobArgs&, const Operand& where)
+#pragma once
+
+#include "../core/step_logprob.h"
+#include "step_checks.h"
+
+namespace dk::bind {
+
+template <class Backend>
+struct StepLogprobOps {
+  static constexpr const char* op = "step_logprob";
+
+  struct Operands {
+    Operand after, x, m, m2, h[kHistories], table, index;
+    bool learned, doubled;  // m holds a variance beside the mean; two predictions
+  };
+
+  // Host rows: a Gaussian, and every operand that its mean reads is there.
+  static void check_row(const Operands& o, const double* row, int64_t number) {
+    check_row_finite(op, row, logprob_columns(o.learned), number);
+    check_clip(op, row[kClip], number);
+    if (row[kR] != 0) fail(op, "r must be 0 (x0 must hold no noise), got ", row[kR], " in row ", number);
+    if (std::isinf(row[kG])) fail(op, "g must be finite, got ", row[kG], " in row ", number);
+    if (o.learned) check_learned_row(op, row, number);
+    const uint32_t terms = row[kG] != 0 ? step_terms(row, 0) : 0;
+    need(op, o.x, terms & kTermP, "p", row[kP]);
+    need(op, o.x, terms & kTermA, "a", row[kA]);
+    need(op, o.m, terms & kTermQ, "q", row[kQ]);
+    need(op, o.m, terms & kTermD, "d", row[kD]);
+    need(op, o.m, o.learned && row[kG] != 0 && row[kLogVariance1] != 0, "r1", o.learned ? row[kLogVariance1] : 0.0);
+    if ((terms & kTermW) && !o.m2 && !o.doubled && o.after.sizes[0] > 0) {
+      fail(op, "m must hold two predictions for guidance (a doubled batch [uncond | cond], or m2): the row has w = ",
+           row[kW]);
+    }
+    static const char* const kColumn[kHistories] = {"e0", "e1", "e2", "e3"};
+    for (int k = 0; k < kHistories; ++k) need(op, o.h[k], terms & (kTermE0 << k), kColumn[k], row[kE0 + k]);
+  }
+
+  static void check_prediction(const Operands& o) {
+    const Operand &m = o.m, &after = o.after;
+    if (o.m2 && !m) fail(op, "m must be given with m2, got None");
+    if (o.learned) {
+      if (o.m2) fail(op, "m2 must not be given where the variance is learned, got ", shape_text(o.m2));
+      check_learned_prediction(op, m, after);
+    } else {
+      check_shape(op, m, after, o.doubled ? 2 : 1);
+    }
+    check_same_device(op, m, after);
+    if (!o.m2) return;
+    check_same_device(op, o.m2, after);
+    check_shape(op, o.m2, after);
+    check_dtype(op, o.m2, m);
+  }
+
+  static bool is_learned(const Operand& table) {
+    const bool learned = table.dims == 2 && table.sizes[1] == kLearnedColumns;
+    if (!learned && (table.dims != 2 || table.sizes[1] != kColumns)) {
+      fail(op, "table must have shape [rows, ", int(kColumns), "], or [rows, ", int(kLearnedColumns),
+           "] for a learned variance, got ", shape_text(table));
+    }
+    return learned;
+  }
+
+  // The row: on the host by value where it can be, else found by the kernel.
+  static void find_rows(const Operands& o, int64_t row, StepLogprobArgs& args) {
+    const int64_t columns = logprob_columns(args.learned), batch = o.after.sizes[0];
+    const double* table = check_table(op, o.table, columns);
+    args.rows.count = o.table.sizes[0];
+    args.rows.first = row;
+    if (!o.index && (row < 0 || row >= args.rows.count)) {
+      fail(op, "row must be in [0, ", args.rows.count, "), the rows of the table, got ", row);
+    }
+    if (!o.index && o.table.device_type == aoti_torch_device_type_cpu()) {
+      check_row(o, table + row * columns, row);
+      for (int64_t i = 0; i < columns; ++i) args.row[i] = table[row * columns + i];
+      return;
+    }
+    check_same_device(op, o.table, o.after);
+    args.rows.table = table;
+    if (!o.index) return;
+    check_same_device(op, o.index, o.after);
+    check_index(op, o.index, batch, args.rows, Backend::kHost);
+    for (int64_t b = 0; Backend::kHost && b < (o.index.dims == 1 ? batch : 1); ++b) {
+      const int64_t r = row_number(args.rows, b);
+      check_row(o, table + r * columns, r);
+    }
+  }
+
+  static std::tuple<Tensor, MaybeTensor, MaybeTensor> step_logprob(Tensor after, MaybeTensor x, MaybeTensor m,
+                                                                   MaybeTensor m2, MaybeTensor h0, MaybeTensor h1,
+                                                                   MaybeTensor h2, MaybeTensor h3, Tensor table,
+                                                                   int64_t row, MaybeTensor index, bool want_grad) {
+    Operands o{
+        {"after", after}, {"x", x},         {"m", m}, {"m2", m2}, {{"h0", h0}, {"h1", h1}, {"h2", h2}, {"h3", h3}},
+        {"table", table}, {"index", index}, false,    false};
+    const Operand& like = o.after;
+    check_batched(op, like);
+    Backend::check(op, like);
+    const Dtype state = float_dtype(op, like);
+    for (const Operand* same : {&o.x, &o.h[0], &o.h[1], &o.h[2], &o.h[3]}) {
+      check_same_device(op, *same, like);
+      check_dtype(op, *same, like);
+      check_shape(op, *same, like);
+    }
+    const int64_t batch = like.sizes[0];
+    o.learned = is_learned(o.table);
+    o.doubled = !o.learned && o.m && !o.m2 && o.m.dims > 0 && o.m.sizes[0] == 2 * batch && batch > 0;
+    check_prediction(o);
+    if (want_grad && !o.m) fail(op, "m must be given where a gradient is asked for, got None");
+    const Dtype m_dtype = o.m ? float_dtype(op, o.m) : state;
+    StepLogprobArgs args{};
+    args.state = state;
+    args.learned = o.learned;
+    find_rows(o, row, args);
+
+    MaybeTensor grad, grad2;
+    if (want_grad) grad = empty_like(o.m, o.m.dtype);
+    if (want_grad && o.m2) grad2 = empty_like(o.m2, o.m2.dtype);
+    const int64_t channels = like.dims > 1 ? like.sizes[1] : 1;
+    const Operand second_grad("grad2", grad2);
+    const Halves ms(op, o.m, channels, o.learned), grads(op, {"grad", grad}, channels, o.learned);
+    args.space = make_space(op, like,
+                            {&like, &o.x, &ms.first, &ms.second, &o.m2, &o.h[0], &o.h[1], &o.h[2], &o.h[3],
+                             &grads.first, &grads.second, &second_grad},
+                            false, Backend::kMaxChannels);
+    args.after = make_view(args.space, like, state);
+    args.x = make_view(args.space, o.x, state);
+    args.u = make_view(args.space, ms.first, m_dtype);
+    args.v = make_view(args.space, ms.second, m_dtype);
+    args.c = make_view(args.space, o.m2, m_dtype);
+    for (int k = 0; k < kHistories; ++k) args.h[k] = make_view(args.space, o.h[k], state);
+    args.grad_u = make_view(args.space, grads.first, m_dtype);
+    args.grad_v = make_view(args.space, grads.second, m_dtype);
+    args.grad_c = make_view(args.space, second_grad, m_dtype);
+    if (o.doubled) {
+      args.c = second_half(args.u, batch);
+      if (want_grad) args.grad_c = second_half(args.grad_u, batch);
+    }
+    const int32_t sums = state == Dtype::f64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+    const int64_t blocks = (args.space.count + kLossBlock - 1) / kLossBlock;
+    Tensor value = new_empty(like, {batch}, sums), partials = new_empty(like, {batch, blocks}, sums);
+    args.value = value.mutable_data_ptr();
+    args.partials = partials.mutable_data_ptr();
+    Backend::step_logprob(args, like);
+    return {value, grad, grad2};
+  }
+
+  static void implement(torch::stable::detail::StableLibrary& m) {
+    m.impl("step_logprob", TORCH_BOX(&StepLogprobOps::step_logprob));
+  }
+};
+
+}  // namespace dk::bind
