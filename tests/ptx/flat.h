@@ -170,7 +170,8 @@ inline dk::StepLogprobArgs step_logprob(const int64_t* s, const int64_t* views, 
 }  // namespace flat
 
 // One C function an op, all with the same signature.
-#define FLAT_OPS(OP) OP(randn) OP(noise_sum) OP(noising) OP(loss) OP(variational) OP(step) OP(learned_step) OP(step_logprob)
+#define FLAT_OPS(OP) \
+  OP(randn) OP(noise_sum) OP(noising) OP(loss) OP(variational) OP(step) OP(learned_step) OP(step_logprob)
 #define FLAT_PARAMETERS                                                                               \
   const int64_t *s, const int64_t *views, const int64_t *rows, const int64_t *seeds, uint64_t stream, \
       const int64_t *extra, const double *row
