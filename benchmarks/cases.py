@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import attention_cases, brownian_case, sampler_cases
+from benchmarks import attention_cases, brownian_case, sampler_cases, statistics_cases
 from benchmarks.case import (
     Baseline,
     Case,
@@ -437,6 +437,7 @@ def _cases() -> dict[str, Callable[[Setting], Case]]:
         "ddim-loop": (loop, {"shape": SMALL, "kind": "ddim"}),
         "ddpm-loop": (loop, {"shape": SMALL, "kind": "ddpm"}),
         **sampler_cases.TABLE,
+        **statistics_cases.TABLE,
         **attention_cases.TABLE,
     }
     return {name: functools.partial(build, name, **options) for name, (build, options) in table.items()}

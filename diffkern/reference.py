@@ -18,12 +18,15 @@ from .plan import COLUMNS
 
 __all__ = [
     "attention",
+    "dynamic_threshold",
     "learned_step",
     "loss",
+    "moments",
     "noise_sum",
     "noising",
     "normal",
     "philox",
+    "quantile",
     "randn",
     "spatial_attention",
     "step",
@@ -330,3 +333,32 @@ def spatial_attention(
     q, k, v = (part.transpose(-1, -2) for part in parts)  # each [B, heads, N, D]
     out, lse = attention(q, k, v, scale, compute=compute)
     return out.transpose(-1, -2).reshape(batch, channels // 3, *positions), lse
+
+
+def _rows(x: Tensor, compute: torch.dtype) -> Tensor:
+    return x.to(compute).reshape(x.shape[0], math.prod(x.shape[1:]))
+
+
+def quantile(x: Tensor, q: float, *, compute: torch.dtype = torch.float64) -> Tensor:
+    """The q-quantile of |x| of each sample: sorted, then linear between the ranks around q (n - 1)."""
+    values = _rows(x, compute).abs().sort(1)[0]
+    # q is given in the dtype of the result, and the rank is float64: as in torch.quantile.
+    rank = (q if x.dtype == torch.float64 else float(np.float32(q))) * (values.shape[1] - 1)
+    lower, upper = values[:, math.floor(rank)], values[:, math.ceil(rank)]
+    between = lower + (rank - math.floor(rank)) * (upper - lower)
+    return torch.where(values.isnan().any(1), math.nan, between)
+
+
+def dynamic_threshold(
+    x0: Tensor, q: float = 0.995, maximum: float = math.inf, *, compute: torch.dtype = torch.float64
+) -> Tensor:
+    """clamp(x0, -s, s) / s, where s = clamp(quantile(x0, q), 1, maximum)."""
+    s = quantile(x0, q, compute=compute).clamp(1, maximum).reshape(-1, *(1,) * (x0.dim() - 1))
+    return torch.clamp(x0.to(compute), -s, s) / s
+
+
+def moments(x: Tensor, *, compute: torch.dtype = torch.float64) -> Tensor:
+    """Mean and unbiased standard deviation of each sample, [B, 2]."""
+    values = _rows(x, compute)
+    mean = values.mean(1)
+    return torch.stack([mean, ((values - mean[:, None]).square().sum(1) / max(values.shape[1] - 1, 0)).sqrt()], 1)

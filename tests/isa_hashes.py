@@ -51,6 +51,11 @@ def hashes() -> dict[str, str]:
         image = values(shape, 3, dtype) / 2
         bound = torch.ops.diffkern.variational(both, image, bounds.double(), None, seeds, 3, None, 1, True)
         found[f"variational {name}"] = digest(*bound)
+        usual = values((2, 3, 211, 109), 3, dtype)  # more than one part of the quantile's count
+        for k, t in enumerate((usual, arrange(usual[:, :, :37, :29], "sliced"), x)):
+            found[f"quantile {name} {k}"] = digest(*(ops.quantile(t, q) for q in (0.0, 0.31, 0.5, 0.995)))
+            found[f"threshold {name} {k}"] = digest(ops.dynamic_threshold(t, 0.9, 1.5))
+            found[f"moments {name} {k}"] = digest(ops.moments(t))
         columns = {"p": 1.25, "q": -0.75, "clip": 1.5, "a": 0.6, "b": 0.4, "g": 1.0, "k": 0.9, "r0": -2.5, "r1": 1.5}
         learned = torch.tensor([[columns.get(name, 0.0) for name in ops.LEARNED_COLUMNS]], dtype=torch.float64)
         one = ops.learned_step(x, both, table=learned, seeds=seeds, want_x0=True, next_copies=1)

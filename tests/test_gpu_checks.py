@@ -48,6 +48,7 @@ COMPARISONS: dict[str, Check] = {
     "graph of randn and loss": check(checks_runs.check_graph_of_randn_and_loss),
     "graph of a loop": check(checks_runs.check_graph_of_a_loop, False),
     "graph of a whole loop": check(checks_runs.check_graph_of_a_loop, True),
+    **{f"starts of {name}": check(checks_runs.check_starts, name) for name in ("heun", "ddpm learned")},
     "loop is lean": check(checks_runs.check_loop_is_lean, "heun edm", "guided"),
     **{f"gradients {dtype}": check(checks_ops.check_gradients, dtype) for dtype in DTYPES},
     **{f"sampling {name}": check(checks_runs.check_sampling, name, torch.float32) for name in checks_runs.PLANS},
@@ -56,7 +57,17 @@ COMPARISONS: dict[str, Check] = {
     **{f"no sync, {op}": check(checks_runs.check_no_sync, op) for op in checks_runs.STREAM_JOBS},
 }
 for k, layout in enumerate(calls.INPUT_LAYOUTS[1:]):  # contiguous has the large ones
-    for name in ("noising", "loss", "variational", "step", "learned_step", "step_logprob", "out", "in_place"):
+    for name in (
+        "noising",
+        "loss",
+        "variational",
+        "statistics",
+        "step",
+        "learned_step",
+        "step_logprob",
+        "out",
+        "in_place",
+    ):
         dtype = DTYPES[(k + len(name)) % 4]
         COMPARISONS[f"{name} {layout}"] = check(getattr(checks_ops, f"check_{name}"), dtype, layout)
 del COMPARISONS["in_place expanded"]
@@ -73,7 +84,8 @@ OTHERS: dict[str, Check] = {
     "device guard": check(checks_runs.check_device_guard, HOST, "step"),
 }
 # No backward on fake CUDA tensors (its threads ask for the device); of the slow ones, one layout or less.
-SLOW = ("gradients", "noising", "loss", "variational", "step", "learned_step", "step_logprob", "out")
+SLOW = ("gradients", "noising", "loss", "variational", "statistics", "step", "learned_step", "step_logprob", "out")
+SLOW += ("starts",)  # read on the host
 REHEARSED = [n for n in COMPARISONS if not n.startswith(SLOW)] + [f"{n} misaligned" for n in ("noising", "loss", "out")]
 GRAPHS = [name for name in COMPARISONS if name.startswith("graph")]
 
@@ -269,6 +281,8 @@ def test_sampling_uploads_before_the_loop_and_never_waits(fake: Fake, name: str)
     del fake
     with FakeTensorMode(allow_non_fake_inputs=True):
         for option in checks_runs.options():
+            if not checks_runs.allowed(checks_runs.PLANS[name], option):
+                continue
             given = Target(CUDA).move(checks_runs.options()[option])
             given.pop("trajectory", None)
             before, during = checks_runs.sampling_traffic(checks_runs.PLANS[name], CUDA, **given)

@@ -510,6 +510,7 @@ def test_one_op_a_call() -> None:
         (compose(model, [C, U, C], U, [2.0, 3.0, 4.0]), {"step": 1}),
         (compose(model, [C, U, C, U], U, [2.0, 3.0, 4.0, 5.0]), {"step": 2}),
         (autoguidance(lambda x, t: x, lambda x, t: x, 2.0), {"step": 1}),
+        (classifier_free(model, C, U, 3.0, rescale=0.7), {"step": 2, "moments": 2}),
         (classifier_free(model, C, U, 1.0), {}),
     ):
         guided(X, T)  # the conditions and tables are made once

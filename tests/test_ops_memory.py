@@ -162,6 +162,22 @@ def test_the_log_density_needs_a_number_a_block(gradient: bool, learned: bool) -
     assert used <= 4 * blocks + SLACK + (4 * copies * COUNT if gradient else 0)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_statistics_need_little(layout: str) -> None:
+    """No copy and no sort: counters only, 16 KiB for every 65536 elements of a sample that has more than that."""
+    x, large = values(SHAPE, 1, layout=layout), values((2, 3, 256, 257), 1, layout=layout)
+    out = torch.zeros(SHAPE)
+    calls: dict[str, tuple[Callable[[], object], int]] = {
+        "quantile": (lambda: ops.quantile(x, 0.5), 0),
+        "threshold": (lambda: ops.dynamic_threshold(x), x.numel() * 4),
+        "threshold out": (lambda: ops.dynamic_threshold_out(x, out=out), 0),
+        "moments": (lambda: ops.moments(x), 0),
+        "quantile of many": (lambda: ops.quantile(large, 0.5), 2 * 4 * 16384),
+    }
+    for name, (call, most) in calls.items():
+        assert allocated(call)[0] <= most + SLACK, name
+
+
 def test_loss_backward_allocates_nothing_for_a_plain_loss() -> None:
     """`loss.backward()` hands out the gradient that the forward pass made."""
     pred = values(SHAPE, 1).requires_grad_()

@@ -170,6 +170,10 @@ CALLS: dict[str, tuple[tuple[Any, ...], Callable[[], tuple[Tensor, ...]]]] = {
         (torch.cat([T["m"], T["h0"]], 1), T["x"] / 2, VARIATIONAL, INDEX, SEEDS, 5, None, 2, True),
         variational_reference,
     ),
+    "quantile": ((T["x"], 0.7), lambda: (reference.quantile(T["x"], 0.7),)),
+    "dynamic_threshold": ((T["x"], 0.9, 1.1), lambda: (reference.dynamic_threshold(T["x"], 0.9, 1.1),)),
+    "dynamic_threshold_out": ((T["x"], 0.9, 1.1, empty()), lambda: (reference.dynamic_threshold(T["x"], 0.9, 1.1),)),
+    "moments": ((T["x"],), lambda: (reference.moments(T["x"]),)),
     "attention": ((Q, K, V, 0.3), lambda: reference.attention(Q, K, V, 0.3)),
     "attention_grad": (
         (UP, Q, K, V, OUT, LSE, 0.3),
@@ -248,6 +252,11 @@ def opcheck_samples() -> dict[str, tuple[str, tuple[Any, ...]]]:
         both = torch.cat([m, m]).to(torch.bfloat16)
         arguments = (x, both, *none[:5], table(ROWS["eps guided"]), 0, *none[:5], True, True, 2, None)
         samples[f"step {layout}"] = ("step", arguments)
+        samples[f"quantile {layout}"] = ("quantile", (x.bfloat16(), 0.5))
+        samples[f"dynamic_threshold {layout}"] = ("dynamic_threshold", (x.half(), 0.995, math.inf))
+        out = arrange(empty(), layout.replace("expanded", "permuted"))
+        samples[f"dynamic_threshold_out {layout}"] = ("dynamic_threshold_out", (x, 0.995, 2.0, out))
+        samples[f"moments {layout}"] = ("moments", (x.double(),))
     samples["noising gradient"] = ("noising", (leaf(T["x"]), NOISING, INDEX, None, 0, leaf(T["noise"]), True, True))
     samples["noising one row"] = ("noising", (T["x"].half(), NOISING[:1], None, SEEDS, 0, None, False, False))
     for reduction in range(3):
@@ -306,6 +315,8 @@ def opcheck_samples() -> dict[str, tuple[str, tuple[Any, ...]]]:
     samples["spatial one position"] = ("spatial_attention", (qkv_of((2, 96, 1, 1), form="channels_last"), 2, 1, 0.25))
     samples["noise_sum_out permuted"] = ("noise_sum_out", (SEEDS, *TERMS, arrange(empty(), "permuted")))
     samples["noise_sum empty"] = ("noise_sum", ((0, 3), SEEDS[:0], *(t[:0] for t in TERMS), torch.bfloat16))
+    samples["quantile empty"] = ("quantile", (T["x"][:0], 0.5))
+    samples["moments empty"] = ("moments", (T["x"][:0],))
     samples["randn empty"] = ("randn", ((0, 3), SEEDS[:0], 0, torch.float32))
     return samples
 

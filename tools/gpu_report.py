@@ -28,6 +28,7 @@ import gpu_report_attention
 from gpu_report_common import ARCHITECTURES, FLAGS, ROOT, nvcc_version, run, table
 
 FILES = ("randn", "noise_sum", "noising", "step", "learned_step", "loss", "variational", "step_logprob")
+FILES += ("quantile", "moments")
 ACCESS = ("direct", "staged", "scalar")
 # Per multiprocessor: threads, blocks, registers, shared memory in bytes (CUDA programming guide, technical
 # specifications per compute capability); 1 KiB a block of shared memory is the system's.
@@ -65,8 +66,10 @@ def kernel_name(symbol: str) -> str:
     text = re.sub(r"\(dk::cuda::Access\)(\d)", lambda m: ACCESS[int(m.group(1))], "(dk::".join(name))
     match = re.search(r"(\w+_kernel)<([^(]*)>\(", text)
     if match is None:
-        return text
-    inside = match.group(2).replace("dk::", "").replace(", true", ", full").replace(", false", "")
+        plain = re.search(r"(\w+_kernel)\(", text)
+        return plain.group(1) if plain else text
+    option = "squares" if match.group(1) in ("sums_kernel", "finish_kernel") else "full"
+    inside = match.group(2).replace("dk::", "").replace(", true", f", {option}").replace(", false", "")
     return f"{match.group(1)}<{inside}>"
 
 
@@ -109,6 +112,8 @@ def threads_of(kernel: str) -> int:
     sums = kernel.startswith(("partial_kernel", "bound_kernel", "density_kernel"))
     if sums and ("Half" in kernel or "Bfloat16" in kernel) and "scalar" not in kernel:
         return 128
+    if kernel.startswith(("whole_kernel", "start_kernel", "count_kernel", "pick_kernel", "threshold_kernel")):
+        return 512
     return 256
 
 

@@ -6,6 +6,7 @@
 #include "noise_sum.h"
 #include "ops.h"
 #include "step_logprob.h"
+#include "statistics.h"
 #include "variational.h"
 
 namespace dk::bind {
@@ -56,6 +57,32 @@ struct CpuBackend {
   }
 };
 
+// The tasks of one phase; a thread takes at least `blocks` blocks' worth of them.
+template <class Kernel>
+void run_phase(const Space& space, int64_t tasks, int64_t blocks, const Kernel& kernel) {
+  const int64_t all = std::max(int64_t{1}, space.batch * cpu::blocks_per_sample(space));
+  const int64_t grain = std::max(int64_t{1}, blocks * tasks / all);
+  if (tasks <= grain) return kernel(int64_t{0}, tasks);
+  torch::stable::parallel_for(0, tasks, grain, kernel);
+}
+
+struct CpuStatistics {
+  static void check(const char* op, const Operand& o) { CpuBackend::check(op, o); }
+  static int64_t quantile_workspace(const Space& space) { return cpu::quantile_workspace(space); }
+  static void quantile(const char*, const QuantileArgs& args, const Operand&) {
+    for (int64_t phase = 0; phase < cpu::quantile_phases(args); ++phase) {
+      run_phase(args.space, cpu::quantile_tasks(args, phase), kGrainWithNoise,
+                [&](int64_t begin, int64_t end) { cpu::quantile(args, phase, begin, end); });
+    }
+  }
+  static void moments(const MomentsArgs& args, const Operand&) {
+    for (int64_t phase = 0; phase < cpu::moments_phases(args.space); ++phase) {
+      run_phase(args.space, cpu::moments_tasks(args.space, phase), kGrain,
+                [&](int64_t begin, int64_t end) { cpu::moments(args, phase, begin, end); });
+    }
+  }
+};
+
 // Tasks a thread takes at least, so that it gets about as many multiplications as waking it costs.
 int64_t attention_grain(const AttentionProblem& p, int64_t tasks) {
   constexpr double kThreadWork = 5e5;
@@ -96,6 +123,7 @@ STABLE_TORCH_LIBRARY_IMPL(diffkern, CPU, m) {
   NoiseSumOps<CpuBackend>::implement(m);
   VariationalOps<CpuBackend>::implement(m);
   StepLogprobOps<CpuBackend>::implement(m);
+  StatisticsOps<CpuStatistics>::implement(m);
   AttentionOps<CpuAttention>::implement(m);
 }
 

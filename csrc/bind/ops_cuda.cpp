@@ -10,6 +10,7 @@
 #include "noise_sum.h"
 #include "ops.h"
 #include "step_logprob.h"
+#include "statistics.h"
 #include "variational.h"
 
 namespace dk::bind {
@@ -52,6 +53,15 @@ struct CudaBackend {
   static void step_logprob(const StepLogprobArgs& args, const Operand& where) {
     launch("step_logprob", cuda::step_logprob, args, where);
   }
+};
+
+struct CudaStatistics {
+  static void check(const char* op, const Operand& o) { CudaBackend::check(op, o); }
+  static int64_t quantile_workspace(const Space& space) { return cuda::quantile_workspace(space); }
+  static void quantile(const char* op, const QuantileArgs& args, const Operand& where) {
+    launch(op, cuda::quantile, args, where);
+  }
+  static void moments(const MomentsArgs& args, const Operand& where) { launch("moments", cuda::moments, args, where); }
 };
 
 // 10 major + minor of a device, asked for once.
@@ -100,6 +110,7 @@ STABLE_TORCH_LIBRARY_IMPL(diffkern, CUDA, m) {
   NoiseSumOps<CudaBackend>::implement(m);
   VariationalOps<CudaBackend>::implement(m);
   StepLogprobOps<CudaBackend>::implement(m);
+  StatisticsOps<CudaStatistics>::implement(m);
   AttentionOps<CudaAttention>::implement(m);
 }
 

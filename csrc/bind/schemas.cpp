@@ -37,6 +37,11 @@ STABLE_TORCH_LIBRARY(diffkern, m) {
       "step_out(Tensor? x, Tensor? m, Tensor? m2, Tensor? h0, Tensor? h1, Tensor? h2, Tensor? h3, Tensor table, "
       "SymInt row, Tensor? index, Tensor? seeds, Tensor? noise, Tensor? mask, Tensor? known, Tensor(a!) out, "
       "Tensor(b!)? x0, Tensor(c!)? s, Tensor(d!)? next) -> ()");
+  // csrc/bind/statistics.h
+  m.def("quantile(Tensor x, float q) -> Tensor");
+  m.def("dynamic_threshold(Tensor x0, float q, float maximum) -> Tensor");
+  m.def("dynamic_threshold_out(Tensor x0, float q, float maximum, Tensor(a!) out) -> ()");
+  m.def("moments(Tensor x) -> Tensor");
   // csrc/bind/learned_step.h
   m.def(
       "learned_step(Tensor x, Tensor? m, Tensor table, SymInt row, Tensor? index, Tensor? seeds, Tensor? noise, "

@@ -308,10 +308,10 @@ class Guided:
 
 
 def sample_std(x: Tensor) -> Tensor:
-    """The unbiased standard deviation of each sample's elements, [B] float64; each sample reduced alone."""
-    if not x.shape[0]:
-        return torch.zeros(0, dtype=torch.float64, device=x.device)
-    return torch.stack([sample.to(torch.float64).std() for sample in x])
+    """The unbiased standard deviation of each sample's elements, [B] float64: `ops.moments`; torch's for gradients."""
+    if x.requires_grad:
+        return x.flatten(1).to(torch.float64).std(1)
+    return ops.moments(x)[:, 1].to(torch.float64)
 
 
 def _checked(name: str, weight: Weight) -> Weight:

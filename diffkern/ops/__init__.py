@@ -1,5 +1,6 @@
 """The native ops as typed functions, their fake tensors and gradients: `randn`, `noise_sum`, `noising`, `loss`,
-`variational`, `step`, `learned_step`, `step_logprob`, `attention`, `spatial_attention`.
+`variational`, `step`, `learned_step`, `step_logprob`, `attention`, `spatial_attention`, `quantile`,
+`dynamic_threshold`, `moments`.
 
 Every op runs on CPU and CUDA tensors, under torch.compile and torch.export. Dimension 0 is the batch. Tables of
 coefficients are float64; arithmetic is float32 (float64 for float64 tensors) and rounds once, at the store.
@@ -13,6 +14,7 @@ from __future__ import annotations
 from diffkern.ops._attention import attention, spatial_attention
 from diffkern.ops._learned_step import learned_step, learned_step_out
 from diffkern.ops._noise import noise_sum, noise_sum_out, randn, seeds
+from diffkern.ops._statistics import dynamic_threshold, dynamic_threshold_out, moments, quantile
 from diffkern.ops._step import step, step_into, step_out
 from diffkern.ops._step_logprob import step_logprob
 from diffkern.ops._training import loss, noising, noising_out
@@ -23,13 +25,17 @@ __all__ = [
     "LEARNED_COLUMNS",
     "VARIATIONAL_COLUMNS",
     "attention",
+    "dynamic_threshold",
+    "dynamic_threshold_out",
     "learned_step",
     "learned_step_out",
     "loss",
+    "moments",
     "noise_sum",
     "noise_sum_out",
     "noising",
     "noising_out",
+    "quantile",
     "randn",
     "seeds",
     "spatial_attention",

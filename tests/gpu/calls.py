@@ -28,6 +28,9 @@ OUTPUTS = {
     "loss": ("value", "grad"),
     "variational": ("value", "means", "grad"),
     "step": ("out", "x0", "s", "next"),
+    "quantile": ("value",),
+    "dynamic_threshold": ("out",),
+    "moments": ("means",),
     "learned_step": ("out", "x0", "next"),
     "step_logprob": ("value", "grad", "grad2"),
 }
@@ -245,15 +248,28 @@ def variational_calls(dtype: torch.dtype, layout: str) -> Iterator[Call]:
             yield Call("variational", arguments, what)
 
 
+def statistics_calls(dtype: torch.dtype, layout: str) -> Iterator[Call]:
+    """Quantiles, thresholds and moments: samples of one block of threads and of many, special values among them."""
+    many = [*LARGE, (3, 65536), (2, 3, 151, 149)] if layout == "contiguous" else [(2, 3, 151, 149)]
+    qs, limits = cycle(0.995, 0.0, 0.5, 1.0, 0.31), cycle(1.5, math.inf, 1.0)
+    for shape in [*(s for s in SHAPES if 0 not in s), *many]:
+        for what in ("usual", "special values"):
+            x = values(shape, 6, dtype) if what == "usual" else special(values(shape, 7, dtype))
+            x, q, maximum = lay(x, layout), next(qs), next(limits)
+            text = f"{dtype} {shape} {layout}, {what}"
+            yield Call("quantile", {"x": x, "q": q}, f"{text}, q = {q}")
+            yield Call("dynamic_threshold", {"x0": x, "q": q, "maximum": maximum}, f"{text}, q = {q} up to {maximum}")
+            yield Call("moments", {"x": x}, text)
+
+
 def order_may_differ(call: Call) -> bool:
     """Whether CPU and GPU add a sample's squares in different orders: the GPU walks channels_last memory for any number
     of channels, the CPU up to 16 where it draws noise. The gradient, one element each, has the same bits.
     """
-    if call.op not in ("loss", "variational"):
+    if call.op not in ("loss", "variational") or call.arguments["seeds"] is None:
         return False
     x0 = call.arguments["x0"]
-    walks_channels = x0.dim() >= 3 and x0.shape[1] > 16 and x0.stride(1) == 1
-    return call.arguments["seeds"] is not None and walks_channels
+    return bool(x0.dim() >= 3 and x0.shape[1] > 16 and x0.stride(1) == 1)
 
 
 # --------------------------------------------------------------------------------------------------------------- step

@@ -32,6 +32,7 @@ from gpu.calls import (
     noising_calls,
     randn_calls,
     seeds_of,
+    statistics_calls,
     step_call,
     step_calls,
     step_operands,
@@ -71,6 +72,11 @@ def check_loss(target: Target, dtype: torch.dtype, layout: str) -> None:
 
 def check_variational(target: Target, dtype: torch.dtype, layout: str) -> None:
     for call in variational_calls(dtype, layout):
+        compare(target, call)
+
+
+def check_statistics(target: Target, dtype: torch.dtype, layout: str) -> None:
+    for call in statistics_calls(dtype, layout):
         compare(target, call)
 
 

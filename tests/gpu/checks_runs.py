@@ -51,6 +51,13 @@ PLANS: dict[str, Plan] = {
     "langevin": samplers.langevin(VP, 3, t=0.5, step_size=0.01),
     "annealed_langevin": samplers.annealed_langevin(VE, 3, each=2, step_size=1e-4, denoise=True),
     "ddim_inversion": samplers.ddim_inversion(LINEAR, 4),
+    "dpm_2": samplers.dpm_2(EDM, 3),
+    "dpm_2_ancestral": samplers.dpm_2_ancestral(LINEAR, 3),
+    "dpmpp_2s_ancestral": samplers.dpmpp_2s_ancestral(LINEAR, 3),
+    "repaint": samplers.repaint(LINEAR, 6, jump_length=2, jump_n_sample=2),
+    "ddpm learned": samplers.ddpm(LINEAR, 4, variance="learned"),
+    "ddim threshold": samplers.ddim(LINEAR, 4, clip=1.0).with_threshold(0.9, 1.5),
+    "dpmpp_2m_sde path": samplers.dpmpp_2m_sde(LINEAR, 4, noise_path="brownian"),
 }
 # Two plans of one length for one captured loop.
 LOOPS = (samplers.ddim(LINEAR, 8, eta=0.5, clip=1.0), samplers.ddim(COSINE, 8, eta=1.0, clip=0.5))
@@ -76,6 +83,21 @@ class ExactModel:
         torch.mul(x, 0.75, out=out)
         out.clamp_(-1.5, 1.5).add_(times.view(each))
         return out if cond is None else out.add_(cond.view(each))
+
+
+class LearnedModel(ExactModel):
+    """With a second half of the channels, the same as the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both: dict[Any, Tensor] = {}
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        m = super().__call__(x, t, cond)
+        key = (x.device, x.dtype, x.shape)
+        if key not in self.both:
+            self.both[key] = torch.cat([m, m], 1)
+        return torch.cat([m, m], 1, out=self.both[key])
 
 
 # ------------------------------------------------------------------------------------------------------------- graphs
@@ -303,15 +325,27 @@ def options() -> dict[str, dict[str, Any]]:
         "guided": {"cond": cond, "uncond": uncond, "guidance": 2.5},
         "inpainting": {"mask": mask, "known": values(SHAPE, 6).clamp(-1, 1)},
         "16-bit model": {"model_dtype": torch.bfloat16, "trajectory": True},
+        "densities": {"logprob": True},
     }
+
+
+def allowed(plan: Plan, option: str) -> bool:
+    """Guidance of a learned variance is the model's own."""
+    return not (plan.learned_variance and option == "guided")
 
 
 def states_of(x: Tensor, plan: Plan, **given: Any) -> list[Tensor]:
     """The state after every step, the result, and the trajectory if there is one."""
     states: list[Tensor] = []
-    result: Any = sample(ExactModel(), x, plan, callback=lambda info: states.append(info["x"].clone()), **given)
+    model = model_of(plan)
+    result: Any = sample(model, x, plan, callback=lambda info: states.append(info["x"].clone()), **given)
     assert len(states) == len(plan.steps)
-    return [*states, *(result if isinstance(result, tuple) else (result,))]
+    return [*states, *(part for part in (result if isinstance(result, tuple) else (result,)) if part is not None)]
+
+
+def model_of(plan: Plan) -> Callable[..., Tensor]:
+    """A model of as many channels as the plan reads."""
+    return LearnedModel() if plan.learned_variance else ExactModel()
 
 
 def check_sampling(target: Target, name: str, dtype: torch.dtype) -> None:
@@ -322,6 +356,8 @@ def check_sampling(target: Target, name: str, dtype: torch.dtype) -> None:
     assert_same(target.fetch(got_start), start, f"{name}: start")
     start = start.to(dtype)
     for option, host in options().items():
+        if not allowed(plan, option):
+            continue
         given = {k: v.to(dtype) if k == "known" else v for k, v in host.items()}
         what, last = f"{name}, {option}, {dtype}", len(plan.steps)
         want = states_of(start, plan, seeds=seeds, **given)
@@ -334,11 +370,23 @@ def check_sampling(target: Target, name: str, dtype: torch.dtype) -> None:
             assert_same(target.fetch(alone[last]), want[last][part], f"{what}: samples {part} alone")
     if not plan.deterministic:
         noise = [ops.randn(SHAPE, seeds, row.stream, dtype=dtype) for row in plan.rows if row.draws]
-        result = sample(ExactModel(), start, plan, noise=noise)
-        got = sample(ExactModel(), target.move(start), plan, noise=target.move(noise))
+        result = sample(model_of(plan), start, plan, noise=noise)
+        got = sample(model_of(plan), target.move(start), plan, noise=target.move(noise))
         assert_same(target.fetch(got), result, f"{name}, {dtype}: noise as tensors")
-        if dtype.itemsize >= 4:  # in 16 bits a tensor of noise is rounded before it is used
-            assert_same(result, sample(ExactModel(), start, plan, seeds=seeds), f"{name}: tensors and addresses")
+        if dtype.itemsize >= 4 and all(row.path is None for row in plan.rows):  # 16 bits: rounded before it is used
+            assert_same(result, sample(model_of(plan), start, plan, seeds=seeds), f"{name}: tensors and addresses")
+
+
+def check_starts(target: Target, name: str) -> None:
+    """A start for each sample: the bits of the CPU."""
+    plan, seeds = PLANS[name], seeds_of(SHAPE[0])
+    start = initial(plan, SHAPE, seeds)
+    for dtype in (torch.float32, torch.bfloat16):
+        start = start.to(dtype)
+        first = torch.tensor([0, len(plan.steps) - 1, 1])
+        want = sample(model_of(plan), start, plan, seeds=seeds, start=first)
+        got = sample(model_of(plan), target.move(start), plan, seeds=target.move(seeds), start=first)
+        assert_same(target.fetch(got), want, f"{name}, {dtype}")
 
 
 def check_layout_of_sampling(target: Target) -> None:
@@ -352,9 +400,16 @@ def check_layout_of_sampling(target: Target) -> None:
     assert_same(target.fetch(got), want, "channels_last")
 
 
+# A density is a new tensor for each step, so that option is not lean.
+LEAN = [
+    (name, option) for name in PLANS for option in options() if option != "densities" and allowed(PLANS[name], option)
+]
+
+
 def check_loop_is_lean(target: Target, name: str, option: str, model: Callable[..., Tensor] | None = None) -> None:
     """After its first steps the loop allocates nothing; from the first model call on, it never makes the host wait."""
-    plan, model = PLANS[name], ExactModel() if model is None else model
+    plan = PLANS[name]
+    model = model_of(plan) if model is None else model
     host = {k: v for k, v in options()[option].items() if k != "trajectory"}
     start, seeds = initial(plan, SHAPE, 1), seeds_of(SHAPE[0])
     there, x, s = target.move((host, start, seeds))

@@ -44,6 +44,12 @@ def test_variational(gpu: Target, dtype: torch.dtype, layout: str) -> None:
 
 @dtypes
 @layouts
+def test_statistics(gpu: Target, dtype: torch.dtype, layout: str) -> None:
+    checks.check_statistics(gpu, dtype, layout)
+
+
+@dtypes
+@layouts
 def test_step(gpu: Target, dtype: torch.dtype, layout: str) -> None:
     checks.check_step(gpu, dtype, layout)
 

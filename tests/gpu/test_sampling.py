@@ -22,7 +22,11 @@ def test_channels_last(gpu: Target) -> None:
     checks.check_layout_of_sampling(gpu)
 
 
-@plans
-@pytest.mark.parametrize("option", checks.options())
+@pytest.mark.parametrize("name", ["ddpm", "heun", "euler flow", "ddpm learned", "ddim threshold"])
+def test_a_start_for_each_sample(gpu: Target, name: str) -> None:
+    checks.check_starts(gpu, name)
+
+
+@pytest.mark.parametrize(("name", "option"), checks.LEAN)
 def test_the_loop_allocates_nothing_and_never_waits(gpu: Target, name: str, option: str) -> None:
     checks.check_loop_is_lean(gpu, name, option)

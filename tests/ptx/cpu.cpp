@@ -25,6 +25,17 @@ void run(const dk::StepLogprobArgs& args) {
   dk::cpu::step_logprob_finish(args);
 }
 
+void run(const dk::QuantileArgs& args) {
+  for (int64_t phase = 0; phase < dk::cpu::quantile_phases(args); ++phase) {
+    dk::cpu::quantile(args, phase, 0, dk::cpu::quantile_tasks(args, phase));
+  }
+}
+void run(const dk::MomentsArgs& args) {
+  for (int64_t phase = 0; phase < dk::cpu::moments_phases(args.space); ++phase) {
+    dk::cpu::moments(args, phase, 0, dk::cpu::moments_tasks(args.space, phase));
+  }
+}
+
 }  // namespace
 
 #define DEFINE(NAME)                          \
@@ -35,3 +46,10 @@ void run(const dk::StepLogprobArgs& args) {
 FLAT_OPS(DEFINE)
 
 extern "C" const char* dk_isa() { return dk::cpu::isa_name(); }
+
+extern "C" int64_t dk_quantile_workspace(int64_t batch, int64_t count) {
+  dk::Space space{};
+  space.batch = batch;
+  space.count = count;
+  return dk::cpu::quantile_workspace(space);
+}

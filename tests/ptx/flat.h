@@ -6,6 +6,8 @@
 #include <core/learned_step.h>
 #include <core/noise_sum.h>
 #include <core/step_logprob.h>
+#include <core/moments.h>
+#include <core/quantile.h>
 
 #include <initializer_list>
 
@@ -134,6 +136,29 @@ inline dk::StepArgs step(const int64_t* s, const int64_t* views, const int64_t* 
   return a;
 }
 
+inline dk::QuantileArgs quantile(const int64_t* s, const int64_t* views, const int64_t*, const int64_t*, uint64_t,
+                                 const int64_t* extra, const double* row) {  // extra: value, workspace; row: q, maximum
+  dk::QuantileArgs a{};
+  a.space = space(s);
+  a.x = view(views, 0);
+  a.out = view(views, 1);
+  dk::set_ranks(a, row[0]);
+  a.maximum = row[1];
+  a.value = reinterpret_cast<void*>(extra[0]);
+  a.workspace = reinterpret_cast<void*>(extra[1]);
+  return a;
+}
+
+inline dk::MomentsArgs moments(const int64_t* s, const int64_t* views, const int64_t*, const int64_t*, uint64_t,
+                               const int64_t* extra, const double*) {  // extra: value, partials
+  dk::MomentsArgs a{};
+  a.space = space(s);
+  a.x = view(views, 0);
+  a.value = reinterpret_cast<void*>(extra[0]);
+  a.partials = reinterpret_cast<void*>(extra[1]);
+  return a;
+}
+
 inline dk::LearnedStepArgs learned_step(const int64_t* s, const int64_t* views, const int64_t* r, const int64_t* key,
                                         uint64_t, const int64_t* extra, const double* row) {  // extra: as step
   dk::LearnedStepArgs a{};
@@ -171,7 +196,8 @@ inline dk::StepLogprobArgs step_logprob(const int64_t* s, const int64_t* views, 
 
 // One C function an op, all with the same signature.
 #define FLAT_OPS(OP) \
-  OP(randn) OP(noise_sum) OP(noising) OP(loss) OP(variational) OP(step) OP(learned_step) OP(step_logprob)
+  OP(randn) OP(noise_sum) OP(noising) OP(loss) OP(variational) OP(step) OP(learned_step) OP(step_logprob) \
+  OP(quantile) OP(moments)
 #define FLAT_PARAMETERS                                                                               \
   const int64_t *s, const int64_t *views, const int64_t *rows, const int64_t *seeds, uint64_t stream, \
       const int64_t *extra, const double *row

@@ -33,6 +33,8 @@ CUDA_FILES = (
     "loss.cu",
     "variational.cu",
     "step_logprob.cu",
+    "quantile.cu",
+    "moments.cu",
 )
 LEVELS = ("portable", "avx2", "avx512")
 CPU_FILES = (
@@ -41,6 +43,7 @@ CPU_FILES = (
     *(f"attention_{level}" for level in (*LEVELS, "avx512_bf16")),
 )
 CPU_FILES += ("blocks", "randn", "noise_sum", "noising", "step", "learned_step", "loss", "variational", "step_logprob")
+CPU_FILES += ("statistics", "quantile", "moments")
 # As in CMakeLists.txt; ptxas has no part in the tests, so it need not optimise.
 NVCC_FLAGS = ("-O3", "-std=c++17", "--fmad=false", "-Xptxas", "-O0")
 CPU_FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
@@ -65,6 +68,8 @@ VIEWS = {
     "loss": ("pred", "x0", "noise", "grad"),
     "variational": ("pred", "w", "x0", "noise", "grad", "grad_w"),
     "step_logprob": ("after", "x", "u", "c", "v", "h0", "h1", "h2", "h3", "grad_u", "grad_c", "grad_v"),
+    "quantile": ("x", "out"),
+    "moments": ("x",),
     "step": ("x", "u", "c", "h0", "h1", "h2", "h3", "noise", "mask", "known", "out", "x0", "s", "next", "next2"),
     "learned_step": ("x", "m", "v", "noise", "mask", "known", "out", "x0", "next", "next2"),
 }
@@ -221,10 +226,25 @@ def _prepare(call: Call) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         results["value"] = torch.empty(call.batch, dtype=sums)
     if call.op == "variational":
         results["means"] = torch.empty(call.batch, 2, dtype=results["value"].dtype)
+    if call.op in ("quantile", "moments"):
+        sums = torch.float64 if call.state == torch.float64 else torch.float32
+        results["value"] = torch.empty(call.batch, 2 if call.op == "moments" else 1, dtype=sums)
     return results, views
 
 
-def _invoke(lib: ctypes.CDLL, call: Call, results: dict[str, Tensor], views: dict[str, Tensor]) -> int:
+def _workspace(lib: ctypes.CDLL, call: Call) -> Tensor:
+    """Memory that the binding layer would give to the kernels: they write it before they read it."""
+    words = 0
+    if call.op == "quantile":
+        lib.dk_quantile_workspace.restype = ctypes.c_int64
+        size = lib.dk_quantile_workspace(ctypes.c_int64(call.batch), ctypes.c_int64(call.count))
+        words = (size + 7) // 8
+    elif call.op == "moments":  # float64 words hold the partial sums of either dtype
+        words = call.batch * ((call.count + LOSS_BLOCK - 1) // LOSS_BLOCK)
+    return torch.empty(words, dtype=torch.float64)
+
+
+def _invoke(lib: ctypes.CDLL, call: Call, results: dict[str, Tensor], views: dict[str, Tensor], work: Tensor) -> int:
     sizes = list(call.shape) if LAYOUTS[call.layout] == 2 else []
     channels = call.shape[0] if LAYOUTS[call.layout] == 1 else 1
     space = [call.batch, call.count, LAYOUTS[call.layout], channels, len(sizes), *sizes, *[0] * (MAX_DIMS - len(sizes))]
@@ -250,6 +270,8 @@ def _invoke(lib: ctypes.CDLL, call: Call, results: dict[str, Tensor], views: dic
         columns = len(call.row) if call.row is not None else 0 if call.table is None else call.table.shape[1]
         learned = int(columns > len(COLUMNS))
         extra = [CODES[call.state], learned, results["partials"].data_ptr(), results["value"].data_ptr(), 0]
+    if call.op in ("quantile", "moments"):
+        extra[:2] = results["value"].data_ptr(), work.data_ptr()
     values = None if call.row is None else (ctypes.c_double * len(call.row))(*call.row)
     if call.terms is not None:
         chosen, weights = call.terms
@@ -284,7 +306,7 @@ class Cpu:
 
     def run(self, call: Call) -> dict[str, Tensor]:
         results, views = _prepare(call)
-        assert _invoke(self.lib, call, results, views) == 0
+        assert _invoke(self.lib, call, results, views, _workspace(self.lib, call)) == 0
         return results
 
 
@@ -338,7 +360,11 @@ class Device:
             if tensor.numel():
                 host.register(tensor, name, init=name in call.in_place)
         try:
-            status = _invoke(self.library(**options), call, results, views)
+            lib = self.library(**options)
+            work = _workspace(lib, call)
+            if work.numel():
+                host.register(work, "workspace", init=False)
+            status = _invoke(lib, call, results, views, work)
             self.launches = list(host.launches)
             host.check()
             assert status == 0, f"the launcher returned {status}"

@@ -18,3 +18,10 @@ extern "C" int dk_philox(const uint64_t* in, uint32_t* out, int n) {
   philox_probe<<<1, 32>>>(in, out, n);
   return static_cast<int>(cudaGetLastError());
 }
+
+extern "C" int64_t dk_quantile_workspace(int64_t batch, int64_t count) {
+  dk::Space space{};
+  space.batch = batch;
+  space.count = count;
+  return dk::cuda::quantile_workspace(space);
+}
