@@ -484,7 +484,7 @@ def sampling_traffic(plan: Plan, device: torch.device, **given: Any) -> tuple[li
     def model(x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         if not before:
             before.append(len(traffic.events))
-        return x * 0.5
+        return torch.cat([x, x], 1) if plan.learned_variance else x * 0.5
 
     x = torch.empty(SHAPE, device=device)
     with traffic:
