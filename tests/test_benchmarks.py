@@ -19,7 +19,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 pytest.importorskip("benchmarks")
 
-from benchmarks import attention_cases, brownian_case, cases, report, run, timing
+from benchmarks import attention_cases, brownian_case, cases, drop_in_cases, report, run, timing
 
 TINY = (2, 3, 8, 8)
 
@@ -243,6 +243,11 @@ KINDS: dict[str, tuple[Callable[..., cases.Case], dict[str, Any]]] = {
     "heun": (cases.heun, {}),
     "ddim-loop": (cases.loop, {"kind": "ddim"}),
     "ddpm-loop": (cases.loop, {"kind": "ddpm"}),
+    "diffusers-dpmpp-2m-sde": (
+        drop_in_cases.drop_in,
+        {"kind": "DPMSolverMultistepScheduler", "steps": 4, "algorithm_type": "sde-dpmsolver++"},
+    ),
+    "diffusers-heun": (drop_in_cases.drop_in, {"kind": "HeunDiscreteScheduler", "steps": 4}),
     "attention": (attention_cases.attention, {}),
     "attention-grad-bf16": (attention_cases.attention, {"grad": True, "dtype": torch.bfloat16}),
     "attention-nchw-f16": (attention_cases.spatial, {"dtype": torch.float16}),
@@ -253,7 +258,7 @@ KINDS: dict[str, tuple[Callable[..., cases.Case], dict[str, Any]]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_case_agrees_with_the_reference_and_its_baselines(kind: str) -> None:
     build, options = KINDS[kind]
-    if build in (cases.step, cases.learned, cases.guided, cases.heun, cases.loop):
+    if build in (cases.step, cases.learned, cases.guided, cases.heun, cases.loop, drop_in_cases.drop_in):
         pytest.importorskip("diffusers")
     case = build(kind, cases.Setting(compiled=False), TINY, **options)
     with torch.set_grad_enabled(case.grad):

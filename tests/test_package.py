@@ -322,6 +322,7 @@ LAYERS = [
     ["score_matching", "flow_matching", "_predictor_corrector"],
     ["simulate"],
     ["likelihood", "_dormand_prince", "adaptive"],
+    ["compat"],
     ["info", "demo", "plan_command"],
     ["__main__", "__init__"],
 ]

@@ -1,0 +1,97 @@
+"""Whole runs of diffusers' schedulers and of our drop-ins for them, as a pipeline runs them with a model that costs
+nothing: set_timesteps, then scale_model_input and step for every timestep."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.case import Baseline, Case, Check, Setting, bytes_of, compare, cpu_target, loose, random_tensor
+
+__all__ = ["TABLE", "drop_in"]
+
+SMALL, LARGE = (1, 4, 64, 64), (16, 3, 256, 256)
+
+
+def drop_in(
+    name: str,
+    setting: Setting,
+    shape: tuple[int, ...],
+    kind: str,
+    steps: int = 20,
+    goal: float | None = None,
+    **config: Any,
+) -> Case:
+    """The original takes the same run; noise comes from torch's generator on both sides."""
+    import diffusers
+
+    from diffkern.compat import diffusers as compat
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        original, fused = (getattr(module, kind)(**config) for module in (diffusers, compat))
+    x, m = (random_tensor(k, shape, setting) for k in (0, 1))
+
+    def loop(scheduler: Any) -> Tensor:
+        with torch.no_grad():
+            scheduler.set_timesteps(steps, device=setting.device)
+            state = x
+            for t in scheduler.timesteps:
+                if hasattr(scheduler, "scale_model_input"):
+                    scheduler.scale_model_input(state, t)
+                state = scheduler.step(m, t, state, return_dict=False)[0]
+        return state
+
+    def check() -> list[Check]:
+        found = []
+        for scheduler in (fused, original):
+            torch.manual_seed(3)
+            found.append(loop(scheduler))
+        scale = 1 + float(found[1].abs().max())
+        return [compare("ours", found[0] / scale, found[1] / scale, loose(x.dtype))]
+
+    loop(fused)
+    return Case(
+        name,
+        f"{kind}, {steps} steps, per step call",
+        shape,
+        x.dtype,
+        lambda: loop(fused),
+        (Baseline("diffusers", lambda: loop(original), cpu_target(goal, setting)),),
+        check,
+        bytes_of(x, m, x),
+        steps=len(fused.timesteps),
+        overhead=True,
+    )
+
+
+def _table() -> dict[str, tuple[Callable[..., Case], dict[str, Any]]]:
+    deterministic, multistep = {"small": 6.0, "large": 8.0}, {"small": 10.0, "large": 10.0}
+    kinds: dict[str, tuple[str, dict[str, Any], dict[str, float]]] = {
+        "ddim": ("DDIMScheduler", {}, deterministic),
+        "ddpm": ("DDPMScheduler", {}, {}),
+        "ddim-inverse": ("DDIMInverseScheduler", {}, deterministic),
+        "dpmpp-2m": ("DPMSolverMultistepScheduler", {}, multistep),
+        "dpmpp-2m-sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, {}),
+        "unipc": ("UniPCMultistepScheduler", {}, multistep),
+        "euler": ("EulerDiscreteScheduler", {}, deterministic),
+        "euler-ancestral": ("EulerAncestralDiscreteScheduler", {}, {}),
+        "heun": ("HeunDiscreteScheduler", {}, deterministic),
+        "edm-euler": ("EDMEulerScheduler", {}, deterministic),
+        "lms": ("LMSDiscreteScheduler", {}, deterministic),
+        "flow-euler": ("FlowMatchEulerDiscreteScheduler", {}, deterministic),
+        "flow-heun": ("FlowMatchHeunDiscreteScheduler", {}, deterministic),
+    }
+    table: dict[str, tuple[Callable[..., Case], dict[str, Any]]] = {}
+    for size, shape, steps in (("small", SMALL, 20), ("large", LARGE, 4)):
+        for short, (kind, config, goals) in kinds.items():
+            options = {"shape": shape, "kind": kind, "steps": steps, "goal": goals.get(size), **config}
+            table[f"diffusers-{short}-{size}"] = (drop_in, options)
+    return table
+
+
+TABLE = _table()

@@ -1,0 +1,46 @@
+"""diffusers' schedulers on fused ops: same names, configs and results, one launch a step (docs/compat-diffusers.md).
+
+from diffkern.compat.diffusers import DDIMScheduler, accelerate
+pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+print(accelerate(pipe))  # or this: the scheduler of its class, and the attention layers
+"""
+
+# _base first: without diffusers it says in one sentence what to install.
+from diffkern.compat.diffusers import _base  # noqa: F401
+from diffkern.compat.diffusers.accelerate import Report, Swap, accelerate, restore
+from diffkern.compat.diffusers.attention import DiffkernAttnProcessor
+from diffkern.compat.diffusers.ddim import DDIMScheduler
+from diffkern.compat.diffusers.ddim_inverse import DDIMInverseScheduler
+from diffkern.compat.diffusers.ddpm import DDPMScheduler
+from diffkern.compat.diffusers.dpm_solver import DPMSolverMultistepScheduler
+from diffkern.compat.diffusers.edm_euler import EDMEulerScheduler
+from diffkern.compat.diffusers.euler import EulerDiscreteScheduler
+from diffkern.compat.diffusers.euler_ancestral import EulerAncestralDiscreteScheduler
+from diffkern.compat.diffusers.flow_match import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from diffkern.compat.diffusers.heun import HeunDiscreteScheduler
+from diffkern.compat.diffusers.lms import LMSDiscreteScheduler
+from diffkern.compat.diffusers.repaint import RePaintScheduler
+from diffkern.compat.diffusers.score_sde_ve import ScoreSdeVeScheduler
+from diffkern.compat.diffusers.unipc import UniPCMultistepScheduler
+
+__all__ = [
+    "DDIMInverseScheduler",
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "DiffkernAttnProcessor",
+    "EDMEulerScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "RePaintScheduler",
+    "Report",
+    "ScoreSdeVeScheduler",
+    "Swap",
+    "UniPCMultistepScheduler",
+    "accelerate",
+    "restore",
+]

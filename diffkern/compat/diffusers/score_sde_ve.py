@@ -1,0 +1,127 @@
+"""diffusers' ScoreSdeVeScheduler: predictor on one fused op, corrector on one fused op and two norms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import ScoreSdeVeScheduler as Original
+from diffusers.schedulers.scheduling_sde_ve import SdeVeOutput
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from diffkern import ops, streams
+from diffkern.compat.diffusers._base import Fused, column, host, promote, table_of
+
+CORRECTOR = 1 << 20
+"""Noise by address: the corrector's calls draw on ``streams.STEP + CORRECTOR`` + their number."""
+
+
+class ScoreSdeVeScheduler(Fused, Original):
+    """Reverse diffusion of the variance exploding SDE with Langevin corrections, arXiv 2011.13456."""
+
+    discrete_sigmas: Tensor
+
+    def step_pred(
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """x' = x + G^2 score + G z with G^2 = sigma_i^2 - sigma_(i-1)^2, as the original's."""
+        self._dk_check()
+        row, index = self._dk_row(timestep, sample)
+        noise, seeds = self._dk_noise(sample, generator)
+        table = self._dk_cached(("rows", len(self.timesteps), self._dk_exact), (self.discrete_sigmas,), self._dk_build)
+        out, _, mean, _ = self._dk_run(
+            sample,
+            model_output,
+            table=table,
+            row=row,
+            index=index,
+            noise=noise,
+            seeds=seeds,
+            state=state_of(sample, model_output),
+            want_s=True,
+        )
+        return SdeVeOutput(prev_sample=out, prev_sample_mean=mean) if return_dict else (out, mean)
+
+    def step_correct(
+        self,
+        model_output: Tensor,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """x' = x + step score + sqrt(2 step) z, step = 2 (snr |z| / |score|)^2 with norms averaged over the batch, as
+        the original's; ``diffkern(exact=True)`` takes each sample's own norms."""
+        self._dk_check()
+        state = state_of(sample, model_output)
+        if self._dk_rng == "torch":
+            noise = randn_tensor(sample.shape, layout=sample.layout, generator=generator).to(sample.device)
+        else:
+            calls = self.__dict__.get("_dk_calls", (None, -1))
+            count = calls[1] + 1 if calls[0] is self._dk_clock else 0
+            self.__dict__["_dk_calls"] = (self._dk_clock, count)
+            seeds = self._dk_seeds_of(sample, generator)
+            noise = ops.randn(sample.shape, seeds, streams.STEP + CORRECTOR + count)
+        grad_norm, noise_norm = (torch.norm(t.reshape(t.shape[0], -1), dim=-1) for t in (model_output, noise))
+        if not self._dk_exact:
+            grad_norm, noise_norm = grad_norm.mean(), noise_norm.mean()
+        length = ((self.config.snr * noise_norm / grad_norm) ** 2 * 2).double().reshape(-1)
+        # A row a sample (one for all) on the device of the state: its numbers never come to the host.
+        table = self._dk_on(self._dk_cached(("correct",), (), lambda: table_of(1, a=1.0)), sample.device)
+        table = table.repeat(len(length), 1)
+        column(table, "d")[:], column(table, "g")[:] = length, (2 * length) ** 0.5
+        index = torch.arange(len(length), device=sample.device) if len(length) > 1 else None
+        out = self._dk_run(sample, model_output, table=table, index=index, noise=noise, state=state)[0]
+        return SchedulerOutput(prev_sample=out) if return_dict else (out,)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor | None, timesteps: Tensor) -> Tensor:
+        """x + sigma noise in one op."""
+
+        def scales() -> Tensor:
+            sigma = host(self.discrete_sigmas, exact=True)
+            return torch.stack([torch.ones_like(sigma), sigma], 1)
+
+        x = original_samples
+        noise = torch.randn_like(x) if noise is None else noise
+        x = x.to(promote(x.dtype, self.discrete_sigmas.dtype))
+        return self._dk_noised(x, noise, timesteps, scales, ("add",), self.discrete_sigmas)
+
+    # ------------------------------------------------------------------------------------------------ the rows
+    def _dk_check(self) -> None:
+        if self.timesteps is None:
+            raise ValueError(
+                "`self.timesteps` is not set, you need to run 'set_timesteps' after creating the scheduler"
+            )
+
+    def _dk_row(self, timestep: Any, sample: Tensor) -> tuple[int, Tensor | None]:
+        """Timestep t in (0, 1] is level floor(t (N - 1)), in float32 as the original computes it."""
+        last, clock = len(self.timesteps) - 1, self._dk_clock
+        if clock.position(timestep) is None and isinstance(timestep, Tensor) and timestep.numel() > 1:
+            return 0, (timestep.to(sample.device, torch.float32) * last).long()
+        row = int(np.float32(clock.value(timestep)) * np.float32(last))
+        if not 0 <= row < len(self.discrete_sigmas):
+            self.discrete_sigmas[row]  # the original's exception
+            raise IndexError(f"timestep must lie in [0, 1], got {timestep!r}")
+        return row, None
+
+    def _dk_build(self) -> Tensor:
+        sigma = host(self.discrete_sigmas, self._dk_exact)
+        before = torch.cat([torch.zeros_like(sigma[:1]), sigma[:-1]])
+        g = (sigma**2 - before**2) ** 0.5
+        square = (g**2).double()
+        steps = len(self.timesteps)
+        number = (steps - 1 - torch.arange(len(sigma))).clamp(min=0)  # the last level is the first step
+        levels = {"known_s": 1.0, "known_n": before.double(), "stream": streams.STEP + number.double()}
+        return table_of(len(sigma), a=1.0, d=square, g=g.double(), A=1.0, D=square, **levels)
+
+
+def state_of(sample: Tensor, model_output: Tensor) -> torch.dtype:
+    """The original multiplies by float32 tensors [B, 1, ...]: half precision becomes float32."""
+    return promote(promote(sample.dtype, model_output.dtype), torch.float32)
