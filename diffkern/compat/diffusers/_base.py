@@ -253,7 +253,7 @@ class Fused:
         index: Tensor | None,
         **wants: Any,
     ) -> tuple[Tensor, Any, Any, Any]:
-        """`_dk_run` with the original's dynamic thresholding between x0 and x': two fused steps around it."""
+        """`_dk_run` with the original's dynamic thresholding between x0 and x': three fused ops."""
         first, second = self._dk_cached(("split", id(table)), (table,), lambda: split(table))
         x0 = self._dk_run(x, m, table=first, row=row, index=index)[0]
         x0 = self._dk_threshold(x0)
@@ -261,8 +261,11 @@ class Fused:
         return out[0], x0, out[2], out[3]
 
     def _dk_threshold(self, x0: Tensor) -> Tensor:
-        """Dynamic thresholding (arXiv 2205.11487), the original's own."""
-        return self._threshold_sample(x0)  # type: ignore[attr-defined]
+        """Dynamic thresholding (arXiv 2205.11487); the original's own where x0 has a gradient or its maximum is odd."""
+        config = self.config
+        if x0.requires_grad or not config.sample_max_value >= 1.0:
+            return self._threshold_sample(x0)  # type: ignore[attr-defined]
+        return ops.dynamic_threshold(x0, config.dynamic_thresholding_ratio, config.sample_max_value)
 
     def _dk_noised(
         self,
