@@ -40,8 +40,8 @@ def page() -> str:
     parts = [
         "# The plan of every sampler",
         "",
-        "What `print(plan)` shows, written by `python tools/plan_pages.py`. Columns and terms: `diffkern.plan`; formulas",
-        "and orders: [samplers.md](samplers.md). Columns that say nothing in any row of a plan are left out.",
+        "What `print(plan)` shows, written by `python tools/plan_pages.py`. Columns and terms: `diffkern.plan`;",
+        "formulas and orders: [samplers.md](samplers.md). Columns that say nothing in any row of a plan are left out.",
     ]
     for call in (*calls, *MORE):
         plan = eval(call, {"__builtins__": {}}, known)  # the calls above, as Python
