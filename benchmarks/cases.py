@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import attention_cases, brownian_case, drop_in_cases, sampler_cases, statistics_cases
+from benchmarks import attention_cases, brownian_case, compat_cases, drop_in_cases, sampler_cases, statistics_cases
 from benchmarks.case import (
     Baseline,
     Case,
@@ -439,6 +439,7 @@ def _cases() -> dict[str, Callable[[Setting], Case]]:
         **sampler_cases.TABLE,
         **statistics_cases.TABLE,
         **drop_in_cases.TABLE,
+        **compat_cases.TABLE,
         **attention_cases.TABLE,
     }
     return {name: functools.partial(build, name, **options) for name, (build, options) in table.items()}

@@ -28,3 +28,15 @@ class CountOps(TorchDispatchMode):
             if result.untyped_storage().data_ptr() not in known:
                 self.large[func._opname] += 1
         return result
+
+
+class EveryOp(TorchDispatchMode):
+    """`counts`: every op that a call dispatches, by namespace and name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[f"{func.namespace}.{func._opname}"] += 1
+        return func(*args, **(kwargs or {}))

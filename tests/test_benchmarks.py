@@ -19,7 +19,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 pytest.importorskip("benchmarks")
 
-from benchmarks import attention_cases, brownian_case, cases, drop_in_cases, report, run, timing
+from benchmarks import attention_cases, brownian_case, cases, compat_cases, drop_in_cases, report, run, timing
 
 TINY = (2, 3, 8, 8)
 
@@ -248,6 +248,9 @@ KINDS: dict[str, tuple[Callable[..., cases.Case], dict[str, Any]]] = {
         {"kind": "DPMSolverMultistepScheduler", "steps": 4, "algorithm_type": "sde-dpmsolver++"},
     ),
     "diffusers-heun": (drop_in_cases.drop_in, {"kind": "HeunDiscreteScheduler", "steps": 4}),
+    "k-diffusion-heun": (compat_cases.k_loop, {"kind": "heun"}),
+    "k-diffusion-dpmpp-sde": (compat_cases.k_loop, {"kind": "dpmpp_sde"}),
+    "edm-loop-churn": (compat_cases.edm_loop, {"churn": 40.0}),
     "attention": (attention_cases.attention, {}),
     "attention-grad-bf16": (attention_cases.attention, {"grad": True, "dtype": torch.bfloat16}),
     "attention-nchw-f16": (attention_cases.spatial, {"dtype": torch.float16}),

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable
 
+import k_diffusion_oracle
 import numpy as np
 import pytest
 import torch
@@ -196,7 +197,7 @@ def test_nested_intervals_of_dpmpp_sde() -> None:
 @pytest.mark.parametrize("name", ["dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde", "euler_ancestral"])
 def test_k_diffusion_on_the_same_path(name: str) -> None:
     """Its own samplers, asking our path where they would ask their tree: noise_sampler(sigma, sigma_next)."""
-    theirs = getattr(pytest.importorskip("k_diffusion.sampling"), f"sample_{name}")
+    theirs = getattr(k_diffusion_oracle.sampling(), f"sample_{name}")
     sigmas, seeds, shape = torch.tensor([15.0, 7.0, 3.0, 1.0, 0.3, 0.1, 0.0], dtype=torch.float64), SEEDS, (3, 11)
 
     def noise(sigma: Tensor, sigma_next: Tensor) -> Tensor:

@@ -1,0 +1,63 @@
+"""The examples of the loops of k-diffusion and EDM, run small."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import k_diffusion_oracle
+import pytest
+
+import diffkern
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "lines", "limit"),
+    [("k_diffusion_loop", ("--steps", "4"), 5, 8e-6), ("edm_loop", ("--steps", "4"), 2, 1e-12)],
+)
+def test_example(root: Path, name: str, options: tuple[str, ...], lines: int, limit: float) -> None:
+    if name.startswith("k_diffusion") and k_diffusion_oracle.missing():
+        pytest.skip(f"needs {', '.join(k_diffusion_oracle.missing())}")
+    done = subprocess.run(
+        [sys.executable, root / "examples" / f"{name}.py", "--size", "8", *options],
+        capture_output=True,
+        text=True,
+        cwd=Path(diffkern.__file__).parent.parent,
+        env={"PYTHONPATH": str(Path(diffkern.__file__).parent.parent)},
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    found = re.findall(r"max difference (\S+?)[ ;]", done.stdout)
+    assert len(found) == lines
+    assert all(float(value) <= limit for value in found)
+    assert len(re.findall(r"times faster", done.stdout)) == lines
+
+
+def test_the_drop_ins_need_torch_alone() -> None:
+    """Nothing of the originals, nor of what they stand on, is imported."""
+    code = """
+import sys
+for name in ("k_diffusion", "torchsde", "torchdiffeq", "scipy", "diffusers", "torchvision", "clip", "wandb"):
+    sys.modules[name] = None  # an import of it fails
+import torch
+from diffkern.compat import edm
+from diffkern.compat import k_diffusion as K
+x = torch.ones(1, 3, 4, 4)
+sigmas = K.get_sigmas_karras(3, 0.1, 5.0)
+model = K.Denoiser(lambda x, sigma: x.tanh(), 0.5)
+for name in K.__all__:
+    if name.startswith("sample_"):
+        assert getattr(K, name)(model, x, sigmas, disable=True).isfinite().all(), name
+print(float(K.log_likelihood(model, x, 0.1, 5.0)[0]))
+edm.EDMLoss()(lambda x, sigma, labels, augment_labels: x, x).mean()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(Path(diffkern.__file__).parent.parent)},
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
