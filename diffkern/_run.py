@@ -79,6 +79,22 @@ def allocate(
     return calls
 
 
+def check_mask(x: Tensor, mask: Tensor | None, known: Tensor | None) -> None:
+    """Raise ValueError unless mask and known are both absent, or fit the state x."""
+    if (mask is None) != (known is None):
+        raise ValueError(f"mask and known must be given together, got only {'known' if mask is None else 'mask'}")
+    allowed = {"mask": (torch.bool, torch.uint8, x.dtype), "known": (x.dtype,)}
+    for argument, value in (("mask", mask), ("known", known)):
+        if value is None:
+            continue
+        if not isinstance(value, Tensor) or value.shape != x.shape or value.dtype not in allowed[argument]:
+            got = f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"{argument} must have the shape of x {list(x.shape)} and dtype "
+                f"{' or '.join(str(dtype) for dtype in allowed[argument])}, got {got}"
+            )
+
+
 class Run:
     """The buffers of one run, and one row at a time."""
 
@@ -100,8 +116,7 @@ class Run:
     ) -> None:
         if not x.is_floating_point() or x.ndim < 1:
             raise ValueError(f"x must be a floating point tensor [B, ...], got {x.dtype} of shape {list(x.shape)}")
-        if (mask is None) != (known is None):
-            raise ValueError(f"mask and known must be given together, got only {'known' if mask is None else 'mask'}")
+        check_mask(x, mask, known)
         if plan.learned_variance and x.ndim < 2:
             raise ValueError(f"learned variance needs x of shape [B, C, ...], got {list(x.shape)}")
         self.plan, self.first, self.model_dtype = plan, first, model_dtype
@@ -131,9 +146,17 @@ class Run:
         tail = [] if channels is None else [channels, *x.shape[2:]]
         self._want = [torch.Size([copies * x.shape[0], *tail]) for copies in (1, 2)]
         self.table = self._tables(plan, starts)
-        self.index = None if starts is None else self._indices(starts)
+        self.index: Sequence[Tensor] | None = None
+        self._all_run = 0  # the first row that no sample waits for
         if starts is not None:
             self.table = self.table.to(x.device)
+            begin = torch.tensor([step.start for step in plan.steps], device="cpu")[starts]
+            number = torch.arange(len(plan.rows), device="cpu")[:, None]
+            waits = (number < begin).to(x.device)
+            number = number.to(x.device)
+            self.index = torch.where(waits, number + len(plan.rows), number).unbind(0)
+            self._waits = waits.reshape(*waits.shape, *(1,) * (x.ndim - 1))
+            self._all_run = int(begin.max())
         self._prepare_inputs()
 
     def _prepare_guidance(self, batch: int) -> None:
@@ -158,34 +181,27 @@ class Run:
             # The op is given the thresholded x0 in the place of m.
             rows = [replace(row, w=0.0, p=0.0, q=1.0) if row.calls_model else row for row in rows]
             self.estimates = torch.tensor(
-                [Row(w=row.w, p=row.p, q=row.q, b=1.0).coefficients() for row in plan.rows], dtype=torch.float64
+                [Row(w=row.w, p=row.p, q=row.q, b=1.0).coefficients() for row in plan.rows],
+                dtype=torch.float64,
+                device="cpu",
             )
             if self.guided:
                 self.estimates[self.estimates[:, _W] == 1.0, _W] = 0.0
         if self.shift is not None and not plan.learned_variance:
             rows = [replace(row, e3=row.g * row.g) if row.draws else row for row in rows]
         if starts is not None:
-            rows += [
-                Row(a=1.0, k=r.k, known_s=r.known_s, known_n=r.known_n, known_stream=r.known_stream) for r in plan.rows
-            ]
+            rows += [Row(a=1.0, k=row.k) for row in plan.rows]
         if plan.learned_variance:
             return replace(plan, rows=tuple(rows), threshold=None).learned_table
-        table = torch.tensor([row.coefficients() for row in rows], dtype=torch.float64)
+        table = torch.tensor([row.coefficients() for row in rows], dtype=torch.float64, device="cpu")
         if self.guided:  # a row of weight 1 calls the conditional model alone, so its op takes m as it is
             table[table[:, _W] == 1.0, _W] = 0.0
         return table
 
-    def _indices(self, starts: Tensor) -> Sequence[Tensor]:
-        """For each row, the row of the table that each sample runs: its own, or the one that waits."""
-        rows = len(self.plan.rows)
-        begin = torch.tensor([step.start for step in self.plan.steps])[starts.cpu()]
-        number = torch.arange(rows)[:, None]
-        return torch.where(number < begin, number + rows, number).to(self.state.device).unbind(0)
-
     def _prepare_inputs(self) -> None:
         """Times on the device, and the model input of the first row."""
         x, plan, first = self.state, self.plan, self.first
-        times = torch.tensor([row.time for row in plan.rows], dtype=getattr(torch, plan.time_dtype))
+        times = torch.tensor([row.time for row in plan.rows], dtype=getattr(torch, plan.time_dtype), device="cpu")
         self._times = list(times.to(x.device)[:, None].repeat(1, max(self.copies) * self.batch).unbind(0))
         if max(self.copies) != min(self.copies):
             self._times = [t[: copies * self.batch] for t, copies in zip(self._times, self.copies, strict=True)]
@@ -210,6 +226,9 @@ class Run:
             noise = self._increment(row.path)
         index = None if self.index is None else self.index[i]
         seeds = self.seeds if call.seeded and (noise is None or self.mask is not None) else None
+        mask = self.mask
+        if mask is not None and i < self._all_run:  # what a waiting sample starts from is its own
+            mask = torch.where(self._waits[i], torch.ones((), dtype=mask.dtype, device=mask.device), mask)
         out, x0 = buffers[call.out], buffers[call.x0]
         assert out is not None
         h0, h1, h2, h3 = (buffers[number] for number in call.h) if row.reads else _NO_HISTORY
@@ -219,14 +238,14 @@ class Run:
                 noise = self._learned_shift(i, m, noise)
                 seeds = seeds if self.mask is not None else None
             ops.learned_step_out(
-                self.state, m, table=self.table, row=i, index=index, seeds=seeds, noise=noise, mask=self.mask,
+                self.state, m, table=self.table, row=i, index=index, seeds=seeds, noise=noise, mask=mask,
                 known=self.known, out=out, x0=x0, next=into,
             )  # fmt: skip
         else:
             if self.shift is not None and row.draws:
                 h3 = self._gradient(i)
             ops.step_into(
-                self.state, m, m2, h0, h1, h2, h3, self.table, i, index, seeds, noise, self.mask, self.known, out,
+                self.state, m, m2, h0, h1, h2, h3, self.table, i, index, seeds, noise, mask, self.known, out,
                 x0, buffers[call.s], into,
             )  # fmt: skip
         self.operands = (self.state, m, m2, h0, h1, h2, h3, i, index)
@@ -264,7 +283,8 @@ class Run:
             room[:, channels:] = m[:, channels:]
             x0, values = room[:, :channels], m[:, :channels]
         ops.step_out(self.state, values, m2, table=self.estimates, row=i, out=x0)
-        ops.dynamic_threshold_out(x0, quantile, float("inf") if maximum is None else maximum, out=x0)
+        if x0.numel():
+            ops.dynamic_threshold_out(x0, quantile, float("inf") if maximum is None else maximum, out=x0)
         return room
 
     def _increment(self, path: tuple[float, float]) -> Tensor:
@@ -296,9 +316,9 @@ class Run:
         return ops.randn(tuple(self.state.shape), self.seeds, self.plan.rows[i].stream, dtype=self.state.dtype)
 
     def _room(self, name: str, like: Tensor) -> Tensor:
-        """A buffer kept for the whole run."""
+        """A buffer in the dtype of the state, kept for the whole run."""
         if name not in self._spare:
-            self._spare[name] = torch.empty_like(like)
+            self._spare[name] = torch.empty_like(like, dtype=self.state.dtype)
         return self._spare[name]
 
     def _input_buffer(self, copies: int, avoid: Tensor | None) -> Tensor:

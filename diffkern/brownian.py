@@ -91,8 +91,9 @@ def _terms(first: int, last: int, normalised: bool) -> tuple[Tensor, Tensor]:
                 nodes.append((1 << level) + k)
                 sizes.append(rise * math.sqrt(1 << level))
     unit = 1.0 / math.sqrt(length * _UNITS) if normalised else 1.0 / _UNITS
-    weights = torch.tensor(sizes, dtype=torch.float64) * unit
-    return torch.tensor(nodes, dtype=torch.int64) + streams.BROWNIAN, weights
+    with torch.inference_mode(False):  # kept for everybody: an ordinary tensor on the host, wherever it is asked for
+        weights = torch.tensor(sizes, dtype=torch.float64, device="cpu") * unit
+        return torch.tensor(nodes, dtype=torch.int64, device="cpu") + streams.BROWNIAN, weights
 
 
 def _tent(x: int, width: int) -> int:

@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import numbers
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any
@@ -151,7 +152,7 @@ class Plan:
     @cached_property
     def table(self) -> Tensor:
         """[R, 21] float64 on the CPU, one row a row; do not write into it."""
-        return torch.tensor([row.coefficients() for row in self.rows], dtype=torch.float64)
+        return _host_table([row.coefficients() for row in self.rows])
 
     @cached_property
     def cache(self) -> dict[Any, Any]:
@@ -161,7 +162,7 @@ class Plan:
     @cached_property
     def learned_table(self) -> Tensor:
         """[R, 23] float64 on the CPU: `table` with the columns r0 and r1; do not write into it."""
-        return torch.tensor([row.coefficients(LEARNED_COLUMNS) for row in self.rows], dtype=torch.float64)
+        return _host_table([row.coefficients(LEARNED_COLUMNS) for row in self.rows])
 
     @cached_property
     def steps(self) -> tuple[range, ...]:
@@ -206,9 +207,11 @@ class Plan:
         w = 1 is the conditional model alone, w = 0 the unconditional one; a plan whose weights are all 0 is unguided.
         A sequence gives one weight a step, or one a row; interval guidance is 1 outside its interval.
         """
-        if isinstance(w, int | float):
+        if isinstance(w, numbers.Real) or (isinstance(w, Tensor) and w.ndim == 0):
             weights = [float(w)] * len(self.rows)
         else:
+            if isinstance(w, str) or not isinstance(w, Iterable):
+                raise ValueError(f"guidance must be a number or one a step, got {w!r}")
             weights = [float(value) for value in w]
             if len(weights) == len(self.steps):
                 weights = [weights[j] for j, rows in enumerate(self.steps) for _ in rows]
@@ -261,7 +264,7 @@ class Plan:
             if head.get("threshold") is not None:
                 head["threshold"] = tuple(head["threshold"])
             return Plan(rows=rows, **head)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"text must be the JSON of a plan, got a field that does not fit: {error}") from error
 
     def __str__(self) -> str:
@@ -293,10 +296,21 @@ class Plan:
         return "\n".join([title, *lines])
 
 
+def _host_table(rows: list[tuple[float, ...]]) -> Tensor:
+    """A table that outlives where it was made: an inference mode, a default device."""
+    with torch.inference_mode(False):
+        return torch.tensor(rows, dtype=torch.float64, device="cpu")
+
+
 def _row_from(data: Mapping[str, Any]) -> Row:
     """The row of its JSON object, whose lists were tuples."""
     path = data.get("path")
     saves = tuple(map(tuple, data.get("saves", ())))
+    if any(len(pair) != 2 for pair in saves):
+        raise TypeError(f"saves must hold pairs of a slot and a source, got {data['saves']}")
+    for name in ("calls_model", "ends_step"):
+        if not isinstance(data.get(name, True), bool):
+            raise TypeError(f"{name} must be true or false, got {data[name]!r}")
     return Row(**{**data, "saves": saves, "path": None if path is None else tuple(path)})
 
 

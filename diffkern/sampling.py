@@ -31,7 +31,7 @@ class StepInfo(TypedDict):
     x: Tensor
     """The state after the step."""
     x0: Tensor | None
-    """The x0 estimate of the step's last model call."""
+    """The x0 estimate of the step's last model call; 0 for a sample that waits for its start."""
 
 
 class Sampled(NamedTuple):
@@ -59,8 +59,8 @@ def initial(
     """The state that `sample` starts from: init_scale z with z on ``streams.INITIAL``, [B, ...].
 
     With ``start`` and ``x0`` (clean images of that shape): x0 noised to the level before step ``start``, for image to
-    image; int64 [B] is a start for each sample. ``seeds`` is an integer or int64 [B]. Raises ValueError for ``start`` >
-    0 without ``x0``.
+    image; int64 [B] is a start for each sample, and with start 0 x0 is not read. ``seeds`` is an integer or int64
+    [B]. Raises ValueError for ``start`` > 0 without ``x0``.
     """
     starts = _steps_of(start, plan, shape[0])
     if x0 is None and max(starts) > 0:
@@ -194,6 +194,7 @@ def sample(
     - ``callback``: called after each step with i, t, x, x0 (`StepInfo`).
     - ``logprob``: also the log-density of every step, see `Sampled`. Not with a mask, whose known part is no draw.
     - ``progress``: a progress bar over the steps; a string is its label.
+    - ``out_dtype``: dtype of the final state, that of ``x`` by default.
     - ``model_dtype``: dtype of the model's input, that of ``x`` by default; the output may have any floating dtype.
 
     No gradients are recorded. Buffers: two states, the plan's histories, and one model input where it differs from the
@@ -225,6 +226,9 @@ def sample(
         want_x0=callback is not None,
     )
     noises: Iterator[Tensor] | None = None if noise is None else iter(noise)
+    drawing = sum(row.draws for row in rows)
+    if isinstance(noise, list | tuple) and len(noise) != drawing:
+        raise ValueError(f"noise must hold one tensor for each row that draws ({drawing}), got {len(noise)}")
     masked = mask is not None and any(row.known_n for row in rows)
     if noise is not None and seeds is not None and not masked:
         raise ValueError("give seeds or noise, not both, got both")
@@ -269,17 +273,19 @@ def transition_logprob(
     cond: Any = None,
     uncond: Any = None,
     guidance: float | Sequence[float] | None = None,
+    model_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """ln p(after given x) of one step of a plan, in nats, [B]; differentiable in the model's parameters.
 
     The density that ``sample(..., logprob=True)`` reports, of a given next state: x is the state before ``step`` and
     ``after`` the one after it, say ``trajectory[i]`` and ``trajectory[i + 1]``. A step without noise has 0 (no ratio
-    of policies depends on it). For policy gradients (DDPO, arXiv 2305.13301, section 4.3). Raises ValueError for a
+    of policies depends on it). Other arguments as for `sample`; tensors made in inference mode must be cloned before
+    they meet gradients. For policy gradients (DDPO, arXiv 2305.13301, section 4.3). Raises ValueError for a
     step of several rows, with a history or with a threshold: its density needs more than x.
     """
     if guidance is not None:
         plan = plan.with_guidance(guidance)
-    if not 0 <= step < len(plan.steps):
+    if not isinstance(step, int) or not 0 <= step < len(plan.steps):
         raise ValueError(f"step must lie in 0..{len(plan.steps) - 1} ({plan.name} has {len(plan.steps)}), got {step}")
     number = plan.steps[step].start
     row = plan.rows[number]
@@ -292,7 +298,7 @@ def transition_logprob(
         plan,
         x.detach(),
         first=number,
-        model_dtype=x.dtype,
+        model_dtype=model_dtype or x.dtype,
         guided=guidance is not None or any(row.w != 0 for row in plan.rows),
         cond=cond,
         uncond=uncond,
@@ -314,6 +320,8 @@ def _steps_of(start: int | Tensor, plan: Plan, batch: int) -> list[int]:
                 f"start must be an integer or int64 [{batch}], got {start.dtype} of shape {list(start.shape)}"
             )
         starts = [int(value) for value in start.tolist()] or [0]
+    elif isinstance(start, bool) or not isinstance(start, int):
+        raise ValueError(f"start must be an integer or int64 [{batch}], got {start!r}")
     else:
         starts = [start]
     for value in set(starts):

@@ -210,3 +210,10 @@ def test_bad_times(s: float, t: float, sentence: str) -> None:
 def test_bad_levels(level: tuple[float, float]) -> None:
     with pytest.raises(ValueError, match="alpha and sigma must be finite, not negative and not both 0, got"):
         brownian.position(*level)
+
+
+def test_terms_are_kept_on_the_host_for_everybody():
+    with torch.inference_mode(), torch.device("meta"):
+        streams_of, weights = brownian.increment(0.111, 0.2345)
+    assert streams_of.device.type == weights.device.type == "cpu"
+    assert not weights.is_inference()

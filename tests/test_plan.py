@@ -203,3 +203,27 @@ def test_bad_heads_are_refused(changes, message):
 def test_bad_json_is_refused(text, message):
     with pytest.raises(ValueError, match=message):
         Plan.from_json(text)
+
+
+def test_a_table_outlives_where_it_was_made():
+    """An inference mode, another default device: the plan is used again elsewhere."""
+    plan = samplers.ddpm(schedules.linear(), 3, variance="learned")
+    with torch.inference_mode(), torch.device("meta"):
+        tables = (plan.table, plan.learned_table)
+    for table in tables:
+        assert table.device.type == "cpu"
+        assert not table.is_inference()
+
+
+@pytest.mark.parametrize(
+    ("row", "found"),
+    [
+        ({"stream": float("inf")}, "a field that does not fit"),
+        ({"a": 1.0, "saves": [[0]]}, "saves must hold pairs"),
+        ({"a": 1.0, "ends_step": "no"}, "ends_step must be true or false"),
+    ],
+)
+def test_json_that_is_no_plan(row, found):
+    text = json.dumps({"diffkern_plan": 1, "name": "odd", "rows": [row]})
+    with pytest.raises(ValueError, match=found):
+        Plan.from_json(text)

@@ -450,14 +450,15 @@ def test_bad_input_says_what_is_wrong(kwargs, message):
 @pytest.mark.parametrize(
     ("noise", "message"),
     [
-        ([], r"noise must hold one tensor for each row that draws, got no more at row 0"),
-        ([X, X], r"got no more at row 2"),
+        ([], r"noise must hold one tensor for each row that draws \(11\), got 0"),
+        ([X] * 12, r"noise must hold one tensor for each row that draws \(11\), got 12"),
+        (iter([X, X]), r"noise must hold one tensor for each row that draws, got no more at row 2"),
         (
-            [X[:2]],
+            [X[:2]] * 11,
             r"noise must be tensors like x, torch\.float32 of .*, got torch\.float32 of shape \[2, 2, 5, 4\] for row 0",
         ),
-        ([X.double()], r"got torch\.float64 of shape \[3, 2, 5, 4\] for row 0"),
-        (["z"], r"got str for row 0"),
+        ([X.double()] * 11, r"got torch\.float64 of shape \[3, 2, 5, 4\] for row 0"),
+        (["z"] * 11, r"got str for row 0"),
     ],
 )
 def test_bad_noise_says_what_is_wrong(noise, message):
@@ -480,8 +481,19 @@ def test_bad_models_and_states():
         ValueError, match=r"x must be a floating point tensor \[B, \.\.\.\], got torch\.int64 of shape \[3, 2, 5, 4\]"
     ):
         sample(network, X.long(), DDIM)
-    with pytest.raises(RuntimeError, match="mask"):
-        sample(network, X, DDIM, seeds=3, mask=X[:, :1], known=X)
+    for argument, value, got in (
+        ("mask", X[:, :1], r"torch\.float32 of shape \[3, 1, 5, 4\]"),
+        ("mask", X.long(), r"torch\.int64 of shape"),
+        ("mask", 1.0, "float"),
+        ("known", X.double(), r"torch\.float64 of shape"),
+    ):
+        with pytest.raises(ValueError, match=rf"{argument} must have the shape of x \[3, 2, 5, 4\] and .* got {got}"):
+            sample(network, X, DDIM, seeds=3, **{"mask": X, "known": X, argument: value})
+    with pytest.raises(ValueError, match=r"start must be an integer or int64 \[3\], got 1\.0"):
+        sample(network, X, DDIM, start=1.0)
+    with pytest.raises(ValueError, match=r"guidance must be a number or one a step, got 'a'"):
+        DDIM.with_guidance("a")
+    assert DDIM.with_guidance(torch.tensor(2.0)) == DDIM.with_guidance(2.0)
     with pytest.raises(ValueError, match=r"x0 must be given to start in the middle of a plan, got start=2 without x0"):
         initial(DDIM, SHAPE, 3, start=2)
     with pytest.raises(ValueError, match=r"x0 must have the shape \[3, 2, 5, 4\], got \[3, 2\]"):

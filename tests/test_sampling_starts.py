@@ -65,6 +65,25 @@ def test_with_a_mask_guidance_and_a_trajectory():
         assert torch.equal(got.trajectory[int(START[b]) + 1 :, one], alone.trajectory[1:])
 
 
+@pytest.mark.parametrize("make", ["soft", "hard"])
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "heun"])
+def test_a_mask_does_not_touch_who_waits(name, make):
+    """With a network that looks around, so that what a waiting sample hides would show."""
+    plan = PLANS[name]
+    x, known = begin(plan), torch.randn(SHAPE, generator=torch.Generator().manual_seed(2))
+    part = torch.rand(SHAPE, generator=torch.Generator().manual_seed(3))
+    mask = part if make == "soft" else (part > 0.5)
+
+    def look(x: Tensor, t: Tensor) -> Tensor:
+        return network(x, t) + 0.3 * x.flip(-1)
+
+    got = sample(look, x, plan, seeds=SEEDS, mask=mask, known=known, start=START)
+    for b in range(3):
+        one = slice(b, b + 1)
+        alone = sample(look, x[one], plan, seeds=SEEDS[one], mask=mask[one], known=known[one], start=int(START[b]))
+        assert torch.equal(got[one], alone)
+
+
 def test_waiting_samples_keep_their_state():
     plan = PLANS["heun"]
     x = begin(plan)

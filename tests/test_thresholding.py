@@ -103,6 +103,15 @@ def test_with_a_learned_variance():
     torch.testing.assert_close(got, sample(loud, x, fixed, seeds=SEEDS), rtol=1e-9, atol=1e-9)
 
 
+def test_a_learned_variance_of_another_dtype():
+    plan = samplers.ddpm(LINEAR, 4, variance="learned", clip=1.0).with_threshold(0.9)
+    x = initial(plan, SHAPE, SEEDS)
+    want = sample(lambda x, t: torch.cat([loud(x, t), x], 1), x, plan, seeds=SEEDS)
+    got = sample(lambda x, t: torch.cat([loud(x, t), x], 1).bfloat16(), x, plan, seeds=SEEDS)
+    torch.testing.assert_close(got, want, rtol=0.1, atol=0.1)
+    assert sample(lambda x, t: torch.cat([x, x], 1).bfloat16(), x[:0], plan, seeds=SEEDS[:0]).shape == (0, *SHAPE[1:])
+
+
 def test_three_ops_a_model_call():
     plan = PLANS["ddim"]
     x = initial(plan, SHAPE, SEEDS)

@@ -18,7 +18,7 @@ Block block_of(const Space& space, int64_t sample, int64_t number) {
   return block_at(space, sample * count_blocks(space) + number);
 }
 
-// Counts the digits of the first pass of some blocks. Neighbours of normal data often share their digit: taking turns
+// Counts the digits of the first round of some blocks. Neighbours of normal data often share their digit: taking turns
 // between copies of the counters, one increment need not wait for the last.
 template <class T>
 void count_first(const QuantileArgs& args, int64_t sample, int64_t begin, int64_t end, uint32_t* counts) {
@@ -42,15 +42,15 @@ void count_first(const QuantileArgs& args, int64_t sample, int64_t begin, int64_
   }
 }
 
-// Counts the digits of a later pass among the elements that share the digits so far of one of the two ranks.
+// Counts the digits of a later round among the elements that share the digits so far of one of the two ranks.
 template <class T>
-void count_matching(const QuantileArgs& args, int64_t sample, int64_t begin, int64_t end, int pass,
+void count_matching(const QuantileArgs& args, int64_t sample, int64_t begin, int64_t end, int round,
                     const Selected& selected, uint32_t* counts) {
   T buffer[kBlock];
   Key<T> keys[kBlock];
-  const int before = shift_of<T>(pass - 1), shift = shift_of<T>(pass);
+  const int before = shift_of<T>(round - 1), shift = shift_of<T>(round);
   const Key<T> lower = static_cast<Key<T>>(selected.lower.prefix), upper = static_cast<Key<T>>(selected.upper.prefix);
-  const Key<T> mask = static_cast<Key<T>>(digit_values<T>(pass) - 1);
+  const Key<T> mask = static_cast<Key<T>>(digit_values<T>(round) - 1);
   std::memset(counts, 0, kCounts * sizeof *counts);
   for (int64_t i = begin; i < end; ++i) {
     const Block block = block_of(args.space, sample, i);
@@ -64,12 +64,12 @@ void count_matching(const QuantileArgs& args, int64_t sample, int64_t begin, int
 }
 
 template <class T>
-void count(const QuantileArgs& args, int64_t sample, int64_t begin, int64_t end, int pass, const Selected& selected,
+void count(const QuantileArgs& args, int64_t sample, int64_t begin, int64_t end, int round, const Selected& selected,
            uint32_t* counts) {
-  if (pass == 0) {
+  if (round == 0) {
     count_first<T>(args, sample, begin, end, counts);
   } else {
-    count_matching<T>(args, sample, begin, end, pass, selected, counts);
+    count_matching<T>(args, sample, begin, end, round, selected, counts);
   }
 }
 
@@ -90,9 +90,9 @@ void walk(const Count* counts, int bits, Selection& selection) {
 }
 
 template <class T, class Count>
-void pick(const Count* counts, int pass, Selected& selected) {
-  const int bits = digit_bits<T>(pass);
-  if (pass == 0) selected.nan = counts[digit_values<T>(0) - 1] != 0;
+void pick(const Count* counts, int round, Selected& selected) {
+  const int bits = digit_bits<T>(round);
+  if (round == 0) selected.nan = counts[digit_values<T>(0) - 1] != 0;
   const bool apart = selected.lower.prefix != selected.upper.prefix;
   walk(counts, bits, selected.lower);
   walk(counts + (apart ? kSecond : 0), bits, selected.upper);
@@ -114,9 +114,9 @@ void whole(const QuantileArgs& args, int64_t sample) {
   uint32_t counts[kCounts];
   const int64_t blocks = count_blocks(args.space);
   Selected selected = select_from(args);
-  for (int pass = 0; pass < kQuantilePasses<T> && !selected.nan; ++pass) {
-    count<T>(args, sample, 0, blocks, pass, selected, counts);
-    pick<T>(counts, pass, selected);
+  for (int round = 0; round < kQuantilePasses<T> && !selected.nan; ++round) {
+    count<T>(args, sample, 0, blocks, round, selected, counts);
+    pick<T>(counts, round, selected);
   }
   static_cast<T*>(args.value)[sample] = quantile_value<T>(args, selected);
   if (args.out.data == nullptr) return;
@@ -133,16 +133,16 @@ struct Workspace {
 };
 
 template <class T>
-void count_part(const QuantileArgs& args, int64_t task, int pass) {
+void count_part(const QuantileArgs& args, int64_t task, int round) {
   const Workspace work(args);
   const int64_t parts = quantile_parts(args.space), sample = task / parts, begin = (task % parts) * kPartBlocks;
   const int64_t end = std::min(begin + kPartBlocks, count_blocks(args.space));
-  count<T>(args, sample, begin, end, pass, pass == 0 ? select_from(args) : work.selected[sample],
+  count<T>(args, sample, begin, end, round, round == 0 ? select_from(args) : work.selected[sample],
            work.counts + task * kCounts);
 }
 
 template <class T>
-void pick_sample(const QuantileArgs& args, int64_t sample, int pass) {
+void pick_sample(const QuantileArgs& args, int64_t sample, int round) {
   const Workspace work(args);
   const int64_t parts = quantile_parts(args.space);
   const uint32_t* counts = work.counts + sample * parts * kCounts;
@@ -150,25 +150,25 @@ void pick_sample(const QuantileArgs& args, int64_t sample, int pass) {
   for (int64_t part = 0; part < parts; ++part) {
     for (int64_t i = 0; i < kCounts; ++i) sums[i] += counts[part * kCounts + i];
   }
-  Selected selected = pass == 0 ? select_from(args) : work.selected[sample];
-  pick<T>(sums, pass, selected);
+  Selected selected = round == 0 ? select_from(args) : work.selected[sample];
+  pick<T>(sums, round, selected);
   work.selected[sample] = selected;
-  if (pass + 1 == kQuantilePasses<T>) static_cast<T*>(args.value)[sample] = quantile_value<T>(args, selected);
+  if (round + 1 == kQuantilePasses<T>) static_cast<T*>(args.value)[sample] = quantile_value<T>(args, selected);
 }
 
 template <class T>
 void run(const QuantileArgs& args, int64_t phase, int64_t begin, int64_t end) {
   const int64_t blocks = count_blocks(args.space);
-  const int pass = static_cast<int>(phase / 2);
+  const int round = static_cast<int>(phase / 2);
   for (int64_t task = begin; task < end; ++task) {
     if (is_whole(args.space)) {
       whole<T>(args, task);
-    } else if (pass == kQuantilePasses<T>) {
+    } else if (round == kQuantilePasses<T>) {
       apply<T>(args, task / blocks, task % blocks);
     } else if (phase % 2 == 0) {
-      count_part<T>(args, task, pass);
+      count_part<T>(args, task, round);
     } else {
-      pick_sample<T>(args, task, pass);
+      pick_sample<T>(args, task, round);
     }
   }
 }

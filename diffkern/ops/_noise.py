@@ -99,11 +99,19 @@ def noise_sum_out(seeds: Tensor, streams: Tensor, weights: Tensor, out: Tensor) 
     return out
 
 
+def _check_on_host(streams: Tensor, weights: Tensor) -> None:
+    for name, values in (("streams", streams), ("weights", weights)):
+        if not values.is_cpu:
+            raise RuntimeError(f"diffkern.noise_sum: {name} must be on the CPU, got {values.device}")
+
+
 @torch.library.register_fake("diffkern::noise_sum")
 def _(size: Sequence[int], seeds: Tensor, streams: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    _check_on_host(streams, weights)
     return seeds.new_empty(size, dtype=dtype)
 
 
 @torch.library.register_fake("diffkern::noise_sum_out")
 def _(seeds: Tensor, streams: Tensor, weights: Tensor, out: Tensor) -> None:
+    _check_on_host(streams, weights)
     one_device("noise_sum", out=out, seeds=seeds)

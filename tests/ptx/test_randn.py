@@ -143,7 +143,7 @@ def test_beyond_32_bit_addresses(device_of, cpu: Cpu) -> None:  # type: ignore[n
     try:
         last = (count + 2047) // 2048 - 1
         lib = device.library(only_ctas=[last], race_global=False, stats=False)
-        assert harness._invoke(lib, call, {}, {"out": out}) == 0
+        assert harness._invoke(lib, call, {}, {"out": out}, torch.empty(0)) == 0
         host.check()
     finally:
         host.release()
