@@ -5,8 +5,8 @@
 #include "learned_step.h"
 #include "noise_sum.h"
 #include "ops.h"
-#include "step_logprob.h"
 #include "statistics.h"
+#include "step_logprob.h"
 #include "variational.h"
 
 namespace dk::bind {
