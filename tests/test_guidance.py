@@ -128,6 +128,50 @@ def test_inference_mode() -> None:
         assert torch.equal(sample(guided, x, plan), want)
 
 
+@pytest.mark.parametrize("weight", [3.5, 1.0, torch.tensor([3.0, 1.0, 0.0])], ids=["number", "one", "per sample"])
+def test_training_after_inference_mode(weight: Any) -> None:
+    """What is put together under inference_mode serves calls with gradients."""
+    scale = torch.tensor(0.7, requires_grad=True)
+
+    def model(x: Tensor, t: Any, c: Tensor) -> Tensor:
+        return scale * x * column(c, x)
+
+    for outside in (False, True):  # also conditions that are inference tensors themselves
+        with torch.inference_mode(outside):
+            c, u = C[:1].clone(), U.clone()
+        guided = classifier_free(model, c, u, weight, rescale=0.5)
+        with torch.inference_mode():
+            want = guided(X, T)
+        got = guided(X.clone().requires_grad_(), T)
+        (gradient,) = torch.autograd.grad(got.sum(), scale)
+        assert torch.isfinite(gradient)
+        torch.testing.assert_close(got.detach(), want.clone())
+
+
+@pytest.mark.parametrize("preview", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("weight", [3.0, 1.0, torch.tensor([3.0, 1.0, 0.5])], ids=["number", "one", "per sample"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_conditions_that_are_learned(preview: Any, weight: Any, batch: int) -> None:
+    """A preview keeps nothing that training would use, each graph is its own, and later previews see the changes."""
+    cond = C[:batch].clone().requires_grad_()
+    guided = classifier_free(lambda x, t, c: net(x, t, c["y"]), {"y": cond}, {"y": U}, weight)
+
+    def plain() -> Tensor:
+        return classifier_free(net, cond, U, weight)(X, T)
+
+    for _ in range(3):
+        with preview():
+            assert torch.equal(guided(X, T), plain())
+        (want,) = torch.autograd.grad(plain().sum(), cond)
+        guided(X, T).sum().backward()
+        torch.testing.assert_close(cond.grad, want)
+        assert bool((want != 0).all())
+        with torch.no_grad():
+            cond -= 0.1 * cond.grad
+        cond.grad = None
+    assert not guided._stacked
+
+
 # --- formulas ---------------------------------------------------------------------------------------------------------
 
 
@@ -258,6 +302,20 @@ def test_a_weight_that_depends_on_the_time() -> None:
     paper = classifier_free(net, C, U, lambda t: t / 100, form="paper")(X, T)
     torch.testing.assert_close(paper, got)
     assert torch.equal(classifier_free(net, C, U, lambda t: 6.0)(X, 900), classifier_free(net, C, U, 6.0)(X, 900))
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+def test_no_samples_and_a_weight_for_each(rescale: float) -> None:
+    got = classifier_free(net, C[:0], U[:0], torch.zeros(0), rescale=rescale)(X[:0], T[:0])
+    assert got.shape == X[:0].shape
+
+
+def test_one_time_for_all() -> None:
+    """t [1] is t []."""
+    for weight in (3.0, torch.tensor([3.0, 1.0, 0.0]), lambda t: 1 + t / 100):
+        for options in ({}, {"sigma_interval": (0.3, 8.0), "schedule": LINEAR}):
+            guided = classifier_free(net, C, U, weight, **options)
+            assert torch.equal(guided(X, torch.tensor([500])), guided(X, torch.full((3,), 500)))
 
 
 @pytest.mark.parametrize("rescale", [0.0, 0.7])
@@ -429,6 +487,64 @@ def test_learned_variances_are_the_conditions(weight: Any, rescale: float) -> No
     assert torch.equal(many[:, 2:], model(X, T, C)[:, 2:])
 
 
+ONE, ZERO = torch.ones(3), torch.zeros(3)
+
+
+@pytest.mark.parametrize("form", ["number", "tensor", "scalar tensor", "function"])
+@pytest.mark.parametrize(
+    ("kind", "weights", "alone", "kept"),
+    [
+        ("classifier_free", [0.0], 0, 1),
+        ("classifier_free", [1.0], 1, 1),
+        ("compose", [0.0, 0.0, 0.0], 0, 1),
+        ("compose", [0.0, 1.0, 0.0], 2, 1),
+        ("compose", [1.0, 0.0, 0.0], 1, 1),
+        ("compose", [0.0, 0.0, 0.0, 0.0, 1.0], 5, 1),
+        ("nested", [0.0, 0.0, 0.0], 0, 3),
+        ("nested", [1.0, 0.0, 0.0], 1, 3),
+        ("nested", [1.0, 1.0, 1.0], 3, 3),
+    ],
+)
+@pytest.mark.parametrize("batched", [True, False])
+def test_learned_variances_where_one_branch_is_alone(
+    batched: bool, kind: str, weights: list[float], alone: int, kept: int, form: str
+) -> None:
+    def model(x: Tensor, t: Any, c: Tensor) -> Tensor:
+        return torch.cat([net(x, t, c), 0.1 * net(x, t, 2 * c)], 1)
+
+    made = {
+        "number": lambda w: w,
+        "tensor": lambda w: torch.full((3,), w),
+        "scalar tensor": torch.tensor,
+        "function": lambda w: lambda t: w + 0.0 * t,
+    }[form]
+    conds, given = [U + 0.3 * j for j in range(len(weights) + 1)], [made(w) for w in weights]
+    make = {
+        "classifier_free": lambda model, **options: classifier_free(model, conds[1], conds[0], given[0], **options),
+        "compose": lambda model, **options: compose(model, conds[1:], conds[0], given, **options),
+        "nested": lambda model, **options: nested(model, conds, given, **options),
+    }[kind]
+    counted = Calls(model)
+    got = make(counted, batched=batched)(X, T)
+    assert torch.equal(got[:, :2], net(X, T, conds[alone]))
+    assert torch.equal(got[:, 2:], model(X, T, conds[kept])[:, 2:])
+    if form == "number":
+        assert counted.sizes == [3] * (1 if alone == kept else 2)
+        plain = Calls()
+        assert torch.equal(make(plain)(X, T), net(X, T, conds[alone]))
+        assert plain.sizes == [3]
+
+
+def test_learned_variances_of_two_models() -> None:
+    def weak(x: Tensor, t: Any) -> Tensor:
+        return torch.cat([x, 2 * x], 1)
+
+    got = autoguidance(lambda x, t: torch.cat([3 * x, 4 * x], 1), weak, 0.0)(X, T)
+    assert torch.equal(got, torch.cat([X, 4 * X], 1))
+    with pytest.raises(ValueError, match=r"predictions of one shape and dtype, got \[3, 4, 5, 4\] .* and \[3, 2"):
+        autoguidance(lambda x, t: x, weak, 0.0)(X, T)
+
+
 def test_in_plans_of_learned_variance() -> None:
     def model(x: Tensor, t: Any, c: Tensor) -> Tensor:
         return torch.cat([net(x, t, c), torch.tanh(net(x, t, 2 * c))], 1)
@@ -575,6 +691,8 @@ N = torch.tensor([1.0, float("nan"), 2.0])
         (lambda: classifier_free(net, {"a": 1}, {"a": 2}, 3.0), r"cond\['a'\] must have .* got 1 and 2"),
         (lambda: classifier_free(net, C, U, 3.0, keywords=True), r"uncond must be a dict .* keywords=True, got Tensor"),
         (lambda: classifier_free(net, C, U, 3.0)(X.int(), T), r"x must be a floating point tensor .* got torch.int32"),
+        (lambda: classifier_free(net, C, U, 3.0)(X, T[:2]), r"t must be .* one time a sample \[3\], got shape \[2\]"),
+        (lambda: classifier_free(net, C, U, 1.0)(X, T[:0]), r"t must be .* one time a sample \[3\], got shape \[0\]"),
         (lambda: classifier_free(net, C, U, 3.0)(None, T), r"x must be a floating point tensor .* got NoneType"),
         (
             lambda: classifier_free(lambda x, t, c: x[:3], C, U, 3.0)(X, T),

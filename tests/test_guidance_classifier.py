@@ -112,7 +112,7 @@ def test_times_of_every_form(prediction: str) -> None:
         guided = classifier_guided(lambda x, t: torch.sin(x), gradient, schedule, prediction)
         want = torch.sin(x) + score_shift(schedule, prediction, t) * torch.cos(x)
         dtype = torch.int64 if isinstance(t, int) else torch.float64
-        for time in (torch.tensor(t, dtype=dtype), torch.full((3,), t, dtype=dtype)):
+        for time in (torch.full(shape, t, dtype=dtype) for shape in ((), (3,), (1,))):
             torch.testing.assert_close(guided(x, time), want, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(guided(x, t), want, rtol=1e-6, atol=1e-6)
 
@@ -268,6 +268,34 @@ def test_learned_variances_are_left_alone(dtype: torch.dtype) -> None:
     assert torch.equal(got[:, :2], classifier_guided(lambda x, t: torch.sin(x), gradient, COSINE, "eps")(x, t))
 
 
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_models_precision_is_not_that_of_a_16_bit_state(dtype: torch.dtype, wide: torch.dtype, learned: bool) -> None:
+    x, t = noise(*SHAPE, dtype=dtype), torch.tensor([900, 400, 30])
+    m = torch.sin(3 * x.to(wide)) + 1e-4
+    model = (lambda x, t: torch.cat([m, m], 1)) if learned else lambda x, t: m
+    got = classifier_guided(model, lambda x, t: torch.tanh(x), COSINE, "v")(x, t)[:, :2]
+    assert got.dtype == wide
+    shift = score_shift(COSINE, "v", t).reshape(3, 1, 1, 1)
+    tolerance = 1e-6 if wide == torch.float32 else 1e-14
+    torch.testing.assert_close(
+        got.double(), m.double() + shift * torch.tanh(x).double(), rtol=tolerance, atol=tolerance
+    )
+
+
+def test_training_after_inference_mode() -> None:
+    x, t = noise(*SHAPE), torch.tensor([900, 400, 30])
+    scale = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    guided = classifier_guided(lambda x, t: scale * x, lambda x, t: torch.cos(x), COSINE, "v")
+    with torch.inference_mode():
+        want = guided(x, t)
+    got = guided(x, t)
+    torch.testing.assert_close(got.detach(), want.clone())
+    (gradient,) = torch.autograd.grad(got.sum(), scale)
+    torch.testing.assert_close(gradient, x.sum())
+
+
 def test_one_op_a_call() -> None:
     x = noise(*SHAPE, dtype=torch.float32)
     for schedule, prediction, t, ops_ in (
@@ -369,6 +397,7 @@ def frozen(x: Tensor, t: Any) -> Tensor:
         (lambda: classifier_guided(lambda x, t: x, good, COSINE)(X, T), r"gradient must return .* \[3, 2"),
         (lambda: classifier_guided(lambda x, t: x, lambda x, t: x, COSINE)(X, T + 500), r"t must be times of cosine"),
         (lambda: classifier_guided(lambda x, t: x, lambda x, t: x, COSINE)(X, T[:2] + 0.5), r"t must be a number"),
+        (lambda: classifier_guided(lambda x, t: x, lambda x, t: x, COSINE)(X, T[:2]), r"t must be a number .*\[2\]"),
     ],
 )  # fmt: skip
 def test_bad_input(make: Any, message: str) -> None:

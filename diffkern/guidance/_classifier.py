@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffkern import ops
+from diffkern.guidance._conditions import batch_times
 from diffkern.guidance._guided import Model
 from diffkern.plan import COLUMNS
 from diffkern.predictions import check_prediction, target_coefficients
@@ -122,6 +123,7 @@ class ClassifierGuided:
 
     def __call__(self, x: Tensor, t: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The shifted prediction at x [B, ...] and time t, [B], [] or a number; more arguments go to the model."""
+        t = batch_times(t, len(x))
         m = self.model(x, t, *args, **kwargs)
         learned = x.ndim > 1 and isinstance(m, Tensor) and m.shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:])
         if not isinstance(m, Tensor) or (m.shape != x.shape and not learned):
@@ -140,6 +142,7 @@ class ClassifierGuided:
             raise ValueError(f"gradient must return a tensor of shape {list(x.shape)}, got {got}")
         table, index = self._rows(time, x)
         first = m[:, : x.shape[1]] if learned else m
+        found = found.to(torch.promote_types(m.dtype, found.dtype))  # the op's result has the dtype of its history
         shifted = ops.step(None, first, h0=found, table=table, index=index)[0].to(m.dtype)
         return torch.cat([shifted, m[:, x.shape[1] :]], 1) if learned else shifted
 
@@ -166,8 +169,9 @@ class ClassifierGuided:
         if isinstance(self.schedule, DiscreteSchedule) and not time.is_floating_point():
             key = str(x.device)
             if key not in self._tables:
-                shift = score_shift(self.schedule, self.prediction, torch.arange(self.schedule.T))
-                self._tables[key] = _table("e0", shift.to(x.device), d=1.0)
+                with torch.inference_mode(False):  # calls with gradients cannot save inference tensors
+                    shift = score_shift(self.schedule, self.prediction, torch.arange(self.schedule.T))
+                    self._tables[key] = _table("e0", shift.to(x.device), d=1.0)
             ok = (time >= 0) & (time < self.schedule.T)
             if time.device.type == "cpu" and not bool(ok.all()):
                 raise ValueError(f"t must be times of {self.schedule.name}, got {time.tolist()}")

@@ -39,7 +39,8 @@ def classifier_free(
 
     - ``cond``, ``uncond``: tensors with one entry a sample or a single one for all, or dicts, lists and tuples of
       them, nested; numbers, strings and None in them are passed on. They are put together for the batched call at
-      the first use: make a new guided model for new conditions.
+      the first use, and later changes in place are not seen: make a new guided model for new conditions. Those that
+      require a gradient are put together at every call.
     - ``weight``: w, a number, one a sample (a tensor [B]), or a function of the model times t [B] that returns either.
       1 is the conditional model alone, 0 the unconditional one. ``form="paper"``: (1 + w) c - w u, whose w is one less
       (the original formulation, as diffusers calls it).

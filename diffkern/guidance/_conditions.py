@@ -28,6 +28,20 @@ def check_batch(name: str, value: Any, batch: int) -> None:
             raise ValueError(f"{path} must have one entry a sample ({batch}) or one for all, got {list(leaf.shape)}")
 
 
+def batch_times(t: Any, batch: int) -> Any:
+    """t, a single time in [1] made one a sample. Raises ValueError for another number of times."""
+    if not isinstance(t, Tensor) or t.ndim == 0 or t.shape[0] == batch:
+        return t
+    if t.shape[0] != 1:
+        raise ValueError(f"t must be a number or one time a sample [{batch}], got shape {list(t.shape)}")
+    return t.expand(batch, *t.shape[1:])
+
+
+def learned(value: Any) -> bool:
+    """Whether a tensor of the condition requires a gradient."""
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for _, leaf in leaves(value, ""))
+
+
 def check_alike(name: str, value: Any, first_name: str, first: Any) -> None:
     """Raise ValueError unless two conditions fit into one batched call: same containers, shapes, dtypes, devices."""
     here, there = dict(leaves(value, "")), dict(leaves(first, ""))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffkern import ops
-from diffkern.guidance._conditions import check_alike, check_batch, expanded, repeated, stacked
+from diffkern.guidance._conditions import batch_times, check_alike, check_batch, expanded, learned, repeated, stacked
 from diffkern.guidance._spans import Locator, TimeSpan
 from diffkern.plan import COLUMNS, SLOTS
 
@@ -94,12 +94,19 @@ class Guided:
         batch = x.shape[0]
         if self._batch not in (None, batch):
             raise ValueError(f"weight must have one entry a sample ({batch}), got shape [{self._batch}]")
+        times = batch_times(t, batch)
         inside = self._locate(t)
+        t = times
         known = isinstance(inside, bool) and (not inside or len(self._needs) == 2)
         needed = self._needs[int(inside)] if known else tuple(range(len(self.branches)))
         found = self._call(needed, x, t, args, kwargs)
         if len(needed) == 1:
-            return found[needed[0]]
+            m = found[needed[0]]
+            if needed[0] == self.kept or m.shape == x.shape:
+                return m
+            found |= self._call((self.kept,), x, t, args, kwargs)
+            _check_same(found)
+            return torch.cat([m[:, : x.shape[1]], found[self.kept][:, x.shape[1] :]], 1)
         if known:
             m = self._combine(found, x, self._on("cpu"), row=int(inside))
             if not self.rescale or not inside:
@@ -166,12 +173,14 @@ class Guided:
     def _on(self, device: str) -> list[Tensor]:
         """The tables: row 0 outside the interval, then the weights' (if constant), one row or one a sample."""
         if device not in self._tables:
-            rows = torch.ones(1, len(self._weights), dtype=torch.float64, device=device)
-            if not self._by_time:
-                columns = [torch.as_tensor(w, dtype=torch.float64, device=device) for w in self._weights]
-                inside = torch.stack([column.expand(self._batch or 1) for column in columns], dim=1)
-                rows = torch.cat([rows, inside])
-            self._tables[device] = self._table(rows)
+            batch = 1 if self._batch is None else self._batch
+            with torch.inference_mode(False):  # also for calls with gradients, which cannot save inference tensors
+                rows = torch.ones(1, len(self._weights), dtype=torch.float64, device=device)
+                if not self._by_time:
+                    columns = [torch.as_tensor(w, dtype=torch.float64, device=device) for w in self._weights]
+                    inside = torch.stack([column.expand(batch) for column in columns], dim=1)
+                    rows = torch.cat([rows, inside])
+                self._tables[device] = self._table(rows)
         return self._tables[device]
 
     def _rows(self, inside: bool | Tensor, t: Any, x: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -223,9 +232,7 @@ class Guided:
             found = {b: self._given(b, self._condition((b,), batch), x, t, args, kwargs) for b in needed}
             for m in found.values():
                 _check_prediction(m, x, 1)
-                if m.shape != found[needed[0]].shape or m.dtype != found[needed[0]].dtype:
-                    kinds = " and ".join(f"{list(m.shape)} {m.dtype}" for m in found.values())
-                    raise ValueError(f"models must return predictions of one shape and dtype, got {kinds}")
+            _check_same(found)
             return found
         if args or kwargs:
             args, kwargs = repeated((args, kwargs), batch, copies)
@@ -243,13 +250,17 @@ class Guided:
         return branch.model(x, t, cond, *args, **kwargs)
 
     def _condition(self, needed: tuple[int, ...], batch: int) -> Any:
-        """The condition of one call of these branches, put together once."""
+        """The condition of one call of these branches, put together once; at every call if it is being learned."""
         key = needed, batch
-        if key not in self._stacked:
+        conds = [self.branches[b].cond for b in needed]
+        fresh = learned(conds)  # each graph needs its own, and an optimizer changes the values in place
+        if fresh or key not in self._stacked:
             for b in needed:
                 check_batch(self.branches[b].name, self.branches[b].cond, batch)
-            conds = [self.branches[b].cond for b in needed]
-            made = stacked(conds, batch) if len(conds) > 1 else expanded(conds[0], batch)
+            if fresh:
+                return _together(conds, batch)
+            with torch.inference_mode(False):  # as in `_on`
+                made = _together(conds, batch)
             self._stacked = {k: v for k, v in self._stacked.items() if k[1] == batch}  # of one batch size at a time
             self._stacked[key] = made
         return self._stacked[key]
@@ -334,6 +345,17 @@ def _checked(name: str, weight: Weight) -> Weight:
     if not math.isfinite(weight):
         raise ValueError(f"{name} must be finite, got {weight}")
     return float(weight)
+
+
+def _together(conds: list[Any], batch: int) -> Any:
+    return stacked(conds, batch) if len(conds) > 1 else expanded(conds[0], batch)
+
+
+def _check_same(found: dict[int, Tensor]) -> None:
+    first, *others = found.values()
+    if any(m.shape != first.shape or m.dtype != first.dtype for m in others):
+        kinds = " and ".join(f"{list(m.shape)} {m.dtype}" for m in found.values())
+        raise ValueError(f"models must return predictions of one shape and dtype, got {kinds}")
 
 
 def _check_prediction(m: Any, x: Tensor, copies: int) -> None:
