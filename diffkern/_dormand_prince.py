@@ -35,10 +35,22 @@ SHAMPINE = (
 """The same with the weights of order 4 of Shampine 1986, which torchdiffeq has: about 3/2 of the estimate."""
 
 _STAGES = len(C)
-_POINT_OF = torch.tensor([0, 1, 2, 3, 4, 4])
-_ONES = torch.zeros((_STAGES, 4), dtype=torch.float64)
+_POINT_OF = torch.tensor([0, 1, 2, 3, 4, 4], device="cpu")
+_ONES = torch.zeros((_STAGES, 4), dtype=torch.float64, device="cpu")
 _ONES[[0, 1, 2, 4], 0] = 1.0
 _COL = {name: COLUMNS.index(name) for name in COLUMNS}
+
+
+def in_tolerances(size: float, tolerance: float) -> float:
+    """Their ratio; with atol = 0 the tolerance of a zero state is 0, which a size of 0 meets."""
+    if tolerance == 0.0:
+        return size if math.isnan(size) or size == 0.0 else math.inf
+    return size / tolerance
+
+
+def _host(values: Any) -> Tensor:
+    """On the CPU also where torch has another default device."""
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 class Solver:
@@ -51,10 +63,10 @@ class Solver:
         self.batch, self.count, self.calls = x.shape[0], 1 if batch_norm else x.shape[0], 0
         self._error = SHAMPINE if batch_norm else E
         # Weights of the slope made by a row at stages 2..7, and of its histories: x or the base (_ONES), and slopes.
-        self._own = torch.tensor([*(A[j + 1][j + 1] for j in range(5)), self._error[6]], dtype=torch.float64)
+        self._own = _host([*(A[j + 1][j + 1] for j in range(5)), self._error[6]])
         six = [new - old for new, old in zip(A[4][:4], A[3], strict=True)]
         reads = [(0.0, *A[1][:1]), (0.0, *A[2][:2]), (0.0, *A[3][:3]), six, (0.0, *A[5][2:5]), self._error[2:6]]
-        self._slopes = torch.tensor([[*row, *[0.0] * (4 - len(row))] for row in reads], dtype=torch.float64)
+        self._slopes = _host([[*row, *[0.0] * (4 - len(row))] for row in reads])
         self.x = x.clone()
         # Two stages by turns, the base of the last one (then the error), and slopes; k[1] becomes k_7.
         self._turn = [torch.empty_like(x), torch.empty_like(x)]
@@ -64,11 +76,11 @@ class Solver:
         # Two model inputs: a model may return the one it was given.
         self._inputs = [torch.empty_like(x, dtype=model_dtype) for _ in range(2)] if scaled else None
         self._index = torch.arange(self.batch, device=x.device) if not batch_norm else None
-        self._unit = torch.tensor([[0.0, 0.0, 1.0]], dtype=torch.float64).to(x.device)
+        self._unit = _host([[0.0, 0.0, 1.0]]).to(x.device)
 
     def _table(self, **columns: Tensor | float) -> Tensor:
         """[n, 21] on the device, of one row or one a sample."""
-        table = torch.zeros((self.count, len(COLUMNS)), dtype=torch.float64)
+        table = torch.zeros((self.count, len(COLUMNS)), dtype=torch.float64, device="cpu")
         for name, value in {"clip": math.inf, "k": 1.0, **columns}.items():
             table[:, _COL[name]] = value
         return self._upload(table)
@@ -104,7 +116,7 @@ class Solver:
 
     def _slope(self, u: list[float], x: Tensor, out: Tensor) -> None:
         """The slope at one point a sample, into ``out``; the input is scaled by an op of its own."""
-        at = points(self.space, torch.tensor(u, dtype=torch.float64))
+        at = points(self.space, _host(u))
         given = x
         if self._inputs is not None:
             given = self._inputs[0]
@@ -117,8 +129,8 @@ class Solver:
         self, u: list[float], tried: list[float], reached: list[float], rtol: float, atol: float
     ) -> list[float]:
         """One step of ``tried`` from ``u``; the new states are in ``_turn[1]``. Returns errors over tolerances."""
-        h = torch.tensor(tried, dtype=torch.float64)
-        here, there = torch.tensor(u, dtype=torch.float64), torch.tensor(reached, dtype=torch.float64)
+        h = _host(tried)
+        here, there = _host(u), _host(reached)
         low, high = torch.minimum(here, there), torch.maximum(here, there)
         where = [torch.minimum(torch.maximum(here + c * h, low), high) for c in C[:4]]
         flat = points(self.space, torch.cat([*where, there]))
@@ -159,7 +171,7 @@ class Solver:
             ops.loss(base, k[0], squares, noise=self.x, reduction="none"),
             *self.squares(x, one),
         ]).double().cpu().sqrt()  # fmt: skip
-        return [e / (atol + rtol * max(a, b)) for e, a, b in zip(*found.tolist(), strict=True)]
+        return [in_tolerances(e, atol + rtol * max(a, b)) for e, a, b in zip(*found.tolist(), strict=True)]
 
     def _input(self, j: int) -> Tensor | None:
         return None if self._inputs is None else self._inputs[j % 2]
@@ -175,7 +187,7 @@ class Solver:
         histories the next stage's state, at last the error without k_1's part. Stage 6 is stage 5 plus differences,
         stage 7 the base plus slopes, so no row reads more than four histories.
         """
-        table = torch.zeros((_STAGES + 1, h.numel(), len(COLUMNS)), dtype=torch.float64)
+        table = torch.zeros((_STAGES + 1, h.numel(), len(COLUMNS)), dtype=torch.float64, device="cpu")
         table[0, :, _COL["a"]] = table[0, :, _COL["A"]] = 1.0
         table[0, :, _COL["d"]], table[0, :, _COL["D"]] = h * A[0][0], h * A[5][0]
         rows = table[1:]
@@ -197,7 +209,7 @@ class Solver:
             self.x, self._turn[1] = new, self.x
             k[0], k[1] = k[1], k[0]
         elif any(moved):
-            yes = torch.tensor(moved, dtype=torch.float64)
+            yes = _host(moved)
             table = self._table(A=1.0 - yes, e0=1.0 - yes, D=yes, e1=yes)
             self._step(table, k[0], k[1], self.x, new, out=self._turn[0], s=k[2])
             self.x, self._turn[0] = self._turn[0], self.x
@@ -205,7 +217,7 @@ class Solver:
 
     def first_guess(self, u: list[float], h: list[float]) -> Tensor:
         """The slope after an Euler step of h, for the rule of the first step; in k_2's place."""
-        table = self._table(a=1.0, e0=torch.tensor(h, dtype=torch.float64))
+        table = self._table(a=1.0, e0=_host(h))
         self._step(table, self.x, None, self._k[0], out=self._turn[1])
         self._slope(u, self._turn[1], self._k[1])
         return self._k[1]
@@ -217,6 +229,6 @@ class Solver:
         if self._inputs is not None:
             given = self._inputs[0]
             self._step(self._table(a=1.0, k=node.k), self.x, None, out=self._turn[0], into=given)
-        m = self._call(given, self._times(torch.full((self.count,), node.time, dtype=torch.float64)))
+        m = self._call(given, self._times(torch.full((self.count,), node.time, dtype=torch.float64, device="cpu")))
         self._step(self._table(p=node.p, q=node.q, clip=node.clip, b=1.0), self.x, m, out=self._turn[0])
         self.x = self._turn[0]

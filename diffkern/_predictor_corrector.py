@@ -31,7 +31,7 @@ from torch import Tensor
 
 from diffkern import ops
 from diffkern._inputs import Seeds, next_noise, progress_bar, seeds_of
-from diffkern._run import Model
+from diffkern._run import Model, check_mask
 from diffkern.grids import Numbers
 from diffkern.plan import COLUMNS, Plan
 from diffkern.samplers._nodes import choice
@@ -150,7 +150,7 @@ def predictor_corrector(
       (1 - eps)/(steps - 1) apart; its sub-VP reverse diffusion is that Euler-Maruyama step, here it is the kernel's.)
     - the rest as for `sample`. Row i = (corrector_steps + 1) step + k, the corrector's rows first, draws on
       ``streams.STEP + i``, or takes the next tensor of ``noise``. With ``mask`` and ``known`` each row is followed by
-      the known part, noised to the row's level on ``streams.KNOWN + i``.
+      the known part, noised to the row's level on ``streams.KNOWN + i``, of ``seeds`` also where ``noise`` is given.
 
     Model calls: corrector_steps + 1 a step; a corrector alone has corrector_steps, a predictor alone 1. Buffers: two
     states, one more for a callback's x0, model inputs where they differ from the state. No device is waited for.
@@ -171,14 +171,11 @@ def predictor_corrector(
         denoise,
     )
     run = _Run(plan, scores, x, model_dtype or x.dtype, cond, mask, known, choice("norm", norm, NORMS))
-    noises: Iterator[Tensor] | None = None
-    if noise is not None:
-        if seeds is not None:
-            raise ValueError("give seeds or noise, not both, got both")
-        if mask is not None:
-            raise ValueError("noise replaces the sampler's own draws only: give seeds with mask and known, got noise")
-        noises = iter(noise)
-    elif seeds is not None or mask is not None or not plan.deterministic:
+    noises: Iterator[Tensor] | None = None if noise is None else iter(noise)
+    masked = mask is not None and any(row.known_n for row in plan.rows)
+    if noise is not None and seeds is not None and not masked:
+        raise ValueError("give seeds or noise, not both, got both")
+    if seeds is not None or masked or (noises is None and not plan.deterministic):
         run.seeds = seeds_of(seeds, x.shape[0], x.device)
     states = torch.empty((len(plan.steps) + 1, *x.shape), dtype=x.dtype, device=x.device) if trajectory else None
     if states is not None:
@@ -256,14 +253,13 @@ class _Run:
     ) -> None:
         if not x.is_floating_point() or x.ndim < 1:
             raise ValueError(f"x must be a floating point tensor [B, ...], got {x.dtype} of shape {list(x.shape)}")
-        if (mask is None) != (known is None):
-            raise ValueError(f"mask and known must be given together, got only {'known' if mask is None else 'mask'}")
+        check_mask(x, mask, known)
         self.plan, self.scores, self.state, self.norm = plan, scores, x, norm
         self.cond, self.mask, self.known = cond, mask, known
         self.seeds: Tensor | None = None
         self.x0: Tensor | None = None
         batch, device = x.shape[0], x.device
-        times = torch.tensor([row.time for row in plan.rows], dtype=getattr(torch, plan.time_dtype))
+        times = torch.tensor([row.time for row in plan.rows], dtype=getattr(torch, plan.time_dtype), device="cpu")
         self._times = times.to(device)[:, None].repeat(1, batch)
         self._free = [torch.empty_like(x), torch.empty_like(x)]
         scaled = model_dtype != x.dtype or plan.first_k != 1.0 or any(row.k != 1.0 for row in plan.rows)
@@ -277,11 +273,12 @@ class _Run:
             # On the device: the coefficients of all rows, the norms' rows, and a table with a row for each sample.
             self._base = plan.table.to(device)
             self._lengths = {
-                i: torch.tensor([score.square()], dtype=torch.float64).to(device) for i, score in scores.items()
+                i: torch.tensor([score.square()], dtype=torch.float64, device="cpu").to(device)
+                for i, score in scores.items()
             }
             # Columns a to g: 1 + e on_x, e on_m, sqrt(2 e), e = size times the ratio of the norms.
             self._weights = {i: _columns(score).to(device) for i, score in scores.items()}
-            self._unit = torch.tensor([[0.0, 1.0, 1.0]], dtype=torch.float64).to(device)
+            self._unit = torch.tensor([[0.0, 1.0, 1.0]], dtype=torch.float64, device="cpu").to(device)
             self._zeros = torch.zeros((), dtype=x.dtype, device=device).expand(x.shape)
             self._table = torch.empty((max(batch, 1), len(COLUMNS)), dtype=torch.float64, device=device)
             self._index = torch.arange(batch, device=device)
@@ -350,6 +347,6 @@ class _Run:
 
 def _columns(score: Score) -> Tensor:
     """What the ratio of the norms is multiplied by in the columns a to g of its row; the last is under a root."""
-    weights = torch.zeros(_G - _A + 1, dtype=torch.float64)
+    weights = torch.zeros(_G - _A + 1, dtype=torch.float64, device="cpu")
     weights[0], weights[_D - _A], weights[-1] = score.size * score.on_x, score.size * score.on_m, 2.0 * score.size
     return weights

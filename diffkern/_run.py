@@ -83,16 +83,16 @@ def check_mask(x: Tensor, mask: Tensor | None, known: Tensor | None) -> None:
     """Raise ValueError unless mask and known are both absent, or fit the state x."""
     if (mask is None) != (known is None):
         raise ValueError(f"mask and known must be given together, got only {'known' if mask is None else 'mask'}")
-    allowed = {"mask": (torch.bool, torch.uint8, x.dtype), "known": (x.dtype,)}
-    for argument, value in (("mask", mask), ("known", known)):
+    rules: dict[str, tuple[Any, str, tuple[torch.dtype, ...]]] = {
+        "mask": (mask, f"bool, uint8 or {x.dtype}", (torch.bool, torch.uint8, x.dtype)),
+        "known": (known, f"{x.dtype}", (x.dtype,)),
+    }
+    for argument, (value, rule, dtypes) in rules.items():
         if value is None:
             continue
-        if not isinstance(value, Tensor) or value.shape != x.shape or value.dtype not in allowed[argument]:
+        if not isinstance(value, Tensor) or value.shape != x.shape or value.dtype not in dtypes:
             got = f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(
-                f"{argument} must have the shape of x {list(x.shape)} and dtype "
-                f"{' or '.join(str(dtype) for dtype in allowed[argument])}, got {got}"
-            )
+            raise ValueError(f"{argument} must be {rule} of the shape of x {list(x.shape)}, got {got}")
 
 
 class Run:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from diffkern import ops
-from diffkern._dormand_prince import Solver
+from diffkern._dormand_prince import Solver, in_tolerances
 from diffkern._run import Model
 from diffkern.samplers._nodes import Coordinates, choice, coordinates
 from diffkern.schedules import DiscreteSchedule, Schedule
@@ -114,8 +114,15 @@ def rk45(
     whole = choice("norm", norm, NORMS) == "batch"
     begin, end, noisy = _span(space, span)
     if x.numel() == 0:
-        nothing = [0] * x.shape[0]
-        return Solved(x if out_dtype is None else x.to(out_dtype), nothing, nothing, 0)
+        stands = torch.tensor([begin if space.in_time else math.exp(begin)], dtype=torch.float64, device="cpu")
+        return Solved(
+            x.to(out_dtype or x.dtype, copy=True),
+            [0] * x.shape[0],
+            [0] * x.shape[0],
+            0,
+            stands.repeat(1, x.shape[0]) if trajectory else None,
+            x[None].clone() if trajectory else None,
+        )
     solver = Solver(model, x, space, cond, model_dtype or x.dtype, whole)
     control = _Control(1 if whole else x.shape[0], begin, end, not space.in_time, rtol, atol, max_steps)
     wide = x.shape[0] // control.count
@@ -152,7 +159,7 @@ def rk45(
         control.steps * wide,
         control.rejected * wide,
         solver.calls,
-        torch.tensor(times, dtype=torch.float64) if trajectory else None,
+        torch.tensor(times, dtype=torch.float64, device="cpu") if trajectory else None,
         torch.stack(states) if trajectory else None,
     )
 
@@ -212,15 +219,24 @@ class _Control:
         shrunk = abs(self.h[b]) < 1e-14 * max(1.0, abs(self.begin), abs(self.end))
         if not shrunk and self.steps[b] + self.rejected[b] < self.max_steps:
             return
+        if not shrunk:
+            raise RuntimeError(f"{self._where(b)} after max_steps = {self.max_steps} steps")
+        raise self._steep(b, f"they shrink to nothing (last error {ratio:g} tolerances)")
+
+    def check_first(self, sizes: list[float]) -> None:
+        """Sizes of state or slope, in tolerances, from which a first step can be chosen."""
+        for b, size in enumerate(sizes):
+            if not math.isfinite(size):
+                raise self._steep(b, f"there is no first step (state or slope of {size:g} tolerances)")
+
+    def _where(self, b: int) -> str:
         who = f"sample {b}" if self.count > 1 else "the batch"
         text = f"rk45 did not arrive with rtol = {self.rtol:g} and atol = {self.atol:g}: {who} stands at "
-        text += f"{'sigma' if self.log else 't'} = {self.at()[b]:.6g} after "
-        if not shrunk:
-            raise RuntimeError(f"{text}max_steps = {self.max_steps} steps")
-        raise RuntimeError(
-            f"{text}{self.steps[b]} steps, where they shrink to nothing (last error {ratio:g} tolerances): the slope "
-            "is too steep or not finite"
-        )
+        return f"{text}{'sigma' if self.log else 't'} = {self.at()[b]:.6g}"
+
+    def _steep(self, b: int, what: str) -> RuntimeError:
+        text = f"{self._where(b)} after {self.steps[b]} steps, where {what}"
+        return RuntimeError(f"{text}: the slope is too steep or not finite")
 
 
 def _first_steps(solver: Solver, control: _Control, given: float | None) -> list[float]:
@@ -228,6 +244,8 @@ def _first_steps(solver: Solver, control: _Control, given: float | None) -> list
     span = control.end - control.begin
     if given is not None:
         return [math.copysign(given, span)] * control.count
+    if span == 0.0:  # two levels of one logarithm: the rule would divide by it
+        return [0.0] * control.count
     x, first = solver.x, solver.slope
     rtol, atol = control.rtol, control.atol
     scale: Any
@@ -237,7 +255,9 @@ def _first_steps(solver: Solver, control: _Control, given: float | None) -> list
     else:
         sizes, slopes = torch.stack(solver.squares(x, first)).double().cpu().sqrt().tolist()
         scale = [atol + rtol * size for size in sizes]
-        d0, d1 = ([a / s for a, s in zip(values, scale, strict=True)] for values in (sizes, slopes))
+        d0, d1 = ([in_tolerances(a, s) for a, s in zip(values, scale, strict=True)] for values in (sizes, slopes))
+    control.check_first(d0)
+    control.check_first(d1)
     h0 = [1e-6 if a < 1e-5 or b < 1e-5 else 0.01 * a / b for a, b in zip(d0, d1, strict=True)]
     h0 = [min(h, abs(span)) for h in h0]
     signed = [math.copysign(h, span) for h in h0]
@@ -245,9 +265,10 @@ def _first_steps(solver: Solver, control: _Control, given: float | None) -> list
     if solver.batch_norm:
         d2 = [float(((second - first) / scale).square().mean().sqrt()) / h0[0]]
     else:
-        unit = torch.tensor([[1.0, 0.0, 1.0]], dtype=torch.float64).to(x.device)
+        unit = torch.tensor([[1.0, 0.0, 1.0]], dtype=torch.float64, device="cpu").to(x.device)
         gaps = ops.loss(second, first, unit, noise=solver.x, reduction="none").double().cpu().sqrt().tolist()
-        d2 = [gap / s / h for gap, s, h in zip(gaps, scale, h0, strict=True)]
+        d2 = [in_tolerances(gap, s) / h for gap, s, h in zip(gaps, scale, h0, strict=True)]
+    control.check_first(d2)
     chosen = []
     for h, b, c in zip(h0, d1, d2, strict=True):
         most = max(b, c)
@@ -259,8 +280,8 @@ def _first_steps(solver: Solver, control: _Control, given: float | None) -> list
 def _span(space: Coordinates, span: tuple[float, float] | None) -> tuple[float, float, bool]:
     """(from, to) in ln sigma or time, and whether it runs towards data and leaves noise."""
     schedule = space.schedule
-    if span is not None and (len(span) != 2 or not all(math.isfinite(v) for v in span) or span[0] == span[1]):
-        raise ValueError(f"span must be two different finite values (from, to), got {tuple(span)}")
+    if span is not None and not _two_values(span):
+        raise ValueError(f"span must be two different finite values (from, to), got {span!r}")
     if space.in_time:
         if span is None:
             direct = space.prediction == "velocity" and space.clip == math.inf
@@ -276,6 +297,14 @@ def _span(space: Coordinates, span: tuple[float, float] | None) -> tuple[float, 
     if not 0.0 < min(begin, end) <= max(begin, end) < math.inf:
         raise ValueError(f"the span needs finite noise levels sigma > 0, got {begin:g} to {end:g} ({schedule.name})")
     return math.log(begin), math.log(end), end < begin
+
+
+def _two_values(span: Any) -> bool:
+    try:
+        values = list(span)
+        return len(values) == 2 and all(math.isfinite(v) for v in values) and float(values[0]) != float(values[1])
+    except (TypeError, ValueError):  # not a sequence, or not of numbers
+        return False
 
 
 def _check(x: Tensor, rtol: float, atol: float, first_step: float | None, max_steps: int) -> None:

@@ -27,27 +27,29 @@ _HEAD = [field.name for field in fields(Plan) if field.name != "rows"]
 _ROW = [field.name for field in fields(Row)]
 
 
-def read(source: str, arguments: tuple[str, ...] = ()) -> Plan:
-    """The plan of a source, with further ``name=value`` arguments of its sampler. Raises ValueError for any other."""
-    path = Path(source)
-    if source == "-" or path.suffix == ".json" or path.is_file():
+def read(source: str, arguments: tuple[str, ...] = (), name: str = "source") -> Plan:
+    """The plan of a source, with further ``name=value`` arguments of its sampler. Raises ValueError for any other.
+
+    ``name`` is what the source is called where it cannot be read.
+    """
+    if source == "-" or _is_file(source):
         if arguments:
             raise ValueError(f"arguments belong to a sampler, got {' '.join(arguments)} for the file {source}")
-        return Plan.from_json(sys.stdin.read() if source == "-" else path.read_text())
+        return Plan.from_json(sys.stdin.read() if source == "-" else _text(source, name))
     call = _parsed(source, source)
-    name, positional, named = _call(call, source)
+    sampler, positional, named = _call(call, source)
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals or not key.isidentifier():
             raise ValueError(f"an argument must be name=value, got {argument!r}")
         if key in named:
-            raise ValueError(f"{key} must be given once, got it twice for {name}")
+            raise ValueError(f"{key} must be given once, got it twice for {sampler}")
         named[key] = _value(_parsed(value, argument), key, argument)
     if positional:
-        raise ValueError(f"a sampler's arguments must be named, as in {name}(steps=20), got {source!r}")
-    make = get_sampler(name)
+        raise ValueError(f"a sampler's arguments must be named, as in {sampler}(steps=20), got {source!r}")
+    make = get_sampler(sampler)
     schedule = named.pop("schedule", None) or SCHEDULES["linear"]()
-    plan = _apply(make, name, (schedule,), named)
+    plan = _apply(make, sampler, (schedule,), named)
     assert isinstance(plan, Plan)
     return plan
 
@@ -97,7 +99,7 @@ def _run(arguments: argparse.Namespace) -> int:
             raise ValueError(f"--tolerance must be a number >= 0, got {arguments.tolerance}")
         if arguments.one == arguments.two == "-":
             raise ValueError("only one of the two plans can be read from stdin, got - twice")
-        found = differences(read(arguments.one), read(arguments.two), arguments.tolerance)
+        found = differences(read(arguments.one, name="one"), read(arguments.two, name="two"), arguments.tolerance)
         for line in found:
             print(line)
         return 1 if found else 0
@@ -107,8 +109,32 @@ def _run(arguments: argparse.Namespace) -> int:
     elif arguments.output is None:
         print(plan.to_json())
     else:
-        arguments.output.write_text(plan.to_json() + "\n")
+        try:
+            arguments.output.write_text(plan.to_json() + "\n")
+        except OSError as error:
+            raise ValueError(
+                f"--output must be a file that can be written, got {str(arguments.output)!r} ({error.strerror})"
+            ) from error
     return 0
+
+
+def _is_file(source: str) -> bool:
+    path = Path(source)
+    try:
+        return path.suffix == ".json" or path.is_file()
+    except OSError:  # a sampler with many arguments is too long for a file's name
+        return False
+
+
+def _text(source: str, name: str) -> str:
+    try:
+        return Path(source).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not text"
+        raise ValueError(
+            f"{name} must be a file of a plan's JSON, - for stdin, or a sampler such as ddim(steps=20), got {source!r} "
+            f"({why})"
+        ) from error
 
 
 def _same(a: Any, b: Any, tolerance: float) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -316,6 +318,46 @@ def test_memory_format_progress_and_empty_batch(capsys):
     assert rk45(network, torch.zeros(3, 0), EDM).steps == [0, 0, 0]
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+def test_an_empty_batch_is_returned_as_any_other(shape):
+    x = torch.zeros(shape)
+    got = rk45(network, x, EDM, trajectory=True)
+    assert got.x is not x
+    assert got.trajectory.shape == (1, *shape)
+    assert (got.times.shape, got.times.dtype) == ((1, shape[0]), torch.float64)
+    assert got.times.tolist() == [pytest.approx([80.0] * shape[0])]
+    assert got.steps is not got.rejected
+    assert rk45(network, x, EDM).trajectory is None
+    assert rk45(network, x, EDM, out_dtype=torch.float32).x is not x
+    assert rk45(network, x, FLOW, out_dtype=torch.float16).x.dtype == torch.float16
+
+
+@pytest.mark.parametrize("norm", ["sample", "batch"])
+def test_a_default_device_holds_none_of_the_tables(norm):
+    sizes = torch.tensor([1.0, 0.01, 30.0], dtype=torch.float64).reshape(-1, 1, 1)
+    x = start(FLOW) * sizes
+    model = lambda x, t: torch.tanh(3 * x)  # noqa: E731
+    run = lambda x: rk45(model, x, FLOW, norm=norm, trajectory=True, rtol=1e-4, atol=1e-4)  # noqa: E731
+    want = run(x)
+    with torch.device("meta"):
+        got = run(x)
+        empty = run(x[:0])
+    assert torch.equal(got.x, want.x)
+    assert torch.equal(got.times, want.times)
+    assert empty.times.device.type == "cpu"
+
+
+def test_the_module_may_be_imported_with_a_default_device():
+    """Its constants stay on the CPU, whatever the default device is then."""
+    code = (
+        "import importlib, torch, diffkern._dormand_prince as module\n"
+        "with torch.device('meta'):\n"
+        "    importlib.reload(module)\n"
+        "assert module._POINT_OF.device.type == module._ONES.device.type == 'cpu'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_a_first_step_saves_a_call():
     x = start(FLOW)
     given = rk45(network, x, FLOW, first_step=0.05)
@@ -361,6 +403,9 @@ def test_op_counts(schedule, scaling):
     ({"span": (1.0, math.inf)}, "span must be two different finite values"),
     ({"span": (1.0, 0.0)}, "the span needs finite noise levels sigma > 0, got 1 to 0"),
     ({"span": (1000.0, 1.0)}, "must lie in the schedule's range"),
+    ({"span": 1.0}, r"span must be two different finite values \(from, to\), got 1\.0"),
+    ({"span": ("a", 1.0)}, "span must be two different finite values .* got \\('a', 1.0\\)"),
+    ({"span": (1.0, 0.5, 0.1)}, "span must be two different finite values"),
     ({"prediction": "noise"}, "prediction must be one of"),
     ({"clip": 0.0}, "clip must be positive"),
 ])  # fmt: skip
@@ -390,3 +435,47 @@ def test_what_does_not_arrive(norm):
         rk45(network, start(EDM), EDM, max_steps=3, norm=norm, first_step=1e-3)
     with pytest.raises(RuntimeError, match=rf"{who} stands at t = 0 after 0 steps, where they shrink to nothing"):
         rk45(lambda x, t: x * math.nan, start(FLOW), FLOW, norm=norm, first_step=0.1)
+
+
+@pytest.mark.parametrize("norm", ["sample", "batch"])
+@pytest.mark.parametrize("schedule", [FLOW, EDM], ids=lambda s: s.name)
+def test_slopes_that_are_not_finite_from_the_start(schedule, norm):
+    """One sentence, not the op's about its table; the sample that is wrong is named."""
+    who = {"sample": "sample 1", "batch": "the batch"}[norm]
+    words = rf"rk45 did not arrive .*: {who} stands at .* after 0 steps.*the slope is too steep or not finite"
+    x = torch.ones(3, 4)
+    for factor in (math.nan, math.inf, 1e30):
+        scale = torch.tensor([[1.0], [factor], [1.0]])
+        with pytest.raises(RuntimeError, match=words):
+            rk45(lambda x, t, scale=scale: x * scale, x, schedule, norm=norm)
+    for value in (math.nan, math.inf):
+        bad = x.clone()
+        bad[1, 2] = value
+        with pytest.raises(RuntimeError, match=words):
+            rk45(lambda x, t: x, bad, schedule, norm=norm)
+    calls = 0
+
+    def later(x: Tensor, t: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return x * torch.tensor([[1.0], [1.0 if calls == 1 else math.nan], [1.0]])
+
+    with pytest.raises(RuntimeError, match=words):
+        rk45(later, x, schedule, norm=norm)
+    assert calls == 2
+
+
+@pytest.mark.parametrize("norm", ["sample", "batch"])
+def test_a_span_too_short_for_its_logarithm(norm):
+    x = start(EDM)
+    got = rk45(network, x, EDM, span=(15.0, math.nextafter(15.0, 0.0)), norm=norm, denoise=False)
+    torch.testing.assert_close(got.x, x, rtol=1e-12, atol=1e-12)
+
+
+def test_a_zero_state_without_an_absolute_tolerance():
+    """A tolerance of 0 is met by an error of 0, and by no other."""
+    x = torch.zeros(2, 3)
+    assert torch.equal(rk45(lambda x, t: x, x, FLOW, atol=0.0).x, x)
+    assert torch.equal(rk45(lambda x, t: x, x, FLOW, atol=0.0, first_step=0.1).x, x)
+    with pytest.raises(RuntimeError, match=r"sample 0 stands at .* the slope is too steep or not finite"):
+        rk45(lambda x, t: torch.ones_like(x), x, FLOW, atol=0.0)

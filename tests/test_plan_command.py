@@ -108,7 +108,12 @@ def test_differences_of_every_kind():
     (["show", "ddim +"], "a plan must be a file or a sampler with its arguments"),
     (["show", "1 + 2"], "a plan must be a file or a sampler with its arguments"),
     (["show", "ddim(**{})"], r"arguments must be named one by one, got \*\* in"),
-    (["show", "none.json"], "No such file or directory: 'none.json'"),
+    (["show", "none.json"],
+     r"source must be a file of a plan's JSON, - for stdin, or a sampler such as ddim\(steps=20\), got 'none.json' \("),
+    (["make", "none.json"], "source must be a file of a plan's JSON, .* got 'none.json'"),
+    (["diff", "none.json", "ddim"], "one must be a file of a plan's JSON, .* got 'none.json'"),
+    (["diff", "ddim", "none.json"], "two must be a file of a plan's JSON, .* got 'none.json'"),
+    (["make", "ddim", "-o", "none/plan.json"], "--output must be a file that can be written, got 'none/plan.json'"),
     (["show", "none.json", "steps=3"], "arguments belong to a sampler, got steps=3 for the file none.json"),
     (["diff", "ddim", "ddim", "--tolerance", "-1"], r"--tolerance must be a number >= 0, got -1\.0"),
     (["diff", "-", "-"], "only one of the two plans can be read from stdin"),
@@ -127,6 +132,15 @@ def test_a_file_that_is_no_plan(capsys, tmp_path: Path):
     status, _, err = run(capsys, "show", str(file))
     assert status == 2
     assert "text must be the JSON of a plan with diffkern_plan = 1, got 9" in err
+    file.write_bytes(b"\xff\xfe\x00")
+    status, _, err = run(capsys, "show", str(file))
+    assert status == 2
+    assert re.search(r"source must be a file of a plan's JSON, .*plan.json' \(not text\)", err)
+
+
+def test_a_sampler_may_be_longer_than_a_file_name():
+    times = list(range(999, 599, -1))
+    assert read(f"ddim(timesteps={times})") == samplers.ddim(LINEAR, timesteps=times)
 
 
 def test_no_action_is_a_usage_error(capsys):

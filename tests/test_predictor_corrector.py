@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffkern
-from diffkern import ops, pc_plan, predictor_corrector, samplers, schedules, streams
+from diffkern import _predictor_corrector, ops, pc_plan, predictor_corrector, samplers, schedules, streams
+from diffkern.samplers._pc import rows_of
 from diffkern.sampling import initial, sample
 
 SHAPE = (3, 2, 4, 5)
@@ -384,6 +385,44 @@ def test_inpainting(corrector):
     torch.testing.assert_close(states[3][~mask], (row.known_s * known + row.known_n * z)[~mask], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float64])
+@pytest.mark.parametrize("corrector", ["langevin", "ald"])
+def test_noise_tensors_with_a_mask_leave_the_known_part_to_the_seeds(corrector, dtype):
+    x = initial(pc_plan(VP, 6), SHAPE, SEEDS, torch.float64)
+    known = draw(1)[0]
+    mask = (torch.arange(known.numel()).reshape(SHAPE) % 2).to(dtype)
+    given = {"corrector": corrector, "mask": mask, "known": known, "trajectory": True}
+    want = predictor_corrector(network, x, VP, 6, seeds=SEEDS, **given).trajectory
+    rows = pc_plan(VP, 6).rows
+    noises = [ops.randn(SHAPE, SEEDS, row.stream, dtype=torch.float64) for row in rows if row.draws]
+    got = predictor_corrector(network, x, VP, 6, seeds=SEEDS, noise=noises, **given).trajectory
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    torch.manual_seed(1)
+    drawn = predictor_corrector(network, x, VP, 6, noise=noises, **given).trajectory  # seeds of torch's generator
+    torch.manual_seed(1)
+    assert torch.equal(drawn, predictor_corrector(network, x, VP, 6, noise=noises, **given).trajectory)
+    assert not torch.equal(drawn, got)
+
+
+@pytest.mark.parametrize("norm", ["sample", "batch"])
+def test_a_default_device_holds_none_of_the_tables(norm):
+    """Of the schedule and plan only what was made before is asked for."""
+    x = initial(pc_plan(VP, 4), SHAPE, SEEDS)
+    plan, scores = rows_of(VP, 4, None, "linspace", None, "ancestral", "langevin", 1, 0.16, None, None, True)
+    assert plan.table.device.type == "cpu"
+
+    def run() -> Tensor:
+        made = _predictor_corrector._Run(plan, scores, x, x.dtype, None, None, None, norm)
+        made.seeds = SEEDS
+        for i in range(len(plan.rows)):
+            made.row(lambda x, t: torch.tanh(x), i, None, want_x0=False)
+        return made.state
+
+    want = run()
+    with torch.device("meta"):
+        assert torch.equal(run(), want)
+
+
 def test_memory_format_and_empty_batch():
     x = initial(pc_plan(VP, 4), SHAPE, SEEDS).to(memory_format=torch.channels_last)
     got = predictor_corrector(network, x, VP, 4, seeds=SEEDS)
@@ -500,5 +539,21 @@ def test_bad_model_and_states():
         predictor_corrector(network, x, FLOW, 4, predictor="euler_maruyama")
     with pytest.raises(ValueError, match="corrector must be 'ald' or 'none' in a plan, got 'langevin'"):
         pc_plan(VP, 4, corrector="langevin")
-    with pytest.raises(ValueError, match="give seeds with mask and known, got noise"):
-        predictor_corrector(network, x, VP, 4, noise=draw(8), mask=torch.ones(SHAPE), known=x)
+
+
+@pytest.mark.parametrize(("given", "words"), [
+    ({"mask": torch.ones(SHAPE[1:], dtype=torch.bool)},
+     r"mask must be bool, uint8 or torch.float64 of the shape of x \[3, 2, 4, 5\], got torch.bool of shape \[2, 4"),
+    ({"mask": torch.ones(SHAPE)}, r"mask must be bool, uint8 or torch.float64 .*, got torch.float32 of shape"),
+    ({"mask": 1}, "mask must be .*, got int"),
+    ({"known": torch.zeros(SHAPE)}, r"known must be torch.float64 of the shape of x .*, got torch.float32 of shape"),
+    ({"known": torch.zeros(3, dtype=torch.float64)}, r"known must be .*, got torch.float64 of shape \[3\]"),
+    ({"known": 0.0}, "known must be .*, got float"),
+])  # fmt: skip
+def test_mask_and_known_are_checked_before_the_model(given, words):
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        raise AssertionError("called")
+
+    options = {"mask": torch.ones(SHAPE, dtype=torch.bool), "known": draw(1)[0]} | given
+    with pytest.raises(ValueError, match=words):
+        predictor_corrector(model, draw(1)[0], VP, 4, seeds=1, **options)
