@@ -20,7 +20,6 @@ from diffkern.plan import COLUMNS, SLOTS, Plan, Row
 Model = Callable[..., Tensor]
 Shift = Callable[[Tensor, Tensor], Tensor]
 _W = COLUMNS.index("w")
-_NO_HISTORY = (None,) * SLOTS
 
 
 class Call(NamedTuple):
@@ -123,6 +122,8 @@ class Run:
         self.mask, self.known, self.cond, self.uncond = mask, known, cond, uncond
         self.guided, self.shift = guided, mean_shift
         self.seeds: Tensor | None = None
+        self.keeps_operands = False
+        """Whether `logprob` will be asked for."""
         self.state, self.batch = x, x.shape[0]
         self.x0: Tensor | None = None
         self.pair: Tensor | None = None
@@ -231,7 +232,8 @@ class Run:
             mask = torch.where(self._waits[i], torch.ones((), dtype=mask.dtype, device=mask.device), mask)
         out, x0 = buffers[call.out], buffers[call.x0]
         assert out is not None
-        h0, h1, h2, h3 = (buffers[number] for number in call.h) if row.reads else _NO_HISTORY
+        a, b, c, d = call.h
+        h0, h1, h2, h3 = buffers[a], buffers[b], buffers[c], buffers[d]
         if self.plan.learned_variance:
             assert m is not None
             if self.shift is not None and row.draws:
@@ -248,7 +250,8 @@ class Run:
                 self.state, m, m2, h0, h1, h2, h3, self.table, i, index, seeds, noise, mask, self.known, out,
                 x0, buffers[call.s], into,
             )  # fmt: skip
-        self.operands = (self.state, m, m2, h0, h1, h2, h3, i, index)
+        if self.keeps_operands:
+            self.operands = (self.state, m, m2, h0, h1, h2, h3, i, index)
         self.state = out
         if row.makes_x0:
             self.x0 = x0

@@ -241,6 +241,7 @@ def sample(
         states[0] = x
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     densities = torch.zeros((len(steps), x.shape[0]), dtype=dtype, device=x.device) if logprob else None
+    run.keeps_operands = logprob
     bar = progress_bar(progress, plan.name, len(steps))
     try:
         for i, step in enumerate(steps):
