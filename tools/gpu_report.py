@@ -64,6 +64,7 @@ def kernel_name(symbol: str) -> str:
     """step_kernel<float, direct, full> and the like."""
     name = run(["c++filt", symbol]).strip().split("(dk::", 2)
     text = re.sub(r"\(dk::cuda::Access\)(\d)", lambda m: ACCESS[int(m.group(1))], "(dk::".join(name))
+    text = re.sub(r"\(dk::cuda::\(anonymous namespace\)::(\w+)\)(\d)", lambda m: f"{m[1].lower()} {m[2]}", text)
     match = re.search(r"(\w+_kernel)<([^(]*)>\(", text)
     if match is None:
         plain = re.search(r"(\w+_kernel)\(", text)

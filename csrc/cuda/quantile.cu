@@ -136,7 +136,7 @@ __device__ __forceinline__ void apply(const QuantileArgs& args, int64_t b, int64
 
 // ------------------------------------------------------------------------------------------ small samples, one block
 template <class S, Access access>
-__global__ void __launch_bounds__(kSelectThreads) whole_kernel(const QuantileArgs args) {
+__global__ void __launch_bounds__(kSelectThreads, 2) whole_kernel(const QuantileArgs args) {
   using T = Arithmetic<S>;
   __shared__ uint32_t counts[kCounts];
   __shared__ int64_t sums[2][kWarps];
