@@ -35,22 +35,30 @@ constexpr uint32_t kFromX0 = kX0 | kTermA | kTermB;
 constexpr uint32_t kFromSlope = kTermA | kTermD;
 constexpr uint32_t kSlope = kWantS | kTermSlopeD;
 constexpr uint32_t kSlopeOfX0 = kWantS | kTermSlopeA | kTermSlopeB;
-#define DK_FOR_BASE_LOOPS(DO)           \
-  DO(kFromEps)                          \
-  DO(kFromEps | kWantX0)                \
-  DO(kFromEps | kTermA)                 \
-  DO(kX0 | kTermB)                      \
-  DO(kX0 | kTermB | kTermClip)          \
-  DO(kFromX0)                           \
-  DO(kFromX0 | kWantX0)                 \
-  DO(kFromX0 | kTermClip)               \
-  DO(kFromX0 | kTermClip | kWantX0)     \
-  DO(kFromSlope)                        \
-  DO(kFromSlope | kSlope)               \
-  DO(kFromSlope | kSlope | kTermSlopeA) \
-  DO(kFromX0 | kTermClip | kSlopeOfX0)  \
-  DO(kTermD | kSlope)                   \
-  DO(kTermD)
+#define DK_FOR_BASE_LOOPS(DO)             \
+  DO(kFromEps)                            \
+  DO(kFromEps | kWantX0)                  \
+  DO(kFromEps | kTermClip)                \
+  DO(kFromEps | kTermClip | kWantX0)      \
+  DO(kFromEps | kTermA)                   \
+  DO(kX0 | kTermB)                        \
+  DO(kX0 | kTermB | kWantX0)              \
+  DO(kX0 | kTermB | kTermClip)            \
+  DO(kX0 | kTermB | kTermClip | kWantX0)  \
+  DO(kFromX0)                             \
+  DO(kFromX0 | kWantX0)                   \
+  DO(kFromX0 | kTermClip)                 \
+  DO(kFromX0 | kTermClip | kWantX0)       \
+  DO(kFromSlope)                          \
+  DO(kFromSlope | kSlope)                 \
+  DO(kFromSlope | kSlope | kTermSlopeA)   \
+  DO(kFromSlope | kX0 | kWantX0)          \
+  DO(kFromSlope | kX0 | kWantX0 | kSlope) \
+  DO(kFromX0 | kTermClip | kSlopeOfX0)    \
+  DO(kTermD | kX0 | kWantX0)              \
+  DO(kTermD | kSlope)                     \
+  DO(kTermD)                              \
+  DO(kTermA)
 
 // Is such a loop all there is to do? It reads and writes only what its terms name, over any length.
 inline bool is_one_loop(uint32_t terms) {

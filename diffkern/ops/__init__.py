@@ -15,7 +15,7 @@ from diffkern.ops._attention import attention, spatial_attention
 from diffkern.ops._learned_step import learned_step, learned_step_out
 from diffkern.ops._noise import noise_sum, noise_sum_out, randn, seeds
 from diffkern.ops._statistics import dynamic_threshold, dynamic_threshold_out, moments, quantile
-from diffkern.ops._step import step, step_into, step_out
+from diffkern.ops._step import step, step_into, step_out, step_raw
 from diffkern.ops._step_logprob import step_logprob
 from diffkern.ops._training import loss, noising, noising_out
 from diffkern.ops._variational import VARIATIONAL_COLUMNS, variational
@@ -43,5 +43,6 @@ __all__ = [
     "step_into",
     "step_logprob",
     "step_out",
+    "step_raw",
     "variational",
 ]

@@ -89,6 +89,27 @@ class Entry:
         return not isinstance(source, Tensor) or [t._version for t in self.counting] == self.versions
 
 
+class Hot:
+    """The table in use (or a tuple with it), and what it was made of: a loop's next step finds it by identity.
+
+    ``sources`` are tensors that count their versions, which only grow: their sum tells whether one was written to.
+    """
+
+    __slots__ = ("config", "key", "rows", "sources", "start", "stride", "times", "value", "version")
+
+    def __init__(
+        self, key: Any, value: Any, config: Any, sources: tuple[Tensor, ...], clock: Clock | None = None
+    ) -> None:
+        self.key, self.value, self.config, self.sources, self.rows = key, value, config, sources, len(value)
+        self.version = sum(source._version for source in sources)
+        if clock is not None:
+            self.times: list[Any] = clock.times
+            self.start, self.stride = clock.start, clock.stride
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()  # a copy has addresses of its own
+
+
 class Cache(dict[Any, Any]):
     """Shared by shallow copies of a scheduler; pickles and deep copies start without."""
 
@@ -102,6 +123,7 @@ class Fused:
     _dk_rng: str = "torch"
     _dk_exact: bool = False
     _dk_seeds: int | Tensor | None = None
+    _dk_hot: Hot | None = None
 
     # The original's.
     timesteps: Tensor
@@ -357,6 +379,13 @@ def table_of(rows: int, **columns: Any) -> Tensor:
 def column(table: Tensor, name: str) -> Tensor:
     """A column of a table, as a view."""
     return table[:, _AT[name]]
+
+
+def with_column(table: Tensor, name: str, value: float) -> Tensor:
+    """A copy of a table with one column set."""
+    copy = table.clone()
+    column(copy, name)[:] = value
+    return copy
 
 
 def split(table: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,18 @@ import torch
 from torch import Tensor
 
 from diffkern import ops
-from diffkern.compat.diffusers._base import Fused, Value, as_dtype, column, host, plan_of, table_of, version
+from diffkern.compat.diffusers._base import (
+    Fused,
+    Hot,
+    Value,
+    as_dtype,
+    column,
+    host,
+    plan_of,
+    table_of,
+    version,
+    with_column,
+)
 from diffkern.plan import Plan
 
 Levels = Tensor
@@ -104,6 +115,47 @@ class FusedSigma(Fused):
         return made
 
     # ---------------------------------------------------------------------------------------------- the op
+    _dk_ahead: tuple[Tensor, int, int, Tensor | None, Tensor] | None = None
+    """(x', the row that starts from it, versions of x' and the sigmas, the model's input made of it or None, the
+    sigmas)."""
+    _dk_scales: bool = False
+    """Whether the loop asks for the model's input of what `step` returned: `FusedKarras.scale_model_input`."""
+
+    def _dk_quick(self, m: Tensor, timestep: Any, x: Tensor, key: Any, want_x0: bool) -> tuple[Any, ...] | None:
+        """(x', x0, ...) of a step without noise whose table is at hand, for float32 operands with nothing to convert;
+        None where anything is new: then the long way runs."""
+        hot, row = self._dk_hot, self._step_index
+        if hot is None or row is None or row >= hot.rows or hot.key != key or hot.config is not self._internal_dict:
+            return None
+        sigmas = hot.sources[0]
+        if (
+            sigmas is not self.sigmas
+            or sigmas._version != hot.version
+            or type(timestep) is not Tensor
+            or not timestep.is_floating_point()
+            or x.dtype is not torch.float32
+            or m.dtype is not torch.float32
+            or x.shape != m.shape
+            or (torch.is_grad_enabled() and (x.requires_grad or m.requires_grad))
+        ):
+            return None
+        onward, none = self._dk_scales and row + 1 < hot.rows, None
+        found: tuple[Any, ...] = ops.step_raw(
+            *(x, m, none, none, none, none, none, hot.value, row),
+            *(none, none, none, none, none, want_x0, False, int(onward), none),
+        )
+        self._dk_look_ahead(found, row, hot.rows)
+        self._step_index = row + 1
+        return found
+
+    def _dk_warm(self, key: Any, table: Tensor) -> None:
+        """Keeps the table of a step for `_dk_quick`."""
+        if not self.sigmas.is_inference():
+            self._dk_hot = Hot(key, table, self._internal_dict, (self.sigmas,))
+
+    def _dk_look_ahead(self, found: tuple[Any, ...], row: int, rows: int) -> None:
+        """Notes what `step` returned, where a model's input is made of it."""
+
     def _dk_upcast(
         self,
         x: Tensor,
@@ -116,12 +168,16 @@ class FusedSigma(Fused):
     ) -> tuple[Any, Any, Any]:
         """(x' in the model's dtype, x0, s in float32) of originals that upcast the sample; float64 for a float64 model.
         A narrower x' is the op's second output, so that it is rounded once."""
-        if dtype is None and x.dtype == m.dtype == torch.float32 and x.shape == m.shape:  # nothing to convert
+        if (
+            dtype in (None, m.dtype) and x.dtype == m.dtype == torch.float32 and x.shape == m.shape
+        ):  # nothing to convert
             return self._dk_plain(x, m, *histories, table=table, row=row, **wants)[:3]
         self._dk_in_range(row, table)
         dtype = m.dtype if dtype is None else dtype
         state = torch.float64 if torch.float64 in (m.dtype, dtype) else torch.float32
         narrow = dtype != state
+        if narrow:
+            table = self._dk_cached(("narrow", id(table)), (table,), lambda: with_column(table, "k", 1.0))
         x = as_dtype(x, torch.float32)
         found = self._dk_run(
             x, m, *histories, table=table, row=row, state=state, next_copies=int(narrow), next_dtype=dtype, **wants
@@ -190,13 +246,52 @@ class FusedKarras(FusedSigma):
     """x = x0 + sigma z: `scale_model_input` and `add_noise`."""
 
     def scale_model_input(self, sample: Tensor, timestep: Any) -> Tensor:
-        """x / sqrt(sigma^2 + 1) in one op."""
+        """x / sqrt(sigma^2 + 1): made by the step that returned ``sample`` where the last one was asked for in this
+        way (`step` then writes it beside x'), else in one op."""
+        ahead = self._dk_ahead
+        if ahead is not None:
+            self._dk_ahead = None
+            after, row, written, scaled, sigmas = ahead
+            self._dk_scales = sample is after and row == self._step_index
+            same = sigmas is self.sigmas and written == version(sample) + version(sigmas)
+            if self._dk_scales and scaled is not None and same:
+                return scaled
         row, index = self._dk_at(timestep, sample.device)
         table = self._dk_table(("input",), lambda: table_of(len(self._dk_levels), a=self._dk_input_scale()))
         out: Tensor = self._dk_plain(sample, None, table=table, row=row, index=index)[0]
         if hasattr(self, "is_scale_input_called"):
             self.is_scale_input_called = True
         return out
+
+    def _dk_look_ahead(self, found: tuple[Any, ...], row: int, rows: int) -> None:
+        after = found[0]
+        last = row + 1 >= rows or after.is_inference()  # writes to inference tensors are not counted
+        sigmas = self.sigmas
+        self._dk_ahead = None if last else (after, row + 1, after._version + version(sigmas), found[3], sigmas)
+
+    def _dk_plain(
+        self,
+        x: Tensor,
+        m: Tensor | None,
+        *histories: Tensor | None,
+        table: Tensor,
+        row: int,
+        index: Tensor | None = None,
+        **wants: Any,
+    ) -> tuple[Any, Any, Any, Any]:
+        """A step's op also makes the next model's input, where the loop asks for it."""
+        if m is None or index is not None or not x.dtype == m.dtype == torch.float32:
+            return super()._dk_plain(x, m, *histories, table=table, row=row, index=index, **wants)
+        onward = int(self._dk_scales and row + 1 < len(table))
+        found = super()._dk_plain(x, m, *histories, table=table, row=row, next_copies=onward, **wants)
+        self._dk_look_ahead(found, row, len(table))
+        return found
+
+    def _dk_onward(self, table: Tensor) -> Tensor:
+        """The table, its rows also making the next model's input: k = the scale of the level that a row ends at."""
+        scale = self._dk_input_scale()
+        column(table, "k")[:] = torch.cat([scale[1:], torch.ones(1, dtype=torch.float64)])[: len(table)]
+        return table
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x0 + sigma z in one op; sigma in float32 whatever the samples' dtype."""
@@ -211,15 +306,15 @@ class FusedKarras(FusedSigma):
 
     def _dk_plan(self, name: str, table: Tensor, prediction: str | None = None, **options: Any) -> Plan:
         """The rows as a plan: every row also makes the next model input."""
-        table, scale = table.clone(), self._dk_input_scale()
-        column(table, "k")[:] = torch.cat([scale[1 : len(table)], torch.ones(1, dtype=torch.float64)])
+        table = table.clone()
+        column(table, "k")[-1] = 1.0  # no model call follows
         return plan_of(
             name,
             table,
             self._dk_clock.times,
             prediction or self.config.prediction_type,
             init_scale=float(self.init_noise_sigma),  # type: ignore[attr-defined]
-            first_k=float(scale[0]),
+            first_k=float(self._dk_input_scale()[0]),
             time_dtype="float32",
             **options,
         )

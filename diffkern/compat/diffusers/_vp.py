@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffkern import streams
-from diffkern.compat.diffusers._base import Fused, column, host
+from diffkern import ops, streams
+from diffkern.compat.diffusers._base import Fused, Hot, column, host
 
 EPS_AT_PURE_NOISE = 2.0**-24
 """abar in place of 0 where the model predicts eps: the value that diffusers' other schedulers write there."""
@@ -30,6 +30,42 @@ class FusedTimes(Fused):
             self.alphas_cumprod[timestep]  # the original's exception, where it has one
             raise IndexError(f"timestep must be an integer in 0..{self.alphas_cumprod.size(0) - 1}, got {timestep!r}")
         return t, None
+
+    def _dk_quick(self, m: Tensor, timestep: Any, x: Tensor, key: Any, end: Tensor) -> tuple[Any, ...] | None:
+        """(x', x0, ...) of a step without noise whose table is at hand, for operands with nothing to convert; None
+        where anything is new: then the long way runs. ``end``: the level beyond the table, one of its sources."""
+        hot = self._dk_hot
+        if hot is None or hot.key != key or hot.config is not self._internal_dict:
+            return None
+        times, abar, last = hot.sources
+        if (
+            times is not self.timesteps
+            or abar is not self.alphas_cumprod
+            or last is not end
+            or times._version + abar._version + last._version != hot.version
+            or type(timestep) is not Tensor
+            or timestep.dtype is not times.dtype
+            or timestep.dim()
+            or x.dtype is not m.dtype
+            or x.shape != m.shape
+            or (torch.is_grad_enabled() and (x.requires_grad or m.requires_grad))
+        ):
+            return None
+        at, off = divmod(timestep.data_ptr() - hot.start, hot.stride)
+        if off or not 0 <= at < len(hot.times):
+            return None
+        none = None
+        return ops.step_raw(
+            *(x, m, none, none, none, none, none, hot.value, hot.times[at]),
+            *(none, none, none, none, none, True, False, 0, none),
+        )
+
+    def _dk_warm(self, key: Any, table: Tensor, end: Tensor) -> None:
+        """Keeps the table of a step for `_dk_quick`."""
+        clock, sources = self._dk_clock, (self.timesteps, self.alphas_cumprod, end)
+        fits = all(isinstance(t, int) and 0 <= t < len(table) for t in clock.times)
+        if fits and not any(source.is_inference() for source in sources):
+            self._dk_hot = Hot(key, table, self._internal_dict, sources, clock)
 
     def _dk_streams(self, table: Tensor) -> None:
         """Noise by address: the step's number is the stream's, so that `plan` draws the same; off the grid, beyond."""

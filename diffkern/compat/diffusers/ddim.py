@@ -38,6 +38,12 @@ class DDIMScheduler(FusedVP, Original):
             raise ValueError(
                 "Number of inference steps is 'None', you need to run 'set_timesteps' after creating the scheduler"
             )
+        key = (self.num_inference_steps, self._dk_exact, eta, use_clipped_model_output)
+        found: Any = self._dk_quick(model_output, timestep, sample, key, self.final_alpha_cumprod)
+        if found is not None:
+            if not return_dict:
+                return found[:2]
+            return DDIMSchedulerOutput(prev_sample=found[0], pred_original_sample=found[1])
         row, index = self._dk_row(timestep, sample.device)
         table = self._dk_rows(float(eta), bool(use_clipped_model_output))
         noise = seeds = None
@@ -55,6 +61,8 @@ class DDIMScheduler(FusedVP, Original):
             found = self._dk_thresholded(sample, model_output, **operands)
         else:
             found = self._dk_run(sample, model_output, want_x0=True, **operands)
+            if eta == 0:
+                self._dk_warm(key, table, self.final_alpha_cumprod)
         if not return_dict:
             return found[:2]
         return DDIMSchedulerOutput(prev_sample=found[0], pred_original_sample=found[1])

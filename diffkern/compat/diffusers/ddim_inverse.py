@@ -21,8 +21,13 @@ class DDIMInverseScheduler(FusedTimes, Original):
 
     def step(self, model_output: Tensor, timestep: int, sample: Tensor, return_dict: bool = True) -> Any:
         """One step, as the original's; ``timestep`` may also be one a sample, int [B]."""
-        row, index = self._dk_row(timestep, sample.device)
-        found = self._dk_run(sample, model_output, table=self._dk_rows(), row=row, index=index, want_x0=True)
+        key, end = (self.num_inference_steps, self._dk_exact), self.initial_alpha_cumprod
+        found: Any = self._dk_quick(model_output, timestep, sample, key, end)
+        if found is None:
+            row, index = self._dk_row(timestep, sample.device)
+            table = self._dk_rows()
+            found = self._dk_run(sample, model_output, table=table, row=row, index=index, want_x0=True)
+            self._dk_warm(key, table, end)
         if not return_dict:
             return found[:2]
         return DDIMSchedulerOutput(prev_sample=found[0], pred_original_sample=found[1])

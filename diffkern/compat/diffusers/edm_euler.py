@@ -35,6 +35,12 @@ class EDMEulerScheduler(FusedKarras, Original):
     ) -> EDMEulerSchedulerOutput | tuple[Tensor, Tensor]:
         """One step, as the original's; ``pred_original_sample`` is taken for x0 where it is given. ``timestep`` may
         also be one a sample, [B], while no loop is under way."""
+        key = (s_churn, s_tmin, s_tmax, s_noise, pred_original_sample is not None, self._dk_exact)
+        found = self._dk_quick(model_output, timestep, sample, key, True)
+        if found is not None:
+            if not return_dict:
+                return found[:2]
+            return EDMEulerSchedulerOutput(prev_sample=found[0], pred_original_sample=found[1])
         refuse_integers(timestep, "EDMEulerScheduler.step()")
         if not self.is_scale_input_called:
             logger.warning(UNSCALED)
@@ -57,6 +63,8 @@ class EDMEulerScheduler(FusedKarras, Original):
         )
         if index is None:
             self._step_index += 1
+        if given is None and not any(draws):
+            self._dk_warm(key, table)
         x0 = x0 if given is None else given
         if not return_dict:
             return prev_sample, x0
@@ -85,6 +93,6 @@ class EDMEulerScheduler(FusedKarras, Original):
                 q = q if prediction == "epsilon" else -q
             known = {"known_s": 1.0, "known_n": levels[1:]}
             table = table_of(len(hat), p=p, q=q, r=n * p, **along(hat, levels[1:], n), **known)
-            return table, (hat > levels[:-1]).tolist()
+            return self._dk_onward(table), (hat > levels[:-1]).tolist()
 
         return self._dk_table(("rows", given, *churn), build)

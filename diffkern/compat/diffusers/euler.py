@@ -36,6 +36,12 @@ class EulerDiscreteScheduler(FusedKarras, Original):
         return_dict: bool = True,
     ) -> EulerDiscreteSchedulerOutput | tuple[Tensor, Tensor]:
         """One step, as the original's; ``timestep`` may also be one a sample, [B], while no loop is under way."""
+        key = (s_churn, s_tmin, s_tmax, s_noise, self._dk_exact)
+        found = self._dk_quick(model_output, timestep, sample, key, True)
+        if found is not None:
+            if not return_dict:
+                return found[:2]
+            return EulerDiscreteSchedulerOutput(prev_sample=found[0], pred_original_sample=found[1])
         refuse_integers(timestep, "EulerDiscreteScheduler.step()")
         if not self.is_scale_input_called:
             logger.warning(UNSCALED)
@@ -52,6 +58,8 @@ class EulerDiscreteScheduler(FusedKarras, Original):
         )
         if index is None:
             self._step_index += 1
+        if not (any(draws) or given):
+            self._dk_warm(key, table)
         x0 = model_output if given else x0
         if not return_dict:
             return prev_sample, x0
@@ -88,7 +96,7 @@ class EulerDiscreteScheduler(FusedKarras, Original):
             hat, n = churned(levels, *churn)
             at = hat if self._dk_exact else levels[:-1]
             table = euler_rows(levels, prediction, hat, n, at, levels[1:])
-            return table, (hat > levels[:-1]).tolist(), prediction in ("original_sample", "sample")
+            return self._dk_onward(table), (hat > levels[:-1]).tolist(), prediction in ("original_sample", "sample")
 
         return self._dk_table(("rows", *churn), build)
 

@@ -60,6 +60,6 @@ class EulerAncestralDiscreteScheduler(FusedKarras, Original):
             down = to**2 * inverse(sigma)
             table = euler_rows(self._dk_levels, prediction, sigma, torch.zeros_like(sigma), sigma, down)
             column(table, "g")[:] = (to**2 - down**2).clamp(min=0.0) ** 0.5
-            return table
+            return self._dk_onward(table)
 
         return self._dk_table(("rows",), build)

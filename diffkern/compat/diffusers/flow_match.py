@@ -76,6 +76,10 @@ class FlowMatchEulerDiscreteScheduler(_Flow, OriginalEuler):
         [B], while no loop is under way. ``per_token_timesteps`` [B, T] for samples [B, T, C]: every token goes from its
         own level to the next lower one of the schedule, by + (sigma - sigma') m as in the original (its caller negates
         the model's output), and the result is not cast to the model's dtype."""
+        if per_token_timesteps is None:
+            found = self._dk_quick(model_output, timestep, sample, self._dk_exact, False)
+            if found is not None:
+                return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=found[0]) if return_dict else found[:1]
         refuse_integers(timestep, "FlowMatchEulerDiscreteScheduler.step()")
         row, index = self._dk_at(timestep, sample.device)
         prev_sample: Any
@@ -90,6 +94,8 @@ class FlowMatchEulerDiscreteScheduler(_Flow, OriginalEuler):
             prev_sample, _, _ = self._dk_upcast(
                 sample, model_output, table=table, row=row, index=index, noise=noise, seeds=seeds
             )
+            if not stochastic:
+                self._dk_warm(self._dk_exact, table)
         if index is None:
             self._step_index += 1
         if not return_dict:

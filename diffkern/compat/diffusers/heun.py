@@ -80,7 +80,7 @@ class HeunDiscreteScheduler(FusedKarras, Original):
                     shared |= {"D": 1.0} if own else {"A": over, "B": -over}
                 else:
                     shared |= {"e0": 1.0, "e1": half}
-                tables.append(table_of(len(sigma), **shared))
+                tables.append(self._dk_onward(table_of(len(sigma), **shared)))
             return tables[0], tables[1], prediction == "sample" and not config.clip_sample
 
         return self._dk_table(("rows",), build)

@@ -93,7 +93,7 @@ class LMSDiscreteScheduler(FusedKarras, Original):
             known = {"known_s": 1.0, "known_n": levels[1:]}
             earlier = [{f"e{k}": c[:, 1 + at + k] for k in range(SLOTS)} for at in range(0, max(before, 1), SLOTS)]
             table = table_of(len(sigma), p=p, q=q, **own, **earlier[0], **known)
-            return table, [table_of(len(sigma), a=1.0, **more) for more in earlier[1:]]
+            return self._dk_onward(table), [table_of(len(sigma), a=1.0, **more) for more in earlier[1:]]
 
         return self._dk_table(("rows", order, before), build)
 
