@@ -84,6 +84,8 @@ class Case:
     grad: bool = False
     overhead: bool = False
     """Whether the call overhead is the point: on a GPU the host's time then counts too."""
+    counted: bool = False
+    """Whether dispatched ops and peak memory are of interest beside the time."""
     flops: int = 0
     """Operations of its matrix products, where these are what takes the time; their rate is measured beside it."""
 

@@ -82,6 +82,7 @@ def k_loop(name: str, setting: Setting, shape: tuple[int, ...], kind: str) -> Ca
         bytes_of(x, m, x),
         steps=calls,
         overhead=True,
+        counted=True,
     )
 
 
@@ -119,6 +120,7 @@ def edm_loop(name: str, setting: Setting, shape: tuple[int, ...], churn: float =
         bytes_of(x, m, x),
         steps=2 * steps - 1,
         overhead=True,
+        counted=True,
     )
 
 

@@ -66,6 +66,7 @@ def drop_in(
         bytes_of(x, m, x),
         steps=len(fused.timesteps),
         overhead=True,
+        counted=True,
     )
 
 
@@ -87,7 +88,7 @@ def _table() -> dict[str, tuple[Callable[..., Case], dict[str, Any]]]:
         "flow-heun": ("FlowMatchHeunDiscreteScheduler", {}, deterministic),
     }
     table: dict[str, tuple[Callable[..., Case], dict[str, Any]]] = {}
-    for size, shape, steps in (("small", SMALL, 20), ("large", LARGE, 4)):
+    for size, shape, steps in (("small", SMALL, 50), ("large", LARGE, 10)):
         for short, (kind, config, goals) in kinds.items():
             options = {"shape": shape, "kind": kind, "steps": steps, "goal": goals.get(size), **config}
             table[f"diffusers-{short}-{size}"] = (drop_in, options)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.costs import Costs
 from benchmarks.timing import Stats
 
 __all__ = [
@@ -76,6 +77,8 @@ class Result:
     """Operations of its matrix products."""
     gemm: float | None = None
     """Operations a second that the matrix products reach without anything around them, measured in the same process."""
+    costs: dict[str, Costs] = field(default_factory=dict)
+    """Dispatched ops and peak memory of ours ("diffkern") and of the baselines, where they were counted."""
     error: str = ""
     """Why there is nothing else: the case raised, or crashed."""
 
@@ -185,6 +188,14 @@ def _pages(faults: float | None) -> str:
     return f", {faults:.0f} page faults" if faults is not None and faults >= 1 else ""
 
 
+def _costs(result: Result, name: str) -> str:
+    found = result.costs.get(name)
+    if found is None:
+        return ""
+    ops = f"{found.ops:.1f}".removesuffix(".0")
+    return f", {ops} {'op' if ops == '1' else 'ops'} a step, peak {found.peak / 2**20:.3g} MiB"
+
+
 def _shape(result: Result) -> str:
     return "x".join(map(str, result.shape))
 
@@ -204,7 +215,8 @@ def summary(result: Result) -> str:
     if result.flops:
         share = f"{result.flop_rate / 1e9:.0f} GFLOP/s" + (f", {result.share}" if result.gemm else "")
     lines = [
-        f"{result.name} ({_shape(result)} {result.dtype}): {_timing(result.ours)}{_pages(result.faults)}{goal}; "
+        f"{result.name} ({_shape(result)} {result.dtype}): {_timing(result.ours)}{_pages(result.faults)}"
+        f"{_costs(result, 'diffkern')}{goal}; "
         f"{share}{busy}"
     ]
     for b in result.baselines:
@@ -215,7 +227,7 @@ def summary(result: Result) -> str:
         lines.append(
             f"    {b.ratio.median:.2f}x of {b.name} [{b.ratio.p20:.2f}, {b.ratio.p80:.2f}], "
             f"of the minima {b.ratio_of_minima:.2f}x{target}: {_timing(b.stats)}"
-            f"{_pages(b.faults)}"
+            f"{_pages(b.faults)}{_costs(result, b.name)}"
         )
     return "\n".join(lines)
 
@@ -235,7 +247,7 @@ def markdown(results: Sequence[Result], facts: dict[str, str]) -> str:
             )
             continue
         goal = "" if r.goal_us is None else f", goal {r.goal_us:g} us {'✓' if r.goal_met else '✗'}"
-        mine = [_timing(r.ours) + _pages(r.faults) + goal]
+        mine = [_timing(r.ours) + _pages(r.faults) + _costs(r, "diffkern") + goal]
         after = [r.share, "" if r.others is None else f"{r.others:.0%}"]
         for i, b in enumerate(r.baselines):
             lead = [*first, *mine] if i == 0 else [""] * 4
@@ -245,7 +257,13 @@ def markdown(results: Sequence[Result], facts: dict[str, str]) -> str:
             else:
                 target = "" if b.target is None else f"{b.target:.3g}x {'✓' if b.met else '✗'}"
                 ratio = f"**{b.ratio.median:.2f}x** [{b.ratio.p20:.2f}, {b.ratio.p80:.2f}]"
-                middle = [b.name, _timing(b.stats) + _pages(b.faults), ratio, f"{b.ratio_of_minima:.2f}x", target]
+                middle = [
+                    b.name,
+                    _timing(b.stats) + _pages(b.faults) + _costs(r, b.name),
+                    ratio,
+                    f"{b.ratio_of_minima:.2f}x",
+                    target,
+                ]
             lines.append("| " + " | ".join([*lead, *middle, *end]) + " |")
     return "\n".join(lines) + "\n"
 
@@ -257,13 +275,16 @@ def to_csv(results: Sequence[Result]) -> str:
     columns = [f"{who}_{what}" for who in ("ours", "baseline") for what in ("median_s", "min_s", "p20_s", "p80_s")]
     head = ["case", "shape", "dtype", "bytes", "passed", "baseline", *columns]
     head += ["ratio_median", "ratio_p20", "ratio_p80", "ratio_of_minima", "target", "met"]
-    writer.writerow([*head, "copy_median_s", "others", "faults", "baseline_faults", "flops", "gemm_flops_per_s"])
+    head += ["copy_median_s", "others", "faults", "baseline_faults", "flops", "gemm_flops_per_s"]
+    writer.writerow([*head, "ops_a_step", "baseline_ops_a_step", "peak_bytes", "baseline_peak_bytes"])
     for r in results:
         for b in r.baselines or (BaselineResult("", None, None, None),):
             times = [value for stats in (r.ours, b.stats) for value in _numbers(stats)]
             ratios = [b.ratio.median, b.ratio.p20, b.ratio.p80, b.ratio_of_minima] if b.ratio else [""] * 4
             end = [b.target, b.met, r.copy.median if r.copy else None, r.others, r.faults, b.faults]
             end += [r.flops or None, r.gemm]
+            both = r.costs.get("diffkern"), r.costs.get(b.name)
+            end += [c and c.ops for c in both] + [c and c.peak for c in both]
             start = [r.name, _shape(r), r.dtype, r.bytes, r.passed, b.name]
             writer.writerow([*start, *times, *ratios, *("" if value is None else value for value in end)])
     return stream.getvalue()

@@ -23,6 +23,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.cases import CASES, Case, Setting
+from benchmarks.costs import costs_of
 from benchmarks.report import BaselineResult, Result
 from benchmarks.timing import Measured, Stats, Timer, device_timer, interleave, ratio, wall_timer
 from diffkern import _load
@@ -80,14 +81,18 @@ def copy_of(moved: int, device: str) -> Callable[[], object]:
     return functools.partial(target.copy_, source)
 
 
-def check(case: Case) -> Result:
+def check(case: Case, device: str = "cpu") -> Result:
     """The result of comparing the case with the reference: not timed yet."""
     with torch.set_grad_enabled(case.grad):
         checks = case.check()
     kept = tuple({**asdict(c), "ok": c.passed} for c in checks)
     kind = str(case.dtype).removeprefix("torch.")
     passed = all(c.passed for c in checks)
-    return Result(case.name, case.title, case.shape, kind, case.bytes, case.goal_us, kept, passed, flops=case.flops)
+    checked = Result(case.name, case.title, case.shape, kind, case.bytes, case.goal_us, kept, passed, flops=case.flops)
+    if not (case.counted and passed):
+        return checked
+    calls = {"diffkern": case.ours, **{b.name: b.fn for b in case.baselines if b.fn is not None}}
+    return replace(checked, costs={name: costs_of(call, case.steps, device) for name, call in calls.items()})
 
 
 def measure(
@@ -136,7 +141,7 @@ def _alone(work: Callable[..., T], *arguments: Any) -> T:
 
 def _check_work(name: str, options: Options) -> Result:
     options.enter()
-    return check(CASES[name](Setting(options.device, options.compiled)))
+    return check(CASES[name](Setting(options.device, options.compiled)), options.device)
 
 
 def gemm_rate(dtype: str, threads: int, seconds: float = 0.2) -> float | None:

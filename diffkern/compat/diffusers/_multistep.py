@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffkern.compat.diffusers._base import Fused, host
+from diffkern.compat.diffusers._base import Fused, Hot, host
 
 
 class FusedMultistep(Fused):
@@ -43,6 +43,27 @@ class FusedMultistep(Fused):
         """The original's rule: the second of equal timesteps, the last step for one that is none of them."""
         found = self._dk_clock.positions.get(value, (len(self._dk_clock.times) - 1,))
         return found[1] if len(found) > 1 else found[0]
+
+    def _dk_hot_value(self, key: Any) -> Any:
+        """What the last step was run with, if nothing that it was made of has changed; else None."""
+        hot, sigmas = self._dk_hot, self.sigmas
+        if hot is None or hot.key != key or hot.sources[0] is not sigmas or hot.config is not self._internal_dict:
+            return None
+        return hot.value if sigmas._version == hot.version else None
+
+    def _dk_warm(self, key: Any, value: Any) -> None:
+        if not self.sigmas.is_inference():
+            self._dk_hot = Hot(key, value, self._internal_dict, (self.sigmas,))
+
+    @staticmethod
+    def _dk_same(m: Tensor, x: Tensor, others: list[Any]) -> bool:
+        """Whether the op can take the operands as they are: one dtype and shape, no gradient."""
+        if m.dtype is not x.dtype or m.shape != x.shape:
+            return False
+        for t in others:
+            if t is not None and t.dtype is not x.dtype:
+                return False
+        return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (m, x, *others)))
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """alpha x + sigma noise in one op; coefficients in float32 whatever the samples' dtype."""

@@ -63,7 +63,8 @@ class FusedTimes(Fused):
     def _dk_warm(self, key: Any, table: Tensor, end: Tensor) -> None:
         """Keeps the table of a step for `_dk_quick`."""
         clock, sources = self._dk_clock, (self.timesteps, self.alphas_cumprod, end)
-        fits = all(isinstance(t, int) and 0 <= t < len(table) for t in clock.times)
+        times = clock.times or [-1]
+        fits = not clock.dtype.is_floating_point and min(times) >= 0 and max(times) < table.shape[0]
         if fits and not any(source.is_inference() for source in sources):
             self._dk_hot = Hot(key, table, self._internal_dict, sources, clock)
 

@@ -10,7 +10,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from diffkern import ops
-from diffkern.compat.diffusers._base import Hot, column, host, plan_of, promote, table_of
+from diffkern.compat.diffusers._base import column, host, plan_of, promote, table_of
 from diffkern.compat.diffusers._multistep import FusedMultistep
 from diffkern.plan import Plan
 
@@ -93,31 +93,15 @@ class DPMSolverMultistepScheduler(FusedMultistep, Original):
             saves.append(((i % 2, "x0"),) if self.config.solver_order > 1 else ())
         return plan_of("dpm_solver", torch.cat(rows), times, self.config.prediction_type, saves=saves)
 
-    @staticmethod
-    def _dk_same(m: Tensor, x: Tensor, others: list[Any]) -> bool:
-        """Whether the op can take the operands as they are: one dtype and shape, no gradient."""
-        if m.dtype is not x.dtype or m.shape != x.shape:
-            return False
-        for t in others:
-            if t is not None and t.dtype is not x.dtype:
-                return False
-        return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (m, x, *others)))
-
     # ------------------------------------------------------------------------------------------------ the rows
     def _dk_rows(self, done: int, model_output: Tensor | None, sample: Tensor | None) -> tuple[Tensor, bool, bool]:
         """(table [S, 21] with ``done`` earlier estimates, whether m0 is the model output itself, whether it draws)."""
-        key, sigmas, hot = (done, self.timesteps.shape[0], self._dk_exact), self.sigmas, self._dk_hot
-        if hot is not None and hot.key == key and hot.sources[0] is sigmas and hot.config is self._internal_dict:
-            known: tuple[Tensor, bool, bool] = hot.value
-            if sigmas._version == hot.version:
-                return known
-
-        def build() -> tuple[Tensor, bool, bool]:
-            return self._dk_build(done, model_output, sample)
-
-        found = self._dk_cached(("rows", *key), (sigmas, self._internal_dict), build)
-        if not sigmas.is_inference():
-            self._dk_hot = Hot(key, found, self._internal_dict, (sigmas,))
+        key = (done, self.timesteps.shape[0], self._dk_exact)
+        found: tuple[Tensor, bool, bool] | None = self._dk_hot_value(key)
+        if found is None:
+            sources = (self.sigmas, self._internal_dict)
+            found = self._dk_cached(("rows", *key), sources, lambda: self._dk_build(done, model_output, sample))
+            self._dk_warm(key, found)
         return found
 
     def _dk_taken(self, table: Tensor) -> Tensor:
