@@ -76,6 +76,7 @@ EVERYTHING = {
 # Every row with a loop of its own in csrc/cpu (test_step.py compares the lists), and others.
 ROWS: dict[str, dict[str, float]] = {
     "eps": FROM_EPS,
+    "eps clip": {**FROM_EPS, **CLIP},
     "eps guided": {**FROM_EPS, "w": 2.5},
     "eps noise": {**FROM_EPS, **NOISE},
     "x0": FROM_X0,
@@ -87,6 +88,9 @@ ROWS: dict[str, dict[str, float]] = {
     "x0 history": {**FROM_X0, "e0": -0.4},
     "slope": {**EULER, "A": 0.7, "D": 1.3, "k": 0.9},
     "slope of m": {**EULER, "D": 1.3},
+    "slope of m and x0": {**EULER, "p": 1.25, "q": -0.75, "D": 1.3},
+    "m and x0": {"d": 0.3, "p": 1.25, "q": -0.75},
+    "x alone": {"a": 0.9, "k": 1.1},
     "slope of m alone": {"d": 0.3, "D": 1.3},
     "history 2 noise": {**EULER, "e1": 0.5, "e3": -0.25, **NOISE},
     "history 3 noise": {"d": 0.3, "e0": 0.5, "e1": -0.25, "e2": 0.125, **NOISE, "D": 1.0},

@@ -235,6 +235,7 @@ def test_bits_do_not_depend_on_layout_batch_or_threads(row: str, state: torch.dt
 WANTS: list[dict[str, Any]] = [
     *({}, {"want_x0": True}, {"want_s": True}, {"next_copies": 1}, {"want_x0": True, "next_copies": 2}),
     {"want_s": True, "next_copies": 1},
+    {"want_x0": True, "want_s": True},
 ]
 
 
