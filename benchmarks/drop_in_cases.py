@@ -3,14 +3,30 @@ nothing: set_timesteps, then scale_model_input and step for every timestep."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from benchmarks.case import Baseline, Case, Check, Setting, bytes_of, compare, cpu_target, loose, random_tensor
+from benchmarks.case import (
+    Baseline,
+    Case,
+    Check,
+    Setting,
+    bytes_of,
+    compare,
+    cpu_target,
+    job_seeds,
+    loose,
+    random_tensor,
+)
+from diffkern import ops, streams
 
 __all__ = ["TABLE", "drop_in"]
 
@@ -24,9 +40,11 @@ def drop_in(
     kind: str,
     steps: int = 20,
     goal: float | None = None,
+    rng: str = "torch",
     **config: Any,
 ) -> Case:
-    """The original takes the same run; noise comes from torch's generator on both sides."""
+    """The original takes the same run, with noise from torch's generator. Ours does too with ``rng`` "torch"; with
+    "counter" its noise is by address, and the check hands the original the same."""
     import diffusers
 
     from diffkern.compat import diffusers as compat
@@ -35,6 +53,8 @@ def drop_in(
         warnings.simplefilter("ignore")
         original, fused = (getattr(module, kind)(**config) for module in (diffusers, compat))
     x, m = (random_tensor(k, shape, setting) for k in (0, 1))
+    seeds = job_seeds(shape[0], setting)
+    fused.diffkern(rng=rng, seeds=seeds)
 
     def loop(scheduler: Any) -> Tensor:
         with torch.no_grad():
@@ -47,17 +67,24 @@ def drop_in(
         return state
 
     def check() -> list[Check]:
-        found = []
+        found, module = [], sys.modules[type(original).__module__]
         for scheduler in (fused, original):
             torch.manual_seed(3)
-            found.append(loop(scheduler))
+            numbers = itertools.count(streams.STEP)
+
+            def draw(size: Any, generator: Any = None, device: Any = None, dtype: Any = None) -> Tensor:
+                return ops.randn(size, seeds, next(numbers), dtype=dtype)  # noqa: B023
+
+            same = mock.patch.object(module, "randn_tensor", draw) if rng == "counter" else contextlib.nullcontext()
+            with same:
+                found.append(loop(scheduler))
         scale = 1 + float(found[1].abs().max())
         return [compare("ours", found[0] / scale, found[1] / scale, loose(x.dtype))]
 
     loop(fused)
     return Case(
         name,
-        f"{kind}, {steps} steps, per step call",
+        f"{kind}, {steps} steps, per step call{', noise by address' if rng == 'counter' else ''}",
         shape,
         x.dtype,
         lambda: loop(fused),
@@ -92,6 +119,8 @@ def _table() -> dict[str, tuple[Callable[..., Case], dict[str, Any]]]:
         for short, (kind, config, goals) in kinds.items():
             options = {"shape": shape, "kind": kind, "steps": steps, "goal": goals.get(size), **config}
             table[f"diffusers-{short}-{size}"] = (drop_in, options)
+            if short in ("ddpm", "dpmpp-2m-sde", "euler-ancestral"):
+                table[f"diffusers-{short}-counter-{size}"] = (drop_in, {**options, "rng": "counter"})
     return table
 
 
