@@ -1,5 +1,6 @@
 """Whole runs of diffusers' schedulers and of our drop-ins for them, as a pipeline runs them with a model that costs
-nothing: set_timesteps, then scale_model_input and step for every timestep."""
+nothing: set_timesteps, then scale_model_input and step for every timestep (RePaint with an image and a mask, the
+variance exploding SDE with a corrector and a predictor)."""
 
 from __future__ import annotations
 
@@ -53,18 +54,13 @@ def drop_in(
         warnings.simplefilter("ignore")
         original, fused = (getattr(module, kind)(**config) for module in (diffusers, compat))
     x, m = (random_tensor(k, shape, setting) for k in (0, 1))
+    run, inputs = _runs(kind, steps, x, m)
     seeds = job_seeds(shape[0], setting)
     fused.diffkern(rng=rng, seeds=seeds)
 
     def loop(scheduler: Any) -> Tensor:
         with torch.no_grad():
-            scheduler.set_timesteps(steps, device=setting.device)
-            state = x
-            for t in scheduler.timesteps:
-                if hasattr(scheduler, "scale_model_input"):
-                    scheduler.scale_model_input(state, t)
-                state = scheduler.step(m, t, state, return_dict=False)[0]
-        return state
+            return run(scheduler)
 
     def check() -> list[Check]:
         found, module = [], sys.modules[type(original).__module__]
@@ -90,11 +86,47 @@ def drop_in(
         lambda: loop(fused),
         (Baseline("diffusers", lambda: loop(original), cpu_target(goal, setting)),),
         check,
-        bytes_of(x, m, x),
+        bytes_of(x, m, x, *inputs),
         steps=len(fused.timesteps),
         overhead=True,
         counted=True,
     )
+
+
+def _runs(kind: str, steps: int, x: Tensor, m: Tensor) -> tuple[Callable[[Any], Tensor], tuple[Tensor, ...]]:
+    """The loop over a scheduler as its pipeline has it, and what a step reads and writes beside x, m and x'."""
+    original, mask = torch.flip(x, [-1]).clamp(-1, 1), (m[:, :1] > 0).to(x.dtype)
+
+    def plain(scheduler: Any) -> Tensor:
+        scheduler.set_timesteps(steps, device=x.device)
+        state = x
+        for t in scheduler.timesteps:
+            if hasattr(scheduler, "scale_model_input"):
+                scheduler.scale_model_input(state, t)
+            state = scheduler.step(m, t, state, return_dict=False)[0]
+        return state
+
+    def repaint(scheduler: Any) -> Tensor:
+        scheduler.set_timesteps(steps, jump_n_sample=1, device=x.device)  # no jumps back: every call is a step
+        state = x
+        for t in scheduler.timesteps:
+            state = scheduler.step(m, t, state, original, mask, return_dict=False)[0]
+        return state
+
+    def score_sde_ve(scheduler: Any) -> Tensor:
+        scheduler.set_timesteps(steps, device=x.device)
+        scheduler.set_sigmas(steps)
+        state = x
+        for t in scheduler.timesteps:
+            state = scheduler.step_correct(m, state, return_dict=False)[0]
+            state = scheduler.step_pred(m, t, state, return_dict=False)[0]
+        return state
+
+    if kind == "RePaintScheduler":
+        return repaint, (original, mask)
+    if kind == "ScoreSdeVeScheduler":
+        return score_sde_ve, (x, m, x)  # a corrector and a predictor a step
+    return plain, ()
 
 
 def _table() -> dict[str, tuple[Callable[..., Case], dict[str, Any]]]:
@@ -113,6 +145,8 @@ def _table() -> dict[str, tuple[Callable[..., Case], dict[str, Any]]]:
         "lms": ("LMSDiscreteScheduler", {}, deterministic),
         "flow-euler": ("FlowMatchEulerDiscreteScheduler", {}, deterministic),
         "flow-heun": ("FlowMatchHeunDiscreteScheduler", {}, deterministic),
+        "repaint": ("RePaintScheduler", {}, {}),
+        "score-sde-ve": ("ScoreSdeVeScheduler", {}, {}),
     }
     table: dict[str, tuple[Callable[..., Case], dict[str, Any]]] = {}
     for size, shape, steps in (("small", SMALL, 50), ("large", LARGE, 10)):

@@ -248,6 +248,8 @@ KINDS: dict[str, tuple[Callable[..., cases.Case], dict[str, Any]]] = {
         {"kind": "DPMSolverMultistepScheduler", "steps": 4, "algorithm_type": "sde-dpmsolver++"},
     ),
     "diffusers-heun": (drop_in_cases.drop_in, {"kind": "HeunDiscreteScheduler", "steps": 4}),
+    "diffusers-repaint": (drop_in_cases.drop_in, {"kind": "RePaintScheduler", "steps": 4}),
+    "diffusers-score-sde-ve": (drop_in_cases.drop_in, {"kind": "ScoreSdeVeScheduler", "steps": 4}),
     "k-diffusion-heun": (compat_cases.k_loop, {"kind": "heun"}),
     "k-diffusion-dpmpp-sde": (compat_cases.k_loop, {"kind": "dpmpp_sde"}),
     "edm-loop-churn": (compat_cases.edm_loop, {"churn": 40.0}),

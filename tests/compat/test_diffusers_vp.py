@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers_runs import SHAPE, check_runs, outputs, pair, run, same_error
+from diffusers_runs import SHAPE, Dispatched, check_runs, outputs, pair, run, same_error
 
 import diffkern
 
@@ -300,6 +300,23 @@ def test_score_sde_ve_times_and_noise() -> None:
     half = ours.step_pred(m.half(), 0.5, x.half())
     assert half.prev_sample.dtype == original.step_pred(m.half(), 0.5, x.half()).prev_sample.dtype == torch.float32
     same_error(lambda s: s.step_pred(m, 1.5, x), original, ours)
+
+
+def test_score_sde_ve_counts() -> None:
+    _, ours = pair("ScoreSdeVeScheduler", num_train_timesteps=50)
+    ours.set_timesteps(5)
+    ours.set_sigmas(5)
+    x, m, t = start(), start(1), list(ours.timesteps)[1]
+    ours.step_correct(m, x)
+    ours.step_pred(m, t, x)
+    with torch.no_grad(), Dispatched() as corrector:
+        ours.step_correct(m, x)
+    norms = {"aten.randn": 1, "aten.view": 3, "aten.linalg_vector_norm": 2, "diffkern.step": 1}
+    few = {"aten.mean": 2, "aten.div": 1, "aten._to_copy": 1, "aten.mul": 1, "aten.addcmul": 1, "aten.cat": 1}
+    assert corrector.ops == {**norms, **few}
+    with torch.no_grad(), Dispatched() as predictor:
+        ours.step_pred(m, t, x)
+    assert predictor.ops == {"aten.randn": 1, "diffkern.step": 1}
 
 
 def test_score_sde_ve_exact_norms_do_not_know_the_neighbours() -> None:

@@ -10,6 +10,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
 from diffkern.compat.diffusers._base import host, plan_of, table_of
+from diffkern.compat.diffusers._threshold import thresholded
 from diffkern.compat.diffusers._vp import FusedVP, to_x0
 from diffkern.plan import Plan
 
@@ -68,11 +69,15 @@ class DDIMScheduler(FusedVP, Original):
         return DDIMSchedulerOutput(prev_sample=found[0], pred_original_sample=found[1])
 
     def plan(self, eta: float = 0.0, use_clipped_model_output: bool = False) -> Plan:
-        """The steps of the current `set_timesteps` as a plan for `diffkern.sample` (no thresholding)."""
-        if self.config.thresholding:
-            raise ValueError("a plan has no dynamic thresholding, got thresholding=True: use step")
+        """The steps of the current `set_timesteps` as a plan for `diffkern.sample`; with a threshold, those that take
+        eps from the thresholded x0."""
+        if self.config.thresholding and not use_clipped_model_output:
+            raise ValueError(
+                "a plan with thresholding=True takes eps from the thresholded x0, got use_clipped_model_output=False: "
+                "use step"
+            )
         table = self._dk_rows(float(eta), bool(use_clipped_model_output))[self._dk_clock.timesteps.cpu()]
-        return plan_of("ddim", table, self._dk_clock.times, self.config.prediction_type)
+        return thresholded(plan_of("ddim", table, self._dk_clock.times, self.config.prediction_type), self.config)
 
     def _dk_rows(self, eta: float, clipped: bool) -> Tensor:
         sources = (self._dk_clock, self.alphas_cumprod, self.final_alpha_cumprod, self._internal_dict)

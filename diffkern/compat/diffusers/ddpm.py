@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffkern import ops
 from diffkern.compat.diffusers._base import as_dtype, column, host, plan_of, promote, table_of
+from diffkern.compat.diffusers._threshold import thresholded
 from diffkern.compat.diffusers._vp import FusedVP, to_x0
 from diffkern.plan import Plan
 
@@ -58,16 +59,14 @@ class DDPMScheduler(FusedVP, Original):
         return DDPMSchedulerOutput(prev_sample=found[0], pred_original_sample=found[1])
 
     def plan(self) -> Plan:
-        """The steps of the current timesteps as a plan for `diffkern.sample` (no thresholding)."""
-        if self.config.thresholding:
-            raise ValueError("a plan has no dynamic thresholding, got thresholding=True: use step")
+        """The steps of the current timesteps as a plan for `diffkern.sample`."""
         if self.variance_type == "learned":
             raise ValueError("a plan has a fixed variance or a range of it, got variance_type='learned': use step")
         table, times = self._dk_tables()[0][self._dk_clock.timesteps.cpu()], self._dk_clock.times
         learned = None
         if self.variance_type == "learned_range":
             learned = self._dk_tables()[2][self._dk_clock.timesteps.cpu(), -2:]
-        return plan_of("ddpm", table, times, self.config.prediction_type, learned=learned)
+        return thresholded(plan_of("ddpm", table, times, self.config.prediction_type, learned=learned), self.config)
 
     def _dk_tables(self) -> tuple[Tensor, Tensor, Tensor]:
         """One row a training timestep: the steps; [T, 2] log-variances ln beta~ and ln beta; the rows of
@@ -117,16 +116,23 @@ class DDPMScheduler(FusedVP, Original):
         return (beta if kind == "fixed_large" else small) ** 0.5
 
     def _dk_in_range(self, *inputs: Tensor) -> bool:
-        """Whether `ops.learned_step` runs the step: a range of variances, no threshold, no gradient."""
-        if self.variance_type != "learned_range" or self.config.thresholding:
+        """Whether `ops.learned_step` runs the step: a range of variances, no gradient, no threshold of diffusers'."""
+        config = self.config
+        if self.variance_type != "learned_range" or (config.thresholding and not config.sample_max_value >= 1.0):
             return False
         return not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs))
 
     def _dk_run_learned(
         self, x: Tensor, m: Tensor, noise: Tensor | None, seeds: Tensor | None, row: int, index: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """std = exp((r0 + r1 v)/2) made in the op of the step."""
+        """std = exp((r0 + r1 v)/2) made in the op of the step; with a threshold x0 takes the place of the model's
+        first half: two ops and a copy before it."""
         state, table = promote(x.dtype, m.dtype), self._dk_tables()[2]
+        if self.config.thresholding:
+            first, table = self._dk_cached(("split learned", id(table)), (table,), lambda: estimated(table))
+            values, variance = m.split(x.shape[1], 1)
+            x0 = self._dk_threshold(self._dk_run(x, values, table=first, row=row, index=index)[0])
+            m = torch.cat([x0, as_dtype(variance, state)], 1)
         if index is not None:
             table = self._dk_on(table, x.device)
         noise = None if noise is None else as_dtype(noise, state)
@@ -162,3 +168,10 @@ class DDPMScheduler(FusedVP, Original):
             low, high = (value.reshape(-1, *(1,) * (like.dim() - 1)) for value in at.unbind(1))
         share = (predicted + 1) / 2
         return torch.exp(0.5 * (share * high + (1 - share) * low)) * noise
+
+
+def estimated(table: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of x0 = p x + q m alone, and the rows of a learned step that takes this x0 as m."""
+    clean, rest = table_of(len(table), p=column(table, "p"), q=column(table, "q"), b=1.0), table.clone()
+    column(rest, "p")[:], column(rest, "q")[:] = 0.0, 1.0
+    return clean, rest

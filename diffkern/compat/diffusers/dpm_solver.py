@@ -12,6 +12,7 @@ from torch import Tensor
 from diffkern import ops
 from diffkern.compat.diffusers._base import column, host, plan_of, promote, table_of
 from diffkern.compat.diffusers._multistep import FusedMultistep
+from diffkern.compat.diffusers._threshold import thresholded
 from diffkern.plan import Plan
 
 
@@ -82,16 +83,21 @@ class DPMSolverMultistepScheduler(FusedMultistep, Original):
         return SchedulerOutput(prev_sample=out) if return_dict else (out,)
 
     def plan(self) -> Plan:
-        """The steps of the current `set_timesteps` as a plan for `diffkern.sample` (no thresholding)."""
-        if self.config.thresholding:
-            raise ValueError("a plan has no dynamic thresholding, got thresholding=True: use step")
+        """The steps of the current `set_timesteps` as a plan for `diffkern.sample`; with a threshold, those of the
+        "++" algorithms."""
+        if self.config.thresholding and "++" not in self.config.algorithm_type:
+            raise ValueError(
+                "a plan with thresholding=True steps in x0 ('dpmsolver++', 'sde-dpmsolver++'), got "
+                f"algorithm_type={self.config.algorithm_type!r}: use step"
+            )
         times = self._dk_clock.times
         rows: list[Tensor] = []
         saves: list[tuple[tuple[int, str], ...]] = []
         for i in range(len(times)):
             rows.append(self._dk_rows(min(i, self.config.solver_order), None, None)[0][i : i + 1])
             saves.append(((i % 2, "x0"),) if self.config.solver_order > 1 else ())
-        return plan_of("dpm_solver", torch.cat(rows), times, self.config.prediction_type, saves=saves)
+        plan = plan_of("dpm_solver", torch.cat(rows), times, self.config.prediction_type, saves=saves)
+        return thresholded(plan, self.config)
 
     # ------------------------------------------------------------------------------------------------ the rows
     def _dk_rows(self, done: int, model_output: Tensor | None, sample: Tensor | None) -> tuple[Tensor, bool, bool]:

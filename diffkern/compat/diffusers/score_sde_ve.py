@@ -13,7 +13,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from diffkern import ops, streams
-from diffkern.compat.diffusers._base import Fused, column, host, promote, table_of
+from diffkern.compat.diffusers._base import Fused, host, promote, table_of
+from diffkern.plan import COLUMNS
 
 CORRECTOR = 1 << 20
 """Noise by address: the corrector's calls draw on ``streams.STEP + CORRECTOR`` + their number."""
@@ -69,15 +70,18 @@ class ScoreSdeVeScheduler(Fused, Original):
             self.__dict__["_dk_calls"] = (self._dk_clock, count)
             seeds = self._dk_seeds_of(sample, generator)
             noise = ops.randn(sample.shape, seeds, streams.STEP + CORRECTOR + count)
-        grad_norm, noise_norm = (torch.norm(t.reshape(t.shape[0], -1), dim=-1) for t in (model_output, noise))
+        flat = (t.reshape(t.shape[0], -1) for t in (model_output, noise))
+        grad_norm, noise_norm = (torch.linalg.vector_norm(t, dim=1) for t in flat)
         if not self._dk_exact:
             grad_norm, noise_norm = grad_norm.mean(), noise_norm.mean()
-        length = ((self.config.snr * noise_norm / grad_norm) ** 2 * 2).double().reshape(-1)
         # A row a sample (one for all) on the device of the state: its numbers never come to the host.
-        table = self._dk_on(self._dk_cached(("correct",), (), lambda: table_of(1, a=1.0)), sample.device)
-        table = table.repeat(len(length), 1)
-        column(table, "d")[:], column(table, "g")[:] = length, (2 * length) ** 0.5
-        index = torch.arange(len(length), device=sample.device) if len(length) > 1 else None
+        n = grad_norm.numel()
+        zero, before, between, after = self._dk_cached(
+            ("correct", n, str(sample.device)), (), lambda: _around_d_and_g(n, sample.device)
+        )
+        g = (noise_norm / grad_norm).double().reshape(-1, 1) * (2.0 * self.config.snr)  # sqrt(2 step)
+        table = torch.cat([before, torch.addcmul(zero, g, g, value=0.5), between, g, after], 1)
+        index = torch.arange(n, device=sample.device) if n > 1 else None
         out = self._dk_run(sample, model_output, table=table, index=index, noise=noise, state=state)[0]
         return SchedulerOutput(prev_sample=out) if return_dict else (out,)
 
@@ -125,3 +129,9 @@ class ScoreSdeVeScheduler(Fused, Original):
 def state_of(sample: Tensor, model_output: Tensor) -> torch.dtype:
     """The original multiplies by float32 tensors [B, 1, ...]: half precision becomes float32."""
     return promote(promote(sample.dtype, model_output.dtype), torch.float32)
+
+
+def _around_d_and_g(n: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Zeros [n, 1], and the columns of n rows a = 1 before d, between d and g, and after g."""
+    table, d, g = table_of(n, a=1.0).to(device), COLUMNS.index("d"), COLUMNS.index("g")
+    return table[:, d : d + 1], table[:, :d], table[:, d + 1 : g], table[:, g + 1 :]

@@ -12,6 +12,7 @@ from torch import Tensor
 from diffkern import ops
 from diffkern.compat.diffusers._base import column, host, plan_of, table_of, version
 from diffkern.compat.diffusers._multistep import FusedMultistep
+from diffkern.compat.diffusers._threshold import thresholded
 from diffkern.compat.diffusers._unipc_rows import Levels, Step, combine, halves
 from diffkern.plan import SLOTS, Plan
 
@@ -137,9 +138,7 @@ class UniPCMultistepScheduler(FusedMultistep, Original):
         return SchedulerOutput(prev_sample=out) if return_dict else (out,)
 
     def plan(self) -> Plan:
-        """The steps of the current `set_timesteps` as a plan for `diffkern.sample` (no thresholding, no solver_p)."""
-        if self.config.thresholding and self.predict_x0:
-            raise ValueError("a plan has no dynamic thresholding, got thresholding=True: use step")
+        """The steps of the current `set_timesteps` as a plan for `diffkern.sample` (no solver_p)."""
         order, times = self.config.solver_order, self._dk_clock.times
         if self.solver_p or order > FUSED_ORDER:
             raise ValueError(f"a plan has solver_order <= {FUSED_ORDER} and no solver_p, got {order}, {self.solver_p}")
@@ -148,7 +147,8 @@ class UniPCMultistepScheduler(FusedMultistep, Original):
             mode = "plain" if i == 0 or i - 1 in self.disable_corrector else "merged"
             parts.append(self._dk_rows(min(i, order), mode).table[i : i + 1])
             saves.append(((i % order, "x0"),))
-        return plan_of("unipc", torch.cat(parts), times, self.config.prediction_type, saves=saves)
+        plan = plan_of("unipc", torch.cat(parts), times, self.config.prediction_type, saves=saves)
+        return thresholded(plan, self.config) if self.predict_x0 else plan  # in eps the original thresholds nothing
 
     # ------------------------------------------------------------------------------------------------ the rows
     def _dk_mode(self, i: int, sample: Tensor) -> tuple[str, Tensor | None]:
