@@ -17,7 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import attention_cases, brownian_case, compat_cases, drop_in_cases, sampler_cases, statistics_cases
+from benchmarks import (
+    attention_cases,
+    brownian_case,
+    compat_cases,
+    drop_in_cases,
+    flow_matching_cases,
+    sampler_cases,
+    statistics_cases,
+)
 from benchmarks.case import (
     Baseline,
     Case,
@@ -440,6 +448,7 @@ def _cases() -> dict[str, Callable[[Setting], Case]]:
         **statistics_cases.TABLE,
         **drop_in_cases.TABLE,
         **compat_cases.TABLE,
+        **flow_matching_cases.TABLE,
         **attention_cases.TABLE,
     }
     return {name: functools.partial(build, name, **options) for name, (build, options) in table.items()}

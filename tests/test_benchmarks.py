@@ -19,7 +19,17 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 pytest.importorskip("benchmarks")
 
-from benchmarks import attention_cases, brownian_case, cases, compat_cases, drop_in_cases, report, run, timing
+from benchmarks import (
+    attention_cases,
+    brownian_case,
+    cases,
+    compat_cases,
+    drop_in_cases,
+    flow_matching_cases,
+    report,
+    run,
+    timing,
+)
 
 TINY = (2, 3, 8, 8)
 
@@ -253,6 +263,8 @@ KINDS: dict[str, tuple[Callable[..., cases.Case], dict[str, Any]]] = {
     "k-diffusion-heun": (compat_cases.k_loop, {"kind": "heun"}),
     "k-diffusion-dpmpp-sde": (compat_cases.k_loop, {"kind": "dpmpp_sde"}),
     "edm-loop-churn": (compat_cases.edm_loop, {"churn": 40.0}),
+    "flow-matching-rk4": (flow_matching_cases.loop, {"method": "rk4"}),
+    "flow-matching-path": (flow_matching_cases.path, {"scheduler": "VPScheduler"}),
     "attention": (attention_cases.attention, {}),
     "attention-grad-bf16": (attention_cases.attention, {"grad": True, "dtype": torch.bfloat16}),
     "attention-nchw-f16": (attention_cases.spatial, {"dtype": torch.float16}),

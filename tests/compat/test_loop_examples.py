@@ -1,4 +1,4 @@
-"""The examples of the loops of k-diffusion and EDM, run small."""
+"""The examples of the loops of k-diffusion, EDM and flow_matching, run small."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import flow_matching_oracle
 import k_diffusion_oracle
 import pytest
 
@@ -15,11 +16,17 @@ import diffkern
 
 @pytest.mark.parametrize(
     ("name", "options", "lines", "limit"),
-    [("k_diffusion_loop", ("--steps", "4"), 5, 8e-6), ("edm_loop", ("--steps", "4"), 2, 1e-12)],
+    [
+        ("k_diffusion_loop", ("--steps", "4"), 5, 8e-6),
+        ("edm_loop", ("--steps", "4"), 2, 1e-12),
+        ("flow_matching_loop", ("--steps", "4"), 4, 8e-6),
+    ],
 )
 def test_example(root: Path, name: str, options: tuple[str, ...], lines: int, limit: float) -> None:
     if name.startswith("k_diffusion") and k_diffusion_oracle.missing():
         pytest.skip(f"needs {', '.join(k_diffusion_oracle.missing())}")
+    if name.startswith("flow_matching") and flow_matching_oracle.missing():
+        pytest.skip(f"needs {', '.join(flow_matching_oracle.missing())}")
     done = subprocess.run(
         [sys.executable, root / "examples" / f"{name}.py", "--size", "8", *options],
         capture_output=True,

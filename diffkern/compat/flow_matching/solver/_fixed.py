@@ -1,0 +1,226 @@
+"""Fixed steps on the grid that torchdiffeq lays through the time points: euler, midpoint, heun2, heun3, rk4 (the 3/8
+rule), explicit_adams. One op a model call.
+
+Grid and stage times are made in the dtype of ``time_grid`` with torchdiffeq's order of operations, so that the model
+is given the same numbers to the last bit.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffkern import ops
+from diffkern.compat.flow_matching.solver._stages import Field, Stages, State, fitted, row_of, run_stage, stages_of
+from diffkern.samplers import runge_kutta as known
+
+TABLEAUS: dict[str, known.Tableau] = {
+    "euler": known.EULER,
+    "midpoint": known.MIDPOINT,
+    "heun2": known.HEUN,
+    "heun3": known.Tableau((0.0, 1 / 3, 2 / 3), ((1 / 3,), (0.0, 2 / 3)), (1 / 4, 0.0, 3 / 4)),
+    "rk4": known.RK4_38,
+}
+ADAMS = "explicit_adams"
+METHODS = (*TABLEAUS, ADAMS)
+ADAMS_ORDER = 11
+"""The highest order of torchdiffeq's explicit Adams-Bashforth method; it starts at the third step, with order 3."""
+
+
+class Out(NamedTuple):
+    """A time point that lies in a step: the state before, after, or the line between them."""
+
+    point: int
+    share: float
+    """0 at the step's start, 1 at its end."""
+
+
+class Grid(NamedTuple):
+    """Steps, rows and times of a run, all on the CPU."""
+
+    stages: Stages
+    table: Tensor
+    """[N S, 21]: the rows of all steps."""
+    times: Tensor
+    """[N S], in the dtype of the time grid."""
+    outs: tuple[tuple[Out, ...], ...]
+    """The time points in each step."""
+    steps: tuple[float, ...]
+    """The signed sizes of the steps."""
+
+
+def check_times(time_grid: Tensor) -> tuple[tuple[float, ...], bool]:
+    """(the points ascending, whether they were negated for that); exceptions as torchdiffeq has them."""
+    t = time_grid.detach().to("cpu")
+    if not t.is_floating_point():
+        raise TypeError(f"time_grid must be floating point, got {t.dtype}")
+    if t.ndim != 1:
+        raise AssertionError(f"time_grid must have one dimension, got shape {list(t.shape)}")
+    points: list[float] = t.tolist()
+    if not points:
+        raise IndexError("time_grid must hold at least one time, got none")
+    if not all(math.isfinite(point) for point in points):
+        raise AssertionError(f"time_grid must be finite, got {points}")
+    reverse = len(points) > 1 and points[0] > points[1]
+    ascending = tuple(-point for point in points) if reverse else tuple(points)
+    if not all(a < b for a, b in itertools.pairwise(ascending)):
+        raise AssertionError(f"time_grid must be strictly increasing or decreasing, got {points}")
+    return ascending, reverse
+
+
+def make_grid(method: str, time_grid: Tensor, step_size: Any, every: bool) -> Grid:
+    """The run of ``method``: from the first time by ``step_size`` (None: from point to point), the last step shorter.
+
+    ``every``: states at all time points are wanted, else at the last one.
+    """
+    points, reverse = check_times(time_grid)
+    if isinstance(step_size, Tensor):
+        step_size = step_size.item()
+    return _grid(method, points, time_grid.dtype, reverse, step_size, every)
+
+
+@lru_cache(maxsize=64)
+def _grid(
+    method: str, points: tuple[float, ...], dtype: torch.dtype, reverse: bool, step_size: Any, every: bool
+) -> Grid:
+    with torch.inference_mode(False):  # the tensors outlive the mode that they were first asked for in
+        return _made(method, torch.tensor(points, dtype=dtype, device="cpu"), reverse, step_size, every)
+
+
+def _made(method: str, t: Tensor, reverse: bool, step_size: Any, every: bool) -> Grid:
+    grid = t if step_size is None else _spaced(t, step_size)
+    start, end = grid[:-1], grid[1:]
+    h = end - start
+    sign = -1.0 if reverse else 1.0
+    stages = _STAGES[method]
+    # c = 1 is the step's end itself in the 3/8 rule and start + h in Heun's: in torchdiffeq, and so here.
+    at = [start, *(end if c == 1.0 and method in ("rk4", ADAMS) else start + h * c for c in stages.nodes[1:])]
+    steps = sign * h.to(torch.float64)
+    outs = _outs(t, start, end, [t.shape[0] - 1] if not every else range(1, t.shape[0]))
+    times = sign * torch.stack(at, 1).flatten()
+    return Grid(stages, stages.rows(steps).flatten(0, 1), times, outs, tuple(steps.tolist()))
+
+
+def _spaced(t: Tensor, step_size: Any) -> Tensor:
+    count = torch.ceil((t[-1] - t[0]) / step_size + 1).item()
+    grid = torch.arange(0, count, dtype=t.dtype, device="cpu") * step_size + t[0]
+    grid[-1] = t[-1]
+    if grid[0] != t[0]:
+        raise AssertionError(f"step_size must be positive and finite, got {step_size}")
+    return grid
+
+
+def _outs(t: Tensor, start: Tensor, end: Tensor, wanted: Iterable[int]) -> tuple[tuple[Out, ...], ...]:
+    """Which points lie in which step."""
+    found: list[list[Out]] = [[] for _ in range(len(start))]
+    points, at = set(wanted), t.tolist()
+    j = 1
+    for step, (left, right) in enumerate(zip(start.tolist(), end.tolist(), strict=True)):
+        while j < len(at) and right >= at[j]:
+            if j in points:
+                share = float(at[j] == right)
+                if left < at[j] < right:
+                    share = float((t[j] - start[step]) / (end[step] - start[step]))
+                found[step].append(Out(j, share))
+            j += 1
+    return tuple(tuple(outs) for outs in found)
+
+
+def run(method: str, field: Field, y: State, grid: Grid) -> dict[int, State]:
+    """The states at the time points that the grid was made for, by their number."""
+    stages, table, ends = grid.stages.stages, grid.table, grid.times
+    count = len(stages)
+    found: dict[int, State] = {}
+    clock: dict[torch.dtype, tuple[Tensor, ...]] = {}
+    adams = _Adams() if method == ADAMS else None
+    for step in range(len(grid.steps)):
+        state: State = y
+        ks: list[State] = []
+        base = y
+        for i, stage in enumerate(stages):
+            row = step * count + i
+            dtype = state[0].dtype
+            if dtype not in clock:
+                # A copy: the grid is kept for later runs, and a model may scale its time in place.
+                clock[dtype] = ends.to(state[0].device, dtype, copy=True).unbind()
+            m = field(clock[dtype][row], state)
+            base, ks, m = fitted(base, ks, m)
+            if adams is not None and i == 0:
+                jumped = adams.step(base, m, grid.steps[step])
+                if jumped is not None:
+                    state = jumped
+                    break
+            state, k = run_stage(stage, base, ks, m, table, row)
+            ks.append(k)
+        for out in grid.outs[step]:
+            found[out.point] = between(y, state, out.share)
+        y = state
+    return found
+
+
+def between(y: State, after: State, share: float) -> State:
+    """y + share (after - y)."""
+    if share in (0.0, 1.0):
+        return after if share else y
+    table = torch.tensor([row_of(a=1.0 - share, e0=share)], dtype=torch.float64, device="cpu")
+    return tuple(ops.step(a.to(b.dtype), None, None, b, table=table)[0] for a, b in zip(y, after, strict=True))
+
+
+class _Adams:
+    """Adams-Bashforth: y + h sum_i beta_i f_i over up to 11 slopes, newest first."""
+
+    def __init__(self) -> None:
+        self.slopes: list[State] = []
+
+    def step(self, y: State, m: State, h: float) -> State | None:
+        """The state after the step; None while there are too few slopes, and the step is one of rk4."""
+        self.slopes = [m, *self.slopes[: ADAMS_ORDER - 1]]
+        order = len(self.slopes)
+        if order < 3:
+            return None
+        beta = [h * w for w in adams_bashforth(order)]
+        table = torch.tensor(
+            [
+                row_of(a=1.0, d=beta[first], **{f"e{k}": w for k, w in enumerate(beta[first + 1 : first + 5])})
+                for first in range(0, order, 5)
+            ],
+            dtype=torch.float64,
+            device="cpu",
+        )
+        out = []
+        for part, base in enumerate(y):
+            x = base
+            for row, first in enumerate(range(0, order, 5)):
+                own, *older = (slope[part].to(base.dtype) for slope in self.slopes[first : first + 5])
+                x = ops.step(x, own, None, *older, table=table, row=row)[0]
+            out.append(x)
+        return tuple(out)
+
+
+@lru_cache(maxsize=ADAMS_ORDER)
+def adams_bashforth(order: int) -> tuple[float, ...]:
+    """beta_i = int_0^1 prod_{l != i} (s + l)/(l - i) ds, the slopes taken at 0, -1, ... (Hairer et al., III.1)."""
+    found = []
+    for i in range(order):
+        poly = [Fraction(1)]  # coefficients of s^0, s^1, ...
+        for other in range(order):
+            if other != i:
+                scale = Fraction(1, other - i)
+                grown = [Fraction(0)] * (len(poly) + 1)
+                for power, c in enumerate(poly):
+                    grown[power] += c * other * scale
+                    grown[power + 1] += c * scale
+                poly = grown
+        found.append(float(sum(c / (power + 1) for power, c in enumerate(poly))))
+    return tuple(found)
+
+
+_STAGES = {name: stages_of(tableau.c, [*tableau.A, tableau.b]) for name, tableau in TABLEAUS.items()}
+_STAGES[ADAMS] = _STAGES["rk4"]

@@ -1,0 +1,392 @@
+"""compat.flow_matching's schedulers, paths and helpers beside the installed flow_matching."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flow_matching_oracle import PARTS, apart, exports, peer, start
+from op_counter import CountOps, EveryOp
+from torch import Tensor
+
+import diffkern
+
+OURS = exports("diffkern.compat.flow_matching")
+SCHEDULERS: dict[str, tuple[Any, ...]] = {
+    "CondOTScheduler": (),
+    "CosineScheduler": (),
+    "LinearVPScheduler": (),
+    "VPScheduler": (),
+    "PolynomialConvexScheduler": (3,),
+}
+CONVERSIONS = (
+    *("target_to_velocity", "epsilon_to_velocity", "velocity_to_target"),
+    *("epsilon_to_target", "velocity_to_epsilon", "target_to_epsilon"),
+)
+OUT_OF_SCOPE = {
+    *("MixtureDiscreteProbPath", "GeodesicProbPath", "DiscretePathSample", "categorical"),
+    *("MixtureDiscreteEulerSolver", "RiemannianODESolver"),
+}
+LIMITS = {torch.float32: 2e-6, torch.float64: 1e-12}
+RATES = ("alpha_t", "sigma_t", "d_alpha_t", "d_sigma_t")
+
+
+def test_names_and_signatures() -> None:
+    """Everything that flow_matching exports is here, but for what is out of scope, with its argument names."""
+    theirs, ours = vars(peer()), vars(OURS)
+    assert set(theirs) - set(ours) == OUT_OF_SCOPE
+    assert not set(ours) - set(theirs)
+    for name, cls in ours.items():
+        functions = {name: cls} if inspect.isfunction(cls) else {"__init__": cls.__init__}
+        others = {name: theirs[name]} if inspect.isfunction(cls) else {"__init__": theirs[name].__init__}
+        if inspect.isclass(cls):
+            for method in (n for n in vars(theirs[name]) if callable(vars(theirs[name])[n]) and not n.startswith("__")):
+                functions[method], others[method] = getattr(cls, method), getattr(theirs[name], method)
+        for method, function in functions.items():
+            found, want = (
+                [(p.name, p.kind, str(p.default)) for p in inspect.signature(f).parameters.values()]
+                for f in (function, others[method])
+            )
+            if name != "Solver":
+                assert found == want, f"{name}.{method}"
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedulers(name: str, dtype: torch.dtype) -> None:
+    ours, theirs = getattr(OURS, name)(*SCHEDULERS[name]), getattr(peer(), name)(*SCHEDULERS[name])
+    t = torch.linspace(0, 1, 41).to(dtype).reshape(1, 41)
+    found, want = ours(t), theirs(t)
+    for rate in RATES:
+        assert getattr(found, rate).dtype == dtype
+        torch.testing.assert_close(getattr(found, rate), getattr(want, rate), rtol=LIMITS[dtype], atol=LIMITS[dtype])
+    snr = torch.logspace(-2, 2, 21).to(dtype)
+    torch.testing.assert_close(ours.snr_inverse(snr), theirs.snr_inverse(snr), rtol=LIMITS[dtype], atol=1e-6)
+    inside = t[0, 1:-1].double()
+    rates = ours(inside)
+    torch.testing.assert_close(ours.snr_inverse(rates.alpha_t / rates.sigma_t), inside, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_scheduler_derivatives(name: str) -> None:
+    t = torch.linspace(0.02, 0.98, 25, dtype=torch.float64, requires_grad=True)
+    found = getattr(OURS, name)(*SCHEDULERS[name])(t)
+    for rate, derivative in ((found.alpha_t, found.d_alpha_t), (found.sigma_t, found.d_sigma_t)):
+        (slope,) = torch.autograd.grad(rate.sum(), t, retain_graph=True)
+        torch.testing.assert_close(slope, derivative.detach(), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [0, -1, "a", None])
+def test_bad_power(n: Any) -> None:
+    for package in (OURS, peer()):
+        with pytest.raises(AssertionError, match="must be"):
+            package.PolynomialConvexScheduler(n)
+
+
+def test_abstract_schedulers() -> None:
+    for cls in (OURS.Scheduler, OURS.ConvexScheduler, OURS.ProbPath, OURS.Solver):
+        with pytest.raises(TypeError, match="abstract"):
+            cls()
+
+
+class Duck:
+    """A scheduler of no class, with numbers among its rates."""
+
+    def __call__(self, t: Tensor) -> Any:
+        class Found:
+            alpha_t, sigma_t, d_alpha_t, d_sigma_t = 3 * t, 2 - t, 3.0, torch.tensor(-1.0)
+
+        return Found
+
+
+def both(name: str) -> tuple[Any, Any]:
+    """(our path, theirs); our path on their scheduler for "theirs"."""
+    theirs = peer()
+    if name == "theirs":
+        return OURS.AffineProbPath(theirs.VPScheduler()), theirs.AffineProbPath(theirs.VPScheduler())
+    if name == "duck":
+        return OURS.AffineProbPath(Duck()), None
+    args = SCHEDULERS[name]
+    return (
+        OURS.AffineProbPath(getattr(OURS, name)(*args)),
+        theirs.AffineProbPath(getattr(theirs, name)(*args)),
+    )
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 3), (5, 2, 3, 4)])
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("name", [*SCHEDULERS, "theirs"])
+def test_sample(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    ours, theirs = both(name)
+    x_0, x_1 = start(dtype, shape), start(dtype, shape).flip(0)
+    t = torch.tensor([0.0, 0.1, 0.5, 0.9, 0.99], dtype=dtype)
+    found, want = ours.sample(x_0=x_0, x_1=x_1, t=t), theirs.sample(x_0=x_0, x_1=x_1, t=t)
+    assert found.x_0 is x_0
+    assert found.x_1 is x_1
+    assert found.t is t
+    for name in ("x_t", "dx_t"):
+        assert apart(getattr(found, name), getattr(want, name)) <= LIMITS[dtype]
+        assert getattr(found, name).dtype == getattr(want, name).dtype
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_round_trips(name: str) -> None:
+    """The conversions of a sample's velocity, ends and state into each other."""
+    scheduler = getattr(OURS, name)(*SCHEDULERS[name])
+    path = OURS.AffineProbPath(scheduler)
+    x_0, x_1, t = start(), start().flip(0) + 1, torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
+    drawn, rates = path.sample(x_0=x_0, x_1=x_1, t=t), scheduler(t[:, None])
+    assert apart(drawn.x_t, rates.alpha_t * x_1 + rates.sigma_t * x_0) <= 1e-14
+    assert apart(drawn.dx_t, rates.d_alpha_t * x_1 + rates.d_sigma_t * x_0) <= 1e-14
+    parts = {"target": x_1, "epsilon": x_0, "velocity": drawn.dx_t}
+    for conversion in CONVERSIONS:
+        given, wanted = conversion.split("_to_")
+        assert apart(getattr(path, conversion)(parts[given], drawn.x_t, t), parts[wanted]) <= 1e-12, conversion
+
+
+def test_sample_on_a_scheduler_of_no_class() -> None:
+    x_0, x_1, t = start(shape=(2, 3)), start(shape=(2, 3)) + 1, torch.tensor([0.25, 0.75], dtype=torch.float64)
+    found = OURS.AffineProbPath(Duck()).sample(x_0, x_1, t)
+    torch.testing.assert_close(found.x_t, 3 * t[:, None] * x_1 + (2 - t[:, None]) * x_0, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(found.dx_t, 3 * x_1 - x_0, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.float16, torch.float16, torch.float32),
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.float64, torch.float32),
+        (torch.float32, torch.float32, torch.float64),
+    ],
+)
+def test_sample_dtypes(dtypes: tuple[torch.dtype, ...]) -> None:
+    """The result has the dtype that flow_matching's has, and is at least as close to float64."""
+    ours, theirs = both("CosineScheduler")
+    x_0, x_1 = start(dtypes[0]), start(dtypes[1]) + 0.5
+    t = torch.tensor([0.1, 0.5, 0.9]).to(dtypes[2])
+    exact = ours.sample(x_0.double(), x_1.double(), t.double())
+    found, want = ours.sample(x_0, x_1, t), theirs.sample(x_0=x_0, x_1=x_1, t=t)
+    for name in ("x_t", "dx_t"):
+        a, b, c = (getattr(sample, name) for sample in (found, want, exact))
+        assert a.dtype == b.dtype
+        assert apart(a.double(), c) <= 1.01 * apart(b.double(), c) + 2e-7
+
+
+def test_sample_broadcasts() -> None:
+    ours, theirs = both("CondOTScheduler")
+    x_0, x_1, t = start(), start()[:, :1], torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    assert apart(ours.sample(x_0, x_1, t).x_t, theirs.sample(x_0, x_1, t).x_t) <= 1e-14
+
+
+@pytest.mark.parametrize("inputs", ["ends", "times"])
+def test_sample_gradients(inputs: str) -> None:
+    gradients = []
+    for path in both("VPScheduler"):
+        x_0, x_1 = (x.requires_grad_(inputs == "ends") for x in (start(), start() + 1))
+        t = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64, requires_grad=inputs == "times")
+        sample = path.sample(x_0=x_0, x_1=x_1, t=t)
+        loss = (sample.x_t.sin() * sample.dx_t).sum()
+        gradients.append(torch.autograd.grad(loss, [x_0, x_1] if inputs == "ends" else [t]))
+    for found, want in zip(*gradients, strict=True):
+        assert apart(found, want) <= 1e-12
+
+
+TIMES: list[Tensor] = [
+    torch.tensor(0.3),
+    torch.tensor(0.7, dtype=torch.float64),
+    torch.tensor([0.4]),
+    torch.tensor([[0.1], [0.5], [0.9]]),
+    torch.tensor([0.1, 0.3, 0.7, 0.9]),  # broadcast along the last dimension
+    torch.full((3, 4), 0.3),
+]
+
+
+@pytest.mark.parametrize("t", TIMES, ids=lambda t: f"{str(t.dtype)[6:]}{list(t.shape)}")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("conversion", CONVERSIONS)
+def test_conversions(conversion: str, dtype: torch.dtype, t: Tensor) -> None:
+    for name in (*SCHEDULERS, "theirs"):
+        ours, theirs = both(name)
+        t = t if dtype != torch.float64 else t.double()
+        x, other = start(dtype), start(dtype).flip(0)
+        found, want = (getattr(path, conversion)(other, x, t) for path in (ours, theirs))
+        exact = getattr(theirs, conversion)(other.double(), x.double(), t.double())
+        assert found.dtype == want.dtype
+        assert found.shape == want.shape
+        if dtype == torch.float64:
+            assert apart(found, want) <= 1e-12
+        else:  # the rates themselves are rounded by the scheduler
+            assert apart(found.double(), exact) <= 1.05 * apart(want.double(), exact) + 4e-6
+
+
+@pytest.mark.parametrize("conversion", CONVERSIONS)
+@pytest.mark.parametrize("end", [0.0, 1.0])
+def test_conversions_at_the_ends(conversion: str, end: float) -> None:
+    """The same limits, infinities and NaN."""
+    for name in SCHEDULERS:
+        ours, theirs = both(name)
+        for t in (torch.tensor(end, dtype=torch.float64), torch.full((3, 1), end, dtype=torch.float64)):
+            found, want = (getattr(path, conversion)(start() + 3, start(), t) for path in (ours, theirs))
+            torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_sample_at_the_ends(name: str) -> None:
+    ours, theirs = both(name)
+    t = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64)
+    found, want = (path.sample(x_0=start(), x_1=start() + 3, t=t) for path in (ours, theirs))
+    torch.testing.assert_close(found.x_t, want.x_t, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.dx_t, want.dx_t, rtol=1e-12, atol=1e-12)
+
+
+def test_compiles() -> None:
+    path, t = OURS.CondOTProbPath(), torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+
+    def batch(x_0: Tensor, x_1: Tensor) -> Tensor:
+        drawn = path.sample(x_0=x_0, x_1=x_1, t=t)
+        out: Tensor = path.velocity_to_target(drawn.dx_t, drawn.x_t, t[:, None])
+        return out
+
+    compiled = torch.compile(batch, backend="eager", fullgraph=True)
+    assert apart(compiled(start(), start() + 1), start() + 1) <= 1e-12
+
+
+@pytest.mark.parametrize("conversion", CONVERSIONS)
+def test_one_time_a_sample(conversion: str) -> None:
+    """t [B] is one time a sample, also where B is the size of the last dimension."""
+    ours, theirs = both("CosineScheduler")
+    x, t = start(shape=(3, 3)), torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    found = getattr(ours, conversion)(x.flip(0), x, t)
+    assert apart(found, getattr(theirs, conversion)(x.flip(0), x, t[:, None])) <= 1e-12
+
+
+def test_conversion_gradients() -> None:
+    for conversion in CONVERSIONS:
+        gradients = []
+        for path in both("CosineScheduler"):
+            leaves = [start().requires_grad_(), (start() + 1).requires_grad_()]
+            t = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+            still = torch.autograd.grad(getattr(path, conversion)(*leaves, t.detach()).sin().sum(), leaves)
+            gradients.append([*still, *torch.autograd.grad(getattr(path, conversion)(*leaves, t).sin().sum(), t)])
+        for found, want in zip(*gradients, strict=True):
+            assert apart(found, want) <= 1e-12, conversion
+
+
+@pytest.mark.parametrize(
+    ("t", "x_1"),
+    [
+        (torch.tensor(0.5), start()),
+        (torch.rand(3, 1), start()),
+        (torch.rand(2), start()),
+        (torch.rand(3), start()[:2]),
+    ],
+)
+def test_sample_bad_shapes(t: Tensor, x_1: Tensor) -> None:
+    for path in both("CondOTScheduler"):
+        with pytest.raises(AssertionError, match=r"must (have|match)"):
+            path.sample(x_0=start(), x_1=x_1, t=t)
+
+
+def test_ops_of_the_path() -> None:
+    """A sample is one op on the data, a conversion is one; nothing is read from the device."""
+    x, t = start(torch.float32, (16, 3, 32)), torch.rand(16)
+    for path in (OURS.CondOTProbPath(), OURS.AffineProbPath(OURS.VPScheduler())):
+        with CountOps(x.shape) as counted:
+            path.sample(x_0=x, x_1=x, t=t)
+        assert counted.fused.total() == 1
+        assert set(counted.large) <= {"empty_like"}
+        for conversion in CONVERSIONS:
+            for time in (t, torch.tensor(0.4)):
+                with CountOps(x.shape) as counted:
+                    getattr(path, conversion)(x, x, time)
+                assert counted.fused.total() == 1, conversion
+                assert set(counted.large) <= {"empty_like"}, conversion
+        with EveryOp() as every:
+            path.sample(x_0=x, x_1=x, t=t)
+            path.target_to_velocity(x, x, t)
+        assert not [op for op in every.counts if "item" in op or "local_scalar" in op]
+
+
+def test_schedule_transform() -> None:
+    """The transformed velocity beside flow_matching's, for both its own wrapper and ours; its two ops."""
+    theirs = peer()
+    for one, two in (("CondOTScheduler", "CosineScheduler"), ("VPScheduler", "CondOTScheduler")):
+        for t in (torch.tensor(0.35, dtype=torch.float64), torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)[:, None]):
+            results = []
+            for package in (OURS, theirs):
+
+                class Wrapped(package.ModelWrapper):  # type: ignore[name-defined, misc]
+                    def forward(self, x: Tensor, t: Tensor, **extras: Any) -> Tensor:
+                        return torch.tanh(x) * t + extras["shift"]
+
+                model = package.ScheduleTransformedModel(
+                    Wrapped(torch.nn.Identity()), getattr(package, one)(), getattr(package, two)()
+                )
+                with CountOps((3, 4)) as counted:
+                    results.append(model(x=start(), t=t, shift=0.5))
+                if package is OURS:
+                    assert counted.fused.total() == 2
+            assert apart(*results) <= 1e-12
+
+
+def test_helpers() -> None:
+    theirs = peer()
+    x, source = start(), torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    for package in (OURS, theirs):
+        assert torch.equal(package.expand_tensor_like(source, x), source[:, None].expand(3, 4))
+        assert package.unsqueeze_to_match(source, x[None]).shape == (3, 1, 1)
+        assert package.unsqueeze_to_match(source, x[None], how="prefix").shape == (1, 1, 3)
+        assert package.unsqueeze_to_match(x, source).shape == (3, 4)
+        for bad in (source[:2], source[:, None], source[0]):
+            with pytest.raises(AssertionError):
+                package.expand_tensor_like(bad, x)
+        with pytest.raises(AssertionError, match="prefix"):
+            package.unsqueeze_to_match(source, x, how="middle")
+        leaf = start().requires_grad_()
+        slope = package.gradient(leaf**2, leaf, create_graph=True)
+        assert torch.equal(slope, 2 * leaf)
+        assert torch.equal(package.gradient(slope, leaf, grad_outputs=x), 2 * x)
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            package.gradient(x, leaf)
+
+
+def test_without_flow_matching() -> None:
+    """flow_matching and torchdiffeq cannot be imported: all but the adaptive methods other than dopri5 works."""
+    code = f"""
+import sys
+for name in ("flow_matching", "torchdiffeq", "scipy", "torchvision"):
+    sys.modules[name] = None  # an import of it fails
+import importlib, torch
+for part in {PARTS!r}:
+    importlib.import_module(f"diffkern.compat.flow_matching.{{part}}")
+from diffkern.compat.flow_matching.path import CondOTProbPath
+from diffkern.compat.flow_matching.path.scheduler import CondOTScheduler
+from diffkern.compat.flow_matching.solver import ODESolver
+x, t = torch.ones(2, 3), torch.rand(2)
+assert CondOTProbPath().sample(x_0=x, x_1=x, t=t).x_t.isfinite().all()
+solver = ODESolver(lambda x, t: -x * t)
+for method in ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "dopri5"):
+    assert solver.sample(x, None, method=method).isfinite().all()
+    assert solver.compute_likelihood(x, lambda x: x.sum(1), None, method=method)[1].isfinite().all()
+try:
+    solver.sample(x, None, method="bosh3")
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(Path(diffkern.__file__).parent.parent)},
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == (
+        "method 'bosh3' needs the package torchdiffeq, which is not installed: pip install torchdiffeq"
+    )
