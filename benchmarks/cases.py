@@ -23,8 +23,10 @@ from benchmarks import (
     compat_cases,
     drop_in_cases,
     flow_matching_cases,
+    guided_diffusion_cases,
     sampler_cases,
     statistics_cases,
+    torchcfm_cases,
 )
 from benchmarks.case import (
     Baseline,
@@ -449,6 +451,8 @@ def _cases() -> dict[str, Callable[[Setting], Case]]:
         **drop_in_cases.TABLE,
         **compat_cases.TABLE,
         **flow_matching_cases.TABLE,
+        **guided_diffusion_cases.TABLE,
+        **torchcfm_cases.TABLE,
         **attention_cases.TABLE,
     }
     return {name: functools.partial(build, name, **options) for name, (build, options) in table.items()}

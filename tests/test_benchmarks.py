@@ -26,9 +26,11 @@ from benchmarks import (
     compat_cases,
     drop_in_cases,
     flow_matching_cases,
+    guided_diffusion_cases,
     report,
     run,
     timing,
+    torchcfm_cases,
 )
 
 TINY = (2, 3, 8, 8)
@@ -265,6 +267,11 @@ KINDS: dict[str, tuple[Callable[..., cases.Case], dict[str, Any]]] = {
     "edm-loop-churn": (compat_cases.edm_loop, {"churn": 40.0}),
     "flow-matching-rk4": (flow_matching_cases.loop, {"method": "rk4"}),
     "flow-matching-path": (flow_matching_cases.path, {"scheduler": "VPScheduler"}),
+    "guided-diffusion-ddim": (guided_diffusion_cases.step, {"kind": "ddim_sample"}),
+    "guided-diffusion-p-learned": (guided_diffusion_cases.step, {"variance": "LEARNED_RANGE", "drawn": True}),
+    "guided-diffusion-losses": (guided_diffusion_cases.losses, {}),
+    "torchcfm-bridge": (torchcfm_cases.matcher, {"kind": "bridge"}),
+    "torchcfm-target-given": (torchcfm_cases.matcher, {"kind": "target", "given": True}),
     "attention": (attention_cases.attention, {}),
     "attention-grad-bf16": (attention_cases.attention, {"grad": True, "dtype": torch.bfloat16}),
     "attention-nchw-f16": (attention_cases.spatial, {"dtype": torch.float16}),

@@ -1,4 +1,4 @@
-"""The examples of the loops of k-diffusion, EDM and flow_matching, run small."""
+"""The examples of the peers' loops, run small."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ import diffkern
         ("k_diffusion_loop", ("--steps", "4"), 5, 8e-6),
         ("edm_loop", ("--steps", "4"), 2, 1e-12),
         ("flow_matching_loop", ("--steps", "4"), 4, 8e-6),
+        ("guided_diffusion_loop", ("--steps", "4"), 3, 2e-5),
     ],
 )
 def test_example(root: Path, name: str, options: tuple[str, ...], lines: int, limit: float) -> None:
@@ -46,7 +47,8 @@ def test_the_drop_ins_need_torch_alone() -> None:
     """Nothing of the originals, nor of what they stand on, is imported."""
     code = """
 import sys
-for name in ("k_diffusion", "torchsde", "torchdiffeq", "scipy", "diffusers", "torchvision", "clip", "wandb"):
+absent = ("k_diffusion", "torchsde", "torchdiffeq", "scipy", "diffusers", "torchvision", "clip", "wandb")
+for name in (*absent, "guided_diffusion"):
     sys.modules[name] = None  # an import of it fails
 import torch
 from diffkern.compat import edm
@@ -59,6 +61,16 @@ for name in K.__all__:
         assert getattr(K, name)(model, x, sigmas, disable=True).isfinite().all(), name
 print(float(K.log_likelihood(model, x, 0.1, 5.0)[0]))
 edm.EDMLoss()(lambda x, sigma, labels, augment_labels: x, x).mean()
+from diffkern.compat import guided_diffusion as G
+d = G.SpacedDiffusion(
+    use_timesteps=G.space_timesteps(50, "3"),
+    betas=G.get_named_beta_schedule("linear", 50),
+    model_mean_type=G.ModelMeanType.EPSILON,
+    model_var_type=G.ModelVarType.FIXED_SMALL,
+    loss_type=G.LossType.KL,
+)
+assert d.p_sample_loop(lambda x, t: x.tanh(), (1, 3, 4, 4), device="cpu").isfinite().all()
+assert d.calc_bpd_loop(lambda x, t: x.tanh(), x)["total_bpd"].isfinite().all()
 """
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -1,0 +1,99 @@
+"""guided-diffusion's attention on `diffkern.spatial_attention`: nothing of size T x T, q, k and v read in place."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffkern._load import cuda_status
+from diffkern.ops import spatial_attention
+
+__all__ = ["FALLBACKS", "QKVAttention", "QKVAttentionLegacy", "qkv_attention"]
+
+FALLBACKS: Counter[str] = Counter()
+"""Reason -> number of calls of this process that ran on torch's own attention, as there is no kernel for them."""
+
+
+def qkv_attention(qkv: Tensor, n_heads: int, order: str) -> Tensor:
+    """softmax(q^T k / sqrt(C)) v of every head: [N, 3 H C, T] to [N, H C, T], in the dtype of qkv.
+
+    ``order``: "legacy" where a head's q, k and v stand together, "new" where all q come first
+    (`diffkern.spatial_attention`). Logits, softmax and sums are float32 whatever the dtype (float64 for float64), where
+    the original has the logits and the weights of 16-bit tensors in 16 bits.
+    There are kernels for C = 8, 16, ..., 256 and 512, on the CPU and CUDA: any other call runs on
+    F.scaled_dot_product_attention, with a RuntimeWarning and a count in `FALLBACKS`.
+    Raises ValueError for tensors that are not 3-D and AssertionError, as the original, for channels that do not divide.
+    """
+    if qkv.dim() != 3:
+        raise ValueError(f"qkv must have shape [N, 3 H C, T], got {list(qkv.shape)}")
+    width, length = qkv.shape[1:]
+    if n_heads < 1 or width % (3 * n_heads):
+        raise AssertionError(f"the channels of qkv must be a multiple of 3 x {n_heads} heads, got {width}")
+    reason = _why_not(qkv, width // (3 * n_heads))
+    if reason is not None:
+        return _by_torch(qkv, n_heads, order, reason)
+    if length > 1 and qkv.stride(2) != 1 and qkv.stride(1) != 1:
+        qkv = qkv.contiguous()  # neither positions nor channels lie next to each other
+    return spatial_attention(qkv, n_heads, order)
+
+
+def _why_not(qkv: Tensor, dim: int) -> str | None:
+    """Why the kernels cannot run this call; None if they can."""
+    if dim != 512 and (dim % 8 or not 8 <= dim <= 256):
+        return f"the channels of a head must be a multiple of 8 up to 256, or 512, got {dim}"
+    if qkv.device.type not in ("cpu", "cuda", "meta"):
+        return f"no kernels for the device {qkv.device.type}"
+    if qkv.device.type == "cuda":
+        if qkv.dtype == torch.float64:
+            return "no float64 kernels on CUDA"
+        if not torch.compiler.is_compiling() and not cuda_status().ready:  # which cannot be traced
+            return cuda_status().text
+    return None
+
+
+def _by_torch(qkv: Tensor, heads: int, order: str, reason: str) -> Tensor:
+    if not torch.compiler.is_compiling():
+        FALLBACKS[reason] += 1
+        warnings.warn(f"attention runs on torch's own kernels: {reason}", RuntimeWarning, stacklevel=4)
+    axes, at = ((heads, 3, -1), 2) if order == "legacy" else ((3, heads, -1), 1)
+    q, k, v = (t.transpose(-1, -2) for t in qkv.unflatten(1, axes).unbind(at))
+    return F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).flatten(1, 2)
+
+
+class _Attention(nn.Module):
+    order: ClassVar[str]
+
+    def __init__(self, n_heads: int) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        return qkv_attention(qkv, self.n_heads, self.order)
+
+    @staticmethod
+    def count_flops(model: Any, _x: Any, y: Any) -> None:
+        """thop's hook, as the original's: adds 2 b T^2 c to ``model.total_ops``, b, c and T read off ``y[0]``.
+
+        Given a tensor, as thop gives it, ``y[0]`` is one sample [C, T], and what is added 2 C T; given a tuple, as the
+        original's comment has it, the tensor [b, c, T].
+        """
+        b, c, *spatial = y[0].shape
+        model.total_ops += torch.tensor([2.0 * b * math.prod(spatial) ** 2 * c], dtype=torch.float64)
+
+
+class QKVAttentionLegacy(_Attention):
+    """``(n_heads).forward(qkv [N, H 3 C, T]) -> [N, H C, T]``: a head's q, k and v together; OpenAI's checkpoints."""
+
+    order = "legacy"
+
+
+class QKVAttention(_Attention):
+    """``(n_heads).forward(qkv [N, 3 H C, T]) -> [N, H C, T]``: q of all heads, then k, then v."""
+
+    order = "new"
