@@ -64,6 +64,7 @@ def loop(name: str, setting: Setting, shape: tuple[int, ...], method: str) -> Ca
         bytes_of(x, m, x),
         steps=steps * STAGES[method],
         overhead=True,
+        counted=True,
     )
 
 
@@ -103,6 +104,7 @@ def path(name: str, setting: Setting, shape: tuple[int, ...], scheduler: str) ->
         check,
         bytes_of(x_0, x_1, x_0, x_0),
         overhead=True,
+        counted=True,
     )
 
 

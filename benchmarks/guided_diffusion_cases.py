@@ -118,7 +118,19 @@ def step(
     title = f"guided-diffusion {kind}, {variance.lower()}" + (", noise drawn" if drawn else "")
     # Read: x, m, z (DDIM at eta 0 reads none of it); written: x' and x0.
     moved = bytes_of(x, m if kind == "p_sample" else x, x, x) + (bytes_of(z) if kind == "p_sample" else 0)
-    return Case(name, title, shape, x.dtype, lambda: run(ours_d), baselines, check, moved, steps=calls, overhead=True)
+    return Case(
+        name,
+        title,
+        shape,
+        x.dtype,
+        lambda: run(ours_d),
+        baselines,
+        check,
+        moved,
+        steps=calls,
+        overhead=True,
+        counted=True,
+    )
 
 
 def losses(name: str, setting: Setting, shape: tuple[int, ...], exact: bool = False) -> Case:
