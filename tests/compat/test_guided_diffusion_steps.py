@@ -441,6 +441,23 @@ def test_overridden_methods_are_called() -> None:
     assert error(other, one) <= 2e-5
 
 
+def test_methods_replaced_later_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, t, model = state(), torch.tensor([9, 0, 4, 1]), network()
+    d = make()
+    d.ddim_sample(model, x, t)
+    original = gd.GaussianDiffusion.p_mean_variance
+
+    def halved(self: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        out = original(self, *args, **kwargs)
+        return {**out, "pred_xstart": out["pred_xstart"] / 2}
+
+    want = d.ddim_sample(model, x, t)["pred_xstart"] / 2
+    monkeypatch.setattr(gd.GaussianDiffusion, "p_mean_variance", halved)
+    assert error(d.ddim_sample(model, x, t)["pred_xstart"], want) <= 1e-14
+    monkeypatch.undo()
+    assert error(d.ddim_sample(model, x, t)["pred_xstart"], 2 * want) <= 1e-14
+
+
 def test_tables_that_are_replaced_are_seen() -> None:
     x, t, model = state(), torch.tensor([9, 0, 4, 1]), network()
     d, other = make(), make(betas=gd.get_named_beta_schedule("cosine", 100))

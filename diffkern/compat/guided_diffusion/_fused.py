@@ -51,9 +51,9 @@ def same_shape(**pair: Tensor) -> None:
 
 
 @lru_cache(maxsize=256)
-def _foreign(cls: Any, names: frozenset[str]) -> bool:
-    """Whether a class has one of these methods from elsewhere."""
-    return any(not getattr(getattr(cls, name), "__module__", "").startswith("diffkern.") for name in names)
+def _foreign(*methods: Any) -> bool:
+    """Whether one of these methods comes from elsewhere."""
+    return any(not getattr(method, "__module__", "").startswith("diffkern.") for method in methods)
 
 
 class Fused:
@@ -147,8 +147,8 @@ class Fused:
 
     def _dk_own(self, needed: frozenset[str] = CORE) -> bool:
         """Whether neither a subclass nor the object itself replaces what the fused steps stand for."""
-        cls: Any = type(self)
-        return not _foreign(cls, needed) and self.__dict__.keys().isdisjoint(needed)
+        cls = type(self)
+        return not _foreign(*[getattr(cls, name) for name in needed]) and self.__dict__.keys().isdisjoint(needed)
 
     def _dk_model(self, model: Callable[..., Any]) -> Callable[..., Any]:
         """The function that is called with this diffusion's t."""
