@@ -25,6 +25,7 @@ from benchmarks import (
     flow_matching_cases,
     guided_diffusion_cases,
     sampler_cases,
+    score_sde_cases,
     statistics_cases,
     torchcfm_cases,
 )
@@ -450,6 +451,7 @@ def _cases() -> dict[str, Callable[[Setting], Case]]:
         **statistics_cases.TABLE,
         **drop_in_cases.TABLE,
         **compat_cases.TABLE,
+        **score_sde_cases.TABLE,
         **flow_matching_cases.TABLE,
         **guided_diffusion_cases.TABLE,
         **torchcfm_cases.TABLE,

@@ -32,7 +32,7 @@ stochastic steps have no inverse and no likelihood: a network is evaluated as it
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -86,6 +86,7 @@ def log_likelihood(
     probes: int = 1,
     probe: str = "rademacher",
     seeds: Tensor | None = None,
+    directions: Sequence[Tensor] | None = None,
     t_data: float | None = None,
     t_noise: float | None = None,
     prior: Prior | None = None,
@@ -96,9 +97,9 @@ def log_likelihood(
     `model(x_t, t, **model_kwargs)` is called as the samplers call it, in the dtype of x (of a table at fractional
     times); it must treat each sample alone and be differentiable in its input. `prediction` is the schedule's default
     if not given. `steps` belongs to the fixed solvers, `rtol` and `atol` to `rk45`; `probes` Hutchinson probes,
-    "rademacher" or "gaussian", come from `seeds` [B] (stream HUTCHINSON), from torch's generator if not given. `t_data`
-    and `t_noise` replace the ends, `prior` the density of the state at `t_noise`. Everything else: the module's
-    docstring.
+    "rademacher" or "gaussian", come from `seeds` [B] (stream HUTCHINSON), from torch's generator if not given, or are
+    the `directions` given, each of x's shape. `t_data` and `t_noise` replace the ends, `prior` the density of the state
+    at `t_noise`. Everything else: the module's docstring.
     """
     _check_schedule(schedule)
     prediction = schedule.default_prediction if prediction is None else prediction
@@ -121,6 +122,7 @@ def log_likelihood(
         "probes": probes,
         "probe": probe,
         "seeds": seeds,
+        "directions": directions,
     }
     narrow = _in_dtype(model, x.dtype)
     if not bool(logs.isfinite().all()):
@@ -161,6 +163,7 @@ def ode_log_likelihood(
     probes: int = 1,
     probe: str = "rademacher",
     seeds: Tensor | None = None,
+    directions: Sequence[Tensor] | None = None,
 ) -> LogLikelihood:
     """`log_likelihood` for any ODE, from x at `t_data` to the state at `t_noise`, whose log-density is `prior`.
 
@@ -174,7 +177,10 @@ def ode_log_likelihood(
     _check_solver(solver, steps, rtol, atol)
     if t_data == t_noise or not math.isfinite(t_data) or not math.isfinite(t_noise):
         raise ValueError(f"t_data and t_noise must be two finite times, got {t_data:g} and {t_noise:g}")
-    directions = _directions(x, divergence, probes, probe, seeds)
+    if directions is None:
+        directions = _directions(x, divergence, probes, probe, seeds)
+    else:
+        directions = _given(x, divergence, directions)
     evaluations = 0
 
     def slope(state: Tensor, t: Tensor) -> Tensor:
@@ -236,7 +242,7 @@ def bits_per_dim(nats: Tensor, dims: int, *, levels: int = 256, low: float = -1.
     return -nats / (dims * math.log(2.0)) + math.log2(levels / (high - low))
 
 
-def _with_divergence(ode: ODE, x: Tensor, t: Tensor, directions: list[Tensor] | None) -> tuple[Tensor, Tensor]:
+def _with_divergence(ode: ODE, x: Tensor, t: Tensor, directions: Sequence[Tensor] | None) -> tuple[Tensor, Tensor]:
     """(u, its divergence [B]); exact without directions."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
@@ -271,6 +277,15 @@ def _directions(x: Tensor, divergence: str, probes: int, probe: str, seeds: Tens
         return None
     seeds = draw_seeds(len(x), device=x.device) if seeds is None else seeds
     return [projections(x.shape, seeds, k, probe, torch.float64).flatten(1) for k in range(probes)]
+
+
+def _given(x: Tensor, divergence: str, directions: Sequence[Tensor]) -> list[Tensor]:
+    if divergence != "hutchinson":
+        raise ValueError(f"directions belong to the divergence 'hutchinson', got them for {divergence!r}")
+    if not directions or any(v.shape != x.shape for v in directions):
+        shapes = [list(v.shape) for v in directions]
+        raise ValueError(f"directions must be one or more tensors of shape {list(x.shape)}, got {shapes}")
+    return [v.to(torch.float64).flatten(1) for v in directions]
 
 
 def _adaptive(

@@ -29,6 +29,7 @@ from benchmarks import (
     guided_diffusion_cases,
     report,
     run,
+    score_sde_cases,
     timing,
     torchcfm_cases,
 )
@@ -265,6 +266,10 @@ KINDS: dict[str, tuple[Callable[..., cases.Case], dict[str, Any]]] = {
     "k-diffusion-heun": (compat_cases.k_loop, {"kind": "heun"}),
     "k-diffusion-dpmpp-sde": (compat_cases.k_loop, {"kind": "dpmpp_sde"}),
     "edm-loop-churn": (compat_cases.edm_loop, {"churn": 40.0}),
+    "score-sde-langevin": (
+        score_sde_cases.pc_loop,
+        {"kind": "subvp", "predictor": "reverse_diffusion", "corrector": "langevin"},
+    ),
     "flow-matching-rk4": (flow_matching_cases.loop, {"method": "rk4"}),
     "flow-matching-path": (flow_matching_cases.path, {"scheduler": "VPScheduler"}),
     "guided-diffusion-ddim": (guided_diffusion_cases.step, {"kind": "ddim_sample"}),

@@ -19,6 +19,7 @@ import diffkern
     [
         ("k_diffusion_loop", ("--steps", "4"), 5, 8e-6),
         ("edm_loop", ("--steps", "4"), 2, 1e-12),
+        ("score_sde_loop", ("--steps", "30"), 5, 8e-6),
         ("flow_matching_loop", ("--steps", "4"), 4, 8e-6),
         ("guided_diffusion_loop", ("--steps", "4"), 3, 2e-5),
     ],
@@ -71,6 +72,10 @@ d = G.SpacedDiffusion(
 )
 assert d.p_sample_loop(lambda x, t: x.tanh(), (1, 3, 4, 4), device="cpu").isfinite().all()
 assert d.calc_bpd_loop(lambda x, t: x.tanh(), x)["total_bpd"].isfinite().all()
+from diffkern.compat.score_sde import likelihood, losses, sampling, sde_lib
+sde = sde_lib.VPSDE(N=25)
+sampling.get_ode_sampler(sde, (1, 3, 4, 4), lambda x: x, device="cpu")(lambda x, t: x)
+likelihood.get_likelihood_fn(sde, lambda x: x)(lambda x, t: x, x)
 """
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -1,0 +1,11 @@
+"""score_sde_pytorch's interfaces (arXiv 2011.13456) on fused ops: docs/compat-score-sde.md.
+
+    from diffkern.compat.score_sde import likelihood, losses, sampling, sde_lib  # was: import likelihood, losses, ...
+    from diffkern.compat.score_sde import models as mutils  # was: from models import utils as mutils
+
+Needs torch alone; scipy where its ODE solvers are asked for by name.
+"""
+
+from diffkern.compat.score_sde import likelihood, losses, models, sampling, sde_lib
+
+__all__ = ["likelihood", "losses", "models", "sampling", "sde_lib"]

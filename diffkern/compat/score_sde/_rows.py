@@ -1,0 +1,136 @@
+"""What every update of score_sde is: coefficients of one fused op.
+
+    mean = keep x + pull score,    x' = mean + std z,    score = scale m, m the network's output
+
+keep, pull, std and scale are [B] (or [1]) tensors of the times alone, in the dtype of the times, combined in float64.
+The SDEs' own methods give them, evaluated at x = 1: their drifts and means are linear in x.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffkern import ops
+from diffkern.plan import COLUMNS
+
+KNOWN: set[Any] = set()
+"""The methods of `sde_lib`: an SDE that overrides one may be of any form, and runs in plain torch."""
+
+# Of (keep, pull, std), [n, 3], to the columns of the step's table; the rest of a row is `_BASE`.
+_SPREAD = torch.zeros(3, len(COLUMNS), dtype=torch.float64, device="cpu")
+_BASE = torch.zeros(1, len(COLUMNS), dtype=torch.float64, device="cpu")
+for _i, _names in enumerate((("a", "A"), ("d", "D"), ("g",))):
+    for _name in _names:
+        _SPREAD[_i, COLUMNS.index(_name)] = 1.0
+_BASE[0, COLUMNS.index("k")], _BASE[0, COLUMNS.index("clip")] = 1.0, math.inf
+_PLACED: dict[torch.device, tuple[Tensor, Tensor]] = {torch.device("cpu"): (_BASE, _SPREAD)}
+
+
+def column(values: Tensor, x: Tensor) -> Tensor:
+    """[B] as [B, 1, ...], to multiply x by."""
+    return values.reshape(-1, *(1,) * (x.ndim - 1))
+
+
+def index(sde: Any, t: Tensor) -> Tensor:
+    """score_sde's number of the level at t: floor(t (N - 1)/T), in the arithmetic of t."""
+    return (t * (sde.N - 1) / sde.T).long()
+
+
+def on_device(sde: Any, name: str, device: torch.device) -> Tensor:
+    """A table of the SDE there, copied once (until another tensor is put in its place)."""
+    table: Tensor = getattr(sde, name)
+    if table.device == device:
+        return table
+    copies = sde.__dict__.setdefault("_dk_copies", {})
+    source, version, copy = copies.get((name, device), (None, 0, None))
+    if source is not table or version != table._version:
+        with torch.inference_mode(False):
+            copy = table.to(device)
+        copies[name, device] = table, table._version, copy
+    there: Tensor = copy
+    return there
+
+
+def linear(sde: Any, method: str) -> bool:
+    """Whether the method and what it stands on are `sde_lib`'s."""
+    return all(
+        getattr(type(sde), name) in KNOWN
+        for name in (method, "sde", "_beta", "_log_mean", "_sigma")
+        if hasattr(type(sde), name)
+    )
+
+
+def rate(sde: Any, method: str, t: Tensor) -> tuple[Tensor, Tensor]:
+    """(f, g) [B] with f x the first output of `sde`, `discretize` or `marginal_prob` and g the second."""
+    first, second = getattr(sde, method)(t.new_ones(len(t), 1), t)
+    return first.flatten(), second
+
+
+def evaluate(score_fn: Any, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(m, scale): of `models.get_score_fn`'s functions the network's output, of any other the score itself."""
+    if hasattr(score_fn, "network"):
+        return score_fn.network(x, t), score_fn.scale(t)
+    score: Tensor = score_fn(x, t)
+    return score, None
+
+
+def triple(found: tuple[Tensor, Tensor, Tensor], scale: Tensor | None) -> Tensor:
+    """(keep, pull scale, std), [n, 3] float64."""
+    keep, pull, std = found
+    wide = pull.double()
+    return torch.stack([keep.double(), wide if scale is None else wide * scale.double(), std.double()], 1)
+
+
+def placed(device: torch.device) -> tuple[Tensor, Tensor]:
+    """(the rest of a row, the spread of its coefficients) there, copied once."""
+    found = _PLACED.get(device)
+    if found is None:
+        with torch.inference_mode(False):  # kept for runs that record gradients
+            found = _PLACED[device] = (_BASE.to(device), _SPREAD.to(device))
+    return found
+
+
+def table(triples: Tensor) -> Tensor:
+    """[n, 21]: the step's rows of [n, 3] coefficients, on their device."""
+    rest, spread = placed(triples.device)
+    return torch.addmm(rest, triples, spread)
+
+
+def moved(
+    x: Tensor, m: Tensor, triples: Tensor, z: Tensor | None, dtype: torch.dtype, want_mean: bool = True
+) -> tuple[Tensor, Tensor]:
+    """(x', mean) by one op of [B, 3] or [1, 3] coefficients; the state is widened to ``dtype`` and m's."""
+    wide = torch.promote_types(torch.promote_types(x.dtype, m.dtype), dtype)
+    if x.dtype != wide:
+        x = x.to(wide)
+    if z is not None and z.dtype != wide:
+        z = z.to(wide)
+    m = shaped(m, x)
+    if triples.requires_grad:  # a step size made of the score: the op has no gradient in its table
+        keep, pull, std = (column(values, x).to(wide) for values in triples.unbind(1))
+        mean = keep * x + pull * m
+        return mean if z is None else mean + std * z, mean
+    at = torch.arange(len(triples), device=x.device) if len(triples) > 1 else None
+    new, _, made, _ = ops.step(x, m, table=table(triples), index=at, noise=z, want_s=want_mean)
+    if not x.is_contiguous() and new.stride() != x.stride():
+        # The layout of a state decides which of its elements gets which draw of the next randn_like.
+        new = torch.empty_like(x).copy_(new)
+        made = None if made is None else torch.empty_like(x).copy_(made)
+    return new, new if made is None else made
+
+
+def combined(x: Tensor, t: Tensor, score_fn: Any, keep: Tensor, pull: Tensor) -> Tensor:
+    """keep x + pull score, one op; differentiable in x."""
+    m, scale = evaluate(score_fn, x, t)
+    return moved(x, m, triple((keep, pull, torch.zeros_like(pull)), scale), None, t.dtype, want_mean=False)[0]
+
+
+def shaped(m: object, x: Tensor) -> Tensor:
+    if not isinstance(m, Tensor) or m.shape != x.shape:
+        got = f"shape {list(m.shape)}" if isinstance(m, Tensor) else type(m).__name__
+        raise ValueError(f"model must return a tensor of shape {list(x.shape)}, got {got}")
+    return m
