@@ -51,6 +51,8 @@ class OTPlanSampler:
 
     def get_map(self, x0: Tensor, x1: Tensor) -> Any:
         """The plan [B0, B1], a numpy array."""
+        if not (x0.numel() and x1.numel()):
+            raise AssertionError(f"x0 and x1 must hold at least one sample, got {list(x0.shape)} and {list(x1.shape)}")
         left, right = (x.detach().reshape(x.shape[0], -1) for x in (x0, x1))
         wide = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
         cost = torch.cdist(left.to(wide), right.to(wide)) ** 2

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from diffkern import ops
+from diffkern.compat._transforms import transformed
 from diffkern.compat._transport import OTPlanSampler
 from diffkern.plan import COLUMNS
 
@@ -48,7 +49,7 @@ def pad_t_like_x(t: Any, x: Tensor) -> Any:
 # ------------------------------------------------------------------------------------------------------ the fused op
 def _row(**columns: float) -> Tensor:
     """A step's row with these columns, float64."""
-    row = torch.zeros(len(COLUMNS), dtype=torch.float64)
+    row = torch.zeros(len(COLUMNS), dtype=torch.float64, device="cpu")
     row[_AT["clip"]], row[_AT["k"]] = math.inf, 1.0
     for name, value in columns.items():
         row[_AT[name]] = value
@@ -64,7 +65,7 @@ def _weights(cls: Any, sigma: float) -> tuple[Tensor, Tensor]:
         A, D, B = cls._field(sigma, *features)
         return _row(r=1.0, a=a, d=d, b=b, A=A, D=D, B=B)
 
-    count = len(cls._features(torch.tensor([0.5])))
+    count = len(cls._features(torch.tensor([0.5], device="cpu")))
     constant = at(*(0.0,) * count)
     units = [at(*(float(i == k) for i in range(count))) - constant for k in range(count)]
     return constant, torch.stack(units).nan_to_num(0.0)  # inf - inf, where nothing is clipped
@@ -84,10 +85,19 @@ def _samples(batch: int, device: torch.device) -> Tensor:
 
 
 def _step(x: Tensor, m: Tensor, z: Tensor | None, table: Tensor, want_s: bool = False) -> tuple[Tensor, Any]:
-    """(a x + b (p x + q m + r z) + d m, A x + B (p x + q m + r z) + D m): one op, a row a sample."""
+    """(a x + b (p x + q m + r z) + d m, A x + B (p x + q m + r z) + D m): one op, a row a sample.
+
+    Raises ValueError for times and sigmas at which a coefficient is NaN (on a GPU the result is).
+    """
     index = _samples(x.shape[0], x.device)
     table = table.to(x.device, non_blocking=True)  # made on the CPU where t was drawn there
-    out, _, s, _ = ops.step(x, m, table=table, index=index, noise=z, want_s=want_s)
+    try:
+        out, _, s, _ = ops.step(x, m, table=table, index=index, noise=z, want_s=want_s)
+    except RuntimeError:
+        wrong = table.isnan().any(1).nonzero().flatten().tolist()
+        if not wrong:
+            raise
+        raise ValueError(f"t and sigma must be inside the path's range, got NaN for samples {wrong}") from None
     return out, s
 
 
@@ -104,7 +114,8 @@ def _combined(x: Tensor, m: Tensor, z: Tensor | None, **columns: Any) -> Tensor:
 
 def _time(t: Any) -> Tensor:
     """The times as coefficients are made of them: float64, [B] or [1]."""
-    return torch.as_tensor(t).detach().reshape(-1).to(torch.float64)
+    t = t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64, device="cpu")
+    return t.detach().reshape(-1).to(torch.float64)
 
 
 class ConditionalFlowMatcher:
@@ -116,12 +127,11 @@ class ConditionalFlowMatcher:
     """
 
     _own: ClassVar[bool] = True
-    """Whether x_t and u_t come from this module's formulas; false in a user's subclass that overrides one."""
+    """Whether x_t and u_t come from this module's formulas; false where a subclass or its mixin overrides one."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if cls.__module__ != __name__ and _HOOKS & set(cls.__dict__):
-            cls._own = False
+        cls._own = all(getattr(getattr(cls, hook), "__module__", "") == __name__ for hook in _HOOKS)
 
     def __init__(self, sigma: float = 0.0) -> None:
         self.sigma = sigma
@@ -146,7 +156,7 @@ class ConditionalFlowMatcher:
 
     def _one_op(self, t: Any, *tensors: Tensor) -> bool:
         """Whether the op takes these: one shape, dtype and device, a time a sample without a gradient of its own."""
-        if not self._own or isinstance(self.sigma, Tensor):
+        if not self._own or not _HOOKS.isdisjoint(self.__dict__) or isinstance(self.sigma, Tensor) or transformed():
             return False
         first = tensors[0]
         shape, dtype, device = first.shape, first.dtype, first.device
@@ -155,7 +165,11 @@ class ConditionalFlowMatcher:
                 return False
         if not dtype.is_floating_point or not shape or not first.numel() or device.type not in ("cpu", "cuda"):
             return False
-        return not isinstance(t, Tensor) or (t.numel() == shape[0] and not t.requires_grad)
+        if not isinstance(t, Tensor):
+            return True
+        if not t.is_floating_point() or torch.promote_types(t.dtype, dtype) != dtype:
+            return False  # the result is wider than x0 in the original
+        return t.numel() == shape[0] and not t.requires_grad
 
     def compute_mu_t(self, x0: Tensor, x1: Tensor, t: Any) -> Tensor:
         """The path's mean."""
@@ -337,7 +351,7 @@ class SchrodingerBridgeConditionalFlowMatcher(_Coupled):
 
     @staticmethod
     def _features(t: Any) -> tuple[Any, ...]:
-        root = torch.sqrt(t * (1 - t))
+        root = torch.sqrt(torch.as_tensor(t * (1 - t)))
         return t, root, root * SchrodingerBridgeConditionalFlowMatcher._rate(t)
 
     @staticmethod

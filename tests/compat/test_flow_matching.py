@@ -266,6 +266,20 @@ def test_one_time_a_sample(conversion: str) -> None:
     assert apart(found, getattr(theirs, conversion)(x.flip(0), x, t[:, None])) <= 1e-12
 
 
+def test_what_sample_gives_is_laid_out_as_there() -> None:
+    """Memory format, and a velocity that does not depend on t (straight lines) asks for no gradient by it."""
+    noise, data = start(shape=(2, 3, 4, 4)), start(shape=(2, 3, 4, 4)).contiguous(memory_format=torch.channels_last)
+    t = torch.rand(2, dtype=torch.float64)
+    for x_0, x_1 in ((noise, data), (data, noise), (data, data)):
+        found, want = (module.CondOTProbPath().sample(x_0=x_0, x_1=x_1, t=t) for module in (OURS, peer()))
+        assert found.x_t.stride() == want.x_t.stride()
+        assert found.dx_t.stride() == want.dx_t.stride()
+    t.requires_grad_()
+    found, want = (module.CondOTProbPath().sample(x_0=noise, x_1=data, t=t) for module in (OURS, peer()))
+    assert (found.x_t.requires_grad, found.dx_t.requires_grad) == (True, False)
+    assert (want.x_t.requires_grad, want.dx_t.requires_grad) == (True, False)
+
+
 def test_conversion_gradients() -> None:
     for conversion in CONVERSIONS:
         gradients = []
@@ -291,6 +305,21 @@ def test_sample_bad_shapes(t: Tensor, x_1: Tensor) -> None:
     for path in both("CondOTScheduler"):
         with pytest.raises(AssertionError, match=r"must (have|match)"):
             path.sample(x_0=start(), x_1=x_1, t=t)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "t"), [("VPScheduler", 1.0), ("LinearVPScheduler", 1.5), ("CondOTScheduler", "nan")]
+)
+def test_times_without_rates(scheduler: str, t: float | str) -> None:
+    """flow_matching goes on with NaN. Conversions give NaN there too: at the ends of a path they may be 0/0."""
+    options = (0.0, 20.0) if scheduler == "VPScheduler" else ()  # 0 times infinity at t = 1
+    path, x = OURS.AffineProbPath(getattr(OURS, scheduler)(*options)), start(shape=(2, 3))
+    for x_0 in (x, x.clone().requires_grad_()):
+        with pytest.raises(
+            ValueError, match=rf"t must be where the scheduler's rates are numbers, got NaN at t = \[{t}\]"
+        ):
+            path.sample(x_0=x_0, x_1=x, t=torch.tensor([float(t), 0.5]))
+    assert path.target_to_velocity(x, x, torch.tensor([[float(t)], [0.5]])).isnan().any(1).tolist() == [True, False]
 
 
 def test_ops_of_the_path() -> None:
@@ -357,7 +386,7 @@ def test_helpers() -> None:
 
 
 def test_without_flow_matching() -> None:
-    """flow_matching and torchdiffeq cannot be imported: all but the adaptive methods other than dopri5 works."""
+    """flow_matching and torchdiffeq cannot be imported: all but what is left to torchdiffeq works."""
     code = f"""
 import sys
 for name in ("flow_matching", "torchdiffeq", "scipy", "torchvision"):
@@ -374,10 +403,16 @@ solver = ODESolver(lambda x, t: -x * t)
 for method in ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "dopri5"):
     assert solver.sample(x, None, method=method).isfinite().all()
     assert solver.compute_likelihood(x, lambda x: x.sum(1), None, method=method)[1].isfinite().all()
-try:
-    solver.sample(x, None, method="bosh3")
-except ImportError as error:
-    print(error)
+times = torch.tensor([0.0, 1.0], requires_grad=True)
+for call in (
+    lambda: solver.sample(x, None, method="bosh3"),
+    lambda: solver.sample(x, None, time_grid=times, enable_grad=True),
+    lambda: torch.func.jvp(lambda x: solver.sample(x, None), (x,), (x,)),
+):
+    try:
+        call()
+    except ImportError as error:
+        print(error)
 """
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -387,6 +422,6 @@ except ImportError as error:
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == (
-        "method 'bosh3' needs the package torchdiffeq, which is not installed: pip install torchdiffeq"
-    )
+    whys = "method 'bosh3'", "a gradient by time_grid", "a forward-mode derivative, torch.func or vmap of the solver"
+    for why, line in zip(whys, done.stdout.strip().splitlines(), strict=True):
+        assert line == f"{why} needs the package torchdiffeq, which is not installed: pip install torchdiffeq"

@@ -194,11 +194,13 @@ def test_grad_modes() -> None:
                 priors.append((torch.is_grad_enabled(), x.requires_grad))
                 return log_normal(x)
 
-            with torch.set_grad_enabled(True):
-                x_0, log_p = cls(model).compute_likelihood(x, prior, 0.5)
-            assert (x_0.requires_grad, log_p.requires_grad) == (False, False)
-            assert seen == [(True, True, False)] * 2
-            assert priors == [(True, False)]
+            for every in (True, False):
+                seen.clear()
+                priors.clear()
+                x_0, log_p = cls(model).compute_likelihood(x, prior, 0.5, return_intermediates=every)
+                assert (x_0.requires_grad, log_p.requires_grad) == (False, False)
+                assert seen == [(True, True, False)] * 2
+                assert priors == [(True, False)]
     with torch.no_grad():
         assert ODESolver(lambda x, t: -x).compute_likelihood(x, log_normal, 0.5)[1].isfinite().all()
     assert x.grad is None

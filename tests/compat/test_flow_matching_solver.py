@@ -273,6 +273,18 @@ def test_other_layouts() -> None:
             assert apart(found, want) <= 1e-13
 
 
+@pytest.mark.parametrize("method", ["euler", "rk4", "explicit_adams", "dopri5"])
+def test_results_are_contiguous(method: str) -> None:
+    """As torchdiffeq's are: a caller may view them in another shape whatever the layout of x_init."""
+    for x in (start(shape=(2, 3, 4, 4)).contiguous(memory_format=torch.channels_last), start(shape=(3, 4)).T):
+        for every in (False, True):
+            for grid in ((0.0, 1.0), (0.3,)):
+                options = {"method": method, "return_intermediates": every, "time_grid": torch.tensor(grid)}
+                found, want = (run(cls, lambda x, t: -x, x, 0.3, **options) for cls in (ODESolver, solver()))
+                assert found.is_contiguous()
+                assert found.stride() == want.stride()
+
+
 def test_the_state_is_the_callers() -> None:
     """Neither x_init nor a state that the model kept is written to; one time gives a copy."""
     x, kept = start(), []

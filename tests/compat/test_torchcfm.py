@@ -217,6 +217,39 @@ def test_what_one_op_cannot_take() -> None:
         torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("name", "options"), MATCHERS, ids=name_of)
+def test_dtype_of_the_times(name: str, options: dict[str, Any]) -> None:
+    """A wider t widens the result, as in the original."""
+    kinds = [(torch.float32, torch.float64), (torch.float64, torch.float32), (torch.float32, torch.int64)]
+    kinds += [(torch.float16, torch.float32), (torch.bfloat16, torch.float16)] if name not in PAIRED else []
+    for dtype, of_t in kinds:
+        x0, x1 = batch((4, 3), dtype)
+        t = torch.tensor([0.2, 0.4, 0.6, 0.7]).to(of_t)
+        want, _ = run(theirs, name, options, x0, x1, t)
+        found, _ = run(ours, name, options, x0, x1, t)
+        for f, w in zip(found, want, strict=True):
+            bound = (
+                1e-12 if f.dtype == torch.float64 and of_t == torch.float64 else 1e-5 if dtype.itemsize > 2 else 0.05
+            )
+            torch.testing.assert_close(f, w, rtol=bound, atol=bound)
+
+
+def test_a_number_for_t_keeps_float64() -> None:
+    x0, x1 = batch((4, 3), torch.float64)
+    for name in ("ConditionalFlowMatcher", "TargetConditionalFlowMatcher"):
+        a, b = (getattr(module, name)(0.1) for module in (ours, theirs))
+        for method, args in (
+            ("compute_mu_t", (0.3,)),
+            ("sample_xt", (0.3, x0)),
+            ("compute_conditional_flow", (0.3, x0)),
+        ):
+            found, want = (getattr(m, method)(x0, x1, *args) for m in (a, b))
+            torch.testing.assert_close(found, want, rtol=1e-14, atol=1e-14)
+    # In plain torch too, where the bridge's mean needs no root of the number.
+    a, b = (module.SchrodingerBridgeConditionalFlowMatcher(0.1) for module in (ours, theirs))
+    torch.testing.assert_close(a.compute_mu_t(x0, x1[:1], 0.3), b.compute_mu_t(x0, x1[:1], 0.3), rtol=1e-14, atol=1e-14)
+
+
 def test_layouts() -> None:
     x0, x1 = batch((4, 3, 6, 6))
     views = [
@@ -257,7 +290,19 @@ def test_subclasses_with_formulas_of_their_own() -> None:
         class Further(Flow):
             pass
 
-        return [Mean, Spread, Flow, Noise, Further]
+        class Mixin:
+            def compute_mu_t(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+                return x1 * 3
+
+        class Mixed(Mixin, base):  # type: ignore[misc]
+            pass
+
+        class Given(base):  # type: ignore[misc]
+            def __init__(self, sigma: float) -> None:
+                super().__init__(sigma)
+                self.compute_sigma_t = lambda t: 3 * t
+
+        return [Mean, Spread, Flow, Noise, Further, Mixed, Given]
 
     x0, x1 = batch((4, 3))
     for name in ("ConditionalFlowMatcher", "TargetConditionalFlowMatcher"):

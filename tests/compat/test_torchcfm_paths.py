@@ -134,10 +134,32 @@ def test_inference_mode_first() -> None:
     assert x1.grad is not None
 
 
+def test_another_default_device_first() -> None:
+    """What is kept between calls is on the device of the data."""
+    x0, x1 = batch((7, 3))
+    for matcher in (ours.ConditionalFlowMatcher(0.78), ours.VariancePreservingConditionalFlowMatcher(0.78)):
+        with torch.device("meta"):
+            matcher.sample_location_and_conditional_flow(x0, x1, x0[:, 0])
+        _, xt, ut = matcher.sample_location_and_conditional_flow(x0, x1)
+        assert xt.isfinite().all()
+        assert ut.isfinite().all()
+
+
 def test_bad_input() -> None:
     x0, x1 = batch((4, 3))
     with pytest.raises(AssertionError, match=r"t has to have batch size dimension 4, got \[3\]"):
         ours.ConditionalFlowMatcher().sample_location_and_conditional_flow(x0, x1, torch.rand(3))
+    nan = float("nan")
+    for matcher, t in (
+        (ours.ConditionalFlowMatcher(0.1), [0.5, nan, 0.5, nan]),
+        (ours.SchrodingerBridgeConditionalFlowMatcher(0.1), [0.5, -0.5, 1.0, 1.5]),
+    ):
+        with pytest.raises(
+            ValueError, match=r"t and sigma must be inside the path's range, got NaN for samples \[1, 3\]"
+        ):
+            matcher.sample_xt(x0, x1, torch.tensor(t), x0)
+    with pytest.raises(ValueError, match=r"got NaN for samples \[0, 1, 2, 3\]"):
+        ours.ConditionalFlowMatcher(nan).sample_location_and_conditional_flow(x0, x1)
     for sigma in (0, -1.0):
         with pytest.raises(ValueError, match=f"Sigma must be strictly positive, got {sigma}"):
             ours.SchrodingerBridgeConditionalFlowMatcher(sigma)
@@ -145,6 +167,9 @@ def test_bad_input() -> None:
         ours.SchrodingerBridgeConditionalFlowMatcher(1e-4)
     with pytest.raises(ValueError, match="Unknown method: nearest"):
         ours.OTPlanSampler("nearest")
+    for empty in ((x0[:0], x1), (x0, x1[:0]), (x0[:0], x1[:0])):  # the last ends the process in POT 0.9.7
+        with pytest.raises(AssertionError, match=r"x0 and x1 must hold at least one sample, got \[[04], 3\] and"):
+            ours.OTPlanSampler("exact").get_map(*empty)
     with pytest.raises(ValueError, match="x0 and x1 must be finite for a transport plan"):
         ours.OTPlanSampler("exact").get_map(x0, x1 * float("nan"))
     sinkhorn = ours.OTPlanSampler("sinkhorn", reg=1e-10)

@@ -9,23 +9,27 @@ import torch
 from torch import Tensor
 
 from diffkern import ops
+from diffkern.compat._transforms import transformed
 
 
 def rates_at(scheduler: Any, t: Tensor) -> Tensor:
     """[..., 4], alpha, sigma and their derivatives at times [...]; float32 for times of 16 bits, else t's dtype."""
-    return _stacked(*_asked(scheduler, t), t)
+    rates, dtype = asked(scheduler, t)
+    return torch.stack(shaped(rates, dtype, t), -1)
 
 
-def _asked(scheduler: Any, t: Tensor) -> tuple[list[Any], torch.dtype]:
+def asked(scheduler: Any, t: Tensor) -> tuple[list[Any], torch.dtype]:
+    """(alpha, sigma and their derivatives as the scheduler gives them, the dtype that it was asked in)."""
     at = t.float() if t.dtype.itemsize < 4 else t
     found = scheduler(at)
     return [found.alpha_t, found.sigma_t, found.d_alpha_t, found.d_sigma_t], at.dtype
 
 
-def _stacked(rates: list[Any], dtype: torch.dtype, t: Tensor) -> Tensor:
-    if not all(isinstance(rate, Tensor) and rate.shape == t.shape for rate in rates):
-        rates = [torch.as_tensor(rate, dtype=dtype, device=t.device).expand(t.shape) for rate in rates]
-    return torch.stack(rates, -1)
+def shaped(rates: list[Any], dtype: torch.dtype, t: Tensor) -> list[Tensor]:
+    """The rates as tensors in the shape of t."""
+    if all(isinstance(rate, Tensor) and rate.shape == t.shape for rate in rates):
+        return rates
+    return [torch.as_tensor(rate, dtype=dtype, device=t.device).expand(t.shape) for rate in rates]
 
 
 Formula = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
@@ -34,14 +38,9 @@ Formula = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
 
 def converted(scheduler: Any, t: Tensor, x_t: Tensor, other: Tensor, formula: Formula) -> Tensor:
     """`combined` with the factors of a formula; one time on the CPU is worked out in plain numbers."""
-    rates, dtype = _asked(scheduler, t)
+    rates, dtype = asked(scheduler, t)
     simple = t.ndim == 0 and t.device.type == "cpu" and not torch.compiler.is_compiling()
-    if (
-        simple
-        and x_t.ndim
-        and x_t.shape == other.shape
-        and not any(isinstance(rate, Tensor) and differentiates(rate) for rate in rates)
-    ):
+    if simple and x_t.ndim and x_t.shape == other.shape and not differentiates(*rates):
         try:
             factors = formula(*map(float, rates))
         except ZeroDivisionError:  # infinity or NaN, which the tensors give
@@ -49,7 +48,7 @@ def converted(scheduler: Any, t: Tensor, x_t: Tensor, other: Tensor, formula: Fo
         else:
             table = torch.tensor([[*factors, 0.0, 0.0]], dtype=torch.float64, device="cpu")
             return mixed(x_t, other, table, torch.promote_types(x_t.dtype, other.dtype))
-    own, others = formula(*_stacked(rates, dtype, t).to(torch.float64).unbind(-1))
+    own, others = formula(*torch.stack(shaped(rates, dtype, t), -1).to(torch.float64).unbind(-1))
     return combined(t, x_t, own, other, others)
 
 
@@ -88,7 +87,7 @@ def combined(t: Tensor, a: Tensor, of_a: Tensor, b: Tensor | None = None, of_b: 
     """of_a a + of_b b: a and b [B, ...], the factors float64 in the shape of t.
 
     t of one element is the time of all samples, [B] or [B, 1, ...] has one time a sample. The result has the dtype that
-    plain torch would give. Times of other shapes, and those that gradients are wanted for, are left to plain torch.
+    plain torch would give. Times of other shapes, and those that `differentiates`, are left to plain torch.
     """
     dtype = a.dtype if b is None else torch.promote_types(a.dtype, b.dtype)
     if t.ndim:
@@ -106,9 +105,11 @@ def combined(t: Tensor, a: Tensor, of_a: Tensor, b: Tensor | None = None, of_b: 
     return mixed(a, b, torch.stack([of_a, of_b, of_a, of_b], -1).reshape(-1, 4), dtype)
 
 
-def differentiates(factor: Tensor) -> bool:
-    """Whether the gradient by the times is wanted."""
-    return torch.is_grad_enabled() and factor.requires_grad
+def differentiates(*factors: Any) -> bool:
+    """Whether the gradient by the times is wanted, or a derivative that the ops do not carry."""
+    if transformed():
+        return True
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in factors)
 
 
 def wants_gradients(*tensors: Tensor) -> bool:

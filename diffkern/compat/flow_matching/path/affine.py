@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffkern.compat.flow_matching.path._combine import Formula, converted, differentiates, mixed_twice, rates_at
+from diffkern.compat.flow_matching.path._combine import Formula, asked, converted, differentiates, mixed_twice, shaped
 from diffkern.compat.flow_matching.path.path import ProbPath
 from diffkern.compat.flow_matching.path.path_sample import PathSample
 from diffkern.compat.flow_matching.path.scheduler.scheduler import CondOTScheduler, Scheduler
@@ -28,15 +28,26 @@ class AffineProbPath(ProbPath):
         self.scheduler = scheduler
 
     def sample(self, x_0: Tensor, x_1: Tensor, t: Tensor) -> PathSample:
-        """x_t and dx_t at t [B], both by one op; noise x_0 and data x_1 [B, ...], in the wider dtype of all three."""
+        """x_t and dx_t at t [B], both by one op; noise x_0 and data x_1 [B, ...], in the wider dtype of all three.
+
+        AssertionError for other shapes, ValueError for times at which a rate is NaN (on a GPU the result is).
+        """
         self.assert_sample_shape(x_0, x_1, t)
-        rates = rates_at(self.scheduler, t)
-        a, b = (x_1, x_0) if x_0.shape == x_1.shape else torch.broadcast_tensors(x_1, x_0)
-        if differentiates(rates):
-            alpha, sigma, d_alpha, d_sigma = (expand_tensor_like(rate, a) for rate in rates.to(t.dtype).unbind(1))
-            return PathSample(x_1=x_1, x_0=x_0, t=t, x_t=sigma * b + alpha * a, dx_t=d_sigma * b + d_alpha * a)
+        rates = shaped(*asked(self.scheduler, t), t)
+        a, b = (x_0, x_1) if x_0.shape == x_1.shape else torch.broadcast_tensors(x_0, x_1)
+        if differentiates(*rates):
+            alpha, sigma, d_alpha, d_sigma = (expand_tensor_like(rate.to(t.dtype), a) for rate in rates)
+            return PathSample(x_1=x_1, x_0=x_0, t=t, x_t=sigma * a + alpha * b, dx_t=d_sigma * a + d_alpha * b)
+        alpha, sigma, d_alpha, d_sigma = rates
+        table = torch.stack([sigma, alpha, d_sigma, d_alpha], 1).to(torch.float64)
         dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), t.dtype)
-        x_t, dx_t = mixed_twice(a, b, rates.to(torch.float64), dtype)
+        try:
+            x_t, dx_t = mixed_twice(a, b, table, dtype)
+        except RuntimeError:
+            wrong = t[table.isnan().any(1)].tolist()
+            if not wrong:
+                raise
+            raise ValueError(f"t must be where the scheduler's rates are numbers, got NaN at t = {wrong}") from None
         return PathSample(x_1=x_1, x_0=x_0, t=t, x_t=x_t, dx_t=dx_t)
 
     def target_to_velocity(self, x_1: Tensor, x_t: Tensor, t: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ def check_method(method: str) -> None:
 
 
 def run(
+    why: str,
     method: str,
     field: Callable[[Tensor, Any], Any],
     y: Any,
@@ -29,12 +30,12 @@ def run(
     rtol: float,
     atol: float,
 ) -> Any:
-    """The states at all time points; ``y`` a tensor or a tuple of tensors."""
+    """The states at all time points; ``y`` a tensor or a tuple of tensors, ``why`` what needs torchdiffeq."""
     try:
         from torchdiffeq import odeint
     except ImportError:
         raise ImportError(
-            f"method {method!r} needs the package torchdiffeq, which is not installed: pip install torchdiffeq"
+            f"{why} needs the package torchdiffeq, which is not installed: pip install torchdiffeq"
         ) from None
     options = {} if step_size is None else {"step_size": step_size}
     return odeint(field, y, time_grid, method=method, options=options, rtol=rtol, atol=atol)

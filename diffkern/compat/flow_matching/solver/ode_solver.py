@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffkern.compat._transforms import transformed
 from diffkern.compat.flow_matching.solver import _dopri5, _fixed, _torchdiffeq
 from diffkern.compat.flow_matching.solver._stages import State
 from diffkern.compat.flow_matching.solver.solver import Solver
@@ -57,8 +58,7 @@ class ODESolver(Solver):
             found = _integrate(
                 field, (x_init,), step_size, method, atol, rtol, time_grid, return_intermediates, enable_grad
             )
-            states = [state[0] for state in found]
-            return torch.stack(states) if return_intermediates else states[-1]
+            return _samples(found, return_intermediates)
 
     def compute_likelihood(
         self,
@@ -103,9 +103,14 @@ class ODESolver(Solver):
             found = _integrate(
                 field, start, step_size, method, atol, rtol, time_grid, return_intermediates, enable_grad
             )
+            states = _samples(found, return_intermediates)
         x_0, change = found[-1]
-        log_p = log_p0(x_0) + change
-        return torch.stack([state[0] for state in found]) if return_intermediates else x_0, log_p
+        return states, log_p0(x_0) + change
+
+
+def _samples(found: list[State], every: bool) -> Tensor:
+    """The last samples or all, [T, B, ...]; contiguous whatever the state was, as torchdiffeq's are."""
+    return torch.stack([state[0].contiguous() for state in found]) if every else found[-1][0].contiguous()
 
 
 def _divergence(u: Tensor, x: Tensor, probe: Tensor | None, differentiable: bool) -> Tensor:
@@ -134,8 +139,15 @@ def _integrate(
 ) -> list[State]:
     """The states at the last time, or at all; in the dtypes of ``y``."""
     _torchdiffeq.check_method(method)
-    if method not in (*_fixed.METHODS, "dopri5") or (enable_grad and time_grid.requires_grad):
-        whole = _torchdiffeq.run(method, field, y, time_grid.to(y[0].device), step_size, rtol, atol)
+    why = ""
+    if method not in (*_fixed.METHODS, "dopri5"):
+        why = f"method {method!r}"
+    elif enable_grad and time_grid.requires_grad:
+        why = "a gradient by time_grid"
+    elif transformed():
+        why = "a forward-mode derivative, torch.func or vmap of the solver"
+    if why:
+        whole = _torchdiffeq.run(why, method, field, y, time_grid.to(y[0].device), step_size, rtol, atol)
         states = [tuple(part[j] for part in whole) for j in range(len(time_grid))]
         return states if every else states[-1:]
     if method == "dopri5":
