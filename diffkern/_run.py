@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diffkern import brownian, ops
+from diffkern.ops._common import refuse_tangents
 from diffkern.plan import COLUMNS, SLOTS, Plan, Row
 
 Model = Callable[..., Tensor]
@@ -225,6 +226,7 @@ class Run:
             m, m2 = self._thresholded(i, m, m2), None
         if row.path is not None and noise is None and row.draws:
             noise = self._increment(row.path)
+        refuse_tangents("step", self.state, m, noise, self.known)
         index = None if self.index is None else self.index[i]
         seeds = self.seeds if call.seeded and (noise is None or self.mask is not None) else None
         mask = self.mask

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffkern.ops._common import native, one_device
+from diffkern.ops._common import native, one_device, refuse_tangents
 
 # Numbers as in csrc/bind/attention.h.
 _ORDERS = {"new": 0, "legacy": 1, "edm": 2}
@@ -27,6 +27,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     autocast the inputs are cast as those of F.scaled_dot_product_attention are.
     """
     _check_strided("attention", q=q, k=k, v=v)
+    refuse_tangents("attention", q, k, v)
     q, k, v = (_autocast(t) for t in (q, k, v))
     return native.attention(q, k, v, _scale(scale, q.shape[-1]))[0]
 
@@ -52,6 +53,7 @@ def spatial_attention(qkv: Tensor, num_heads: int, order: str = "new", scale: fl
     if num_heads < 1:
         raise ValueError(f"num_heads must be at least 1, got {num_heads}")
     _check_strided("spatial_attention", qkv=qkv)
+    refuse_tangents("spatial_attention", qkv)
     qkv = _autocast(qkv)
     dim = qkv.shape[1] // (3 * num_heads) if qkv.dim() > 1 else 0
     return native.spatial_attention(qkv, num_heads, _ORDERS[order], _scale(scale, dim))[0]

@@ -6,6 +6,7 @@ import os
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from diffkern import _load  # noqa: F401  (registers the ops)
 
@@ -78,8 +79,24 @@ def as_dtype_of(value: Tensor | float, like: Tensor) -> Tensor:
     return value.to(like.dtype) if isinstance(value, Tensor) else torch.zeros_like(like)
 
 
+def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
+    """The ops have no forward-mode derivatives: said, as torch would take their tangents for zeros."""
+    if forward_ad._current_level < 0:
+        return
+    for t in tensors:
+        if t is None:
+            continue
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor(t)
+        if wrapped or forward_ad.unpack_dual(t).tangent is not None:
+            raise RuntimeError(
+                f"diffkern.{op}: has no forward-mode derivative (torch.func.jvp, forward_ad), and a tensor carries a "
+                f"tangent: use reverse mode, or diffkern.reference.{op.removesuffix('_out')}"
+            )
+
+
 def refuse_grad(op: str, *tensors: Tensor | None) -> None:
     """Ops that write into given tensors have no gradient: said, instead of a graph that ends in silence."""
+    refuse_tangents(op, *tensors)
     if not torch.is_grad_enabled():
         return
     for t in tensors:  # a loop: any() with a generator takes twice as long

@@ -15,6 +15,7 @@ from diffkern.ops._common import (
     native,
     one_device,
     refuse_grad,
+    refuse_tangents,
     times,
     wrote,
 )
@@ -60,6 +61,7 @@ def step(
     """
     args = (x, m, m2, h0, h1, h2, h3, table, row, index, seeds, noise, mask, known)
     check_on_device("step", index, table)
+    refuse_tangents("step", x, m, m2, h0, h1, h2, h3, noise, known)
     op = native.step_ad if _wants_grad(x, m, m2, h0, h1, h2, h3, noise, known) else native.step
     return op(*args, want_x0, want_s, next_copies, next_dtype)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffkern.ops._common import check_on_device, empty_like, native, one_device, scaled_gradient
+from diffkern.ops._common import check_on_device, empty_like, native, one_device, refuse_tangents, scaled_gradient
 
 
 def step_logprob(
@@ -47,6 +47,7 @@ def step_logprob(
     used as the policy's log-probability by Black et al. 2023 (DDPO, arXiv 2305.13301).
     """
     check_on_device("step_logprob", index, table)
+    refuse_tangents("step_logprob", after, x, m, m2, h0, h1, h2, h3)
     wants = False
     if torch.is_grad_enabled():
         for t in (after, x, h0, h1, h2, h3):

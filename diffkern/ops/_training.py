@@ -15,6 +15,7 @@ from diffkern.ops._common import (
     native,
     one_device,
     refuse_grad,
+    refuse_tangents,
     rows_of,
     scaled_gradient,
     times,
@@ -44,6 +45,7 @@ def noising(
     Differentiable in x0 and noise.
     """
     check_on_device("noising", index, table)
+    refuse_tangents("noising", x0, noise)
     return native.noising(x0, table, index, seeds, stream, noise, want_target, want_eps)
 
 
@@ -140,6 +142,7 @@ def loss(
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     check_on_device("loss", index, table)
+    refuse_tangents("loss", pred, x0, noise)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (pred, x0, noise))
     return native.loss(pred, x0, table, index, seeds, stream, noise, REDUCTIONS[reduction], differentiable)[0]
 

@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffkern.ops._common import REDUCTIONS, check_on_device, empty_like, native, one_device, scaled_gradient
+from diffkern.ops._common import (
+    REDUCTIONS,
+    check_on_device,
+    empty_like,
+    native,
+    one_device,
+    refuse_tangents,
+    scaled_gradient,
+)
 
 VARIATIONAL_COLUMNS = ("u", "v", "q", "clip", "k2", "r0", "r1", "inv_std", "bin", "w_squares", "w_bound", "w_mean")
 """The columns of the table of `variational`, in order (csrc/core/variational.h has the same list)."""
@@ -46,6 +54,7 @@ def variational(
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     check_on_device("variational", index, table)
+    refuse_tangents("variational", pred, x0, noise)
     enabled = torch.is_grad_enabled()
     if enabled and (x0.requires_grad or (noise is not None and noise.requires_grad)):
         raise RuntimeError(
