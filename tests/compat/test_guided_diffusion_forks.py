@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterator
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,7 @@ def test_attention_of_forks() -> None:
     unpatch()
     for other in (Other, Needy):
         (change,) = patch(module_with(QKVAttention=other))
-        assert change.reason == "it computes something else on a few numbers"
+        assert change.reason == "it computes something else on a few numbers, or fails on them"
 
 
 def test_embeddings_of_forks() -> None:
@@ -81,7 +82,7 @@ def test_embeddings_of_forks() -> None:
 
     module = module_with(timestep_embedding=swapped)
     (change,) = patch(module)
-    assert change.reason == "it computes something else on a few numbers"
+    assert change.reason == "it computes something else on a few numbers, or fails on them"
     assert module.timestep_embedding is swapped
     module = module_with(timestep_embedding=repeated)
     (change,) = patch(module)
@@ -170,12 +171,72 @@ def test_formulas_of_forks(methods: dict[str, Any], kept: set[str], noted: set[s
     assert apart(found, want) <= 2e-6 * 8
     assert torch.equal(state_found, state)
     names = {change.name.rpartition(".")[2]: change for change in report if "SpacedDiffusion" not in change.name}
-    other = {name for name, change in names.items() if change.reason == "it computes something else on a few numbers"}
+    other = {
+        name
+        for name, change in names.items()
+        if change.reason == "it computes something else on a few numbers, or fails on them"
+    }
     assert other == kept
     assert {name for name in names if names[name].note == "calls with cond_fn run on the original"} == noted
     before = unpatch()
     assert len(before) < len(report)
     assert torch.equal(run(diffusion, model, **options)[0], want)
+
+
+def test_steps_that_cannot_be_tried() -> None:
+    """As in a motion diffusion model: its step needs an argument of its own."""
+
+    def p_mean_variance(
+        self: Any,
+        model: Any,
+        x: Any,
+        t: Any,
+        clip_denoised: Any = True,
+        denoised_fn: Any = None,
+        model_kwargs: Any = None,
+    ) -> Any:
+        known = model_kwargs["y"]["known"]
+        inner = lambda x, t: torch.where(known, 0.0, model(x, t))  # noqa: E731
+        return gaussian_diffusion.GaussianDiffusion.p_mean_variance(self, inner, x, t, clip_denoised, denoised_fn)
+
+    module, diffusion = fork_of(p_mean_variance=p_mean_variance)
+    model, options = net(), {"model_kwargs": {"y": {"known": torch.rand(SHAPE) > 0.5}}}
+    want, _ = run(diffusion, model, **options)
+    report = patch(module)
+    assert apart(run(diffusion, model, **options)[0], want) <= 2e-6 * 8
+    names = {change.name.rpartition(".")[2]: change for change in report if "SpacedDiffusion" not in change.name}
+    assert {name for name in names if "or fails on them" in (names[name].reason or "")} == {
+        *("p_mean_variance", "p_sample"),
+        *LOOPS,
+    }
+    assert names["q_sample"].replaced
+
+
+def test_kinds_of_forks() -> None:
+    """A kind of model that diffkern has not, and a class that is made in another way."""
+
+    class ModelMeanType(enum.Enum):
+        EPSILON = enum.auto()
+        VELOCITY = enum.auto()
+
+    def init(self: Any, *, betas: Any, model_mean_type: Any = ModelMeanType.VELOCITY) -> None: ...
+
+    def made_otherwise(self: Any, steps: int) -> None: ...
+
+    for own, reason in (
+        (init, "it has ModelMeanType.VELOCITY, which diffkern has not"),
+        (made_otherwise, "it cannot be tried: it is not made as guided_diffusion's"),
+    ):
+        names = {"ModelMeanType": ModelMeanType} if own is init else {}
+        cls = type(
+            "GaussianDiffusion",
+            (gaussian_diffusion.GaussianDiffusion,),
+            {"__init__": FunctionType(own.__code__, names, own.__name__)},
+        )
+        before = dict(vars(cls))
+        (change,) = patch(module_with(GaussianDiffusion=cls))
+        assert change.reason == reason
+        assert dict(vars(cls)) == before
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.9])

@@ -103,6 +103,29 @@ def test_report() -> None:
     assert "p_sample_loop_progressive (calls with skip_timesteps run on the original)" in text
 
 
+def test_trying_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Generators (a GPU's too), and whatever device, dtype or mode happens to be the default."""
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    before = torch.get_rng_state()
+    want = {(change.name, change.reason, change.note) for change in patch(mini)}
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not seeded
+    unpatch()
+    modes = (torch.device("meta"), torch.autocast("cpu", torch.bfloat16), torch.inference_mode(), torch.no_grad())
+    for mode in modes:
+        with mode:
+            assert {(change.name, change.reason, change.note) for change in patch(mini)} == want
+        unpatch()
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            assert {(change.name, change.reason, change.note) for change in patch(mini)} == want
+        finally:
+            torch.set_default_dtype(torch.float32)
+        unpatch()
+
+
 def test_twice() -> None:
     first = patch(mini)
     second = patch(mini)

@@ -176,6 +176,34 @@ def test_loop_draws_as_the_original() -> None:
     assert torch.equal(found, want)
 
 
+@pytest.mark.parametrize("variance", ["FIXED_SMALL", "LEARNED_RANGE"])
+@pytest.mark.parametrize("mean", MEANS)
+@pytest.mark.parametrize("kind", ["p_sample", "ddim_sample"])
+def test_noise_in_the_order_of_the_model(kind: str, mean: str, variance: str) -> None:
+    """A sum has its first term's memory format, and the next noise is drawn in that order: same seed, same image."""
+    d = make(mean, variance, betas=np.linspace(0.05, 0.4, 4)).diffkern(exact=True)
+    chain = Chain(d.betas, mean, variance)
+    step = chain.ddpm if kind == "p_sample" else chain.ddim
+    orders = ([0, 1, 2, 3], [0, 2, 3, 1], [1, 0, 2, 3], [0, 3, 1, 2])  # contiguous, channels_last, and two others
+    for of_x, of_model, fn, cond in product(orders, orders, (None, change), (None, classifier)):
+        start = state().permute(of_x).contiguous().permute([of_x.index(d) for d in range(4)])
+
+        def model(x: Tensor, t: Tensor, of_model: list[int] = of_model) -> Tensor:
+            return network(variance)(x, t).permute(of_model).contiguous().permute([of_model.index(d) for d in range(4)])
+
+        torch.manual_seed(5)
+        want = start
+        for i in range(4)[::-1]:
+            want = step(model, want, torch.full((4,), i), torch.randn_like(want), True, fn, cond)[0]
+        after = torch.get_rng_state()
+        torch.manual_seed(5)
+        loop = getattr(d, f"{kind}_loop")
+        found = loop(model, start.shape, noise=start, denoised_fn=fn, cond_fn=cond, device="cpu")
+        assert torch.equal(torch.get_rng_state(), after)
+        assert error(found, want) <= EXACT
+        assert found.stride() == want.stride()
+
+
 def test_device_of_the_model() -> None:
     """Without device: that of the model's parameters."""
 
@@ -441,6 +469,71 @@ def test_overridden_methods_are_called() -> None:
     assert error(other, one) <= 2e-5
 
 
+USES: dict[str, tuple[str, ...]] = {
+    "q_posterior_mean_variance": ("p_mean_variance", "p_sample", "p_sample_loop", "calc_bpd_loop"),
+    "_predict_xstart_from_eps": ("p_mean_variance", "p_sample", "ddim_sample", "condition_score", "ddim_sample_loop"),
+    "_predict_xstart_from_xprev": ("p_mean_variance", "p_sample", "ddim_sample", "calc_bpd_loop"),
+    "_predict_eps_from_xstart": ("ddim_sample", "condition_score", "ddim_sample_loop", "calc_bpd_loop"),
+    "_vb_terms_bpd": ("training_losses", "calc_bpd_loop"),
+    "q_sample": ("training_losses", "calc_bpd_loop"),
+}
+"""Which methods go by which in the original (EPSILON, or PREVIOUS_X with the squared error and a learned variance)."""
+
+
+@pytest.mark.parametrize("part", USES)
+@pytest.mark.parametrize("cls", [gd.GaussianDiffusion, gd.SpacedDiffusion])
+def test_parts_that_are_overridden(cls: Any, part: str) -> None:
+    """They are called, and what they return is what counts."""
+
+    def replaced(factor: float) -> Any:
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            called.append(part)
+            found = getattr(cls, part)(self, *args, **kwargs)
+            if isinstance(found, tuple):
+                return (found[0] * factor, *found[1:])
+            return found * factor if isinstance(found, Tensor) else {**found, "output": found["output"] * factor}
+
+        keep = {"use_timesteps": range(6)} if cls is gd.SpacedDiffusion else {}
+        previous = part in ("_predict_xstart_from_xprev", "_vb_terms_bpd", "q_sample")
+        kind = ("PREVIOUS_X" if previous else "EPSILON", "LEARNED_RANGE" if previous else "FIXED_SMALL")
+        made = type("Own", (cls,), {part: method} if factor else {})
+        return make(*kind, betas=np.linspace(0.05, 0.4, 6), cls=made, **keep), network(kind[1])
+
+    x, t, called = state(), torch.tensor([5, 0, 3, 1]), []
+    moments = {"pred_xstart": 0.5 * x, "mean": x, "variance": torch.ones_like(x)}
+    calls: dict[str, Callable[[Any, Any], Any]] = {
+        "p_mean_variance": lambda d, model: d.p_mean_variance(model, x, t),
+        "p_sample": lambda d, model: d.p_sample(model, x, t),
+        "ddim_sample": lambda d, model: d.ddim_sample(model, x, t),
+        "condition_score": lambda d, model: d.condition_score(classifier, moments, x, t),
+        "p_sample_loop": lambda d, model: {"": d.p_sample_loop(model, x.shape, noise=x, device="cpu")},
+        "ddim_sample_loop": lambda d, model: {"": d.ddim_sample_loop(model, x.shape, noise=x, device="cpu")},
+        "training_losses": lambda d, model: d.training_losses(model, x.tanh(), t, noise=x.flip(0)),
+        "calc_bpd_loop": lambda d, model: d.calc_bpd_loop(model, x.tanh()),
+    }
+    for use in USES[part]:
+        want, same, other = (seeded(lambda f=f: calls[use](*replaced(f)))[0] for f in (0.0, 1.0, 0.9))  # noqa: B023
+        assert called, use
+        called.clear()
+        gaps = {key: error(other[key], value) for key, value in want.items()}
+        assert max(gaps.values()) > 1e-3, use
+        assert all(error(same[key], value) <= 1e-4 for key, value in want.items()), use
+
+
+def test_target_of_an_overridden_posterior() -> None:
+    """PREVIOUS_X is trained towards the posterior mean that the class says, of the x_t that it says."""
+
+    class Own(gd.GaussianDiffusion):
+        def q_posterior_mean_variance(self, *args: Any, **kwargs: Any) -> Any:
+            mean, *others = super().q_posterior_mean_variance(*args, **kwargs)
+            return 0.5 * mean, *others
+
+    d, x, z, t = make("PREVIOUS_X", cls=Own), state(), state(seed=7), torch.tensor([9, 0, 4, 1])
+    target = d.q_posterior_mean_variance(x, d.q_sample(x, t, z), t)[0]
+    found = d.training_losses(lambda x, t: torch.zeros_like(x), x, t, noise=z)["mse"]
+    assert error(found, target.square().flatten(1).mean(1)) <= EXACT
+
+
 def test_methods_replaced_later_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
     x, t, model = state(), torch.tensor([9, 0, 4, 1]), network()
     d = make()
@@ -582,9 +675,13 @@ def test_bad_input() -> None:
             lambda bad: d.ddim_sample(model, x, bad),
             lambda bad: make(variance="LEARNED").p_sample(network("LEARNED"), x, bad),
             lambda bad: d.q_sample(x, bad),
+            lambda bad: d._vb_terms_bpd(model, x, x, bad),
         ):
             with pytest.raises(IndexError, match=r"t must lie in 0\.\.99, got"):
                 call(bad)
+    for kind in ("p_sample", "ddim_sample"):
+        with pytest.raises(TypeError, match="cond_fn must return a tensor, got NoneType"):
+            getattr(d, kind)(model, x, t, cond_fn=lambda x, t: None)
     with pytest.raises(IndexError, match=r"t must be int64 or int32 timesteps, got torch\.float32"):
         d.q_sample(x, t.float())
     for name, call in (
@@ -624,6 +721,7 @@ def test_bad_spacing() -> None:
 def test_spacing() -> None:
     assert gd.space_timesteps(300, [10, 15, 20]) >= {0, 99, 100, 199, 200, 299}
     assert len(gd.space_timesteps(300, "10,15,20")) == 45
+    assert gd.space_timesteps(300, np.array([10, 15, 20])) == gd.space_timesteps(300, "10,15,20")  # type: ignore[arg-type]
     assert gd.space_timesteps(1000, "ddim50") == set(range(0, 1000, 20))
     assert gd.space_timesteps(7, "7") == set(range(7))
     assert gd.space_timesteps(10, [0, 1]) == {5}

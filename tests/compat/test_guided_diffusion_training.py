@@ -272,6 +272,17 @@ def test_dtypes(own: torch.dtype, of_model: torch.dtype) -> None:
             assert error(found["mse"], want["mse"]) <= EXACT
 
 
+def test_dtypes_of_the_whole_bound() -> None:
+    """As the original's: the error of an x_0 and data in half precision is in half precision, all else float32."""
+    d = make("START_X", "FIXED_SMALL", "KL")
+    x = images(torch.float16)
+    found = d.calc_bpd_loop(lambda x, t: x.half(), x)
+    assert {key: value.dtype for key, value in found.items()} == {
+        **dict.fromkeys(("total_bpd", "prior_bpd", "vb", "mse"), torch.float32),
+        "xstart_mse": torch.float16,
+    }
+
+
 def test_prior_of_a_long_chain() -> None:
     """1e-5 bits in float32: numbers near 1 that cancel."""
     d = gd.GaussianDiffusion(

@@ -78,6 +78,8 @@ class GaussianDiffusion:
         denoised_fn: Any = None,
         model_kwargs: Any = None,
     ) -> dict[str, Tensor]:
+        if self.model_mean_type is not ModelMeanType.EPSILON or self.model_var_type.name.startswith("LEARNED"):
+            raise NotImplementedError(f"{self.model_mean_type}, {self.model_var_type}")
         eps = model(x, self._scale_timesteps(t), **(model_kwargs or {}))
         x0 = self.take("sqrt_recip_alphas_cumprod", t, x) * x - self.take("sqrt_recipm1_alphas_cumprod", t, x) * eps
         x0 = x0 if denoised_fn is None else denoised_fn(x0)

@@ -13,13 +13,13 @@ from torch import Tensor
 from diffkern import ops
 from diffkern.compat.guided_diffusion._tables import BUILDERS, FIXED, LEARNED, MEANS, NAMES, Coefficients
 
-CORE = frozenset(
-    {
-        *("p_mean_variance", "q_posterior_mean_variance", "condition_mean", "condition_score"),
-        *("_predict_xstart_from_eps", "_predict_xstart_from_xprev", "_predict_eps_from_xstart"),
-    }
-)
-"""Methods that the fused steps stand for: a class that overrides one has it called."""
+PARTS = frozenset({"q_posterior_mean_variance", "_predict_xstart_from_eps", "_predict_xstart_from_xprev"})
+CONVERSIONS = frozenset({"_predict_xstart_from_eps", "_predict_eps_from_xstart"})
+CORE = PARTS | CONVERSIONS | {"p_mean_variance", "condition_mean", "condition_score"}
+"""Methods that the fused steps stand for: a class that overrides one has it called. PARTS: those of
+`p_mean_variance`, CONVERSIONS: of `condition_score`."""
+FIRST = ("EPSILON", "eps")
+"""Outputs of a model that the original adds to x; to others it adds x."""
 MOST_KNOWN = 64
 """Tables that a diffusion keeps."""
 
@@ -42,6 +42,24 @@ def wide(*dtypes: torch.dtype) -> torch.dtype:
 
 def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype is dtype else x.to(dtype)
+
+
+def in_format(x: Tensor, like: Tensor) -> Tensor:
+    """x with its dimensions in memory in the order of those of ``like``.
+
+    Plain torch gives a sum the memory format of its first term, and ``randn_like`` of the sum draws in that order.
+    """
+    if x.is_contiguous() and like.is_contiguous():
+        return x
+    order = _order(like)
+    if order == _order(x):
+        return x
+    return x.permute(order).contiguous().permute(sorted(range(x.dim()), key=order.__getitem__))
+
+
+def _order(x: Tensor) -> list[int]:
+    """The dimensions from the outermost in memory to the innermost."""
+    return sorted(range(x.dim()), key=lambda d: -x.stride()[d])
 
 
 def same_shape(**pair: Tensor) -> None:
@@ -96,7 +114,7 @@ class Fused:
                 if device is not None and device.type != "cpu":
                     found = found.to(device)
             while len(known) >= MOST_KNOWN:
-                known.pop(next(iter(known)))
+                known.pop(next(iter(known)), None)  # another thread may have done it
             known[device, key] = found
         return found
 
@@ -167,24 +185,25 @@ class Fused:
     def _dk_run(
         self,
         x: Tensor,
-        m: Tensor | None,
+        m: Tensor,
         rows: Rows,
         *key: Any,
         h0: Tensor | None = None,
         noise: Tensor | None = None,
         want_x0: bool = False,
     ) -> tuple[Tensor, Any]:
-        """(x', x0) of one `ops.step`."""
+        """(x', x0) of one `ops.step`; x' has the memory format of x, or that of m where the original adds x to m."""
+        if key[0] != "guided x0" and key[1] not in FIRST:
+            x = in_format(x, m)
         table = self._dk_table(None if rows.each is None else x.device, *key)
         try:
             found = ops.step(x, m, None, h0, table=table, row=rows.row, index=rows.each, noise=noise, want_x0=want_x0)
         except RuntimeError as error:
-            raise self._dk_outside(rows, error) from None
-        return found[0], found[1]
+            raise self._dk_outside(rows.each, error) from None
+        return in_format(found[0], x), found[1]
 
-    def _dk_outside(self, rows: Rows, error: RuntimeError) -> Exception:
+    def _dk_outside(self, t: Tensor | None, error: RuntimeError) -> Exception:
         """The original's exception for a timestep that is not in the tables, else the one given."""
-        t = rows.each
         if t is not None and t.device.type == "cpu" and bool(((t < 0) | (t >= self.num_timesteps)).any()):
             return IndexError(f"t must lie in 0..{self.num_timesteps - 1}, got {t.tolist()}")
         return error
@@ -198,11 +217,11 @@ class Fused:
         table = self._dk_table(x.device, "noising")
         if isinstance(t, int):
             return ops.noising(x, table[t : t + 1], noise=noise)[0]
-        rows = self._dk_rows_of(t)
+        each = self._dk_rows_of(t).each
         try:
-            return ops.noising(x, table, rows.each, noise=noise)[0]
+            return ops.noising(x, table, each, noise=noise)[0]
         except RuntimeError as error:
-            raise self._dk_outside(rows, error) from None
+            raise self._dk_outside(each, error) from None
 
     def _dk_take(self, name: str, t: Tensor, shape: Iterable[int], dtype: torch.dtype | None = None) -> Tensor:
         """A column at these timesteps, expanded to a shape; no upload."""
@@ -251,7 +270,9 @@ class Fused:
 
 
 def broadcast(gradient: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A gradient (a tensor that broadcasts, a number) with x's shape."""
+    """What a ``cond_fn`` returned (a tensor that broadcasts, a number) with x's shape."""
+    if not isinstance(gradient, Tensor | float | int):
+        raise TypeError(f"cond_fn must return a tensor, got {type(gradient).__name__}")
     found = gradient if isinstance(gradient, Tensor) else torch.as_tensor(gradient, device=x.device)
     found = as_dtype(found, dtype)
     return found if found.shape == x.shape else found.expand(x.shape)

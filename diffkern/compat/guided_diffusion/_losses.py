@@ -20,8 +20,10 @@ from diffkern.compat.guided_diffusion.losses import discretized_gaussian_log_lik
 Model = Callable[..., Tensor]
 
 LOSSES = ("MSE", "RESCALED_MSE", "KL", "RESCALED_KL")
-BOUND = CORE | {"q_sample", "q_mean_variance"}
-BPD = BOUND | {"_vb_terms_bpd"}
+TERMS = frozenset({"_vb_terms_bpd"})
+TARGET = frozenset({"q_sample", "q_posterior_mean_variance"})
+BPD = CORE | {"q_sample", "_vb_terms_bpd"}
+"""Methods that fused losses stand for: the bound's, PREVIOUS_X's target, those of `calc_bpd_loop`."""
 
 
 def bits(values: Tensor) -> Tensor:
@@ -64,17 +66,32 @@ class Losses(Fused):
             noise = torch.randn_like(x_start)
         x_t = self.q_sample(x_start, t, noise=noise)
         model = self._dk_model(model)
+        own = self._dk_own(TERMS)
         if kind.endswith("KL"):
-            found = self._dk_terms(model, x_start, x_t, t, False, model_kwargs, wants_x0=False)["output"]
+            if own:
+                found = self._dk_terms(model, x_start, x_t, t, False, model_kwargs, wants_x0=False)["output"]
+            else:
+                given = {"x_start": x_start, "x_t": x_t, "t": t, "clip_denoised": False, "model_kwargs": model_kwargs}
+                found = self._vb_terms_bpd(model=model, **given)["output"]
             return {"loss": found * self.num_timesteps if kind == "RESCALED_KL" else found}
         self._dk_check(x_t, t)
         m = self._dk_output(model(x_t, self._scale_timesteps(t), **(model_kwargs or {})), x_t)
         terms = {}
         if self._dk_variance_name() in LEARNED:
-            bound = self._dk_bound(m, x_start, x_t, t, clip=False, frozen=True)
+            if own:
+                bound = self._dk_bound(m, x_start, x_t, t, clip=False, frozen=True)
+            else:
+                held = self._dk_frozen(m, x_t)
+                given = {"x_start": x_start, "x_t": x_t, "t": t, "clip_denoised": False}
+                bound = self._vb_terms_bpd(model=lambda *args, **kwargs: held, **given)["output"]
             terms["vb"] = bound * (self.num_timesteps / 1000.0) if kind == "RESCALED_MSE" else bound
         half = self._dk_split(m, x_start.shape[1])
-        terms["mse"] = self._dk_error(half, x_start, t, noise, self._dk_mean_name())
+        mean = self._dk_mean_name()
+        if mean == "PREVIOUS_X" and not self._dk_own(TARGET):
+            target = self.q_posterior_mean_variance(x_start=x_start, x_t=x_t, t=t)[0]
+            terms["mse"] = (target - half).square().flatten(1).mean(1)
+        else:
+            terms["mse"] = self._dk_error(half, x_start, t, noise, mean)
         terms["loss"] = terms["mse"] + terms["vb"] if "vb" in terms else terms["mse"]
         return terms
 
@@ -144,7 +161,7 @@ class Losses(Fused):
         records = torch.is_grad_enabled() and (x_start.requires_grad or x_t.requires_grad)
         if records or not self._dk_own():
             if frozen:
-                m = torch.cat([m.narrow(1, 0, x_t.shape[1]).detach(), m.narrow(1, x_t.shape[1], x_t.shape[1])], 1)
+                m = self._dk_frozen(m, x_t)
             out = self.p_mean_variance(lambda *args, **kwargs: m, x_t, t, clip_denoised=clip)
             return self._dk_plain_bound(out, x_start, x_t, t)
         state = wide(x_start.dtype, x_t.dtype, m.dtype)
@@ -153,7 +170,10 @@ class Losses(Fused):
         index = self._dk_rows_of(t).each if row is None else None
         if row is not None:
             table = table[row : row + 1]
-        kl = ops.variational(m, x_start, table, index, noise=x_t, reduction="none")[0]
+        try:
+            kl = ops.variational(m, x_start, table, index, noise=x_t, reduction="none")[0]
+        except RuntimeError as error:
+            raise self._dk_outside(index, error) from None
         if self._dk_exact or (row is not None and row > 0):
             return kl
         if row == 0:
@@ -165,6 +185,11 @@ class Losses(Fused):
         if not len(at):
             return kl
         return kl.index_copy(0, at, self._dk_decoder(m[at], x_start[at], x_t[at], clip, frozen))
+
+    def _dk_frozen(self, m: Tensor, x: Tensor) -> Tensor:
+        """The output with the gradient of its mean stopped."""
+        channels = x.shape[1]
+        return torch.cat([m.narrow(1, 0, channels).detach(), m.narrow(1, channels, channels)], 1)
 
     def _dk_may_read(self, t: Tensor) -> bool:
         """Whether asking for the samples at t = 0 costs no device read: else all samples go through the decoder."""
@@ -238,7 +263,7 @@ class Losses(Fused):
         x0 = self._dk_mean(x_t, m, Rows(t), clip, None)[1]
         return {
             "vb": self._dk_bound(m, x_0, x_t, time, clip=clip, frozen=False, row=t),
-            "xstart_mse": self._dk_error(x0, x_0, t, noise, "START_X"),
+            "xstart_mse": self._dk_error(x0, x_start, t, noise, "START_X"),
             "mse": self._dk_error(x0, x_0, t, noise, "eps"),
         }
 

@@ -3,63 +3,107 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["differences", "results"]
+from diffkern.compat.guided_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType
+
+__all__ = ["differences", "results", "undisturbed", "unknown_kinds"]
 
 Results = dict[tuple[str, str], Any]
 """(method, the argument that the call uses, or "") -> what it returned, for each kind of diffusion."""
-KINDS = (("EPSILON", "FIXED_LARGE", "MSE"), ("EPSILON", "LEARNED_RANGE", "RESCALED_MSE"))
-ENUMS = ("ModelMeanType", "ModelVarType", "LossType")
+KINDS = (
+    ("EPSILON", "FIXED_LARGE", "MSE"),
+    ("EPSILON", "LEARNED_RANGE", "RESCALED_MSE"),
+    ("START_X", "FIXED_SMALL", "KL"),
+    ("PREVIOUS_X", "LEARNED", "RESCALED_KL"),
+)
+ENUMS = {"ModelMeanType": ModelMeanType, "ModelVarType": ModelVarType, "LossType": LossType}
 
 
-def results(cls: type) -> Results:
-    """What the methods of this class return now; empty where no object of it can be made as guided_diffusion makes it.
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """The CPU without autograd and autocast, whatever is the default; torch's generators are left as they were."""
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.device("cpu"),
+        torch.autocast("cpu", enabled=False),
+        torch.no_grad(),
+    ):
+        yield
 
-    torch's generator is left as it was.
-    """
-    names = getattr(inspect.getattr_static(cls, "__init__"), "__globals__", {})
-    found: Results = {}
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        for kind in KINDS:
-            try:
-                mean, variance, loss = (getattr(names[name], value) for name, value in zip(ENUMS, kind, strict=True))
-                diffusion = cls(
-                    betas=np.linspace(0.05, 0.4, 4), model_mean_type=mean, model_var_type=variance, loss_type=loss
-                )
-            except Exception:  # a fork's own arguments
-                continue
-            for call, function in _calls(kind[1].startswith("LEARNED")).items():
-                torch.manual_seed(0)
-                try:
-                    found.setdefault(call, []).append(function(diffusion))
-                except Exception as error:  # as above
-                    found.setdefault(call, []).append(error)
+
+def _globals(cls: type) -> dict[str, Any]:
+    """The names that the class's module has."""
+    found: dict[str, Any] = getattr(inspect.getattr_static(cls, "__init__"), "__globals__", {})
     return found
 
 
+def unknown_kinds(cls: type) -> list[str]:
+    """The members of the class's enums that guided_diffusion has not."""
+    names = _globals(cls)
+    return [
+        f"{name}.{member}"
+        for name, ours in ENUMS.items()
+        for member in getattr(names.get(name), "__members__", ())
+        if member not in ours.__members__
+    ]
+
+
+def results(cls: type) -> Results:
+    """What the methods of this class return now; empty where no object can be made as guided_diffusion makes it.
+
+    Methods and arguments that the class has not are left out.
+    """
+    names = _globals(cls)
+    found: Results = {}
+    for kind in KINDS:
+        try:
+            mean, variance, loss = (getattr(names[name], value) for name, value in zip(ENUMS, kind, strict=True))
+            diffusion = cls(
+                betas=np.linspace(0.05, 0.4, 4), model_mean_type=mean, model_var_type=variance, loss_type=loss
+            )
+        except Exception:  # a fork's own arguments
+            continue
+        for call, function in _calls(kind[1].startswith("LEARNED")).items():
+            if not _takes(cls, *call):
+                continue
+            torch.default_generator.manual_seed(0)  # torch.manual_seed would seed those of GPUs too
+            try:
+                found.setdefault(call, []).append(function(diffusion))
+            except Exception as error:  # as above
+                found.setdefault(call, []).append(error)
+    return found
+
+
+def _takes(cls: type, method: str, argument: str) -> bool:
+    function = getattr(cls, method, None)
+    return callable(function) and (not argument or argument in inspect.signature(function).parameters)
+
+
 def differences(theirs: Results, ours: Results) -> dict[str, set[str]]:
-    """Method -> the uses of it that return something else; those that the original could not do are left out."""
+    """Method -> the uses of it that return something else, or that the original cannot do for any kind of diffusion."""
     found: dict[str, set[str]] = {}
     for (method, use), want in theirs.items():
         pairs = zip(want, ours.get((method, use), [None] * len(want)), strict=True)
-        if not all(isinstance(a, Exception) or _same(a, b) for a, b in pairs):
+        tried = [_same(a, b) for a, b in pairs if not isinstance(a, Exception)]
+        if not tried or not all(tried):
             found.setdefault(method, set()).add(use)
     return found
 
 
 def _calls(learned: bool) -> dict[tuple[str, str], Callable[[Any], Any]]:
-    x = torch.linspace(-2, 2, 24).sin().reshape(3, 2, 4)
+    x = torch.linspace(-2, 2, 24, dtype=torch.float32).sin().reshape(3, 2, 4)
     x0, z = x.flip(0).contiguous(), x.cos()
     t = torch.tensor([0, 1, 3])
 
     def model(x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
-        eps = (x * 1.5).sin() + 0.01 * t.reshape(-1, 1, 1)
+        eps = (x.float() * 1.5).sin() + 0.01 * t.reshape(-1, 1, 1)
         return torch.cat([eps, 0.3 * x], 1) if learned else eps
 
     def gradient(x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:

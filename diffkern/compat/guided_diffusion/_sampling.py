@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffkern import ops
-from diffkern.compat.guided_diffusion._fused import CORE, Fused, Rows, as_dtype, broadcast, wide
+from diffkern.compat.guided_diffusion._fused import CORE, FIRST, Fused, Rows, as_dtype, broadcast, in_format, wide
 from diffkern.compat.guided_diffusion._tables import LEARNED
 from diffkern.plan import LEARNED_COLUMNS
 
@@ -24,6 +24,7 @@ Step = dict[str, Tensor]
 """What a step returns: "sample" and "pred_xstart"."""
 
 LOOP = {name: CORE | {name} for name in ("p_sample", "ddim_sample")}
+TO_EPS = frozenset({"_predict_eps_from_xstart"})
 R0, R1, G = (LEARNED_COLUMNS.index(name) for name in ("r0", "r1", "g"))
 
 
@@ -50,6 +51,7 @@ class Sampling(Fused):
     p_mean_variance: Any
     condition_mean: Any
     condition_score: Any
+    _predict_eps_from_xstart: Any
     _scale_timesteps: Any
 
     # ---------------------------------------------------------------------------------------------------- steps
@@ -103,8 +105,12 @@ class Sampling(Fused):
             )
             if cond_fn is not None:
                 out = self.condition_score(cond_fn, out, x, t, model_kwargs=model_kwargs)
-            x0, noise = out["pred_xstart"], torch.randn_like(x)
+            x0 = out["pred_xstart"]
             state = wide(x.dtype, x0.dtype)
+            eps = None if self._dk_own(TO_EPS) else self._predict_eps_from_xstart(x, t, x0)
+            noise = torch.randn_like(x)
+            if eps is not None:  # of the state that has this x0 and eps
+                x = self._dk_noised(as_dtype(x0, state), as_dtype(eps, state), t)
             key = ("ddim", "START_X", False, float(eta))
             noise = as_dtype(noise, state)
             return {
@@ -158,10 +164,9 @@ class Sampling(Fused):
             if mean != "PREVIOUS_X":
                 source, kind = given, "START_X"
         noise = torch.randn_like(x)
-        gradient = None if calls.cond_fn is None else calls.gradient(x)
         state = wide(x.dtype, m.dtype, source.dtype)
+        moved = None if calls.cond_fn is None else broadcast(calls.gradient(x), x, state)
         x, noise = as_dtype(x, state), as_dtype(noise, state)
-        moved = None if gradient is None else broadcast(gradient, x, state)
         wants = given is None or kind == "START_X"
         if variance not in LEARNED:
             name = "p" if moved is None else "guided p"
@@ -184,13 +189,15 @@ class Sampling(Fused):
     def _dk_learned(
         self, x: Tensor, m: Tensor, rows: Rows, *key: Any, noise: Tensor, want_x0: bool = False
     ) -> tuple[Tensor, Any]:
-        """(x', x0) of one `ops.learned_step`."""
+        """(x', x0) of one `ops.learned_step`; formats as in `_dk_run`."""
+        if key[0] == "learned" and key[1] not in FIRST:
+            x = in_format(x, m)
         table = self._dk_table(None if rows.each is None else x.device, *key)
         try:
             found = ops.learned_step(x, m, table=table, row=rows.row, index=rows.each, noise=noise, want_x0=want_x0)
         except RuntimeError as error:
-            raise self._dk_outside(rows, error) from None
-        return found[0], found[1]
+            raise self._dk_outside(rows.each, error) from None
+        return in_format(found[0], x), found[1]
 
     def _dk_deviated(self, x: Tensor, m: Tensor, rows: Rows, variance: str, power: int, z: Tensor) -> Tensor:
         """x + std^power z by the learned variance of m (power 1: none at t = 0), one op; formulas with autograd."""

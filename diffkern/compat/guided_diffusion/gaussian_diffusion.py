@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffkern.compat.guided_diffusion._fused import Fused, as_dtype, same_shape, wide
+from diffkern.compat.guided_diffusion._fused import CONVERSIONS, PARTS, Fused, as_dtype, same_shape, wide
 from diffkern.compat.guided_diffusion._losses import Losses
 from diffkern.compat.guided_diffusion._sampling import Sampling
 from diffkern.compat.guided_diffusion._tables import LEARNED, posterior_tables
@@ -158,8 +158,24 @@ class GaussianDiffusion(Sampling, Losses, Fused):
         model = self._dk_model(model)
         m = self._dk_output(model(x, self._scale_timesteps(t), **(model_kwargs or {})), x)
         variance, log_variance = self._dk_variance(m, x, t)
-        mean, pred_xstart = self._dk_mean(x, m, self._dk_rows_of(t), clip_denoised, denoised_fn)
+        if self._dk_own(PARTS):
+            mean, pred_xstart = self._dk_mean(x, m, self._dk_rows_of(t), clip_denoised, denoised_fn)
+        else:
+            mean, pred_xstart = self._dk_mean_of_parts(x, m, t, clip_denoised, denoised_fn)
         return {"mean": mean, "variance": variance, "log_variance": log_variance, "pred_xstart": pred_xstart}
+
+    def _dk_mean_of_parts(
+        self, x: Tensor, m: Tensor, t: Tensor, clip: bool, denoised_fn: Callable[[Tensor], Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """`_dk_mean` by the methods that a subclass has replaced."""
+        kind, m = self._dk_mean_name(), self._dk_split(m, x.shape[1])
+        if kind == "PREVIOUS_X":
+            x0 = self._predict_xstart_from_xprev(x_t=x, t=t, xprev=m)
+        else:
+            x0 = m if kind == "START_X" else self._predict_xstart_from_eps(x_t=x, t=t, eps=m)
+        x0 = x0 if denoised_fn is None else denoised_fn(x0)
+        x0 = x0.clamp(-1, 1) if clip else x0
+        return (m if kind == "PREVIOUS_X" else self.q_posterior_mean_variance(x_start=x0, x_t=x, t=t)[0]), x0
 
     def _dk_variance(self, m: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(variance, log-variance) of the model's step, of x's shape."""
@@ -220,7 +236,12 @@ class GaussianDiffusion(Sampling, Losses, Fused):
         """
         gradient = self._dk_model(cond_fn)(x, self._scale_timesteps(t), **(model_kwargs or {}))
         out = p_mean_var.copy()
-        x0 = self._dk_guided_x0(out["pred_xstart"], gradient, self._dk_rows_of(t))
+        if self._dk_own(CONVERSIONS):
+            x0 = self._dk_guided_x0(out["pred_xstart"], gradient, self._dk_rows_of(t))
+        else:
+            eps = self._predict_eps_from_xstart(x, t, out["pred_xstart"])
+            sigma = (1 - self._dk_take("alphas_cumprod", t, x.shape)).sqrt()
+            x0 = self._predict_xstart_from_eps(x, t, eps - sigma * gradient)
         out["pred_xstart"] = x0
         out["mean"] = self.q_posterior_mean_variance(x_start=x0, x_t=x, t=t)[0]
         return out

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffkern.compat.guided_diffusion import _fused, nn, unet
+from diffkern.compat.guided_diffusion import nn, unet
 from diffkern.compat.guided_diffusion._fit import fit
-from diffkern.compat.guided_diffusion._probe import differences, results
+from diffkern.compat.guided_diffusion._probe import differences, results, undisturbed, unknown_kinds
 from diffkern.compat.guided_diffusion._report import Change, Report
 from diffkern.compat.guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from diffkern.compat.guided_diffusion.respace import SpacedDiffusion
@@ -34,7 +34,7 @@ DIFFUSIONS: tuple[type, ...] = (GaussianDiffusion, SpacedDiffusion)
 ATTENTION = ("QKVAttention", "QKVAttentionLegacy")
 DUNDERS = ("__setattr__", "__getstate__")
 ALREADY = "it is diffkern's already"
-OTHER = "it computes something else on a few numbers"
+OTHER = "it computes something else on a few numbers, or fails on them"
 _ABSENT = object()
 _done: dict[str, list[tuple[Any, str, Any]]] = {}
 """Package -> what was replaced, in order: owner, attribute, what stood there."""
@@ -56,15 +56,16 @@ def patch(package: ModuleType | str | None = None, *, diffusion: bool = True, ne
     modules, failed = _modules(root)
     changes = [Change(name, reason=reason) for name, reason in failed]
     todo = _done.setdefault(root.__name__, [])
-    if diffusion:
-        for ours in DIFFUSIONS:
-            for where, original in _classes(modules, ours.__name__):
-                changes += _patch_diffusion(where, original, ours, todo)
-    if network:
-        for name in ATTENTION:
-            for where, original in _classes(modules, name):
-                changes.append(_patch_attention(where, original, todo))
-        changes += _patch_embedding(modules, todo)
+    with undisturbed():
+        if diffusion:
+            for ours in DIFFUSIONS:
+                for where, original in _classes(modules, ours.__name__):
+                    changes += _patch_diffusion(where, original, ours, todo)
+        if network:
+            for name in ATTENTION:
+                for where, original in _classes(modules, name):
+                    changes.append(_patch_attention(where, original, todo))
+            changes += _patch_embedding(modules, todo)
     return Report(root.__name__, changes)
 
 
@@ -132,7 +133,6 @@ def _name(owner: Any) -> str:
 
 
 def _put(owner: Any, name: str, value: Any, todo: list[tuple[Any, str, Any]]) -> None:
-    _fused._foreign.cache_clear()  # it remembers whose methods a class has
     todo.append((owner, name, vars(owner).get(name, _ABSENT)))
     if value is _ABSENT:
         delattr(owner, name)
@@ -146,7 +146,6 @@ def _undo(done: list[tuple[Any, str, Any]]) -> None:
             delattr(owner, name)
         else:
             setattr(owner, name, before)
-    _fused._foreign.cache_clear()
 
 
 def _has(todo: list[tuple[Any, str, Any]], owner: Any) -> bool:
@@ -163,8 +162,13 @@ def _patch_diffusion(where: str, original: type, ours: type, todo: list[tuple[An
         return [Change(where, reason="the class that it is made of was not replaced")]
     if ours is not GaussianDiffusion:
         return _replace(where, original, ours, todo, {})
+    unknown = unknown_kinds(original)
+    if unknown:
+        return [Change(where, reason=f"it has {', '.join(unknown)}, which diffkern has not")]
     trial: list[tuple[Any, str, Any]] = []
     before = results(original)
+    if not before:
+        return [Change(where, reason="it cannot be tried: it is not made as guided_diffusion's")]
     try:
         _replace(where, original, ours, trial, {})
         other = differences(before, results(original))
@@ -258,7 +262,7 @@ def _patch_attention(where: str, original: type, todo: list[tuple[Any, str, Any]
 
 def _order(original: type) -> str | None:
     """In which order it reads q, k and v, None where it is neither of the two; improved-diffusion's has no heads."""
-    x = torch.linspace(-2, 2, 2 * 48 * 5).sin().reshape(2, 48, 5)
+    x = torch.linspace(-2, 2, 2 * 48 * 5, dtype=torch.float32).sin().reshape(2, 48, 5)
     for arguments, heads in (((2,), 2), ((), 1)):
         try:
             layer = original(*arguments)
@@ -281,7 +285,7 @@ def _patch_embedding(modules: list[ModuleType], todo: list[tuple[Any, str, Any]]
         if not isinstance(held, FunctionType) or held.__module__.startswith("diffkern."):
             changes.append(Change(where, reason=ALREADY))
             continue
-        t = torch.tensor([0.0, 17.25, 999.0])
+        t = torch.tensor([0.0, 17.25, 999.0], dtype=torch.float32)
         try:
             same = all(torch.allclose(nn.timestep_embedding(t, dim), held(t, dim), rtol=0, atol=1e-4) for dim in (8, 9))
         except Exception:  # as above

@@ -30,7 +30,7 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
                     return set(kept)
             raise ValueError(f"cannot keep exactly {count} of {num_timesteps} steps with an integer stride")
         section_counts = [int(number) for number in section_counts.split(",")]
-    if not section_counts or min(section_counts) < 0:
+    if not len(section_counts) or min(section_counts) < 0:
         raise ValueError(f"section_counts must be numbers >= 0, got {list(section_counts)}")
     least, longer = divmod(num_timesteps, len(section_counts))
     chosen: set[int] = set()
