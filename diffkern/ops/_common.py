@@ -88,7 +88,7 @@ def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
             continue
         wrapped = torch._C._functorch.is_functorch_wrapped_tensor(t)
         if wrapped or forward_ad.unpack_dual(t).tangent is not None:
-            raise RuntimeError(
+            raise NotImplementedError(
                 f"diffkern.{op}: has no forward-mode derivative (torch.func.jvp, forward_ad), and a tensor carries a "
                 f"tangent: use reverse mode, or diffkern.reference.{op.removesuffix('_out')}"
             )

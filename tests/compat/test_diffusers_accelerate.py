@@ -124,6 +124,18 @@ def test_a_saved_pipeline_loads_without_diffkern(latent: Any, tmp_path: Path) ->
     assert torch.equal(run(loaded), run(restored(latent)))
 
 
+def test_a_scheduler_put_there_by_hand_is_saved_and_loaded(latent: Any, tmp_path: Path) -> None:
+    """The pipeline's file names diffkern's class: it loads where diffkern is installed."""
+    latent.scheduler = ours.DDIMScheduler(clip_sample=False)
+    latent.save_pretrained(tmp_path)
+    loaded = type(latent).from_pretrained(tmp_path)
+    assert type(loaded.scheduler) is ours.DDIMScheduler
+    assert loaded.scheduler.config.clip_sample is False
+    for name in (name for name in ours.__all__ if name.endswith("Scheduler")):  # where diffusers looks when it loads
+        module = sys.modules[getattr(ours, name).__module__]
+        assert module.SchedulerMixin is diffusers.SchedulerMixin
+
+
 def restored(pipe: Any) -> Any:
     restore(pipe)
     return pipe

@@ -5,8 +5,10 @@ pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
 print(accelerate(pipe))  # or this: the scheduler of its class, and the attention layers
 """
 
+import sys
+
 # _base first: without diffusers it says in one sentence what to install.
-from diffkern.compat.diffusers import _base  # noqa: F401
+from diffkern.compat.diffusers import _base
 from diffkern.compat.diffusers.accelerate import Report, Swap, accelerate, restore
 from diffkern.compat.diffusers.attention import DiffkernAttnProcessor
 from diffkern.compat.diffusers.ddim import DDIMScheduler
@@ -22,6 +24,11 @@ from diffkern.compat.diffusers.lms import LMSDiscreteScheduler
 from diffkern.compat.diffusers.repaint import RePaintScheduler
 from diffkern.compat.diffusers.score_sde_ve import ScoreSdeVeScheduler
 from diffkern.compat.diffusers.unipc import UniPCMultistepScheduler
+
+for _found in list(vars().values()):
+    if isinstance(_found, type) and issubclass(_found, _base.Fused):
+        # A pipeline's file names its scheduler's module; diffusers looks there for the base class that can load it.
+        sys.modules[_found.__module__].__dict__["SchedulerMixin"] = _base.SchedulerMixin
 
 __all__ = [
     "DDIMInverseScheduler",

@@ -19,6 +19,7 @@ from diffkern import ops, streams
 from diffkern.plan import COLUMNS, Plan, Row
 
 try:
+    from diffusers import SchedulerMixin as SchedulerMixin
     from diffusers.utils.torch_utils import randn_tensor
 except ImportError as error:
     raise ImportError(
@@ -42,7 +43,7 @@ class Clock:
     def __init__(self, timesteps: Tensor) -> None:
         self.timesteps = timesteps
         self.counts = not timesteps.is_inference()
-        self.version = version(timesteps)
+        self.version = written(timesteps)
         self.times: list[Host] = timesteps.tolist()
         self.positions: dict[Host, list[int]] = {}
         for i, t in enumerate(self.times):
@@ -79,14 +80,18 @@ class Entry:
 
     def __init__(self, value: Any, sources: tuple[Any, ...], contents: tuple[Any, ...]) -> None:
         self.value, self.sources, self.contents = value, sources, contents
-        self.counting = [source for source in sources if isinstance(source, Tensor) and not source.is_inference()]
+        tensors = [source for source in sources if isinstance(source, Tensor)]
+        self.counting = [t for t in tensors if not t.is_inference()]
         self.versions = [t._version for t in self.counting]
+        self.others = [(t, written(t)) for t in tensors if t.is_inference()]
+
+    def unchanged(self) -> bool:
+        """Whether no source was written to."""
+        return [t._version for t in self.counting] == self.versions and all(written(t) == was for t, was in self.others)
 
     def holds(self, i: int, source: Any) -> bool:
         """Whether source i is this one, unchanged."""
-        if self.sources[i] is not source:
-            return False
-        return not isinstance(source, Tensor) or [t._version for t in self.counting] == self.versions
+        return self.sources[i] is source and (not isinstance(source, Tensor) or self.unchanged())
 
 
 class Hot:
@@ -157,12 +162,23 @@ class Fused:
             self._dk_exact = bool(exact)
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles take along: not what belongs to tensors of this object, by identity and version."""
+        state = self.__dict__.copy()
+        state.pop("_dk_ahead", None)
+        state.pop("_dk_tables_now", None)
+        return state
+
     # ---------------------------------------------------------------------------------------------- time and tables
     @property
     def _dk_clock(self) -> Clock:
         found: Clock | None = self.__dict__.get("_dk_clock_now")
         now = self.timesteps
-        if found is None or found.timesteps is not now or (found.counts and found.version != now._version):
+        if (
+            found is None
+            or found.timesteps is not now
+            or found.version != (now._version if found.counts else written(now))
+        ):
             found = self.__dict__["_dk_clock_now"] = Clock(now)
         return found
 
@@ -176,7 +192,7 @@ class Fused:
                 if kept is not now:
                     break
             else:
-                if [t._version for t in entry.counting] == entry.versions:
+                if entry.unchanged():
                     return entry.value
         known = self.__dict__.setdefault("_dk_known", Cache())
         contents = tuple(
@@ -189,7 +205,7 @@ class Fused:
             with torch.inference_mode(False), torch.device("cpu"):
                 value = build()
             while len(known) >= MOST_KNOWN:
-                known.pop(next(iter(known), None), None)
+                known.pop(next(iter(list(known)), None), None)  # a list: copies in other threads fill it too
             known[(key, contents)] = value
         if len(cache) > 4 * MOST_KNOWN:
             cache.clear()
@@ -257,8 +273,8 @@ class Fused:
             state = x.dtype if m is None or m.dtype is x.dtype else torch.promote_types(x.dtype, m.dtype)
         if x.dtype is not state:
             x = x.to(state)
-        if noise is not None and noise.dtype is not state:
-            noise = noise.to(state)
+        if noise is not None:
+            noise = as_dtype(noise if noise.shape == x.shape else noise.expand(x.shape), state)
         if histories:
             histories = tuple(h if h is None or h.dtype is state else h.to(state) for h in histories)
         if index is not None:
@@ -324,6 +340,14 @@ class Fused:
 def version(source: Any) -> int:
     """How often a tensor has been written to in place (0 where torch does not count)."""
     return source._version if isinstance(source, Tensor) and not source.is_inference() else 0
+
+
+def written(table: Tensor) -> Any:
+    """What changes when a table is written to in place: its count of writes, where torch does not count them (tensors
+    made in `torch.inference_mode`) its numbers, and nothing for such a table on a device, which is never read."""
+    if not table.is_inference():
+        return table._version
+    return table.tolist() if table.device.type == "cpu" else 0
 
 
 class Same:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from diffkern.compat.diffusers._base import Fused, Hot, host
 
@@ -58,7 +59,7 @@ class FusedMultistep(Fused):
     @staticmethod
     def _dk_same(m: Tensor, x: Tensor, others: list[Any]) -> bool:
         """Whether the op can take the operands as they are: one dtype and shape, no gradient."""
-        if m.dtype is not x.dtype or m.shape != x.shape:
+        if m.dtype is not x.dtype or m.shape != x.shape or forward_ad._current_level >= 0:
             return False
         for t in others:
             if t is not None and t.dtype is not x.dtype:
@@ -72,7 +73,8 @@ class FusedMultistep(Fused):
             at = self._begin_index if self._step_index is None else self._step_index
             if x.shape[0] == 1 < timesteps.shape[0]:
                 x = x.expand(timesteps.shape[0], *x.shape[1:])
-            return self._dk_noised(x, noise, int(at), self._dk_levels, ("levels",), self.sigmas)
+            key = ("levels", self.config.get("use_flow_sigmas"))
+            return self._dk_noised(x, noise, int(at), self._dk_levels, key, self.sigmas)
         scales = self._dk_cached(("by time", self._dk_exact), (*sources, self._internal_dict), self._dk_levels_by_time)
         if timesteps.is_floating_point():
             timesteps = torch.tensor([int(t) if t == int(t) else -1 for t in timesteps.tolist()])

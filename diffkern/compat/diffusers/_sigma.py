@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from diffkern import ops
 from diffkern.compat.diffusers._base import (
@@ -21,9 +22,11 @@ from diffkern.compat.diffusers._base import (
     column,
     host,
     plan_of,
+    promote,
     table_of,
     version,
     with_column,
+    written,
 )
 from diffkern.plan import Plan
 
@@ -104,20 +107,20 @@ class FusedSigma(Fused):
         """``build()`` for these sigmas, this config and these options. What was made last for ``key[0]`` is found
         without a look into the cache, as every step asks for it."""
         sigmas, config = self.sigmas, self._internal_dict
-        last = self.__dict__.setdefault("_dk_last", {})
+        last = self.__dict__.setdefault("_dk_tables_now", {})
         found = last.get(key[0])
         if found is not None and found[0] is sigmas and found[1] is config:
             seen: Value = found[3]
-            if found[2] == (key, self._dk_exact, version(sigmas)):
+            if found[2] == (key, self._dk_exact, written(sigmas)):
                 return seen
         made = self._dk_cached((*key, self._dk_exact), (self._dk_levels, config), build)
-        last[key[0]] = (sigmas, config, (key, self._dk_exact, version(sigmas)), made)
+        last[key[0]] = (sigmas, config, (key, self._dk_exact, written(sigmas)), made)
         return made
 
     # ---------------------------------------------------------------------------------------------- the op
-    _dk_ahead: tuple[Tensor, int, int, Tensor | None, Tensor] | None = None
+    _dk_ahead: tuple[Tensor, int, int, Tensor | None, Tensor, Any] | None = None
     """(x', the row that starts from it, versions of x' and the sigmas, the model's input made of it or None, the
-    sigmas)."""
+    sigmas, the config)."""
     _dk_scales: bool = False
     """Whether the loop asks for the model's input of what `step` returned: `FusedKarras.scale_model_input`."""
 
@@ -137,6 +140,7 @@ class FusedSigma(Fused):
             or m.dtype is not torch.float32
             or x.shape != m.shape
             or (torch.is_grad_enabled() and (x.requires_grad or m.requires_grad))
+            or forward_ad._current_level >= 0
         ):
             return None
         onward, none = self._dk_scales and row + 1 < hot.rows, None
@@ -208,11 +212,14 @@ class FusedSigma(Fused):
     def _dk_promoted(
         self, x: Tensor, m: Tensor, *histories: Tensor | None, table: Tensor, row: int, **wants: Any
     ) -> tuple[Any, Any, Any, Any]:
-        """`ops.step` in the dtype that x and m promote to, for originals that upcast nothing."""
-        if x.dtype == m.dtype and x.shape == m.shape:
+        """`ops.step` in the dtype that the operands promote to, for originals that upcast nothing."""
+        if x.dtype == m.dtype and x.shape == m.shape and all(h is None or h.dtype is x.dtype for h in histories):
             return self._dk_plain(x, m, *histories, table=table, row=row, **wants)
         self._dk_in_range(row, table)
-        return self._dk_run(x, m, *histories, table=table, row=row, **wants)
+        state = promote(x.dtype, m.dtype)
+        for h in histories:  # earlier steps may have been of another dtype
+            state = state if h is None else promote(state, h.dtype)
+        return self._dk_run(x, m, *histories, table=table, row=row, state=state, **wants)
 
     def _dk_in_range(self, row: int, table: Tensor) -> None:
         if row >= len(table):
@@ -251,10 +258,11 @@ class FusedKarras(FusedSigma):
         ahead = self._dk_ahead
         if ahead is not None:
             self._dk_ahead = None
-            after, row, written, scaled, sigmas = ahead
-            self._dk_scales = sample is after and row == self._step_index
-            same = sigmas is self.sigmas and written == version(sample) + version(sigmas)
-            if self._dk_scales and scaled is not None and same:
+            after, row, writes, scaled, sigmas, config = ahead
+            # A gradient that x' is asked for since goes through an op of its own.
+            self._dk_scales = sample is after and row == self._step_index and not sample.requires_grad
+            same = sigmas is self.sigmas and config is self._internal_dict
+            if self._dk_scales and scaled is not None and same and writes == version(sample) + version(sigmas):
                 return scaled
         row, index = self._dk_at(timestep, sample.device)
         table = self._dk_table(("input",), lambda: table_of(len(self._dk_levels), a=self._dk_input_scale()))
@@ -264,10 +272,14 @@ class FusedKarras(FusedSigma):
         return out
 
     def _dk_look_ahead(self, found: tuple[Any, ...], row: int, rows: int) -> None:
-        after = found[0]
-        last = row + 1 >= rows or after.is_inference()  # writes to inference tensors are not counted
-        sigmas = self.sigmas
-        self._dk_ahead = None if last else (after, row + 1, after._version + version(sigmas), found[3], sigmas)
+        after, sigmas = found[0], self.sigmas
+        if row + 1 >= rows or after.is_inference() or sigmas.is_inference():  # whose writes are not counted
+            self._dk_ahead = None
+        elif after.requires_grad:  # x' may be cut from its graph in place
+            self._dk_ahead, self._dk_scales = None, False
+        else:
+            writes = after._version + sigmas._version
+            self._dk_ahead = (after, row + 1, writes, found[3], sigmas, self._internal_dict)
 
     def _dk_plain(
         self,

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from diffkern import ops, streams
 from diffkern.compat.diffusers._base import Fused, Hot, column, host
@@ -49,6 +50,7 @@ class FusedTimes(Fused):
             or x.dtype is not m.dtype
             or x.shape != m.shape
             or (torch.is_grad_enabled() and (x.requires_grad or m.requires_grad))
+            or forward_ad._current_level >= 0
         ):
             return None
         at, off = divmod(timestep.data_ptr() - hot.start, hot.stride)

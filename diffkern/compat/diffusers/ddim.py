@@ -63,7 +63,7 @@ class DDIMScheduler(FusedVP, Original):
         else:
             found = self._dk_run(sample, model_output, want_x0=True, **operands)
             if eta == 0:
-                self._dk_warm(key, table, self.final_alpha_cumprod)
+                self._dk_warm((*key[:2], float(eta), key[3]), table, self.final_alpha_cumprod)
         if not return_dict:
             return found[:2]
         return DDIMSchedulerOutput(prev_sample=found[0], pred_original_sample=found[1])

@@ -49,7 +49,8 @@ class DPMSolverMultistepScheduler(FusedMultistep, Original):
         if stochastic:
             noise = variance_noise
             if noise is None:
-                noise, seeds = self._dk_noise(model_output, generator, torch.float32)
+                like = model_output if kept or model_output.shape == sample.shape else model_output + sample
+                noise, seeds = self._dk_noise(like, generator, torch.float32)
             else:
                 noise = noise.to(model_output.device)
         past = self.model_outputs
@@ -59,7 +60,8 @@ class DPMSolverMultistepScheduler(FusedMultistep, Original):
         if config.solver_order > 2:
             older[i % 2] = past[-2]
         operands: dict[str, Any] = {"row": i, "noise": noise, "seeds": seeds}
-        if seeds is None and not config.thresholding and self._dk_same(model_output, sample, [*older, noise]):
+        fits = noise is None or noise.shape == sample.shape
+        if fits and seeds is None and not config.thresholding and self._dk_same(model_output, sample, [*older, noise]):
             none = None
             out, m0, _, _ = ops.step_raw(
                 *(sample, model_output, none, *older, none, none, table, i),
@@ -73,7 +75,8 @@ class DPMSolverMultistepScheduler(FusedMultistep, Original):
             out = self._dk_run(sample, m0, *older, table=self._dk_taken(table), **operands)[0]
         else:
             out, m0, _, _ = self._dk_run(sample, model_output, *older, table=table, want_x0=not kept, **operands)
-            m0 = model_output if kept else m0
+            if kept:  # in the state's shape, as the steps after this one read it
+                m0 = model_output if model_output.shape == out.shape else model_output.expand(out.shape)
         past[:-1] = past[1:]
         past[-1] = m0
         if self.lower_order_nums < config.solver_order:

@@ -64,7 +64,7 @@ class EDMEulerScheduler(FusedKarras, Original):
         if index is None:
             self._step_index += 1
         if given is None and not any(draws):
-            self._dk_warm(key, table)
+            self._dk_warm((*map(float, key[:4]), *key[4:]), table)  # tensors may be written to
         x0 = x0 if given is None else given
         if not return_dict:
             return prev_sample, x0
@@ -81,6 +81,7 @@ class EDMEulerScheduler(FusedKarras, Original):
 
     def _dk_rows(self, given: bool, *churn: float) -> tuple[Tensor, list[bool]]:
         """The table, and which rows draw noise; ``given``: the model's place is taken by x0."""
+        churn = tuple(map(float, churn))
 
         def build() -> tuple[Tensor, list[bool]]:
             levels, data, prediction = self._dk_levels, self.config.sigma_data, self.config.prediction_type

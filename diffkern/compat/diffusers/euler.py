@@ -59,7 +59,7 @@ class EulerDiscreteScheduler(FusedKarras, Original):
         if index is None:
             self._step_index += 1
         if not (any(draws) or given):
-            self._dk_warm(key, table)
+            self._dk_warm((*map(float, key[:4]), key[4]), table)  # tensors may be written to
         x0 = model_output if given else x0
         if not return_dict:
             return prev_sample, x0
@@ -87,6 +87,7 @@ class EulerDiscreteScheduler(FusedKarras, Original):
 
     def _dk_rows(self, *churn: float) -> tuple[Tensor, list[bool], bool]:
         """The table, which rows draw noise, and whether the model gives x0."""
+        churn = tuple(map(float, churn))
 
         def build() -> tuple[Tensor, list[bool], bool]:
             prediction = self.config.prediction_type

@@ -222,6 +222,7 @@ class FlowMatchHeunDiscreteScheduler(_Flow, OriginalHeun):
 
     def _dk_rows(self, *churn: float) -> tuple[Tensor, Tensor, list[bool], tuple[Tensor, ...]]:
         """Tables of the first calls and of the second, which first calls draw noise, and the original's ``dt``."""
+        churn = tuple(map(float, churn))
 
         def build() -> tuple[Tensor, Tensor, list[bool], tuple[Tensor, ...]]:
             levels = self._dk_levels

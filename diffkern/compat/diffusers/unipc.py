@@ -45,6 +45,8 @@ class Done(NamedTuple):
     sample_version: int
     last: Tensor | None
     estimates: list[Tensor | None]
+    graph: bool
+    """Whether a gradient flows through ``out``."""
 
 
 class UniPCMultistepScheduler(FusedMultistep, Original):
@@ -63,14 +65,15 @@ class UniPCMultistepScheduler(FusedMultistep, Original):
 
     def __getstate__(self) -> dict[str, Any]:
         self.last_sample  # noqa: B018  (a copy's tensors are others: it can not tell what the last step returned)
-        return self.__dict__.copy()
+        return super().__getstate__()
 
     @property
     def last_sample(self) -> Tensor | None:
         """The corrected sample of the last step: the original stores it, here it is made when it is asked for."""
         done: Done | None = self.__dict__.get("_dk_done")
         if done is not None:
-            self.last_sample = self._dk_corrected(done)
+            with torch.set_grad_enabled(done.graph):  # as in the step, whoever asks for it now
+                self.last_sample = self._dk_corrected(done)
         return self.__dict__.get("_dk_last")
 
     @last_sample.setter
@@ -96,7 +99,7 @@ class UniPCMultistepScheduler(FusedMultistep, Original):
         if self.predict_x0 and self.config.thresholding:
             estimates[0] = self._dk_estimate(rows, i, model_output, sample)
         elif self._dk_kept() and model_output.dtype == sample.dtype:
-            estimates[0] = model_output
+            estimates[0] = model_output if model_output.shape == sample.shape else model_output.expand(sample.shape)
         self.timestep_list[:-1] = self.timestep_list[1:]
         self.timestep_list[-1] = timestep
         if self.solver_p or order > FUSED_ORDER:
@@ -128,7 +131,12 @@ class UniPCMultistepScheduler(FusedMultistep, Original):
             estimates[0] = x0 if own else estimates[0]
         if not self.solver_p:
             self.__dict__["_dk_last"] = None
-            self.__dict__["_dk_done"] = Done(rows, mode, i, out, version(out), sample, version(sample), last, estimates)
+            done = Done(
+                *(rows, mode, i, out, version(out), sample, version(sample), last, estimates, out.requires_grad)
+            )
+            self.__dict__["_dk_done"] = done
+            if out.is_inference() or sample.is_inference():
+                self.last_sample = self._dk_corrected(done)  # while both are as they were: torch counts no writes
         self.model_outputs[:-1] = self.model_outputs[1:]
         self.model_outputs[-1] = estimates[0]
         self.this_order = self._dk_order(reached, i)
@@ -156,7 +164,13 @@ class UniPCMultistepScheduler(FusedMultistep, Original):
         done: Done | None = self.__dict__.get("_dk_done")
         if i == 0 or i - 1 in self.disable_corrector or (done is None and self.last_sample is None):
             return "plain", None
-        same = done is not None and sample is done.out and version(sample) == done.out_version
+        same = (
+            done is not None
+            and sample is done.out
+            and version(sample) == done.out_version
+            and sample.requires_grad == done.graph  # neither cut from its graph in place
+            and not (done.graph and sample.is_leaf)  # nor made a leaf
+        )
         return ("merged", None) if same and not self.solver_p else ("apart", self.last_sample)
 
     def _dk_order(self, reached: int, i: int) -> int:
