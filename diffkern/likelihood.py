@@ -180,7 +180,7 @@ def ode_log_likelihood(
     if directions is None:
         directions = _directions(x, divergence, probes, probe, seeds)
     else:
-        directions = _given(x, divergence, directions)
+        directions = _given(x, divergence, seeds, directions)
     evaluations = 0
 
     def slope(state: Tensor, t: Tensor) -> Tensor:
@@ -279,9 +279,11 @@ def _directions(x: Tensor, divergence: str, probes: int, probe: str, seeds: Tens
     return [projections(x.shape, seeds, k, probe, torch.float64).flatten(1) for k in range(probes)]
 
 
-def _given(x: Tensor, divergence: str, directions: Sequence[Tensor]) -> list[Tensor]:
+def _given(x: Tensor, divergence: str, seeds: Tensor | None, directions: Sequence[Tensor]) -> list[Tensor]:
     if divergence != "hutchinson":
         raise ValueError(f"directions belong to the divergence 'hutchinson', got them for {divergence!r}")
+    if seeds is not None:
+        raise ValueError("give seeds or directions, not both, got both")
     if not directions or any(v.shape != x.shape for v in directions):
         shapes = [list(v.shape) for v in directions]
         raise ValueError(f"directions must be one or more tensors of shape {list(x.shape)}, got {shapes}")

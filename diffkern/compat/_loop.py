@@ -91,6 +91,12 @@ def added(x: Tensor, z: Tensor, scale: float) -> Tensor:
     return ops.step(x, None, table=table, noise=z.to(x.dtype))[0]
 
 
+def churn_within(churn: float, low: float, high: float) -> tuple[float, tuple[float, float]]:
+    """(churn, its range): as in the originals none where no level can lie within, which our samplers refuse."""
+    low = max(low, 0.0)
+    return (churn, (low, high)) if low <= high else (0.0, (0.0, math.inf))
+
+
 def churn_before_start(plan: Plan, sigma: float) -> float:
     """The std of the noise that the first step's churn adds to a state of level ``sigma``."""
     return math.sqrt(max(0.0, (plan.init_scale - sigma) * (plan.init_scale + sigma)))

@@ -50,7 +50,7 @@ def edm_sampler(
     low, high = max(float(sigma_min), float(net.sigma_min)), min(float(sigma_max), float(net.sigma_max))
     sigmas = grids.karras_sigmas(num_steps, low, high, float(rho))[:-1]
     levels = (*_rounded(net, sigmas.tolist(), latents), 0.0)
-    churn: Churn = (float(S_churn), (float(S_min), float(S_max)), float(S_noise))
+    churn: Churn = (*_loop.churn_within(float(S_churn), float(S_min), float(S_max)), float(S_noise))
     plan = _heun(levels, churn)
     hats = [plan.rows[rows.start].time for rows in plan.steps]
     known = _rounded(net, hats, latents)

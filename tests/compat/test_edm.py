@@ -19,6 +19,7 @@ CASES: list[dict[str, Any]] = [
     {"num_steps": 2, "rho": 5.0},
     {"sigma_min": 0.01, "sigma_max": 20.0, "rho": 3},
     {"S_churn": 10.0},
+    {"S_churn": 80.0, "S_min": 2.0, "S_max": 1.0},
     {"S_churn": 80.0, "S_min": 0.05, "S_max": 50.0, "S_noise": 1.003, "num_steps": 32},
     {"S_churn": 1000.0, "S_noise": 0.0},
 ]
@@ -140,6 +141,11 @@ def test_sampler_bad_input() -> None:
         edm_sampler(Net(), latents(), S_churn=-1)
     with pytest.raises(ValueError, match="sigma_min and sigma_max must be"):
         edm_sampler(Net(), latents(), sigma_min=3.0, sigma_max=2.0)
+
+    coarse = TableNet()
+    coarse.u = torch.tensor([0.01, 1.0, 2.0, 60.0], dtype=torch.float64)
+    with pytest.raises(ValueError, match="sigmas must fall strictly"):
+        edm_sampler(coarse, latents())
 
     class Nothing(Net):
         def __call__(self, x: Tensor, sigma: Tensor, class_labels: Any = None, **kwargs: Any) -> Any:

@@ -286,6 +286,17 @@ def test_limits_of_the_churn_are_compared_in_the_dtype_of_sigmas() -> None:
         assert error(found, want) <= 1e-5
 
 
+@pytest.mark.parametrize("name", CHURN)
+@pytest.mark.parametrize("limits", [{"s_tmin": 5.0, "s_tmax": 1.0}, {"s_tmax": -1.0}, {"s_tmin": -1.0, "s_tmax": 5.0}])
+def test_limits_between_which_no_level_lies_make_no_churn(name: str, limits: dict[str, float]) -> None:
+    results = []
+    for module in (theirs, ours):
+        torch.manual_seed(4)
+        results.append((run(module, name, start(), levels(), s_churn=4.0, **limits)[0], torch.rand(1).item()))
+    assert error(results[1][0], results[0][0]) <= 9 * STEP[torch.float32]
+    assert results[1][1] == results[0][1]
+
+
 def test_no_gradient_is_recorded() -> None:
     x = start().requires_grad_()
     assert not ours.sample_euler(Network(), x, levels(), disable=True).requires_grad
@@ -375,6 +386,12 @@ def gaussian(x: Tensor, sigma: Tensor, data: float = 0.5) -> Tensor:
     return x * (data**2 / (data**2 + sigma.reshape(-1, *(1,) * (x.ndim - 1)) ** 2))
 
 
+def mixing(x: Tensor, sigma: Tensor) -> Tensor:
+    """`gaussian` of neighbours: its Jacobian has elements off the diagonal."""
+    made: Tensor = 0.7 * gaussian(x, sigma) + 0.3 * gaussian(x.roll(1, -1), sigma)
+    return made
+
+
 def test_log_likelihood() -> None:
     x = 0.5 * torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     low, high = 0.02, 50.0
@@ -388,6 +405,16 @@ def test_log_likelihood() -> None:
     torch.testing.assert_close(found, other, rtol=0, atol=1e-3)
     assert info.keys() == other_info.keys() == {"fevals"}
     assert info["fevals"] > 10
+    # Off the diagonal the probe counts: it is k-diffusion's, and so is what is left in torch's generator.
+    values = []
+    for module in (theirs.sampling, ours):
+        torch.manual_seed(5)
+        nats, _ = module.log_likelihood(mixing, x, low, high, atol=1e-7, rtol=1e-7)
+        values.append((nats, torch.rand(1).item()))
+    torch.testing.assert_close(values[1][0], values[0][0], rtol=0, atol=1e-3)
+    assert values[1][1] == values[0][1]
+    torch.manual_seed(7)
+    assert (ours.log_likelihood(mixing, x, low, high, atol=1e-7, rtol=1e-7)[0] - values[1][0]).abs().max() > 0.01
     alone = ours.log_likelihood(gaussian, x[1:2], low, high, atol=1e-7, rtol=1e-7)[0]
     assert torch.equal(alone, found[1:2])
     for ends in ((0.0, 1.0), (2.0, 1.0)):

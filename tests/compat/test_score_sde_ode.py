@@ -126,6 +126,25 @@ def test_ode_of_other_methods_and_sdes() -> None:
     assert found.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("solver", ["device", "scipy"])
+def test_half_precision_is_solved_in_float32(dtype: torch.dtype, solver: str) -> None:
+    if solver == "scipy":
+        pytest.importorskip("scipy")
+    sde, _ = both("vp")
+    z, seen = torch.randn(SHAPE).to(dtype), set()
+
+    def net(x: Tensor, labels: Tensor) -> Tensor:
+        seen.update((x.dtype, labels.dtype))
+        return 0.8 * x
+
+    sampler = sampling.get_ode_sampler(sde, SHAPE, lambda x: x, device="cpu", solver=solver)
+    assert torch.equal(sampler(net, z)[0], sampler(net, z.float())[0])
+    found, latent, _ = likelihood_lib.get_likelihood_fn(sde, lambda x: x, solver=solver)(net, z)
+    assert found.dtype == latent.dtype == torch.float32
+    assert seen == {torch.float32}
+
+
 def test_without_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 

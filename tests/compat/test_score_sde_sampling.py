@@ -416,13 +416,15 @@ def test_bad_input() -> None:
     Other.__bases__ = (sde_lib.SDE,)
     with pytest.raises(NotImplementedError, match="SDE class Other not yet supported"):
         sampling.LangevinCorrector(object.__new__(Other), lambda x, t: x, 0.1, 1)
-    with pytest.raises(NotImplementedError, match="SDE class Other not yet supported"):
+    with pytest.raises(NotImplementedError, match=r"not yet .*Other: VPSDE.*diffkern\.compat\.score_sde\.sde_lib"):
         sampling.get_score_fn(object.__new__(Other), net)
     with pytest.raises(ValueError, match="score_fn must be a function"):
         sde.reverse(None)
     with pytest.raises(ValueError, match=r"model must return a tensor of shape \[3, 2, 5, 4\], got shape \[3\]"):
         run(sde, "euler_maruyama", "none", lambda x, labels: labels)
     coarse = sde_lib.VPSDE(0.1, 20.0, 10)
-    with pytest.raises(ValueError, match=r"N must be so large that the coefficients of ReverseDiffusion.*N = 10"):
+    with pytest.raises(ValueError, match=r"coefficients of ReverseDiffusionPredictor must be finite .*, got N = 10"):
         run(coarse, "reverse_diffusion", "none", net)
+    with pytest.raises(ValueError, match=r"EulerMaruyamaPredictor must be finite .*eps so large"):
+        run(sde, "euler_maruyama", "none", net, eps=0.0)
     assert run(coarse, "euler_maruyama", "none", net).isfinite().all()

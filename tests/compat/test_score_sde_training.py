@@ -279,5 +279,7 @@ def test_bad_input() -> None:
     for directions, rule in (([], "one or more"), ([x[:1]], r"of shape \[2, 3\], got \[\[1, 3\]\]")):
         with pytest.raises(ValueError, match=rule):
             diffkern.likelihood.log_likelihood(lambda x, t: x, x, diffkern.vp(), directions=directions)
+    with pytest.raises(ValueError, match="give seeds or directions, not both, got both"):
+        diffkern.likelihood.log_likelihood(lambda x, t: x, x, diffkern.vp(), seeds=torch.arange(2), directions=[x])
     with pytest.raises(ValueError, match="directions belong to the divergence 'hutchinson'"):
         diffkern.likelihood.log_likelihood(lambda x, t: x, x, diffkern.vp(), divergence="exact", directions=[x])

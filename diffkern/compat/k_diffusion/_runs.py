@@ -152,7 +152,8 @@ def churned(
     """Draws torch noise before every step, used or not, as k-diffusion does; the op of the row before adds it."""
     levels = levels_of(sigmas)
     low, high = torch.tensor([s_tmin, s_tmax], dtype=sigmas.dtype).tolist()  # compared in the dtype of sigmas
-    plan = plan_of(kind, levels, churn=float(s_churn), churn_range=(low, high), churn_noise=float(s_noise))
+    churn, limits = _loop.churn_within(float(s_churn), low, high)
+    plan = plan_of(kind, levels, churn=churn, churn_range=limits, churn_noise=float(s_noise))
     if plan is None:
         return x
     run = _Run(plan, model, x, sigmas, extra_args, callback, disable)

@@ -307,16 +307,15 @@ def log_likelihood(
 ) -> tuple[Tensor, dict[str, int]]:
     """(ln p(x) in nats [B], {"fevals": model calls}) by `likelihood.log_likelihood`, prior N(0, sigma_max^2).
 
-    One Rademacher probe, as k-diffusion's, drawn by seeds from torch's generator: another one from the same state. Each
-    sample has steps of its own, so its value does not depend on the batch; rk45 in ln sigma, float64.
+    One Rademacher probe, drawn as k-diffusion draws it. Each sample has steps of its own: with the same probe its value
+    does not depend on the batch; rk45 in ln sigma, float64.
     """
     low, high = float(sigma_min), float(sigma_max)
     if not 0.0 < low < high < math.inf:
         raise ValueError(f"sigma_min and sigma_max must be 0 < sigma_min < sigma_max, got {low:g} and {high:g}")
     extra = {} if extra_args is None else dict(extra_args)
-
-    found = likelihood.log_likelihood(
-        model, x, schedules.edm(low, high), "x0", t_data=low, t_noise=high, rtol=rtol, atol=atol, **extra
-    )
+    probe = torch.randint_like(x, 2) * 2 - 1
+    ends: dict[str, Any] = {"t_data": low, "t_noise": high, "rtol": rtol, "atol": atol, "directions": [probe]}
+    found = likelihood.log_likelihood(model, x, schedules.edm(low, high), "x0", **ends, **extra)
     nats: Tensor = found.nats.to(x.dtype)
     return nats, {"fevals": found.evaluations}

@@ -1,7 +1,7 @@
 """score_sde_pytorch's interfaces (arXiv 2011.13456) on fused ops: docs/compat-score-sde.md.
 
     from diffkern.compat.score_sde import likelihood, losses, sampling, sde_lib  # was: import likelihood, losses, ...
-    from diffkern.compat.score_sde import models as mutils  # was: from models import utils as mutils
+    from diffkern.compat.score_sde.models import get_score_fn  # was: from models.utils import get_score_fn
 
 Needs torch alone; scipy where its ODE solvers are asked for by name.
 """

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffkern import ops
 from diffkern.compat.score_sde import _rows
-from diffkern.compat.score_sde._updates import POWERS, powers
+from diffkern.compat.score_sde._updates import POWERS, Fused, Langevin, LangevinCorrector, powers
 from diffkern.compat.score_sde.models import ScoreFunction, set_mode
 
 
@@ -22,10 +22,9 @@ def fused_run(
     ``denoise`` the last update's mean (its noise is drawn all the same).
     """
     host, last = times.cpu(), len(times) - 1
-    labels = score_fn.labels(times)[:, None].repeat(1, len(x)).unbind()
     scale = score_fn.scale(host)
-    steps = corrector.n_steps if hasattr(corrector, "coefficients") else 0
-    norms = steps > 0 and hasattr(corrector, "batch_norms")
+    steps = max(corrector.n_steps, 0) if isinstance(corrector, Langevin) else 0
+    norms = steps > 0 and isinstance(corrector, LangevinCorrector)  # step sizes made after the network's calls
     before: Tensor | None = None
     found: tuple[Tensor, ...] = ()
     if steps:
@@ -39,16 +38,19 @@ def fused_run(
         else:
             before = _rows.table(triples)
     after: Tensor | None = None
-    if hasattr(predictor, "coefficients"):
+    if isinstance(predictor, Fused):
         triples = _finite(predictor, _rows.triple(predictor.coefficients(host), scale))
         if denoise:
             triples[last, 2] = 0.0
         after = _rows.table(triples)
+    # A label of its own for every call: networks may change theirs in place.
+    calls = steps + (after is not None)
+    labels = iter(score_fn.labels(times).repeat_interleave(calls)[:, None].repeat(1, len(x)).unbind())
     network = score_fn.model
     set_mode(network, train=False)
-    for i, label in enumerate(labels):
+    for i in range(len(times)):
         for _ in range(steps):
-            m = _rows.shaped(network(x, label), x)
+            m = _rows.shaped(network(x, next(labels)), x)
             x, z = _widened(x, torch.randn_like(x), m)
             if before is None:
                 table = _rows.table(corrector.scaled(found[i], m, z, None))
@@ -57,7 +59,7 @@ def fused_run(
                 x = ops.step(x, m, table=before, row=i, noise=z)[0]
         if after is not None:
             first = torch.randn_like(x) if predictor.draws_first else None
-            m = _rows.shaped(network(x, label), x)
+            m = _rows.shaped(network(x, next(labels)), x)
             x, z = _widened(x, torch.randn_like(x) if first is None else first, m)
             x = ops.step(x, m, table=after, row=i, noise=z)[0]
     return x
@@ -69,8 +71,9 @@ def _finite(update: Any, triples: Tensor) -> Tensor:
     if bool(bad.any()):
         name, N = type(update).__name__, update.sde.N
         raise ValueError(
-            f"N must be so large that the coefficients of {name} are finite (of VP and sub-VP, larger than beta_max), "
-            f"got N = {N}, for which step {int(bad.nonzero()[0])} has {triples[bad][0].tolist()}"
+            f"the coefficients of {name} must be finite (VP and sub-VP: N larger than beta_max, eps so large that the "
+            f"standard deviation is not 0), got N = {N}, for which step {int(bad.nonzero()[0])} has "
+            f"{triples[bad][0].tolist()}"
         )
     return triples
 

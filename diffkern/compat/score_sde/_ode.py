@@ -92,6 +92,6 @@ def solve_ivp(
     return end, int(solution.nfev)
 
 
-def rounded(values: Tensor, like: Tensor) -> Tensor:
-    """In the dtype of ``like``."""
-    return values.to(torch.promote_types(like.dtype, torch.float32))
+def widened(x: Tensor) -> Tensor:
+    """In float32 at least: score_sde solves, and calls the network, in float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -8,6 +8,7 @@ The SDEs' own methods give them, evaluated at x = 1: their drifts and means are 
 
 from __future__ import annotations
 
+import abc
 import math
 from typing import Any
 
@@ -56,12 +57,19 @@ def on_device(sde: Any, name: str, device: torch.device) -> Tensor:
 
 
 def linear(sde: Any, method: str) -> bool:
-    """Whether the method and what it stands on are `sde_lib`'s."""
+    """Whether the method and what it stands on are `sde_lib`'s, in the class and in this SDE; so is its `reverse`."""
+    kind = type(sde)
+    helpers = [name for name in ("_beta", "_log_mean", "_sigma") if hasattr(kind, name)]
     return all(
-        getattr(type(sde), name) in KNOWN
-        for name in (method, "sde", "_beta", "_log_mean", "_sigma")
-        if hasattr(type(sde), name)
+        getattr(kind, name, None) in KNOWN and name not in vars(sde) for name in (method, "sde", "reverse", *helpers)
     )
+
+
+def std(sde: Any, t: Tensor, x: Tensor | None = None) -> Tensor:
+    """The standard deviation at t, [n]; a `marginal_prob` of the user's own is given x, whose shape it may need."""
+    at = t.new_zeros(len(t), 1) if x is None or linear(sde, "marginal_prob") else x
+    found: Tensor = sde.marginal_prob(at, t)[1]
+    return found
 
 
 def rate(sde: Any, method: str, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,9 +78,24 @@ def rate(sde: Any, method: str, t: Tensor) -> tuple[Tensor, Tensor]:
     return first.flatten(), second
 
 
+class NetworkScore(abc.ABC):
+    """A score function that is a network's output times a number of the times alone: `models.get_score_fn`'s."""
+
+    fits: bool
+    """Whether it is: not for an SDE whose `marginal_prob` is the user's own."""
+
+    @abc.abstractmethod
+    def network(self, x: Tensor, t: Tensor) -> Tensor:
+        """m, [B, ...]."""
+
+    @abc.abstractmethod
+    def scale(self, t: Tensor) -> Tensor | None:
+        """[B] float64; None for 1."""
+
+
 def evaluate(score_fn: Any, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
     """(m, scale): of `models.get_score_fn`'s functions the network's output, of any other the score itself."""
-    if hasattr(score_fn, "network"):
+    if isinstance(score_fn, NetworkScore) and score_fn.fits:
         return score_fn.network(x, t), score_fn.scale(t)
     score: Tensor = score_fn(x, t)
     return score, None

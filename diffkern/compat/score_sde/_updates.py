@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffkern.compat.score_sde import _rows
-from diffkern.compat.score_sde.sde_lib import VESDE, VPSDE, subVPSDE
+from diffkern.compat.score_sde.sde_lib import VESDE, VPSDE, subVPSDE, unsupported
 
 Kind = TypeVar("Kind", bound=type)
 Pair = tuple[Tensor, Tensor]
@@ -66,7 +66,7 @@ class Predictor(abc.ABC):
         """(x', mean of x') of the state x [B, ...] at the times t [B]."""
 
 
-class _Fused(Predictor):
+class Fused(Predictor):
     """Predictors whose update is mean = keep x + pull score, x' = mean + std z."""
 
     needs: str | None = None
@@ -95,7 +95,7 @@ class _Fused(Predictor):
 
 
 @register_predictor(name="euler_maruyama")
-class EulerMaruyamaPredictor(_Fused):
+class EulerMaruyamaPredictor(Fused):
     """x' = x + (f - c g^2 score) dt + g sqrt(-dt) z, dt = -1/N; c and g of `SDE.reverse` (algorithm of section 4.1)."""
 
     draws_first = True
@@ -118,7 +118,7 @@ class EulerMaruyamaPredictor(_Fused):
 
 
 @register_predictor(name="reverse_diffusion")
-class ReverseDiffusionPredictor(_Fused):
+class ReverseDiffusionPredictor(Fused):
     """x' = x - f_i + c G_i^2 score + G_i z (algorithm 1's discretisation run backwards, appendix E)."""
 
     needs = "discretize"
@@ -136,13 +136,13 @@ class ReverseDiffusionPredictor(_Fused):
 
 
 @register_predictor(name="ancestral_sampling")
-class AncestralSamplingPredictor(_Fused):
+class AncestralSamplingPredictor(Fused):
     """The posterior of the discrete chain (appendix F): DDPM's with variance beta for VP, SMLD's for VE."""
 
     def __init__(self, sde: Any, score_fn: Any, probability_flow: bool = False) -> None:
         super().__init__(sde, score_fn, probability_flow)
         if not isinstance(sde, VPSDE | VESDE):
-            raise NotImplementedError(f"SDE class {type(sde).__name__} not yet supported.")
+            raise unsupported(sde)
         if probability_flow:
             raise AssertionError("Probability flow not supported by ancestral sampling")
 
@@ -183,13 +183,13 @@ class Corrector(abc.ABC):
         """(x', mean of x') of the state x [B, ...] at the times t [B]."""
 
 
-class _Langevin(Corrector):
+class Langevin(Corrector):
     """x' = x + e score + sqrt(2 e) z."""
 
     def __init__(self, sde: Any, score_fn: Any, snr: float, n_steps: int) -> None:
         super().__init__(sde, score_fn, snr, n_steps)
         if not isinstance(sde, VPSDE | VESDE | subVPSDE):
-            raise NotImplementedError(f"SDE class {type(sde).__name__} not yet supported.")
+            raise unsupported(sde)
 
     def update_fn(self, x: Tensor, t: Tensor) -> Pair:
         """(x', mean of x') after ``n_steps`` steps, each one op and what its step size takes."""
@@ -199,14 +199,17 @@ class _Langevin(Corrector):
         for _ in range(self.n_steps):
             m, scale = _rows.evaluate(self.score_fn, pair[0], t)
             z = torch.randn_like(pair[0])
-            sizes = self.coefficients(t) if sizes is None else sizes
+            sizes = self.coefficients(t, x) if sizes is None else sizes
             triples = self.scaled(_rows.triple(sizes, scale), m, z, None if scale is None else scale.abs())
             pair = _rows.moved(pair[0], m, triples, z, t.dtype)
         return pair
 
     @abc.abstractmethod
-    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(1, e, sqrt(2 e)), each [n], at the times t [n]; of langevin for a ratio of norms of 1."""
+    def coefficients(self, t: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(1, e, sqrt(2 e)), each [n], at the times t [n]; of langevin for a ratio of norms of 1.
+
+        ``x`` [n, ...]: the states there, for an SDE of the user's own.
+        """
 
     def scaled(self, triples: Tensor, m: Tensor, z: Tensor, sizes: Tensor | None) -> Tensor:
         """The coefficients with what only score and noise can tell; ``sizes`` [B] times norm(m) is the score's."""
@@ -220,17 +223,14 @@ class _Langevin(Corrector):
 
 
 @register_corrector(name="langevin")
-class LangevinCorrector(_Langevin):
+class LangevinCorrector(Langevin):
     """e = 2 alpha_i (snr norm(z)/norm(score))^2, the norms averaged over the batch (algorithms 4 and 5).
 
     No step where the score is 0 everywhere: there the ratio of score_sde is infinite and its state NaN. A NaN in the
     score goes into the state with the score itself.
     """
 
-    batch_norms = True
-    """In loops: the step size is made after the network's call."""
-
-    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def coefficients(self, t: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(1, 2 alpha snr^2, 2 snr sqrt(alpha))."""
         e = 2.0 * self.snr**2 * self._alpha(t).double()
         return torch.ones_like(e), e, (2.0 * e).sqrt()
@@ -257,12 +257,12 @@ def powers(device: torch.device) -> Tensor:
 
 
 @register_corrector(name="ald")
-class AnnealedLangevinDynamics(_Langevin):
+class AnnealedLangevinDynamics(Langevin):
     """e = 2 alpha_i (snr std(t))^2: annealed Langevin dynamics of SMLD."""
 
-    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def coefficients(self, t: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(1, e, sqrt(2 e))."""
-        std = self.sde.marginal_prob(t.new_zeros(len(t), 1), t)[1].double()
+        std = _rows.std(self.sde, t, x).double()
         e = 2.0 * self._alpha(t).double() * (self.snr * std) ** 2
         return torch.ones_like(e), e, (2.0 * e).sqrt()
 

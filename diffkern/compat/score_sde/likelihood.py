@@ -54,6 +54,7 @@ def get_likelihood_fn(
             probe = torch.randint_like(data, low=0, high=2).float() * 2 - 1.0
         else:
             raise NotImplementedError(f"Hutchinson type {hutchinson_type} unknown.")
+        data = _ode.widened(data)
         score_fn = get_score_fn(sde, model, train=False, continuous=True)
         if _ode.on_schedule(sde, method, solver):
             found = log_likelihood(
@@ -76,7 +77,7 @@ def get_likelihood_fn(
         else:
             nats, latent, calls = _scipy(sde, score_fn, data, probe, (eps, sde.T), rtol, atol, method)
         bits = bits_per_dim(nats, data[0].numel()) - inverse_scaler(-1.0)
-        return _ode.rounded(bits, data), _ode.rounded(latent, data), calls
+        return bits.to(data.dtype), latent.to(data.dtype), calls
 
     return likelihood_fn
 

@@ -46,31 +46,32 @@ def set_mode(model: Any, train: bool) -> None:
         model.train(train)
 
 
-class ScoreFunction:
+class ScoreFunction(_rows.NetworkScore):
     """score(x, t) = scale(t) network(x, t); see the module's table."""
 
     def __init__(self, sde: Any, model: Any, train: bool = False, continuous: bool = False) -> None:
         self.sde, self.model, self.train, self.continuous = sde, model, train, continuous
         self.exploding = isinstance(sde, sde_lib.VESDE)
         """Whether the network's output is the score."""
+        self.fits = _rows.linear(sde, "marginal_prob")
         if not isinstance(sde, sde_lib.VPSDE | sde_lib.subVPSDE | sde_lib.VESDE):
-            raise NotImplementedError(f"SDE class {type(sde).__name__} not yet supported.")
+            raise sde_lib.unsupported(sde)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        m, std = self.network(x, t), self._divisor(t)
+        m, std = self.network(x, t), self._divisor(t, x)
         return m if std is None else -m / _rows.column(std, x)
 
     def network(self, x: Tensor, t: Tensor) -> Tensor:
         """The network's output at the times t."""
         set_mode(self.model, self.train)
-        m: Tensor = self.model(x, self.labels(t))
+        m: Tensor = self.model(x, self.labels(t, x))
         return m
 
-    def labels(self, t: Tensor) -> Tensor:
-        """What the network is given for the times t."""
+    def labels(self, t: Tensor, x: Tensor | None = None) -> Tensor:
+        """What the network is given for the times t (and the states x, for an SDE of the user's own)."""
         if self.exploding:
             if self.continuous:
-                return self._std(t)
+                return self._std(t, x)
             return torch.round((self.sde.T - t) * (self.sde.N - 1)).long()
         if self.continuous or isinstance(self.sde, sde_lib.subVPSDE):
             return t * 999
@@ -81,16 +82,15 @@ class ScoreFunction:
         std = self._divisor(t)
         return None if std is None else -1.0 / std.double()
 
-    def _divisor(self, t: Tensor) -> Tensor | None:
+    def _divisor(self, t: Tensor, x: Tensor | None = None) -> Tensor | None:
         if self.exploding:
             return None
         if self.continuous or isinstance(self.sde, sde_lib.subVPSDE):
-            return self._std(t)
+            return self._std(t, x)
         return _rows.on_device(self.sde, "sqrt_1m_alphas_cumprod", t.device)[self.labels(t).long()]
 
-    def _std(self, t: Tensor) -> Tensor:
-        std: Tensor = self.sde.marginal_prob(t.new_zeros(len(t), 1), t)[1]
-        return std
+    def _std(self, t: Tensor, x: Tensor | None) -> Tensor:
+        return _rows.std(self.sde, t, None if self.fits or x is None else torch.zeros_like(x))
 
 
 def get_score_fn(sde: Any, model: Any, train: bool = False, continuous: bool = False) -> ScoreFunction:

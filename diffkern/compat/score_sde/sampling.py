@@ -132,7 +132,7 @@ def get_pc_sampler(
             (NoneCorrector if corrector is None else corrector)(sde, score_fn, snr, n_steps),
         )
         times = torch.linspace(sde.T, eps, sde.N, device=x.device)
-        if _prepared(*steps):
+        if score_fn.fits and _prepared(*steps):
             x = fused_run(*steps, score_fn, x, times, denoise)
         else:
             mean = x
@@ -180,7 +180,7 @@ def get_ode_sampler(
 
     @torch.no_grad()
     def ode_sampler(model: Any, z: Tensor | None = None) -> tuple[Tensor, int]:
-        x = sde.prior_sampling(shape).to(device) if z is None else z
+        x = (sde.prior_sampling(shape) if z is None else _ode.widened(z)).to(device)
         score_fn = get_score_fn(sde, model, train=False, continuous=True)
         x, calls = _ode.integrate(sde, score_fn, x, (sde.T, eps), rtol, atol, method, solver)
         if denoise:

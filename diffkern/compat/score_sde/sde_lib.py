@@ -252,9 +252,18 @@ class VESDE(SDE):
         return table[i], torch.where(i == 0, 0.0, table[i - 1])
 
 
+def unsupported(sde: object) -> NotImplementedError:
+    """score_sde's error for an SDE that is none of these; its own classes are none of them, either."""
+    kind = type(sde)
+    return NotImplementedError(
+        f"SDE class {kind.__name__} not yet supported. It is {kind.__module__}.{kind.__qualname__}: VPSDE, subVPSDE "
+        f"and VESDE are those of {__name__}"
+    )
+
+
 _rows.KNOWN |= {
     getattr(kind, method)
     for kind in (SDE, VPSDE, subVPSDE, VESDE)
-    for method in ("sde", "discretize", "marginal_prob", "_beta", "_log_mean", "_sigma")
+    for method in ("sde", "discretize", "marginal_prob", "reverse", "_beta", "_log_mean", "_sigma")
     if hasattr(kind, method)
 }
