@@ -145,9 +145,9 @@ class FusedSigma(Fused):
             return None
         onward, none = self._dk_scales and row + 1 < hot.rows, None
         found: tuple[Any, ...] = ops.step_raw(
-            *(x, m, none, none, none, none, none, hot.value, row),
-            *(none, none, none, none, none, want_x0, False, int(onward), none),
-        )
+            x, m, none, none, none, none, none, hot.value, row, none, none, none, none, none, want_x0, False,
+            int(onward), none,
+        )  # fmt: skip
         self._dk_look_ahead(found, row, hot.rows)
         self._step_index = row + 1
         return found

@@ -57,10 +57,11 @@ class FusedTimes(Fused):
         if off or not 0 <= at < len(hot.times):
             return None
         none = None
-        return ops.step_raw(
-            *(x, m, none, none, none, none, none, hot.value, hot.times[at]),
-            *(none, none, none, none, none, True, False, 0, none),
-        )
+        found: tuple[Any, ...] = ops.step_raw(
+            x, m, none, none, none, none, none, hot.value, hot.times[at], none, none, none, none, none, True, False,
+            0, none,
+        )  # fmt: skip
+        return found
 
     def _dk_warm(self, key: Any, table: Tensor, end: Tensor) -> None:
         """Keeps the table of a step for `_dk_quick`."""

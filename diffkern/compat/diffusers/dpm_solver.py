@@ -64,9 +64,9 @@ class DPMSolverMultistepScheduler(FusedMultistep, Original):
         if fits and seeds is None and not config.thresholding and self._dk_same(model_output, sample, [*older, noise]):
             none = None
             out, m0, _, _ = ops.step_raw(
-                *(sample, model_output, none, *older, none, none, table, i),
-                *(none, none, noise, none, none, not kept, False, 0, none),
-            )
+                sample, model_output, none, older[0], older[1], none, none, table, i, none, none, noise, none, none,
+                not kept, False, 0, none,
+            )  # fmt: skip
             m0 = model_output if kept else m0
         elif config.thresholding and "++" in config.algorithm_type:
             out, m0, _, _ = self._dk_thresholded(sample, model_output, *older, table=table, index=None, **operands)
