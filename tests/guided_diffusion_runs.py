@@ -8,9 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffkern.compat import guided_diffusion as gd
+
 MEANS = ("EPSILON", "START_X", "PREVIOUS_X")
 VARIANCES = ("FIXED_SMALL", "FIXED_LARGE", "LEARNED", "LEARNED_RANGE")
 SHAPE = (4, 2, 3, 5)
+EXACT = 1e-12
+ROUNDED = 1e-5
+"""What float32's rounding of the tables comes to, relative to the largest element."""
 
 
 def network(variance: str = "FIXED_SMALL", width: float = 1000.0) -> Callable[..., Tensor]:
@@ -65,3 +70,26 @@ def seeded(call: Callable[[], Any], seed: int = 5) -> tuple[Any, Tensor]:
     """(what a call returns, what torch's generator gives next)."""
     torch.manual_seed(seed)
     return call(), torch.rand(3)
+
+
+def make(
+    mean: str = "EPSILON",
+    variance: str = "FIXED_SMALL",
+    betas: Any = None,
+    cls: type[gd.GaussianDiffusion] = gd.GaussianDiffusion,
+    rescale: bool = False,
+    **options: Any,
+) -> Any:
+    return cls(
+        betas=gd.get_named_beta_schedule("linear", 100) if betas is None else betas,
+        model_mean_type=gd.ModelMeanType[mean],
+        model_var_type=gd.ModelVarType[variance],
+        loss_type=gd.LossType.MSE,
+        rescale_timesteps=rescale,
+        **options,
+    )
+
+
+def spaced(keep: Any = "10", T: int = 1000, **options: Any) -> Any:
+    betas = gd.get_named_beta_schedule("linear", T)
+    return make(betas=betas, cls=gd.SpacedDiffusion, use_timesteps=gd.space_timesteps(T, keep), **options)  # type: ignore[arg-type]

@@ -172,9 +172,8 @@ class FusedSigma(Fused):
     ) -> tuple[Any, Any, Any]:
         """(x' in the model's dtype, x0, s in float32) of originals that upcast the sample; float64 for a float64 model.
         A narrower x' is the op's second output, so that it is rounded once."""
-        if (
-            dtype in (None, m.dtype) and x.dtype == m.dtype == torch.float32 and x.shape == m.shape
-        ):  # nothing to convert
+        same = x.dtype == m.dtype == torch.float32 and x.shape == m.shape
+        if same and dtype in (None, m.dtype):  # nothing to convert
             return self._dk_plain(x, m, *histories, table=table, row=row, **wants)[:3]
         self._dk_in_range(row, table)
         dtype = m.dtype if dtype is None else dtype
