@@ -69,7 +69,7 @@ def drop_in(
             numbers = itertools.count(streams.STEP)
 
             def draw(size: Any, generator: Any = None, device: Any = None, dtype: Any = None) -> Tensor:
-                return ops.randn(size, seeds, next(numbers), dtype=dtype)  # noqa: B023
+                return ops.randn(size, seeds, next(numbers), dtype=dtype)  # noqa: B023  (called in this round only)
 
             same = mock.patch.object(module, "randn_tensor", draw) if rng == "counter" else contextlib.nullcontext()
             with same:
