@@ -28,7 +28,7 @@ GOAL = 2.0
 
 def k_loop(name: str, setting: Setting, shape: tuple[int, ...], kind: str) -> Case:
     """Steps enough that what is done once a run counts little."""
-    import k_diffusion_oracle
+    from helpers import k_diffusion_oracle
 
     steps = 5 if shape == LARGE else 20
     x, m, z = (random_tensor(k, shape, setting) for k in range(3))
@@ -88,7 +88,7 @@ def k_loop(name: str, setting: Setting, shape: tuple[int, ...], kind: str) -> Ca
 
 def edm_loop(name: str, setting: Setting, shape: tuple[int, ...], churn: float = 0.0) -> Case:
     """EDM's float64 Heun loop; the baseline is our transcription of the paper's algorithm."""
-    from edm_algorithm import algorithm_2
+    from helpers.edm_algorithm import algorithm_2
 
     steps = 4 if shape == LARGE else 18
     x, m, z = (random_tensor(k, shape, setting, torch.float64) for k in range(3))

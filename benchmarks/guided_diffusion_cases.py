@@ -30,7 +30,7 @@ KEPT, ROW = "250", 100
 
 def _diffusions(variance: str, loss: str = "MSE") -> tuple[Any, Any]:
     """(ours, the original or None) over 250 of 1000 steps."""
-    import guided_diffusion_oracle
+    from helpers import guided_diffusion_oracle
 
     modules = [(guided_diffusion, guided_diffusion)]
     if not guided_diffusion_oracle.missing():
@@ -68,7 +68,7 @@ def step(
     drawn: bool = False,
 ) -> Case:
     """`p_sample` or `ddim_sample` at timesteps of a tensor."""
-    from guided_diffusion_algorithms import Chain
+    from helpers.guided_diffusion_algorithms import Chain
 
     ours_d, theirs_d = _diffusions(variance)
     channels = shape[1] * (2 if variance.startswith("LEARNED") else 1)
@@ -135,7 +135,7 @@ def step(
 
 def losses(name: str, setting: Setting, shape: tuple[int, ...], exact: bool = False) -> Case:
     """`training_losses` of a learned variance (RESCALED_MSE) with its gradient; no sample is at t = 0."""
-    from guided_diffusion_algorithms import Chain
+    from helpers.guided_diffusion_algorithms import Chain
 
     ours_d, theirs_d = _diffusions("LEARNED_RANGE", "RESCALED_MSE")
     ours_d.diffkern(exact=exact)

@@ -30,7 +30,7 @@ def pc_loop(
     name: str, setting: Setting, shape: tuple[int, ...], kind: str, predictor: str, corrector: str, steps: int = 50
 ) -> Case:
     """A loop of ``steps`` steps, corrector and predictor."""
-    from score_sde_algorithms import Process, pc_sample
+    from helpers.score_sde_algorithms import Process, pc_sample
 
     x, m, z = (random_tensor(k, shape, setting) for k in range(3))
     process, sde = Process(kind, *BOUNDS[kind], steps), SDES[kind](*BOUNDS[kind], steps)

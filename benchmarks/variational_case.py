@@ -21,7 +21,8 @@ from benchmarks.case import (
     tight,
     try_compile,
 )
-from diffkern import ops, reference, schedules, streams, variational
+from diffkern import ops, reference, schedules, streams
+from diffkern.objectives import variational
 
 __all__ = ["hybrid"]
 

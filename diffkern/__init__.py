@@ -13,36 +13,24 @@ Guided models: `guidance`.
 """
 
 from diffkern import (
-    adaptive,
     brownian,
-    flow_matching,
-    grids,
     guidance,
-    likelihood,
-    losses,
+    objectives,
     ops,
     plan,
-    predictions,
     reference,
     samplers,
     sampling,
     schedules,
-    score_matching,
     simulate,
     streams,
-    time_sampling,
-    variational,
-    weightings,
 )
 from diffkern._load import build_info, cuda_status
-from diffkern._predictor_corrector import pc_plan, predictor_corrector
-from diffkern.adaptive import rk45
-from diffkern.flow_matching import flow_matching_loss
-from diffkern.likelihood import log_likelihood
-from diffkern.losses import draw_seeds, edm_loss, noised, prediction_loss, simple_loss
+from diffkern.objectives.flow_matching import flow_matching_loss
+from diffkern.objectives.losses import draw_seeds, edm_loss, noised, prediction_loss, simple_loss
+from diffkern.objectives.variational import bits_per_dim, hybrid_loss, vlb_loss
 from diffkern.ops import attention, loss, noising, randn, seeds, spatial_attention, step, step_out
 from diffkern.plan import Plan, Row
-from diffkern.predictions import convert
 from diffkern.samplers import (
     annealed_langevin,
     ddim,
@@ -73,7 +61,7 @@ from diffkern.samplers import (
     rk4_38,
     unipc,
 )
-from diffkern.sampling import Sampled, initial, sample, transition_logprob
+from diffkern.sampling import Sampled, initial, pc_plan, predictor_corrector, rk45, sample, transition_logprob
 from diffkern.schedules import (
     cosine,
     cosine_arc,
@@ -90,7 +78,8 @@ from diffkern.schedules import (
     vp,
     zero_terminal_snr,
 )
-from diffkern.variational import bits_per_dim, hybrid_loss, vlb_loss
+from diffkern.schedules.predictions import convert
+from diffkern.simulate.likelihood import log_likelihood
 
 __version__ = "0.1.0"
 
@@ -98,7 +87,6 @@ __all__ = [
     "Plan",
     "Row",
     "Sampled",
-    "adaptive",
     "annealed_langevin",
     "attention",
     "bits_per_dim",
@@ -129,33 +117,29 @@ __all__ = [
     "euler_ancestral",
     "euler_maruyama",
     "flow",
-    "flow_matching",
     "flow_matching_loss",
     "flow_sde",
     "from_alphas_cumprod",
     "from_betas",
     "get_sampler",
-    "grids",
     "guidance",
     "heun",
     "hybrid_loss",
     "initial",
     "langevin",
-    "likelihood",
     "linear",
     "lms",
     "log_likelihood",
     "loss",
-    "losses",
     "midpoint",
     "noised",
     "noising",
+    "objectives",
     "ops",
     "path",
     "pc_plan",
     "plan",
     "prediction_loss",
-    "predictions",
     "predictor_corrector",
     "randn",
     "rectified_flow",
@@ -169,7 +153,6 @@ __all__ = [
     "sampling",
     "scaled_linear",
     "schedules",
-    "score_matching",
     "seeds",
     "simple_loss",
     "simulate",
@@ -178,13 +161,10 @@ __all__ = [
     "step_out",
     "streams",
     "sub_vp",
-    "time_sampling",
     "transition_logprob",
     "unipc",
-    "variational",
     "ve",
     "vlb_loss",
     "vp",
-    "weightings",
     "zero_terminal_snr",
 ]

@@ -23,11 +23,11 @@ class Command(NamedTuple):
 
 _commands: dict[str, Command] = {
     "info": Command(
-        "versions, instruction set, CUDA, what is missing and what to do about it", "diffkern.info:add_command"
+        "versions, instruction set, CUDA, what is missing and what to do about it", "diffkern.command.info:add_command"
     ),
     "demo": Command("train a small model on handwritten digits and sample from it", "diffkern.demo.cli:add_demo"),
     "sample": Command("sample from a checkpoint of the demo", "diffkern.demo.cli:add_sample"),
-    "plan": Command("print a sampler's plan, compare two, write one as JSON", "diffkern.plan_command:add_command"),
+    "plan": Command("print a sampler's plan, compare two, write one as JSON", "diffkern.command.plan:add_command"),
 }
 
 

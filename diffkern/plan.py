@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from diffkern import streams
-from diffkern.predictions import check_prediction
+from diffkern.schedules.predictions import check_prediction
 
 COLUMNS = (
     *("w", "p", "q", "r", "clip", "a", "b", "d", "e0", "e1", "e2", "e3", "g", "A", "B", "D", "k"),

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .plan import COLUMNS
+from diffkern.plan import COLUMNS
 
 __all__ = [
     "attention",

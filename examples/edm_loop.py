@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from diffkern.compat.edm import edm_sampler
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
-from edm_algorithm import algorithm_2
+from helpers.edm_algorithm import algorithm_2
 
 
 class Network(nn.Module):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
-from flow_matching_oracle import missing
+from helpers.flow_matching_oracle import missing
 
 METHODS = {"euler": 1, "midpoint": 2, "rk4": 4}
 """Model calls a step."""

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from diffkern.compat import guided_diffusion
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
-import guided_diffusion_oracle
-from guided_diffusion_algorithms import Chain
+from helpers import guided_diffusion_oracle
+from helpers.guided_diffusion_algorithms import Chain
 
 LOOPS: dict[str, tuple[str, dict[str, Any]]] = {
     "p_sample": ("p_sample_loop", {}),

@@ -25,7 +25,7 @@ from diffkern.compat import k_diffusion
 
 # k-diffusion's own samplers, which its __init__ does not give without CLIP, wandb and others.
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
-import k_diffusion_oracle
+from helpers import k_diffusion_oracle
 
 SAMPLERS = ("sample_euler", "sample_heun", "sample_euler_ancestral", "sample_dpmpp_2m", "sample_dpmpp_2m_sde")
 

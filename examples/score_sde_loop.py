@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from diffkern.compat.score_sde import sampling, sde_lib
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
-from score_sde_algorithms import Process, pc_sample
+from helpers.score_sde_algorithms import Process, pc_sample
 
 RUNS = (
     ("vp", "euler_maruyama", "none"),

@@ -2,8 +2,8 @@
 
     python tools/gallery.py [--output docs]
 
-What is drawn is what `diffkern.schedules.SCHEDULES`, `diffkern.weightings.WEIGHTINGS` and
-`diffkern.time_sampling.TIME_SAMPLERS` hold, so a new entry appears by itself. Needs matplotlib (the demo extra).
+What is drawn is what `diffkern.schedules.SCHEDULES`, `diffkern.objectives.weightings.WEIGHTINGS` and
+`objectives.time_sampling.TIME_SAMPLERS` hold, so a new entry appears by itself. Needs matplotlib (the demo extra).
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from torch import Tensor
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from diffkern import ops, schedules, time_sampling, weightings
+from diffkern import ops, schedules
+from diffkern.objectives import time_sampling, weightings
 from diffkern.schedules import DiscreteSchedule, EDMSchedule, Schedule
 from diffkern.simulate import (
     DataMarginal,
@@ -60,7 +61,7 @@ Drawn by `make gallery` from the registries of the package, all with their defau
 ![alpha and sigma of every schedule]({images}/gallery_rates.png)
 
 From data (left) to noise (right), whichever way the schedule's own time runs; EDM along its grid of noise levels.
-Formulas and time conventions: the table at the top of `diffkern/schedules.py`.
+Formulas and time conventions: the table at the top of `diffkern/schedules/makers.py`.
 
 ## Log signal-to-noise ratio
 
@@ -75,14 +76,14 @@ sigma goes to 0 there.
 
 The weight of the squared error of a prediction, over the log-SNR of the VP SDE (data on the right). The three lines of
 a panel weigh the same loss: they differ in what the network predicts, not in what is learned. `uniform` is the
-exception: it gives weight 1 to whatever is predicted. Formulas: `diffkern/weightings.py`.
+exception: it gives weight 1 to whatever is predicted. Formulas: `diffkern/objectives/weightings.py`.
 
 ## Time sampling
 
 ![density of every time sampler]({images}/gallery_time_samplers.png)
 
 Density of training times on the linear table of 1000 steps, relative to uniform times (line), and 20 000 draws (bars).
-{second_moment}Formulas: `diffkern/time_sampling.py`.
+{second_moment}Formulas: `diffkern/objectives/time_sampling.py`.
 
 ## Forward SDEs
 

@@ -2,7 +2,7 @@
 
     python tools/plan_pages.py [--output docs/plans.md]
 
-tests/test_plan_pages.py holds the page against what this writes.
+tests/samplers/test_plan_pages.py holds the page against what this writes.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 // The schemas of all ops: the order and the types of the functions in ops.h and attention.h. The boxing layer compares
-// only the number of arguments, so tests/test_schemas.py calls every op with all arguments distinct.
+// only the number of arguments, so tests/ops/test_schemas.py calls every op with all arguments distinct.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(diffkern, m) {

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffkern import grids, ops, samplers, schedules
-from diffkern.compat import _loop
+from diffkern import ops, samplers, schedules
+from diffkern.compat.kit import loop as _loop
 from diffkern.plan import Plan
-from diffkern.samplers._nodes import Coordinates, Node, grid
+from diffkern.samplers.nodes import Coordinates, Node, grid
 from diffkern.samplers.runge_kutta import HEUN, _plan
+from diffkern.schedules import grids
 
 __all__ = ["EDMLoss", "edm_sampler"]
 

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from diffkern import ops
-from diffkern.compat._transforms import transformed
-from diffkern.compat._transport import OTPlanSampler
+from diffkern.compat.kit.transforms import transformed
+from diffkern.compat.kit.transport import OTPlanSampler
 from diffkern.plan import COLUMNS
 
 __all__ = [

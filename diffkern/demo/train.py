@@ -15,10 +15,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from diffkern import losses
 from diffkern.demo import need
 from diffkern.demo.data import Digits
 from diffkern.nn import UNet, UNetConfig
+from diffkern.objectives import losses
 from diffkern.schedules import DiscreteSchedule
 
 

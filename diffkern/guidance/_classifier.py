@@ -13,8 +13,8 @@ from diffkern import ops
 from diffkern.guidance._conditions import batch_times
 from diffkern.guidance._guided import Model
 from diffkern.plan import COLUMNS
-from diffkern.predictions import check_prediction, target_coefficients
 from diffkern.schedules import DiscreteSchedule, Schedule
+from diffkern.schedules.predictions import check_prediction, target_coefficients
 
 Gradient = Callable[..., Tensor]
 """gradient(x, t) -> like x."""

@@ -29,7 +29,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from diffkern.grids import spaced_timesteps
 from diffkern.plan import Plan
 from diffkern.samplers.ancestral import ddim, ddim_inversion, ddpm, euler_ancestral
 from diffkern.samplers.dpm_2 import dpm_2, dpm_2_ancestral, dpmpp_2s_ancestral
@@ -47,6 +46,7 @@ from diffkern.samplers.repaint import repaint
 from diffkern.samplers.runge_kutta import euler, heun, midpoint, rk4, rk4_38
 from diffkern.samplers.sde import annealed_langevin, euler_maruyama, flow_sde, langevin
 from diffkern.samplers.unipc import unipc
+from diffkern.schedules.grids import spaced_timesteps
 
 __all__ = [
     "SAMPLERS",

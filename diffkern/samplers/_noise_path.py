@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from diffkern import brownian
-from diffkern.samplers._nodes import Node, choice
+from diffkern.samplers.nodes import Node, choice
 
 Span = tuple[float, float] | None
 Clock = Callable[[Node, Node, float], Span]

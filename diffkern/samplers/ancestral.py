@@ -13,12 +13,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from diffkern import predictions, streams
-from diffkern.grids import Numbers, table_times
+from diffkern import streams
 from diffkern.plan import Plan, Row
-from diffkern.samplers._nodes import bound, chain, grid, need_discrete, need_schedule, not_negative, row
 from diffkern.samplers._noise_path import clock
-from diffkern.schedules import DiscreteSchedule, Schedule
+from diffkern.samplers.nodes import bound, chain, grid, need_discrete, need_schedule, not_negative, row
+from diffkern.schedules import DiscreteSchedule, Schedule, predictions
+from diffkern.schedules.grids import Numbers, table_times
 
 
 def ddpm(
@@ -33,7 +33,7 @@ def ddpm(
 ) -> Plan:
     """Ancestral sampling: x_s = mu~(x_t, x0) + sqrt(variance) z, no noise in the last step.
 
-    All T steps by default, or ``steps`` of them by a ``spacing`` of `diffkern.grids`, or the ``timesteps`` given
+    All T steps by default, or ``steps`` of them by a ``spacing`` of `schedules.grids`, or the ``timesteps`` given
     (falling, the last one steps to clean data); on a sub-sequence beta is 1 - abar_t/abar_s. ``variance`` is "beta",
     "beta_tilde", or v in [0, 1] for exp(v ln beta + (1-v) ln beta_tilde); the lectures that print mu~ + beta~ z, or
     sigma_t = beta~, mean sqrt(beta~). "learned" is that formula with v = (o + 1)/2, o the second half of the channels
@@ -75,7 +75,7 @@ def ddim(
     """x_s = sqrt(abar_s) x0 + sqrt(1 - abar_s - sd^2) eps + sd z with sd = eta sqrt(beta_tilde).
 
     beta_tilde = (1-abar_s)/(1-abar_t) (1 - abar_t/abar_s) is the posterior variance of the step t -> s.
-    50 steps by default, by a ``spacing`` of `diffkern.grids`; or ``timesteps``, any falling sub-sequence, the last one
+    50 steps by default, by a ``spacing`` of `schedules.grids`; or ``timesteps``, any falling sub-sequence, the last one
     stepping to clean data. eta = 0 is deterministic; eta = 1 is `ddpm` with beta_tilde. ``clip`` clamps x0 to [-clip,
     clip].
     ``eps_from`` says which eps points the direction: "x0" derives it from the (clipped) x0, "model" takes the model's

@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from diffkern.grids import Numbers
 from diffkern.plan import Plan, Row
-from diffkern.samplers._nodes import Coordinates, Node, chain, grid, not_negative, row
+from diffkern.samplers.nodes import Coordinates, Node, chain, grid, not_negative, row
 from diffkern.samplers.runge_kutta import _churned
 from diffkern.schedules import Schedule
+from diffkern.schedules.grids import Numbers
 
 
 def dpm_2(

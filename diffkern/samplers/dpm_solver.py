@@ -17,9 +17,10 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from diffkern.grids import Numbers
 from diffkern.plan import Plan, Row
-from diffkern.samplers._nodes import (
+from diffkern.samplers._noise_path import Clock, clock
+from diffkern.samplers._phi import phi
+from diffkern.samplers.nodes import (
     Coordinates,
     Node,
     chain,
@@ -30,9 +31,8 @@ from diffkern.samplers._nodes import (
     not_negative,
     row,
 )
-from diffkern.samplers._noise_path import Clock, clock
-from diffkern.samplers._phi import phi
 from diffkern.schedules import Schedule
+from diffkern.schedules.grids import Numbers
 
 
 class Jump:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from diffkern.grids import Numbers
 from diffkern.plan import SLOTS, Plan, Row
-from diffkern.samplers._nodes import Node, chain, ends_on_x0, grid, order_in, row
 from diffkern.samplers._phi import exponential_weights
+from diffkern.samplers.nodes import Node, chain, ends_on_x0, grid, order_in, row
 from diffkern.schedules import Schedule
+from diffkern.schedules.grids import Numbers
 
 
 def lms(

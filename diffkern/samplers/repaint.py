@@ -6,9 +6,8 @@ import itertools
 import math
 
 from diffkern import streams
-from diffkern.grids import Numbers
 from diffkern.plan import Plan, Row
-from diffkern.samplers._nodes import (
+from diffkern.samplers.nodes import (
     Node,
     chain,
     ends_on_x0,
@@ -19,6 +18,7 @@ from diffkern.samplers._nodes import (
     row,
 )
 from diffkern.schedules import DiscreteSchedule, Schedule
+from diffkern.schedules.grids import Numbers
 
 
 def repaint(

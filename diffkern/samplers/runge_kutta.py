@@ -12,10 +12,10 @@ import itertools
 import math
 from typing import Any, NamedTuple
 
-from diffkern.grids import Numbers
 from diffkern.plan import Plan, Row
-from diffkern.samplers._nodes import Coordinates, Node, chain, ends_on_x0, grid, not_negative, row
+from diffkern.samplers.nodes import Coordinates, Node, chain, ends_on_x0, grid, not_negative, row
 from diffkern.schedules import Schedule
+from diffkern.schedules.grids import Numbers
 
 
 class Tableau(NamedTuple):
@@ -56,7 +56,7 @@ def euler(
     - EDM: ``schedule.sigmas(steps)``, which ends in 0;
     - VP, sub-VP, VE and other continuous ones: of ``steps`` times evenly from noise to the schedule's `time_eps` before
       data, or of the ``timesteps`` given, and then 0;
-    - all: `diffkern.grids.levels` for the spacings "karras", "log_snr", "exponential", "polyexponential", "beta"; or
+    - all: `schedules.grids.levels` for the spacings "karras", "log_snr", "exponential", "polyexponential", "beta"; or
       ``sigmas``, every level including the one to end at, which is usually 0.
 
     Flow schedules and user paths integrate alpha x0 + sigma eps over v = t with slope dx/dt (lectures 000, 003; arXiv

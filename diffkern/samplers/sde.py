@@ -7,11 +7,9 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from diffkern import predictions
-from diffkern._grids import monotone
-from diffkern.grids import Numbers, check_steps, linspace
 from diffkern.plan import Plan, Row
-from diffkern.samplers._nodes import (
+from diffkern.samplers._noise_path import clock
+from diffkern.samplers.nodes import (
     Coordinates,
     Node,
     bound,
@@ -21,8 +19,9 @@ from diffkern.samplers._nodes import (
     row,
     time_grid,
 )
-from diffkern.samplers._noise_path import clock
-from diffkern.schedules import DiscreteSchedule, EDMSchedule, Schedule
+from diffkern.schedules import DiscreteSchedule, EDMSchedule, Schedule, predictions
+from diffkern.schedules.grids import Numbers, check_steps, linspace
+from diffkern.schedules.timesteps import monotone
 
 
 def euler_maruyama(

@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from diffkern.grids import Numbers
 from diffkern.plan import Plan, Row
-from diffkern.samplers._nodes import Node, chain, choice, ends_on_x0, grid, native_scale, order_in, row
 from diffkern.samplers._phi import phi
 from diffkern.samplers.dpm_solver import Jump
+from diffkern.samplers.nodes import Node, chain, choice, ends_on_x0, grid, native_scale, order_in, row
 from diffkern.schedules import Schedule
+from diffkern.schedules.grids import Numbers
 
 
 def unipc(

@@ -7,12 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-from diffkern import predictions, streams
-from diffkern._schedule import Time, as_time
-from diffkern._time_sampler import uniform_by_address
-from diffkern.flow_matching import log_joint, marginal_prediction
-from diffkern.losses import noised
-from diffkern.schedules import Schedule
+from diffkern import streams
+from diffkern.objectives._time_sampler import uniform_by_address
+from diffkern.objectives.flow_matching import log_joint, marginal_prediction
+from diffkern.objectives.losses import noised
+from diffkern.schedules import Schedule, predictions
+from diffkern.schedules.base import Time, as_time
 from diffkern.simulate._process import column
 
 
@@ -44,7 +44,7 @@ class GaussianPath:
         return noised(z, as_time(t), self.schedule, seeds=seeds, noise=noise)
 
     def conditional(self, x: Tensor, z: Tensor, t: Time, prediction: str) -> Tensor:
-        """u z + v eps with eps = (x - alpha z)/sigma: any of `diffkern.predictions` at x, given that the data is z."""
+        """u z + v eps with eps = (x - alpha z)/sigma: any of `schedules.predictions` at x, given that the data is z."""
         _same(x, z)
         alpha, sigma = self._rates(x, t)
         u, v = (column(c, x) for c in predictions.target_coefficients(self.schedule, prediction, t))

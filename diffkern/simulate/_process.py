@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffkern import predictions
-from diffkern.schedules import Schedule
+from diffkern.schedules import Schedule, predictions
 
 Field = Callable[[Tensor, Tensor], Tensor]
 """A function of the state x [B, ...] and the time t, [] or [B], in the shape of x: a vector field, a score."""

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffkern import ops, streams
-from diffkern.simulate import _runge_kutta
+from diffkern import ops, streams, tableaus
 from diffkern.simulate._process import ODE, SDE, column, shaped
 
 Times = Tensor | Sequence[float]
@@ -76,7 +75,7 @@ def _arguments(x: Tensor, t: Tensor | float, h: Tensor | float) -> tuple[Tensor,
 
 
 class _RungeKuttaSimulator(Simulator):
-    tableau: _runge_kutta.Tableau
+    tableau: tableaus.Tableau
 
     def __init__(self, ode: ODE) -> None:
         if not isinstance(ode, ODE):
@@ -90,7 +89,7 @@ class _RungeKuttaSimulator(Simulator):
         def slope(y: Tensor, at: Tensor) -> Tensor:
             return shaped("drift_coefficient", self.ode.drift_coefficient(y, at), x)
 
-        return _runge_kutta.step(slope, x, t, h, wide, self.tableau)
+        return tableaus.step(slope, x, t, h, wide, self.tableau)
 
 
 def _hint(process: object) -> str:
@@ -100,13 +99,13 @@ def _hint(process: object) -> str:
 class EulerSimulator(_RungeKuttaSimulator):
     """x + h u_t(x), order 1 (lectures 001, 003). h < 0 runs back in time."""
 
-    tableau = _runge_kutta.EULER
+    tableau = tableaus.EULER
 
 
 class HeunSimulator(_RungeKuttaSimulator):
     """x + h/2 (u_t(x) + u_{t+h}(x + h u_t(x))), order 2 (lecture 001)."""
 
-    tableau = _runge_kutta.HEUN
+    tableau = tableaus.HEUN
 
 
 class EulerMaruyamaSimulator(Simulator):

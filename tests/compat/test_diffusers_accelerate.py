@@ -16,7 +16,7 @@ from torch import Tensor, nn
 pytest.importorskip("diffusers")
 import diffusers
 from diffusers.models.attention_processor import AttnAddedKVProcessor2_0, AttnProcessor2_0
-from op_counter import CountOps
+from helpers.op_counter import CountOps
 
 from diffkern.compat import diffusers as ours
 from diffkern.compat.diffusers import DiffkernAttnProcessor, accelerate, restore

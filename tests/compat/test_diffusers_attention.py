@@ -20,8 +20,8 @@ from diffusers.models.attention_processor import (
     FusedAttnProcessor2_0,
     SlicedAttnProcessor,
 )
-from op_counter import CountOps
-from tolerances import check
+from helpers.op_counter import CountOps
+from helpers.tolerances import check
 
 from diffkern.compat.diffusers.attention import DiffkernAttnProcessor, why_not
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("diffusers")
-from diffusers_peers import (
+from helpers.diffusers_peers import (
     EDM,
     EULER,
     FLOW,
@@ -28,7 +28,7 @@ from diffusers_peers import (
     pair,
     scaled,
 )
-from diffusers_peers import start as started
+from helpers.diffusers_peers import start as started
 
 KARRAS = [name for name in SIGMA_NAMES if name not in (FLOW, FLOW_HEUN)]
 UNIPC, DPM, DDIM = "UniPCMultistepScheduler", "DPMSolverMultistepScheduler", "DDIMScheduler"

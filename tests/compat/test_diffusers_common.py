@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers_runs import SHAPE, Dispatched, check_runs, outputs, pair, run
+from helpers.diffusers_runs import SHAPE, Dispatched, check_runs, outputs, pair, run
 from torch import Tensor
 
 import diffkern

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("diffusers")
-from diffusers_peers import (
+from helpers.diffusers_peers import (
     EULER,
     FLOW,
     FLOW_HEUN,

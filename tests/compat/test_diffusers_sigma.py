@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("diffusers")
 import diffusers
-from diffusers_peers import (
+from helpers.diffusers_peers import (
     ANCESTRAL,
     EDM,
     EULER,
@@ -28,7 +28,7 @@ from diffusers_peers import (
     scaled,
     start,
 )
-from tolerances import check
+from helpers.tolerances import check
 
 from diffkern.compat import diffusers as ours
 

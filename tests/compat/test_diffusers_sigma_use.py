@@ -13,7 +13,7 @@ from torch import Tensor
 
 pytest.importorskip("diffusers")
 import diffusers
-from diffusers_peers import (
+from helpers.diffusers_peers import (
     ANCESTRAL,
     EDM,
     EULER,

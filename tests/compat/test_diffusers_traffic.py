@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("diffusers")
-from diffusers_peers import pair, scaled
+from helpers.diffusers_peers import pair, scaled
 
 SHAPE = (1, 4, 64, 64)
 STATE = 4 * 64 * 64

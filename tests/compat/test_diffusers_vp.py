@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers_runs import SHAPE, Dispatched, check_runs, outputs, pair, run, same_error
+from helpers.diffusers_runs import SHAPE, Dispatched, check_runs, outputs, pair, run, same_error
 
 import diffkern
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from edm_algorithm import algorithm_2
-from op_counter import EveryOp
+from helpers.edm_algorithm import algorithm_2
+from helpers.op_counter import EveryOp
 from torch import Tensor
 
 from diffkern.compat.edm import EDMLoss, edm_sampler

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from flow_matching_oracle import PARTS, apart, exports, peer, start
-from op_counter import CountOps, EveryOp
+from helpers.flow_matching_oracle import PARTS, apart, exports, peer, start
+from helpers.op_counter import CountOps, EveryOp
 from torch import Tensor
 
 import diffkern

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from flow_matching_oracle import Reference, Velocity, apart, gaussian_velocity, peer, solver, start
-from op_counter import EveryOp
+from helpers.flow_matching_oracle import Reference, Velocity, apart, gaussian_velocity, peer, solver, start
+from helpers.op_counter import EveryOp
 from torch import Tensor
 
 from diffkern.compat.flow_matching.solver import ODESolver

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from guided_diffusion_runs import (
+from helpers.guided_diffusion_runs import (
     make,
     network,
     spaced,

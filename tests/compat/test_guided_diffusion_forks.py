@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from guided_diffusion_patching import SHAPE, apart, cond_fn, module_with, net, run
+from helpers.guided_diffusion_patching import SHAPE, apart, cond_fn, module_with, net, run
+from helpers.op_counter import CountOps, EveryOp
 from mini_guided_diffusion import gaussian_diffusion, nn, respace, unet
-from op_counter import CountOps, EveryOp
 from torch import Tensor
 
 from diffkern.compat import guided_diffusion as ours

@@ -6,11 +6,11 @@ import inspect
 from itertools import product
 from typing import Any
 
-import guided_diffusion_oracle
 import numpy as np
 import pytest
 import torch
-from guided_diffusion_runs import MEANS, VARIANCES, change, classifier, error, images, network, seeded, state
+from helpers import guided_diffusion_oracle
+from helpers.guided_diffusion_runs import MEANS, VARIANCES, change, classifier, error, images, network, seeded, state
 from torch import Tensor
 
 from diffkern.compat import guided_diffusion as ours

@@ -12,9 +12,9 @@ from typing import Any
 import mini_guided_diffusion as mini
 import pytest
 import torch
-from guided_diffusion_patching import SHAPE, apart, module_with, net, run
+from helpers.guided_diffusion_patching import SHAPE, apart, module_with, net, run
+from helpers.op_counter import CountOps, EveryOp
 from mini_guided_diffusion import gaussian_diffusion, nn, respace, script_util, unet
-from op_counter import CountOps, EveryOp
 
 from diffkern.compat import guided_diffusion as ours
 from diffkern.compat.guided_diffusion import patch, unpatch

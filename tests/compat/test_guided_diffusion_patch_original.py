@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
-import guided_diffusion_oracle as oracle
 import pytest
 import torch
-from guided_diffusion_patching import apart, cond_fn
-from op_counter import EveryOp
+from helpers import guided_diffusion_oracle as oracle
+from helpers.guided_diffusion_patching import apart, cond_fn
+from helpers.op_counter import EveryOp
 from torch import Tensor
 
 from diffkern.compat import guided_diffusion as ours

@@ -8,8 +8,8 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from guided_diffusion_algorithms import Chain
-from guided_diffusion_runs import (
+from helpers.guided_diffusion_algorithms import Chain
+from helpers.guided_diffusion_runs import (
     EXACT,
     MEANS,
     ROUNDED,

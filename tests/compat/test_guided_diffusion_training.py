@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from guided_diffusion_algorithms import Chain
-from guided_diffusion_runs import MEANS, VARIANCES, error, images, network, seeded, state
-from op_counter import EveryOp
+from helpers.guided_diffusion_algorithms import Chain
+from helpers.guided_diffusion_runs import MEANS, VARIANCES, error, images, network, seeded, state
+from helpers.op_counter import EveryOp
 from torch import Tensor
 
-from diffkern import schedules, variational
+from diffkern import schedules
 from diffkern.compat import guided_diffusion as gd
 from diffkern.compat.guided_diffusion.losses import discretized_gaussian_log_likelihood, normal_kl
+from diffkern.objectives import variational
 
 LOSSES = ("MSE", "RESCALED_MSE", "KL", "RESCALED_KL")
 EXACT, ROUNDED = 1e-12, 1e-5

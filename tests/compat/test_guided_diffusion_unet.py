@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.op_counter import EveryOp
 from mini_guided_diffusion import nn as stub_nn
 from mini_guided_diffusion import unet as stub
-from op_counter import EveryOp
 from torch import Tensor
 
 from diffkern.compat import guided_diffusion as ours

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from guided_diffusion_algorithms import Chain
-from guided_diffusion_runs import (
+from helpers.guided_diffusion_algorithms import Chain
+from helpers.guided_diffusion_runs import (
     EXACT,
     ROUNDED,
     VARIANCES,
@@ -25,7 +25,7 @@ from guided_diffusion_runs import (
     spaced,
     state,
 )
-from op_counter import EveryOp
+from helpers.op_counter import EveryOp
 from torch import Tensor
 
 from diffkern.compat import guided_diffusion as gd

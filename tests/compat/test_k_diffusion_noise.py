@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from op_counter import EveryOp
+from helpers.op_counter import EveryOp
 from torch import Tensor
 
 from diffkern.compat import k_diffusion

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import k_diffusion_oracle
 import pytest
 import torch
-from op_counter import EveryOp
+from helpers import k_diffusion_oracle
+from helpers.op_counter import EveryOp
 from torch import Tensor, nn
 
 from diffkern.compat import k_diffusion as ours

@@ -7,9 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import flow_matching_oracle
-import k_diffusion_oracle
 import pytest
+from helpers import flow_matching_oracle, k_diffusion_oracle
 
 import diffkern
 

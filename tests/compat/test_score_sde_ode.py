@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from score_sde_algorithms import likelihood, ode_sample, predict
-from score_sde_runs import KINDS, Net, Squared, both, difference
+from helpers.score_sde_algorithms import likelihood, ode_sample, predict
+from helpers.score_sde_runs import KINDS, Net, Squared, both, difference
 from torch import Tensor, nn
 
 from diffkern.compat.score_sde import likelihood as likelihood_lib

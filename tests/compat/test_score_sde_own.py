@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from score_sde_algorithms import pc_sample
-from score_sde_runs import Net, both, difference
+from helpers.score_sde_algorithms import pc_sample
+from helpers.score_sde_runs import Net, both, difference
 from torch import Tensor
 
 from diffkern.compat.score_sde import sampling, sde_lib

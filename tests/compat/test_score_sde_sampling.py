@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from op_counter import EveryOp
-from score_sde_algorithms import Process, correct, pc_sample, predict
+from helpers.op_counter import EveryOp
+from helpers.score_sde_algorithms import Process, correct, pc_sample, predict
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 

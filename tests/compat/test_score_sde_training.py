@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from op_counter import CountOps
-from score_sde_algorithms import (
+from helpers.op_counter import CountOps
+from helpers.score_sde_algorithms import (
     ddpm_loss,
     flow_drift,
     sde_loss,
     smld_loss,
 )
-from score_sde_runs import KINDS, Net, Squared, both, difference, tight
+from helpers.score_sde_runs import KINDS, Net, Squared, both, difference, tight
 from torch import Tensor, nn
 
-import diffkern.likelihood
+import diffkern.simulate.likelihood
 from diffkern.compat.score_sde import likelihood as likelihood_lib
 from diffkern.compat.score_sde import losses, models, sampling, sde_lib
 
@@ -278,8 +278,8 @@ def test_bad_input() -> None:
     x = torch.rand(2, 3)
     for directions, rule in (([], "one or more"), ([x[:1]], r"of shape \[2, 3\], got \[\[1, 3\]\]")):
         with pytest.raises(ValueError, match=rule):
-            diffkern.likelihood.log_likelihood(lambda x, t: x, x, diffkern.vp(), directions=directions)
+            diffkern.log_likelihood(lambda x, t: x, x, diffkern.vp(), directions=directions)
     with pytest.raises(ValueError, match="give seeds or directions, not both, got both"):
-        diffkern.likelihood.log_likelihood(lambda x, t: x, x, diffkern.vp(), seeds=torch.arange(2), directions=[x])
+        diffkern.log_likelihood(lambda x, t: x, x, diffkern.vp(), seeds=torch.arange(2), directions=[x])
     with pytest.raises(ValueError, match="directions belong to the divergence 'hutchinson'"):
-        diffkern.likelihood.log_likelihood(lambda x, t: x, x, diffkern.vp(), divergence="exact", directions=[x])
+        diffkern.log_likelihood(lambda x, t: x, x, diffkern.vp(), divergence="exact", directions=[x])

@@ -12,7 +12,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from op_counter import CountOps, EveryOp
+from helpers.op_counter import CountOps, EveryOp
 from torch import Tensor
 from torch.autograd.functional import jvp
 

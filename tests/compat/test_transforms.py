@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from flow_matching_oracle import apart, exports, peer, solver, start
+from helpers.flow_matching_oracle import apart, exports, peer, solver, start
 from torch import Tensor
 from torch.autograd import forward_ad
 

@@ -1,13 +1,9 @@
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from kernels import LEVELS, Kernels, build, supported
+from helpers.cpu_kernels import LEVELS, Kernels, build, supported
 
 
 @pytest.fixture(scope="session")

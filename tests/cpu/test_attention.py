@@ -7,9 +7,9 @@ from __future__ import annotations
 import math
 
 import pytest
-import tolerances
 import torch
-from kernels import Forward, Kernels, empty, formula, place
+from helpers import tolerances
+from helpers.cpu_kernels import Forward, Kernels, empty, formula, place
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 

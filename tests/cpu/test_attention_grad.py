@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import tolerances
 import torch
-from kernels import Forward, Grads, Kernels, empty, exact_grads, place, plain_grads
+from helpers import tolerances
+from helpers.cpu_kernels import Forward, Grads, Kernels, empty, exact_grads, place, plain_grads
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from gpu.harness import HOST, Target, assert_same, cycle
-from op_cases import LAYOUTS, ROWS, SHAPES, arrange, table, values
+from helpers.op_cases import LAYOUTS, ROWS, SHAPES, arrange, table, values
 from torch import Tensor
 
 from diffkern import ops

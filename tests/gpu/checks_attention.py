@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import AXES, FORMATS, LAYOUTS, ORDERS, check_error, inputs, plain, qkv_of, with_gradients
 from gpu.harness import Target, assert_same
-from op_cases import values
+from helpers.attention_cases import AXES, FORMATS, LAYOUTS, ORDERS, check_error, inputs, plain, qkv_of, with_gradients
+from helpers.op_cases import values
 from torch import Tensor
 
 from diffkern import ops, reference

@@ -39,7 +39,7 @@ from gpu.calls import (
     variational_calls,
 )
 from gpu.harness import HOST, Target, assert_same
-from op_cases import ROWS, SHAPES, table, values
+from helpers.op_cases import ROWS, SHAPES, table, values
 from torch import Tensor
 from torch._dynamo.utils import counters
 

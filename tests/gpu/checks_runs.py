@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from gpu.calls import LOSS, NOISING, noise_terms, seeds_of
 from gpu.harness import HOST, Target, Traffic, assert_same
-from op_cases import ROWS, table, values
+from helpers.op_cases import ROWS, table, values
 from torch import Tensor
 
-from diffkern import losses, ops, samplers, schedules
+from diffkern import ops, samplers, schedules
+from diffkern.objectives import losses
 from diffkern.plan import Plan
 from diffkern.sampling import initial, sample
 

@@ -1,7 +1,7 @@
 """What the GPU tests are made of: a device with its streams and graphs, operands moved as they lie, bits compared.
 
-A check takes a `Target` and is the same code for a GPU and for the CPU, so tests/test_gpu_checks.py can run it, and
-break it on purpose, on a machine without a GPU.
+A check takes a `Target` and is the same code for a GPU and for the CPU, so tests/package/test_gpu_checks.py can run it,
+and break it on purpose, on a machine without a GPU.
 """
 
 from __future__ import annotations

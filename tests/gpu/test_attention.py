@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import DTYPES, FORMATS
 from gpu import checks_attention as checks
 from gpu.harness import Target
+from helpers.attention_cases import DTYPES, FORMATS
 
 pytestmark = pytest.mark.gpu
 

@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from score_sde_runs import KINDS, both
+from helpers.score_sde_runs import KINDS, both
 from torch import Tensor
 
 from diffkern.compat.score_sde import losses, sampling

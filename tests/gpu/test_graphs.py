@@ -6,7 +6,7 @@ import pytest
 import torch
 from gpu import checks_runs as checks
 from gpu.harness import Target, assert_same
-from op_cases import ROWS, table, values
+from helpers.op_cases import ROWS, table, values
 
 from diffkern import ops
 

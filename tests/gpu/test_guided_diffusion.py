@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from guided_diffusion_runs import VARIANCES, classifier, images, state
+from helpers.guided_diffusion_runs import VARIANCES, classifier, images, state
 from torch import Tensor
 
 from diffkern.compat import guided_diffusion as gd

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from helpers.tolerances import check
 from ptx.attention_harness import (
     HEAD_ORDERS,
     Attention,
@@ -22,7 +23,6 @@ from ptx.attention_harness import (
     split_heads,
 )
 from ptx.harness import same_bits
-from tolerances import check
 from torch import Tensor
 
 GRADIENTS = ("dq", "dk", "dv")

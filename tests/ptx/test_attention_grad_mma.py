@@ -6,8 +6,8 @@ import functools
 from typing import Any
 
 import pytest
-import tolerances
 import torch
+from helpers import tolerances
 from ptx.attention_harness import Attention, Gradients, Run, conflicts, exact, place, plain, random, share
 from ptx.harness import bits
 from torch import Tensor

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
+from helpers.quantiles import torch_quantile
 from ptx.harness import DTYPES, Call, Cpu, Device, check, same_bits, values, with_changes
-from quantiles import torch_quantile
 
 PART = 65536  # up to here one block of threads takes a sample
 states = pytest.mark.parametrize("state", DTYPES, ids=str)

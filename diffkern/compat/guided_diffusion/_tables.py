@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from diffkern import streams
+from diffkern.objectives.variational import HALF_BIN
 from diffkern.ops import VARIATIONAL_COLUMNS
 from diffkern.plan import LEARNED_COLUMNS
-from diffkern.variational import HALF_BIN
 
 Tables = Mapping[str, Any]
 """The attributes of a GaussianDiffusion: float64 arrays of length T by name."""

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from diffkern.variational import HALF_BIN
+from diffkern.objectives.variational import HALF_BIN
 
 __all__ = ["approx_standard_normal_cdf", "discretized_gaussian_log_likelihood", "normal_kl"]
 
@@ -42,7 +42,7 @@ def discretized_gaussian_log_likelihood(x: Tensor, *, means: Tensor, log_scales:
     """ln P(bin of x | N(means, e^(2 log_scales))) in nats, elementwise; the three have one shape.
 
     x is 8-bit data scaled to [-1, 1]; its bin is [x - 1/255, x + 1/255], the first and the last of [-1, 1] open. By
-    `approx_standard_normal_cdf` and not below ln 1e-12; `diffkern.variational.decoder_bits` has the exact one.
+    `approx_standard_normal_cdf` and not below ln 1e-12; `objectives.variational.decoder_bits` has the exact one.
     arXiv 2006.11239, eq. 13.
     """
     if not x.shape == means.shape == log_scales.shape:

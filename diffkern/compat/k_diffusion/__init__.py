@@ -1,6 +1,6 @@
 """k-diffusion's samplers and model wrappers on fused ops; needs torch alone (docs/compat-k-diffusion.md).
 
-    from diffkern.compat import k_diffusion as K         # was: import k_diffusion as K
+    from diffkern.compat import k_diffusion as K  # was: import k_diffusion as K
 
     x = K.sampling.sample_dpmpp_2m(K.external.CompVisDenoiser(model), x, sigmas)
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from diffkern import samplers, schedules
-from diffkern.compat import _loop
 from diffkern.compat.k_diffusion._noise import BrownianTreeNoiseSampler, NoiseSampler
+from diffkern.compat.kit import loop as _loop
 from diffkern.plan import Plan, Row
-from diffkern.samplers._nodes import Node, chain, grid, row
 from diffkern.samplers.dpm_2 import _ancestral
+from diffkern.samplers.nodes import Node, chain, grid, row
 from diffkern.samplers.runge_kutta import HEUN
 from diffkern.samplers.runge_kutta import _plan as _plan_of_tableau
 

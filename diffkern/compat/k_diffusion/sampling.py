@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffkern import grids, likelihood, schedules
+from diffkern import schedules
 from diffkern.compat.k_diffusion._noise import BrownianTreeNoiseSampler, NoiseSampler
 from diffkern.compat.k_diffusion._runs import (
     Callback,
@@ -25,6 +25,8 @@ from diffkern.compat.k_diffusion._runs import (
     plan_of,
     sde_plan,
 )
+from diffkern.schedules import grids
+from diffkern.simulate import likelihood
 
 __all__ = [
     "BrownianTreeNoiseSampler",

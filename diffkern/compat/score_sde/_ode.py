@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffkern import adaptive
 from diffkern.compat.score_sde import _rows
 from diffkern.compat.score_sde.models import ScoreFunction, from_flattened_numpy, to_flattened_numpy
-from diffkern.samplers._nodes import choice
+from diffkern.samplers.nodes import choice
+from diffkern.sampling import adaptive
 
 SOLVERS = ("device", "scipy")
 

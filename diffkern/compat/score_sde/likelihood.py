@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffkern.compat.score_sde import _ode
 from diffkern.compat.score_sde.models import from_flattened_numpy, get_score_fn, to_flattened_numpy
-from diffkern.likelihood import bits_per_dim, log_likelihood
+from diffkern.simulate.likelihood import bits_per_dim, log_likelihood
 
 __all__ = ["get_div_fn", "get_likelihood_fn"]
 

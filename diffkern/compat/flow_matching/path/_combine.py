@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffkern import ops
-from diffkern.compat._transforms import transformed
+from diffkern.compat.kit.transforms import transformed
 
 
 def rates_at(scheduler: Any, t: Tensor) -> Tensor:

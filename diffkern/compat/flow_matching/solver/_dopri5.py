@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from diffkern import ops
-from diffkern._dormand_prince import SHAMPINE
 from diffkern.compat.flow_matching.solver._fixed import check_times
 from diffkern.compat.flow_matching.solver._stages import Field, State, fitted, row_of, run_stage, stages_of
-from diffkern.simulate._runge_kutta import DORMAND_PRINCE
+from diffkern.sampling._dormand_prince import SHAMPINE
+from diffkern.tableaus import DORMAND_PRINCE
 
 _NODES = (*DORMAND_PRINCE.nodes, 1.0)
 # The last stage makes the step itself; its slope is the first of the next step.

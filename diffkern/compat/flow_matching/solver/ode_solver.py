@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffkern.compat._transforms import transformed
 from diffkern.compat.flow_matching.solver import _dopri5, _fixed, _torchdiffeq
 from diffkern.compat.flow_matching.solver._stages import State
 from diffkern.compat.flow_matching.solver.solver import Solver
 from diffkern.compat.flow_matching.utils.model_wrapper import ModelWrapper
 from diffkern.compat.flow_matching.utils.utils import gradient
+from diffkern.compat.kit.transforms import transformed
 
 Velocity = ModelWrapper | Callable[..., Tensor]
 

@@ -1,0 +1,1 @@
+"""The commands of `python -m diffkern`, a module each."""

@@ -1,0 +1,1 @@
+"""What the drop-ins stand on together."""

@@ -1,0 +1,271 @@
+"""Training losses on fused passes: x_t is made from addresses of noise, the target and eps are never stored.
+
+    seeds = draw_seeds(len(x0))                              # fresh int64 seeds from torch's generator
+    x_t = noised(x0, t, schedule, seeds=seeds)
+    loss = prediction_loss(model(x_t, t), x0, t, schedule, seeds=seeds)
+
+`simple_loss` and `edm_loss` do the three lines for a model, on every schedule, discrete or continuous. Every loss is a
+weighted mean squared error of a prediction (eps, x0, v, score, velocity, edm) against the target u x0 + v eps that the
+schedule names. Weights are in `weightings`, times in `time_sampling`; `flow_matching` and `score_matching` have the
+losses of those families.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffkern import ops, streams
+from diffkern.objectives.time_sampling import LogNormal, Uniform
+from diffkern.objectives.weightings import WEIGHTINGS, WeightFunction, Weighting, get_weighting
+from diffkern.schedules import DiscreteSchedule, EDMSchedule, Schedule, edm
+
+__all__ = [
+    "draw_seeds",
+    "drop_condition",
+    "edm_loss",
+    "noised",
+    "prediction_loss",
+    "simple_loss",
+    "uniform_times",
+]
+
+Model = Callable[..., Tensor]
+Weight = str | Weighting | WeightFunction | Tensor
+"""What the losses take as `weight`; see `prediction_loss`."""
+
+UNIFORM = WEIGHTINGS["uniform"]
+_IMMUTABLE = {type(weighting) for weighting in WEIGHTINGS.values()}
+
+
+def draw_seeds(n: int, generator: torch.Generator | None = None, device: torch.device | str | None = None) -> Tensor:
+    """n int64 seeds from torch's generator, for one training iteration: the run repeats under torch.manual_seed."""
+    device = generator.device if device is None and generator is not None else device
+    return torch.randint(-(2**63), 2**63 - 1, (n,), dtype=torch.int64, device=device, generator=generator)
+
+
+def uniform_times(
+    n: int,
+    schedule: Schedule,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Times t ~ Uniform, [n]: {0, ..., T-1} for a discrete schedule (int64), else its time range (float64).
+
+    `diffkern.objectives.time_sampling` has the other densities, and all of them by address.
+    """
+    device = generator.device if device is None and generator is not None else device
+    if isinstance(schedule, DiscreteSchedule):
+        return torch.randint(0, schedule.T, (n,), generator=generator, device=device)
+    return Uniform().sample(n, schedule, generator=generator, device=device)
+
+
+def _table(schedule: Schedule, prediction: str, t: Tensor, x0: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(table, index) for the noising op: the schedule's own table, or one row a sample for continuous times."""
+    if t.dim() > 1 or (t.dim() == 1 and t.shape[0] != x0.shape[0]):
+        raise ValueError(f"t must have shape [] or [{x0.shape[0]}] (one time a sample), got {list(t.shape)}")
+    if isinstance(schedule, DiscreteSchedule):
+        if t.is_floating_point():
+            raise ValueError(f"t must be an integer index for the schedule {schedule.name}, got dtype {t.dtype}")
+        return schedule.table(prediction, x0.device), t.to(x0.device)
+    return schedule.coefficients(prediction, t.reshape(-1).to(x0.device, torch.float64)), None
+
+
+def _rows(table: Tensor, weight: Tensor) -> Tensor:
+    """Noising rows (s, n, u, v) -> loss rows (u, v, weight)."""
+    return torch.cat([table[:, 2:], weight.to(table.device)[:, None]], dim=1)
+
+
+def _discrete_rows(
+    schedule: DiscreteSchedule, prediction: str, target: str | None, weighting: Weighting, device: torch.device
+) -> tuple[Tensor, bool]:
+    """(loss rows of t = 0..T-1, whether all of their weights are finite)."""
+    table = schedule.table(prediction, device)
+    if weighting is UNIFORM and target in (None, prediction):
+        return _rows(table, torch.ones_like(table[:, 0])), True
+    weight = weighting.at(schedule, prediction, torch.arange(schedule.T), target)
+    return _rows(table, weight), bool(torch.isfinite(weight).all())
+
+
+_cached_rows = lru_cache(maxsize=64)(_discrete_rows)
+
+
+def _loss_table(
+    schedule: Schedule, prediction: str, target: str | None, weight: Weight | None, t: Tensor, x0: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """(table, index) for the loss op: a weighting, a table and the change of space all go into the row's weight."""
+    table, index = _table(schedule, prediction, t, x0)
+    weighting = UNIFORM if weight is None or isinstance(weight, Tensor) else get_weighting(weight)
+    finite = False
+    if isinstance(schedule, DiscreteSchedule):
+        # Ours are immutable; what a user's own weighting returns may change from call to call.
+        make = _cached_rows if type(weighting) in _IMMUTABLE else _discrete_rows
+        rows, finite = make(schedule, prediction, target, weighting, x0.device)
+    else:
+        rows = _rows(table, weighting.at(schedule, prediction, t.reshape(-1).to(x0.device), target))
+    if isinstance(weight, Tensor):
+        rows = torch.cat([rows[:, :2], rows[:, 2:] * _checked(weight, len(rows)).to(rows.device)[:, None]], dim=1)
+    if not finite and rows.device.type == "cpu":
+        what = f"target {target!r}" if weight is None or isinstance(weight, Tensor) else f"weight {weighting.name!r}"
+        at = t.reshape(-1)
+        _require_finite(rows[:, 2] if index is None else rows[at.clamp(0, len(rows) - 1), 2], at, what, prediction)
+    return rows, index
+
+
+def _require_finite(weight: Tensor, t: Tensor, what: str, prediction: str) -> None:
+    bad = ~torch.isfinite(weight)
+    if bool(bad.any()):
+        i = int(bad.nonzero()[0])
+        got = f"{float(weight[i])} at t = {t[i].item()}"
+        raise ValueError(f"{what} must give prediction {prediction!r} a finite weight, got {got}")
+
+
+def _checked(weight: Tensor, rows: int) -> Tensor:
+    """A user's weights as a float64 column; their values are looked at on the CPU."""
+    if weight.shape != (rows,):
+        raise ValueError(f"weight must have shape [{rows}], got {list(weight.shape)}")
+    weight = weight.to(torch.float64)
+    bad = ~(torch.isfinite(weight) & (weight >= 0))
+    if weight.device.type == "cpu" and bool(bad.any()):
+        i = int(bad.nonzero()[0])
+        raise ValueError(f"weight must be finite and not negative, got weight[{i}] = {float(weight[i])}")
+    return weight
+
+
+def noised(
+    x0: Tensor,
+    t: Tensor,
+    schedule: Schedule,
+    prediction: str = "eps",
+    *,
+    seeds: Tensor | None = None,
+    noise: Tensor | None = None,
+    stream: int = streams.TRAINING,
+) -> Tensor:
+    """x_t = k (alpha_t x0 + sigma_t eps), with the input scale k of the prediction (1; c_in for `edm`).
+
+    x0 [B, ...]; t [B] or []: an index for a discrete schedule, else a time; eps by address (`seeds`) or `noise`.
+    Lectures 000, 001, 002: q(x_t | x_0).
+    """
+    table, index = _table(schedule, prediction, t, x0)
+    if isinstance(schedule, EDMSchedule):
+        scale = schedule.input_scale(prediction, t.reshape(-1).to(x0.device, torch.float64))
+        table = torch.cat([table[:, :2] * scale[:, None], table[:, 2:]], dim=1)
+    return ops.noising(x0, table, index, seeds=seeds, stream=stream, noise=noise)[0]
+
+
+def prediction_loss(
+    pred: Tensor,
+    x0: Tensor,
+    t: Tensor,
+    schedule: Schedule,
+    prediction: str = "eps",
+    *,
+    target: str | None = None,
+    weight: Weight | None = None,
+    seeds: Tensor | None = None,
+    noise: Tensor | None = None,
+    stream: int = streams.TRAINING,
+    reduction: str = "mean",
+) -> Tensor:
+    """weight_t mean (error)^2 of `pred`, with the eps that `noised` used at the same seeds and stream.
+
+    The error is that of the `prediction` itself, |pred - target|, or measured in another space: with
+    ``prediction="v", target="x0"`` it is that of the x0 which the v implies, which differs only by a factor of t
+    (`diffkern.objectives.weightings.fold`), so that it costs nothing.
+
+    `weight`: a name or a `Weighting` of `weightings`, the same loss whatever the prediction and the target; a
+    function weight(log_snr, prediction) or float64 numbers, [T] for a discrete schedule (indexed by t) or [B], which
+    multiply the error in the target's space. None means 1, for ``eps`` the L_simple of lectures 000, 001, 002 (Ho et
+    al. 2020, eq. 14). On the CPU a weight that is not finite at one of the times raises ValueError.
+
+    `reduction`: "none" [B], "mean", "sum". Differentiable in pred. One fused pass each way, whatever the options.
+    """
+    table, index = _loss_table(schedule, prediction, target, weight, t, x0)
+    return ops.loss(pred, x0, table, index, seeds=seeds, stream=stream, noise=noise, reduction=reduction)
+
+
+def simple_loss(
+    model: Model,
+    x0: Tensor,
+    t: Tensor,
+    schedule: Schedule,
+    prediction: str = "eps",
+    *,
+    target: str | None = None,
+    weight: Weight | None = None,
+    seeds: Tensor | None = None,
+    noise: Tensor | None = None,
+    reduction: str = "mean",
+    **model_kwargs: Any,
+) -> Tensor:
+    """L_simple: noise, call ``model(x_t, t, **model_kwargs)``, compare (lecture 002, Algorithm 1; arXiv 2006.11239).
+
+    With `target` and `weight` (see `prediction_loss`) any weighted L_t. Without `seeds` and `noise`, fresh seeds are
+    drawn from torch's generator. The model gets the schedule's model time (t itself, c_noise for `edm`) in float32, or
+    t as int64 for a discrete schedule.
+    """
+    if seeds is None and noise is None:
+        seeds = draw_seeds(x0.shape[0], device=x0.device)
+    t = t.to(x0.device)
+    x_t = noised(x0, t, schedule, prediction, seeds=seeds, noise=noise)
+    time = schedule.model_time(prediction, t)
+    pred = model(x_t, time.float() if time.is_floating_point() else time, **model_kwargs)
+    return prediction_loss(
+        pred,
+        x0,
+        t,
+        schedule,
+        prediction,
+        target=target,
+        weight=weight,
+        seeds=seeds,
+        noise=noise,
+        reduction=reduction,
+    )
+
+
+def edm_loss(
+    model: Model,
+    x0: Tensor,
+    sigma: Tensor | None = None,
+    schedule: EDMSchedule | None = None,
+    *,
+    P_mean: float = -1.2,
+    P_std: float = 1.2,
+    seeds: Tensor | None = None,
+    noise: Tensor | None = None,
+    reduction: str = "mean",
+    **model_kwargs: Any,
+) -> Tensor:
+    """The loss of EDM (Karras et al. 2022, arXiv 2206.00364, eq. 8) for the raw network F.
+
+        D(x, sigma) = c_skip x + c_out F(c_in x, c_noise),   L = lambda(sigma) mean |D(x0 + sigma eps, sigma) - x0|^2
+
+    With lambda = 1 / c_out^2 this is the unweighted error of F against (x0 - c_skip x) / c_out, which is what is
+    computed. sigma [B]: ln sigma ~ N(P_mean, P_std^2) if not given, by address where `seeds` are. The model is called
+    as model(c_in x, c_noise).
+    """
+    schedule = edm() if schedule is None else schedule
+    if not 0 < P_std < math.inf:
+        raise ValueError(f"P_std must be positive, got {P_std}")
+    if sigma is None:
+        sigma = LogNormal(P_mean, P_std).sample(x0.shape[0], seeds=seeds, device=x0.device)
+    return simple_loss(model, x0, sigma, schedule, "edm", seeds=seeds, noise=noise, reduction=reduction, **model_kwargs)
+
+
+def drop_condition(cond: Tensor, null: Tensor | float | int, p: float, seeds: Tensor) -> Tensor:
+    """Condition dropout for classifier-free guidance: sample b gets `null` with probability p (lectures 000, 002).
+
+    cond [B, ...]; by address (stream DROPOUT), so that sample b's fate is a function of its seed. Ho and Salimans 2022.
+    """
+    if not 0 <= p <= 1:
+        raise ValueError(f"p must be in [0, 1], got {p}")
+    z = ops.randn([cond.shape[0], 1], seeds, streams.DROPOUT)
+    drop = 0.5 * torch.erfc(-z / math.sqrt(2)) < p
+    return torch.where(drop.reshape(-1, *(1,) * (cond.dim() - 1)), null, cond)

@@ -1,0 +1,222 @@
+"""Score matching: denoising (continuous, and NCSN's ladder of noise), implicit with the exact trace, and sliced.
+
+`score(x, t)` is any callable that returns s, shaped like x. Which losses need what, and how they are scaled:
+
+| loss | data | value |
+|---|---|---|
+| `denoising_score_matching_loss` | noised by a schedule | lambda (s + eps/sigma)^2, the mean over elements |
+| `ncsn_loss` | noised, sigma_1..sigma_L | sigma^2 (s + eps/sigma)^2, the mean over elements |
+| `implicit_score_matching_loss` | as they are | tr(ds/dx) + s.s/2, the sum over elements |
+| `sliced_score_matching_loss` | as they are | v.(ds/dx) v + (v.s)^2/2, or + s.s/2: the sum over elements |
+
+All have the true score as their minimiser: E implicit = E sliced = 1/2 E|s - grad ln p|^2 - 1/2 E|grad ln p|^2, and a
+denoising loss does it with the score of the noised data (Hyvarinen 2005; Vincent 2011; Song et al. 2019, 1905.07088).
+
+Errata of the lectures: 001 prints the implicit loss as tr(grad s) + |1/2 grad s|^2 (and, a line before, grad ln p_theta
+for that of the data); it is tr(grad s) + 1/2 |s|^2. 003 notes that |s + eps/sigma|^2 is unstable for small sigma:
+multiply by sigma^2, as the default weight here does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffkern import ops, streams
+from diffkern.objectives.losses import Weight, draw_seeds, simple_loss
+from diffkern.objectives.time_sampling import TimeSampler, get_time_sampler
+from diffkern.objectives.weightings import UniformIn
+from diffkern.schedules import Schedule, edm
+from diffkern.schedules.grids import exponential_sigmas
+
+__all__ = [
+    "denoising_score_matching_loss",
+    "geometric_sigmas",
+    "implicit_score_matching_loss",
+    "ncsn_loss",
+    "projections",
+    "sliced_score_matching_loss",
+]
+
+Score = Callable[..., Tensor]
+SIGMA_SQUARED = UniformIn("eps")
+"""lambda = sigma^2 of the score's error: the error of sigma s as a prediction of -eps."""
+PROJECTIONS = ("rademacher", "gaussian")
+
+
+def denoising_score_matching_loss(
+    score: Score,
+    x0: Tensor,
+    t: Tensor | None,
+    schedule: Schedule,
+    *,
+    times: str | TimeSampler = "uniform",
+    weight: Weight = SIGMA_SQUARED,
+    seeds: Tensor | None = None,
+    noise: Tensor | None = None,
+    reduction: str = "mean",
+    **model_kwargs: Any,
+) -> Tensor:
+    """lambda(t) mean |score(x_t, t) + eps/sigma_t|^2: the score of q(x_t given x0) is -eps/sigma (lectures 001, 003).
+
+    x0 [B, ...]; t [B], or None to draw it from `times` (by address where `seeds` are). `weight` is lambda: sigma^2 by
+    default, for which the loss equals L_simple of eps = -sigma s; ``"likelihood"`` is g(t)^2 (arXiv 2101.09258); any
+    other of `prediction_loss`. Nothing is divided by sigma^2: s is compared with -eps/sigma and the square multiplied
+    by lambda, which holds for sigma down to 1e-15 in float32. sigma_t = 0, where there is no score, is an error.
+    """
+    if t is None:
+        t = get_time_sampler(times).sample(x0.shape[0], schedule, seeds=seeds, device=x0.device)
+    return simple_loss(
+        score, x0, t, schedule, "score", weight=weight, seeds=seeds, noise=noise, reduction=reduction, **model_kwargs
+    )
+
+
+def geometric_sigmas(L: int, sigma_1: float, sigma_L: float) -> Tensor:
+    """sigma_i = sigma_1 (sigma_L/sigma_1)^((i-1)/(L-1)), i = 1..L, float64 (lecture 001; arXiv 1907.05600).
+
+    Rising or falling: the lecture counts from the smallest, the paper from the largest.
+    """
+    if isinstance(L, bool) or not isinstance(L, int) or L < 2:
+        raise ValueError(f"L must be an integer of at least 2, got {L!r}")
+    sigmas = exponential_sigmas(L, min(sigma_1, sigma_L), max(sigma_1, sigma_L))[:-1]
+    return sigmas if sigma_1 > sigma_L else sigmas.flip(0)
+
+
+def ncsn_loss(
+    score: Score,
+    x0: Tensor,
+    sigmas: Tensor,
+    index: Tensor | None = None,
+    *,
+    weight: Weight = SIGMA_SQUARED,
+    seeds: Tensor | None = None,
+    noise: Tensor | None = None,
+    reduction: str = "mean",
+    **model_kwargs: Any,
+) -> Tensor:
+    """Noise-conditional score matching (lecture 001; Song and Ermon 2019, arXiv 1907.05600, eq. 5 and 6).
+
+        x = x0 + sigma_i eps,    L = lambda(sigma_i) mean |score(x, sigma_i) + eps/sigma_i|^2
+
+    sigmas [L] are the noise levels (`geometric_sigmas`), index [B] int64 the level of each sample, drawn uniformly if
+    not given: by address where `seeds` are. lambda(sigma) = sigma^2 by default: |sigma s + eps|^2, the eps loss of
+    eps = -sigma s, of the same size for every level. The paper sums over elements and halves; here it is the mean. The
+    score is called with sigma_i, [B] float32.
+    """
+    sigmas = torch.as_tensor(sigmas, dtype=torch.float64)
+    if sigmas.ndim != 1 or len(sigmas) == 0:
+        raise ValueError(f"sigmas must be a non-empty list of noise levels, got shape {list(sigmas.shape)}")
+    if sigmas.device.type == "cpu" and not bool((torch.isfinite(sigmas) & (sigmas > 0)).all()):
+        i = int((~(torch.isfinite(sigmas) & (sigmas > 0))).nonzero()[0])
+        raise ValueError(f"sigmas must be positive and finite, got sigmas[{i}] = {float(sigmas[i])}")
+    batch = x0.shape[0]
+    if index is None:
+        share = get_time_sampler("uniform").sample(batch, seeds=seeds, device=x0.device)
+        index = (share * len(sigmas)).long().clamp(max=len(sigmas) - 1)
+    if index.is_floating_point() or index.shape != (batch,):
+        raise ValueError(f"index must be integers of shape [{batch}], got {index.dtype} {list(index.shape)}")
+    if index.device.type == "cpu" and not bool(((index >= 0) & (index < len(sigmas))).all()):
+        bad = index[(index < 0) | (index >= len(sigmas))][0].item()
+        raise ValueError(f"index must lie in 0..{len(sigmas) - 1} (L = {len(sigmas)}), got {bad}")
+    sigma = sigmas.to(x0.device)[index.to(x0.device)]
+    return simple_loss(
+        score, x0, sigma, edm(), "score", weight=weight, seeds=seeds, noise=noise, reduction=reduction, **model_kwargs
+    )
+
+
+def implicit_score_matching_loss(
+    score: Score, x: Tensor, t: Tensor | None = None, *, reduction: str = "mean", **model_kwargs: Any
+) -> Tensor:
+    """tr(ds/dx) + 1/2 |s|^2 with the exact trace, D backward passes for D elements a sample: for small D.
+
+    Hyvarinen 2005; lecture 001, which prints the second term as |1/2 grad s|^2. x [B, ...] are samples of the density
+    whose score is wanted, ``score(x)`` or ``score(x, t)`` treats each alone. "none" gives [B]; float32, float64 for
+    float64 x. Differentiable in what the score depends on; not in x.
+    """
+    keep = torch.is_grad_enabled()
+    with torch.enable_grad():
+        x, s = _score(score, x, t, model_kwargs)
+        loss = 0.5 * s.square().sum(1)
+        for d in range(s.shape[1]):
+            loss = loss + _gradient(s[:, d].sum(), x, keep)[:, d]
+    return _reduce(loss if keep else loss.detach(), reduction)
+
+
+def sliced_score_matching_loss(
+    score: Score,
+    x: Tensor,
+    t: Tensor | None = None,
+    *,
+    n_projections: int = 1,
+    variance_reduced: bool = True,
+    projection: str = "rademacher",
+    seeds: Tensor | None = None,
+    reduction: str = "mean",
+    **model_kwargs: Any,
+) -> Tensor:
+    """v (ds/dx) v + 1/2 (v s)^2, or + 1/2 |s|^2 if `variance_reduced`, averaged over `n_projections` random v.
+
+    Song et al. 2019 (arXiv 1905.07088, eq. 8 and section 3.2); lecture 001. E[v v^T] = I, so that the expectation is
+    `implicit_score_matching_loss` at the cost of one backward pass a projection. The v are `projections` of the
+    samples' `seeds`, fresh ones from torch's generator if not given. Everything else as there.
+    """
+    if isinstance(n_projections, bool) or not isinstance(n_projections, int) or n_projections < 1:
+        raise ValueError(f"n_projections must be an integer of at least 1, got {n_projections!r}")
+    seeds = draw_seeds(x.shape[0], device=x.device) if seeds is None else seeds
+    keep = torch.is_grad_enabled()
+    with torch.enable_grad():
+        x, s = _score(score, x, t, model_kwargs)
+        loss = 0.5 * s.square().sum(1) if variance_reduced else torch.zeros_like(s[:, 0])
+        for k in range(n_projections):
+            v = projections(x.shape, seeds, k, projection, s.dtype).flatten(1)
+            along = (s * v).sum(1)
+            term = (_gradient(along.sum(), x, keep) * v).sum(1)
+            loss = loss + (term if variance_reduced else term + 0.5 * along.square()) / n_projections
+    return _reduce(loss if keep else loss.detach(), reduction)
+
+
+def projections(
+    shape: torch.Size | tuple[int, ...],
+    seeds: Tensor,
+    k: int = 0,
+    kind: str = "rademacher",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The k-th random direction of each sample, [B, ...] with E[v v^T] = I, by address (stream HUTCHINSON + k).
+
+    ``gaussian``: standard normals; ``rademacher``: their signs, whose trace estimate varies least.
+    """
+    if kind not in PROJECTIONS:
+        raise ValueError(f"projection must be one of {', '.join(PROJECTIONS)}, got {kind!r}")
+    z = ops.randn(shape, seeds, streams.HUTCHINSON + k, dtype=dtype)
+    return z if kind == "gaussian" else torch.where(z < 0, -1.0, 1.0).to(dtype)
+
+
+def _score(score: Score, x: Tensor, t: Tensor | None, model_kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """(x that gradients can be taken with respect to, s as [B, D] in at least float32)."""
+    if x.ndim < 2 or not x.is_floating_point():
+        raise ValueError(f"x must be floating-point samples [B, ...], got {x.dtype} {list(x.shape)}")
+    x = x.detach().requires_grad_()
+    s = score(x, **model_kwargs) if t is None else score(x, t, **model_kwargs)
+    if s.shape != x.shape:
+        raise ValueError(f"score must return the shape of x, {list(x.shape)}, got {list(s.shape)}")
+    return x, s.flatten(1).to(torch.promote_types(s.dtype, torch.float32))
+
+
+def _gradient(value: Tensor, x: Tensor, keep: bool) -> Tensor:
+    """d value/dx as [B, D] in the dtype of `value`; `keep`: itself differentiable."""
+    gradient = None
+    if value.requires_grad:
+        (gradient,) = torch.autograd.grad(value, x, create_graph=keep, retain_graph=True, allow_unused=True)
+    if gradient is None:
+        raise ValueError("score must be differentiable in x, got an output without a gradient in x")
+    return gradient.flatten(1).to(value.dtype)
+
+
+def _reduce(values: Tensor, reduction: str) -> Tensor:
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction must be one of none, mean, sum, got {reduction!r}")
+    return values if reduction == "none" else values.mean() if reduction == "mean" else values.sum()

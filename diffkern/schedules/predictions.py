@@ -1,0 +1,164 @@
+"""What a network predicts, and every conversion between predictions.
+
+A noisy sample is x = alpha x0 + sigma eps. Each prediction is a fixed mixture of the same two unknowns,
+
+    target = u x0 + v eps
+
+so one 2x2 system, with determinant alpha v - sigma u, turns any prediction into any other. Coefficients are float64.
+
+| prediction | u | v | schedules | source |
+|---|---|---|---|---|
+| ``eps`` | 0 | 1 | all | lectures 000, 001, 002; arXiv 2006.11239 |
+| ``x0`` | 1 | 0 | all | lecture 001; arXiv 2006.11239 |
+| ``v`` | -sigma | alpha | all | arXiv 2202.00512 |
+| ``score`` | 0 | -1/sigma | all | lectures 000, 001, 003; arXiv 2011.13456: the conditional score of q(x_t given x0) |
+| ``velocity`` | d alpha/dt | d sigma/dt | all | lectures 000, 003; arXiv 2210.02747 |
+| ``mu`` | c0 + ct alpha | ct sigma | discrete | lectures 000, 001, 002: posterior mean c0 x0 + ct x_t, t -> t-1 |
+| ``edm`` | (1 - c_skip)/c_out | -c_skip sigma/c_out | EDM | arXiv 2206.00364: the preconditioned network's F |
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from diffkern.schedules.base import Schedule, Time
+    from diffkern.schedules.discrete import DiscreteSchedule
+
+Number = TypeVar("Number", float, Tensor)
+
+PREDICTIONS = ("eps", "x0", "v", "score", "velocity", "mu", "edm")
+
+
+def check_prediction(prediction: str) -> str:
+    """Return ``prediction`` if it is known, else raise ValueError with the known ones."""
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}")
+    return prediction
+
+
+def target_coefficients(schedule: Schedule, prediction: str, t: Time) -> tuple[Tensor, Tensor]:
+    """(u, v), float64 in the shape of ``t``: the prediction's target is u x0 + v eps (table in the module's docstring).
+
+    Raises ValueError for an unknown prediction, a prediction that the schedule does not have, a time outside the
+    schedule, and ``score`` where sigma is 0.
+    """
+    check_prediction(prediction)
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
+    if prediction == "eps":
+        return zero, one
+    if prediction == "x0":
+        return one, zero
+    if prediction == "v":
+        return -sigma, alpha
+    if prediction == "score":
+        if sigma.device.type == "cpu" and bool((sigma == 0).any()):
+            raise ValueError(
+                f"prediction 'score' is -eps/sigma and has no value where sigma is 0: {schedule.name}, t={_show(t)}"
+            )
+        return zero, -1.0 / sigma
+    if prediction == "velocity":
+        return schedule.alpha_dot(t), schedule.sigma_dot(t)
+    if prediction == "mu":
+        coef_x0, coef_xt = schedule.posterior_mean_coefficients(t)
+        return coef_x0 + coef_xt * alpha, coef_xt * sigma
+    c_skip, c_out, _, _ = schedule.preconditioning(t)
+    return (1.0 - c_skip) / c_out, -c_skip * sigma / c_out
+
+
+def to_x0_eps(schedule: Schedule, prediction: str, t: Time) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(p, q, P, Q), float64 in the shape of ``t``: x0 = p x + q m and eps = P x + Q m for the model output m at x.
+
+    With det = alpha v - sigma u: p = v/det, q = -sigma/det, P = -u/det, Q = alpha/det.
+    Raises ValueError where det is 0, because there the prediction says nothing about x0 (``eps`` at alpha = 0, such as
+    the first time of a flow or the last of a zero-terminal-SNR table) or nothing about eps (``x0`` at sigma = 0).
+    """
+    u, v = target_coefficients(schedule, prediction, t)
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    _check_det(alpha * v - sigma * u, schedule, prediction, t)
+    return solve(alpha, sigma, u, v)
+
+
+def solve(alpha: Number, sigma: Number, u: Number, v: Number) -> tuple[Number, Number, Number, Number]:
+    """(p, q, P, Q) of `to_x0_eps` from x = alpha x0 + sigma eps and m = u x0 + v eps, all tensors or all floats."""
+    det = alpha * v - sigma * u
+    # "+ 0.0" turns -0.0 into 0.0, so that tables print and compare without surprises.
+    return v / det + 0.0, -sigma / det + 0.0, -u / det + 0.0, alpha / det + 0.0
+
+
+def between(schedule: Schedule, source: str, target: str, t: Time) -> tuple[Tensor, Tensor]:
+    """(cx, cm), float64 in the shape of ``t``: the ``target`` prediction is cx x + cm m for a ``source`` output m.
+
+    Proportional predictions (``eps`` and ``score``) convert at every time; all others need det != 0, see `to_x0_eps`.
+    """
+    u, v = target_coefficients(schedule, source, t)
+    u2, v2 = target_coefficients(schedule, target, t)
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    if {source, target} == {"eps", "score"}:
+        return torch.zeros_like(alpha), v2 / v
+    det = alpha * v - sigma * u
+    _check_det(det, schedule, source, t)
+    return (u2 * v - v2 * u) / det + 0.0, (alpha * v2 - sigma * u2) / det + 0.0
+
+
+def convert(m: Tensor, x: Tensor, t: Time, schedule: Schedule, source: str, target: str) -> Tensor:
+    """Turn the model output ``m``, a ``source`` prediction at the noisy ``x`` and time ``t``, into a ``target`` one.
+
+    ``m`` and ``x`` have one shape [B, ...]; ``t`` is a number or a tensor [B] (one time a sample). The result has the
+    dtype of ``m``; arithmetic is float32 for 16-bit tensors, otherwise in their own dtype. ``source == target`` returns
+    ``m`` itself. Raises ValueError for unequal shapes, a ``t`` of wrong length, and what `between` refuses.
+    """
+    check_prediction(source)
+    check_prediction(target)
+    if m.shape != x.shape:
+        raise ValueError(f"m and x must have one shape, got {tuple(m.shape)} and {tuple(x.shape)}")
+    if source == target:
+        return m
+    cx, cm = between(schedule, source, target, t)
+    work = torch.promote_types(torch.promote_types(m.dtype, x.dtype), torch.float32)
+    a, b = per_sample(cx, x, work), per_sample(cm, x, work)
+    return (a * x.to(work) + b * m.to(work)).to(m.dtype)
+
+
+def posterior(
+    x0: Tensor, x: Tensor, t: Time, schedule: DiscreteSchedule, s: Time | None = None
+) -> tuple[Tensor, Tensor]:
+    """Mean [B, ...] and variance (beta-tilde, float64, shape of ``t``) of q(x_s given x_t, x0), s = t-1 by default.
+
+    mean = sqrt(abar_s) beta/(1-abar_t) x0 + sqrt(abar_t/abar_s) (1-abar_s)/(1-abar_t) x_t, beta = 1 - abar_t/abar_s
+    (lectures 000, 001, 002; arXiv 2006.11239, eq. 7). The mean has the dtype of ``x``.
+    """
+    if x0.shape != x.shape:
+        raise ValueError(f"x0 and x must have one shape, got {tuple(x0.shape)} and {tuple(x.shape)}")
+    coef_x0, coef_xt, variance = schedule.posterior(t, s)
+    work = torch.promote_types(torch.promote_types(x0.dtype, x.dtype), torch.float32)
+    mean = per_sample(coef_x0, x, work) * x0.to(work) + per_sample(coef_xt, x, work) * x.to(work)
+    return mean.to(x.dtype), variance
+
+
+def per_sample(coefficient: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Coefficients [] or [B] shaped to multiply x [B, ...]."""
+    c = coefficient.to(device=x.device, dtype=dtype)
+    if c.ndim == 0:
+        return c
+    if c.ndim != 1 or x.ndim == 0 or c.shape[0] != x.shape[0]:
+        batch = x.shape[0] if x.ndim else 1
+        raise ValueError(f"t must be a number or one time a sample, shape [{batch}], got shape {list(c.shape)}")
+    return c.reshape(-1, *([1] * (x.ndim - 1)))
+
+
+def _check_det(det: Tensor, schedule: Schedule, prediction: str, t: Time) -> None:
+    # On a device the check would wait for it; there the result is inf or NaN, as for a time outside the table.
+    if det.device.type == "cpu" and bool((det == 0).any()):
+        raise ValueError(
+            f"prediction {prediction!r} does not determine x0 and eps where alpha v - sigma u is 0: "
+            f"{schedule.name}, t={_show(t)}"
+        )
+
+
+def _show(t: Time) -> str:
+    return str(t.tolist() if isinstance(t, Tensor) else t)

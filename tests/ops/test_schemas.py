@@ -1,0 +1,336 @@
+"""Schemas: every op has a fake, a reference and a call here with all arguments distinct; opcheck over all of them.
+
+The boxing layer of the stable ABI compares only the number of arguments, so an op whose C++ parameters stand in another
+order than its schema would run and mix them up: these calls would notice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers.attention_cases import FORMATS, LAYOUTS, inputs, qkv_of
+from helpers.op_cases import EVERYTHING, ROWS, arrange, native_draws, same_bits, table, values
+from torch import Tensor
+
+from diffkern import ops, reference
+from diffkern.plan import COLUMNS
+
+SHAPE = (3, 2, 5, 4)
+SEEDS = torch.tensor([11, -12, 13])
+INDEX = torch.tensor([2, 0, 1])
+TERMS = torch.tensor([7, 5, 2**50]), torch.tensor([0.5, -2.0, 0.3], dtype=torch.float64)
+NOISING = torch.tensor([[0.9, 0.43, 0.31, -0.92], [0.2, 0.98, 0.77, -0.21], [0.5, 0.6, 0.7, 0.8]], dtype=torch.float64)
+LOSS = torch.tensor([[0.31, -0.92, 1.5], [0.77, -0.21, 2.5], [0.7, 0.8, 3.5]], dtype=torch.float64)
+VARIATIONAL = torch.tensor(
+    [
+        [0.3, -0.9, 0.7, 0.8, 3.0, 0.2, 0.1, 0.0, 0.004, 1.5, 0.5, 1.0],
+        [0.1, 0.8, -0.6, 1.2, 0.0, 0.3, 0.15, 9.0, 0.005, 0.5, 0.25, 1.0],
+        [0.0, 1.0, 0.5, math.inf, 2.0, 0.4, 0.05, 0.0, 0.006, 0.75, 0.7, 0.5],
+    ],
+    dtype=torch.float64,
+)
+STEP = table(ROWS["eps"], EVERYTHING, {**EVERYTHING, "a": 0.1, "e3": 2.0})
+LEARNED = torch.tensor(
+    [
+        [
+            0,
+            1.1,
+            -0.9,
+            0,
+            1.5,
+            0.6,
+            0.4,
+            0.3,
+            0,
+            0,
+            0,
+            0,
+            0.5,
+            0,
+            0,
+            0,
+            0.8,
+            0.9,
+            0.43,
+            2.0**41 + 9,
+            2.0**40,
+            -0.7,
+            0.3,
+        ],
+        [
+            0,
+            1.2,
+            -0.8,
+            0,
+            1.4,
+            0.5,
+            0.3,
+            0.2,
+            0,
+            0,
+            0,
+            0,
+            0.6,
+            0,
+            0,
+            0,
+            0.7,
+            0.8,
+            0.53,
+            2.0**41 + 7,
+            2.0**40,
+            0.6,
+            -0.2,
+        ],
+        [0, 0.7, 0.2, 0, math.inf, 0.4, 0.2, 0.1, 0, 0, 0, 0, 0.0, 0, 0, 0, 0.6, 0.7, 0.63, 5.0, 6.0, 0.5, 0.1],
+    ],
+    dtype=torch.float64,
+)
+T = {name: values(SHAPE, k) for k, name in enumerate(("x", "m", "m2", "h0", "h1", "h2", "h3", "known", "noise"))}
+MASK = values(SHAPE, 20).abs().clamp(max=1)
+BOTH = torch.cat([T["m"], T["h1"]], 1)
+LEARNED_INPUTS = (T["x"], BOTH, LEARNED, 1, INDEX, SEEDS, None, MASK, T["known"])
+STEP_INPUTS = (*(T[n] for n in ("x", "m", "m2", "h0", "h1", "h2", "h3")), STEP, 1, None, SEEDS, None, MASK, T["known"])
+
+LOGPROB = STEP.clone()
+LOGPROB[:, COLUMNS.index("r")] = 0
+LOGPROB_INPUTS = (T["known"], *STEP_INPUTS[:7], LOGPROB, 1, None, True)
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(shape or SHAPE, dtype=dtype)
+
+
+Q, K, V, UP = (values((2, 3, n, 16), 40 + n) for n in (9, 7, 7, 9))
+V = V.flip(2)
+OUT, LSE = (t.float() for t in reference.attention(Q, K, V, 0.3))
+QKV, UP_MAP = values((2, 96, 3, 4), 50), values((2, 32, 3, 4), 51)
+OUT_MAP, LSE_MAP = (t.float() for t in reference.spatial_attention(QKV, 2, "legacy", 0.3))
+
+
+def gradients(function: Callable[..., tuple[Tensor, Tensor]], up: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    leaves = [t.double().requires_grad_() for t in tensors]
+    return torch.autograd.grad(function(*leaves)[0], leaves, up.double())
+
+
+def leaf(t: Tensor) -> Tensor:
+    return t.clone().requires_grad_()
+
+
+def step_reference() -> tuple[Tensor, ...]:
+    x, m, m2, h0, h1, h2, h3, rows, row, index, seeds, noise, mask, known = STEP_INPUTS
+    return reference.step(
+        *(x, m, m2, h0, h1, h2, h3),
+        **{"table": rows, "row": row, "index": index, "seeds": seeds, "noise": noise, "mask": mask, "known": known},
+    )
+
+
+def learned_reference() -> tuple[Tensor, ...]:
+    x, m, rows, row, index, seeds, noise, mask, known = LEARNED_INPUTS
+    given = {"table": rows, "row": row, "index": index, "seeds": seeds, "noise": noise, "mask": mask, "known": known}
+    return reference.learned_step(x, m, **given)
+
+
+def variational_reference() -> tuple[Tensor, ...]:
+    pred = torch.cat([T["m"], T["h0"]], 1).requires_grad_()
+    value, means = reference.variational(pred, T["x"] / 2, VARIATIONAL, INDEX, seeds=SEEDS, stream=5, reduction="sum")
+    return value, means, torch.autograd.grad(value, pred)[0].double()
+
+
+def logprob_reference() -> tuple[Tensor, ...]:
+    after, x, m, m2, h0, h1, h2, h3, rows, row, index, _ = LOGPROB_INPUTS
+    m, m2 = leaf(m), leaf(m2)
+    value = reference.step_logprob(after, x, m, m2, h0, h1, h2, h3, table=rows, row=row, index=index)
+    return value, *(t.double() for t in torch.autograd.grad(value.sum(), (m, m2)))
+
+
+# Op -> arguments that differ from each other in value, and the reference's answer in the order of the outputs.
+CALLS: dict[str, tuple[tuple[Any, ...], Callable[[], tuple[Tensor, ...]]]] = {
+    "randn": ((SHAPE, SEEDS, 5, torch.float64), lambda: (reference.randn(SHAPE, SEEDS, 5),)),
+    "randn_out": ((SEEDS, 5, empty()), lambda: (reference.randn(SHAPE, SEEDS, 5),)),
+    "noise_sum": ((SHAPE, SEEDS, *TERMS, torch.float64), lambda: (reference.noise_sum(SHAPE, SEEDS, *TERMS),)),
+    "noise_sum_out": ((SEEDS, *TERMS, empty()), lambda: (reference.noise_sum(SHAPE, SEEDS, *TERMS),)),
+    "noising": (
+        (T["x"], NOISING, INDEX, SEEDS, 5, None, True, True),
+        lambda: reference.noising(T["x"], NOISING, INDEX, seeds=SEEDS, stream=5),
+    ),
+    "noising_out": (
+        (T["x"], NOISING, INDEX, None, 5, T["noise"], empty(), empty(), empty()),
+        lambda: reference.noising(T["x"], NOISING, INDEX, noise=T["noise"]),
+    ),
+    "loss": (
+        (T["m"], T["x"], LOSS, INDEX, SEEDS, 5, None, 2, False),
+        lambda: (reference.loss(T["m"], T["x"], LOSS, INDEX, seeds=SEEDS, stream=5, reduction="sum"),),
+    ),
+    "variational": (
+        (torch.cat([T["m"], T["h0"]], 1), T["x"] / 2, VARIATIONAL, INDEX, SEEDS, 5, None, 2, True),
+        variational_reference,
+    ),
+    "quantile": ((T["x"], 0.7), lambda: (reference.quantile(T["x"], 0.7),)),
+    "dynamic_threshold": ((T["x"], 0.9, 1.1), lambda: (reference.dynamic_threshold(T["x"], 0.9, 1.1),)),
+    "dynamic_threshold_out": ((T["x"], 0.9, 1.1, empty()), lambda: (reference.dynamic_threshold(T["x"], 0.9, 1.1),)),
+    "moments": ((T["x"],), lambda: (reference.moments(T["x"]),)),
+    "attention": ((Q, K, V, 0.3), lambda: reference.attention(Q, K, V, 0.3)),
+    "attention_grad": (
+        (UP, Q, K, V, OUT, LSE, 0.3),
+        lambda: gradients(lambda *t: reference.attention(*t, 0.3), UP, Q, K, V),
+    ),
+    "spatial_attention": ((QKV, 2, 1, 0.3), lambda: reference.spatial_attention(QKV, 2, "legacy", 0.3)),
+    "spatial_attention_grad": (
+        (UP_MAP, QKV, OUT_MAP, LSE_MAP, 2, 1, 0.3),
+        lambda: gradients(lambda t: reference.spatial_attention(t, 2, "legacy", 0.3), UP_MAP, QKV),
+    ),
+    "step": ((*STEP_INPUTS, True, True, 1, torch.float64), step_reference),
+    "step_ad": ((*STEP_INPUTS, True, True, 1, torch.float64), step_reference),
+    "learned_step": ((*LEARNED_INPUTS, True, 1, torch.float64), learned_reference),
+    "learned_step_out": ((*LEARNED_INPUTS, empty(), empty(), empty(dtype=torch.float64)), learned_reference),
+    "step_logprob": (LOGPROB_INPUTS, logprob_reference),
+    "step_out": ((*STEP_INPUTS, empty(), empty(), empty(), empty(dtype=torch.float64)), step_reference),
+}
+
+
+DIFFERENTIABLE = ("noising", "loss", "variational", "step_ad", "step_logprob", "attention", "spatial_attention")
+
+
+def op_names() -> set[str]:
+    names = torch._C._dispatch_get_all_op_names()
+    return {name.removeprefix("diffkern::").partition(".")[0] for name in names if name.startswith("diffkern::")}
+
+
+def test_the_lists_are_complete() -> None:
+    assert op_names() == set(CALLS)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_op_has_its_parts(name: str) -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"diffkern::{name}", "CPU")
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"diffkern::{name}", "Meta"), "no fake"
+    base = name.removesuffix("_out").removesuffix("_ad").removesuffix("_grad")
+    assert base in reference.__all__
+    assert base in ops.__all__
+    differentiable = torch._C._dispatch_has_kernel_for_dispatch_key(f"diffkern::{name}", "Autograd")
+    assert differentiable == (name in DIFFERENTIABLE)
+    schema = getattr(torch.ops.diffkern, name).default._schema
+    assert schema.is_mutable == name.endswith("_out")
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_call_with_all_arguments_distinct(name: str) -> None:
+    arguments, expected = CALLS[name]
+    arguments = tuple(a.clone() if isinstance(a, Tensor) else a for a in arguments)
+    schema = getattr(torch.ops.diffkern, name).default._schema
+    assert len(arguments) == len(schema.arguments)
+    returned = getattr(torch.ops.diffkern, name)(*arguments)
+    if name.endswith("_out"):
+        outs = [a for a, s in zip(arguments, schema.arguments, strict=True) if s.alias_info and s.alias_info.is_write]
+    else:
+        outs = [t for t in (returned if isinstance(returned, tuple) else (returned,)) if t is not None]
+    answers = expected()
+    assert len(outs) == len(answers)
+    for got, answer in zip(outs, answers, strict=True):
+        torch.testing.assert_close(got.double(), answer, rtol=1e-5, atol=1e-5)
+
+
+def test_step_ad_is_step() -> None:
+    a, b = torch.ops.diffkern.step(*CALLS["step"][0]), torch.ops.diffkern.step_ad(*CALLS["step_ad"][0])
+    assert all(same_bits(p, q) for p, q in zip(a, b, strict=True))
+
+
+# ----------------------------------------------------------------------------------------------------------- opcheck
+def opcheck_samples() -> dict[str, tuple[str, tuple[Any, ...]]]:
+    """Several calls of each op: with and without optional arguments, gradients, layouts and dtypes."""
+    samples = {name: (name, arguments) for name, (arguments, _) in CALLS.items()}
+    none = [None] * 6
+    for layout in ("channels_last", "permuted", "sliced", "expanded"):
+        x, m = arrange(T["x"], layout), arrange(T["m"], layout)
+        samples[f"noising {layout}"] = ("noising", (x, NOISING, INDEX, SEEDS, 5, None, True, False))
+        samples[f"loss {layout}"] = ("loss", (m, x, LOSS, INDEX, SEEDS, 5, None, 0, True))
+        both = torch.cat([m, m]).to(torch.bfloat16)
+        arguments = (x, both, *none[:5], table(ROWS["eps guided"]), 0, *none[:5], True, True, 2, None)
+        samples[f"step {layout}"] = ("step", arguments)
+        samples[f"quantile {layout}"] = ("quantile", (x.bfloat16(), 0.5))
+        samples[f"dynamic_threshold {layout}"] = ("dynamic_threshold", (x.half(), 0.995, math.inf))
+        out = arrange(empty(), layout.replace("expanded", "permuted"))
+        samples[f"dynamic_threshold_out {layout}"] = ("dynamic_threshold_out", (x, 0.995, 2.0, out))
+        samples[f"moments {layout}"] = ("moments", (x.double(),))
+    samples["noising gradient"] = ("noising", (leaf(T["x"]), NOISING, INDEX, None, 0, leaf(T["noise"]), True, True))
+    samples["noising one row"] = ("noising", (T["x"].half(), NOISING[:1], None, SEEDS, 0, None, False, False))
+    for reduction in range(3):
+        arguments = (leaf(T["m"]), leaf(T["x"]), LOSS, None, None, 0, leaf(T["noise"]), reduction, True)
+        samples[f"loss gradient {reduction}"] = ("loss", arguments)
+    samples["loss bfloat16"] = ("loss", (leaf(T["m"].bfloat16()), T["x"], LOSS, INDEX, SEEDS, 0, None, 1, True))
+    pred = torch.cat([T["m"], T["h0"]], 1)
+    for name, made in (("gradient", leaf(pred)), ("bfloat16", pred.bfloat16()), ("sliced", arrange(pred, "sliced"))):
+        arguments = (made, T["x"], VARIATIONAL, INDEX, None, 0, T["noise"], 1, True)
+        samples[f"variational {name}"] = ("variational", arguments)
+    fixed = VARIATIONAL.clone()
+    fixed[:, 6] = 0
+    samples["variational fixed"] = ("variational", (leaf(T["m"]), T["x"], fixed, INDEX, SEEDS, 0, None, 0, True))
+    given = [leaf(t) if isinstance(t, Tensor) and t is not STEP and t.is_floating_point() else t for t in STEP_INPUTS]
+    given[12] = MASK
+    samples["step_ad gradient"] = ("step_ad", (*given, True, True, 2, None))
+    few = (leaf(T["x"]), leaf(T["m"]), *none[:5], table(ROWS["eps"]), 0, *none[:5], False, False, 0, None)
+    samples["step_ad few"] = ("step_ad", few)
+    after, x, m, m2, *rest = LOGPROB_INPUTS
+    samples["step_logprob gradient"] = ("step_logprob", (after, x, leaf(m), leaf(m2), *rest))
+    both = leaf(torch.cat([m, m2]).half())
+    samples["step_logprob doubled"] = ("step_logprob", (after, x, both, None, *rest[:6], INDEX, True))
+    few = (arrange(after, "sliced"), arrange(x, "permuted"), m, *none[:5], table(ROWS["eps noise"]), 0, None, False)
+    samples["step_logprob few"] = ("step_logprob", few)
+    learned = torch.cat([table(ROWS["x0 clip noise"], ROWS["euler"]), torch.tensor([[-0.5, 0.4]] * 2).double()], 1)
+    for layout in ("contiguous", "channels_last", "sliced"):
+        wide = leaf(arrange(torch.cat([m, m2], 1), layout))
+        given = (arrange(after, layout), arrange(x, layout), wide, *none[:5], learned, 0, INDEX % 2, True)
+        samples[f"step_logprob learned {layout}"] = ("step_logprob", given)
+    index = (T["x"], T["m"], T["m2"], *none[:4], table(ROWS["eps"], ROWS["eps noise"]), 0, INDEX % 2, SEEDS, *none[:3])
+    samples["step index"] = ("step", (*index, False, False, 0, None))
+    samples["step_out few"] = ("step_out", (*STEP_INPUTS, empty(), None, None, None))
+    for layout in ("channels_last", "permuted", "sliced"):
+        x, m = arrange(T["x"], layout), arrange(BOTH, layout).to(torch.bfloat16)
+        arguments = (x, m, LEARNED, 1, None, None, T["noise"], None, None, layout == "sliced", 2, None)
+        samples[f"learned_step {layout}"] = ("learned_step", arguments)
+    plain = torch.zeros(1, 23, dtype=torch.float64).index_fill_(1, torch.tensor([4, 5]), 0.5)  # clip and a
+    samples["learned_step without m"] = ("learned_step", (T["x"], None, plain, 0, *none[:5], True, 1, None))
+    samples["learned_step_out few"] = ("learned_step_out", (*LEARNED_INPUTS, empty(), None, None))
+    samples["noising_out few"] = ("noising_out", (T["x"], NOISING, INDEX, SEEDS, 0, None, empty(), None, None))
+    samples["randn_out bfloat16"] = ("randn_out", (SEEDS, 0, arrange(empty(dtype=torch.bfloat16), "channels_last")))
+    for layout in LAYOUTS:
+        q, k, v = inputs((2, 3, 9, 7, 16), torch.float16, (layout, "bnhd", layout))
+        samples[f"attention {layout}"] = ("attention", (q, k, v, 0.25))
+        samples[f"attention_grad {layout}"] = ("attention_grad", (q, q, k, v, q, LSE, 0.25))
+    samples["attention expanded"] = ("attention", (*inputs((2, 3, 9, 7, 16), layouts=("expanded batch",) * 3), 0.25))
+    samples["attention one token"] = ("attention", (*inputs((1, 1, 1, 1, 8), layouts=("bhdn",) * 3), 0.25))
+    samples["attention gradient"] = ("attention", (leaf(Q), leaf(K), leaf(V), 0.25))
+    samples["attention gradient of k"] = ("attention", (Q.double(), leaf(K.double()), V.double(), 0.25))
+    for form in FORMATS:
+        x, up = qkv_of((2, 96, 3, 4), torch.bfloat16, form), values((2, 32, 3, 4), 5, torch.bfloat16)
+        samples[f"spatial {form}"] = ("spatial_attention", (x, 2, 0, 0.25))
+        samples[f"spatial gradient {form}"] = ("spatial_attention", (leaf(x.float()), 2, 1, 0.25))
+        samples[f"spatial_grad {form}"] = ("spatial_attention_grad", (up, x, up, LSE_MAP, 2, 0, 0.25))
+    samples["spatial edm"] = ("spatial_attention", (leaf(qkv_of((2, 96, 3, 2, 2))), 2, 2, 0.25))
+    samples["spatial one position"] = ("spatial_attention", (qkv_of((2, 96, 1, 1), form="channels_last"), 2, 1, 0.25))
+    samples["noise_sum_out permuted"] = ("noise_sum_out", (SEEDS, *TERMS, arrange(empty(), "permuted")))
+    samples["noise_sum empty"] = ("noise_sum", ((0, 3), SEEDS[:0], *(t[:0] for t in TERMS), torch.bfloat16))
+    samples["quantile empty"] = ("quantile", (T["x"][:0], 0.5))
+    samples["moments empty"] = ("moments", (T["x"][:0],))
+    samples["randn empty"] = ("randn", ((0, 3), SEEDS[:0], 0, torch.float32))
+    return samples
+
+
+SAMPLES = opcheck_samples()
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_opcheck(sample: str) -> None:
+    name, arguments = SAMPLES[sample]
+    torch.library.opcheck(getattr(torch.ops.diffkern, name).default, arguments)
+
+
+def test_reference_uses_the_same_draws() -> None:
+    with native_draws():
+        exact = reference.noising(T["x"], NOISING, INDEX, seeds=SEEDS, stream=5)[2]
+    assert torch.equal(exact, ops.randn(SHAPE, SEEDS, 5, dtype=torch.float64))
