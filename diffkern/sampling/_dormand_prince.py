@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diffkern import ops, tableaus
+from diffkern.checks import returned
 from diffkern.plan import COLUMNS
 from diffkern.samplers.nodes import Coordinates
 from diffkern.samplers.points import Points, points
@@ -95,10 +96,7 @@ class Solver:
     def _call(self, x: Tensor, t: Tensor) -> Tensor:
         self.calls += 1
         m = self.model(x, t) if self.cond is None else self.model(x, t, self.cond)
-        if not isinstance(m, Tensor) or m.shape != self.x.shape:
-            got = f"shape {list(m.shape)}" if isinstance(m, Tensor) else type(m).__name__
-            raise ValueError(f"model must return a tensor of shape {list(self.x.shape)}, got {got}")
-        return m
+        return returned(m, self.x.shape)
 
     def _times(self, at: Tensor) -> Tensor:
         """[..., B] float32 on the device, from one time or one a sample."""

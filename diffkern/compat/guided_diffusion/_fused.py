@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffkern import ops
+from diffkern.checks import must_return
 from diffkern.compat.guided_diffusion._tables import BUILDERS, FIXED, LEARNED, MEANS, NAMES, Coefficients
 
 PARTS = frozenset({"q_posterior_mean_variance", "_predict_xstart_from_eps", "_predict_xstart_from_xprev"})
@@ -154,13 +155,12 @@ class Fused:
             raise AssertionError(f"t must have shape [{x.shape[0]}] (one timestep a sample), got {list(t.shape)}")
 
     def _dk_output(self, m: Any, x: Tensor) -> Tensor:
-        """The model's output, its shape checked."""
+        """The model's output, its shape checked; AssertionError, as the original's own check of it raises."""
         shape = list(x.shape)
         if self._dk_variance_name() in LEARNED:
             shape[1] *= 2
         if not isinstance(m, Tensor) or list(m.shape) != shape:
-            got = f"shape {list(m.shape)}" if isinstance(m, Tensor) else type(m).__name__
-            raise AssertionError(f"model must return a tensor of shape {shape} for {self.model_var_type}, got {got}")
+            raise AssertionError(must_return(m, f"a tensor of shape {shape} for {self.model_var_type}"))
         return m
 
     def _dk_own(self, needed: frozenset[str] = CORE) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffkern import ops
+from diffkern.checks import returned
 from diffkern.plan import SLOTS, Plan, Row
 
 Call = Callable[[Tensor, int], Tensor]
@@ -44,7 +45,7 @@ def run(
     for j in range(len(plan.steps)) if steps is None else steps:
         for i in plan.steps[j]:
             reads, wants_x0, wants_s, saves, dead = moves[i]
-            m = _checked(call(x, i), x)
+            m = returned(call(x, i), x.shape)
             if seen is not None and i == plan.steps[j].start:
                 seen(x, j, m)
             for other in (m.dtype, widening.get(i, x.dtype)):
@@ -100,10 +101,3 @@ def churn_within(churn: float, low: float, high: float) -> tuple[float, tuple[fl
 def churn_before_start(plan: Plan, sigma: float) -> float:
     """The std of the noise that the first step's churn adds to a state of level ``sigma``."""
     return math.sqrt(max(0.0, (plan.init_scale - sigma) * (plan.init_scale + sigma)))
-
-
-def _checked(m: object, x: Tensor) -> Tensor:
-    if not isinstance(m, Tensor) or m.shape != x.shape:
-        got = f"shape {list(m.shape)}" if isinstance(m, Tensor) else type(m).__name__
-        raise ValueError(f"model must return a tensor of shape {list(x.shape)}, got {got}")
-    return m

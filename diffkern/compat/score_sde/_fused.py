@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffkern import ops
+from diffkern.checks import returned
 from diffkern.compat.score_sde import _rows
 from diffkern.compat.score_sde._updates import POWERS, Fused, Langevin, LangevinCorrector, powers
 from diffkern.compat.score_sde.models import ScoreFunction, set_mode
@@ -50,7 +51,7 @@ def fused_run(
     set_mode(network, train=False)
     for i in range(len(times)):
         for _ in range(steps):
-            m = _rows.shaped(network(x, next(labels)), x)
+            m = returned(network(x, next(labels)), x.shape)
             x, z = _widened(x, torch.randn_like(x), m)
             if before is None:
                 table = _rows.table(corrector.scaled(found[i], m, z, None))
@@ -59,7 +60,7 @@ def fused_run(
                 x = ops.step(x, m, table=before, row=i, noise=z)[0]
         if after is not None:
             first = torch.randn_like(x) if predictor.draws_first else None
-            m = _rows.shaped(network(x, next(labels)), x)
+            m = returned(network(x, next(labels)), x.shape)
             x, z = _widened(x, torch.randn_like(x) if first is None else first, m)
             x = ops.step(x, m, table=after, row=i, noise=z)[0]
     return x

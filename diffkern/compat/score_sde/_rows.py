@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from diffkern import ops
+from diffkern.checks import returned
 from diffkern.plan import COLUMNS
 
 KNOWN: set[Any] = set()
@@ -132,7 +133,7 @@ def moved(
         x = x.to(wide)
     if z is not None and z.dtype != wide:
         z = z.to(wide)
-    m = shaped(m, x)
+    m = returned(m, x.shape)
     if triples.requires_grad:  # a step size made of the score: the op has no gradient in its table
         keep, pull, std = (column(values, x).to(wide) for values in triples.unbind(1))
         mean = keep * x + pull * m
@@ -150,10 +151,3 @@ def combined(x: Tensor, t: Tensor, score_fn: Any, keep: Tensor, pull: Tensor) ->
     """keep x + pull score, one op; differentiable in x."""
     m, scale = evaluate(score_fn, x, t)
     return moved(x, m, triple((keep, pull, torch.zeros_like(pull)), scale), None, t.dtype, want_mean=False)[0]
-
-
-def shaped(m: object, x: Tensor) -> Tensor:
-    if not isinstance(m, Tensor) or m.shape != x.shape:
-        got = f"shape {list(m.shape)}" if isinstance(m, Tensor) else type(m).__name__
-        raise ValueError(f"model must return a tensor of shape {list(x.shape)}, got {got}")
-    return m
