@@ -13,6 +13,7 @@ from torch import Tensor
 from diffkern import ops
 from diffkern.checks import must_return
 from diffkern.compat.guided_diffusion._tables import BUILDERS, FIXED, LEARNED, MEANS, NAMES, Coefficients
+from diffkern.compat.kit.rows import as_dtype, in_format, wide
 
 PARTS = frozenset({"q_posterior_mean_variance", "_predict_xstart_from_eps", "_predict_xstart_from_xprev"})
 CONVERSIONS = frozenset({"_predict_xstart_from_eps", "_predict_eps_from_xstart"})
@@ -30,37 +31,6 @@ class Rows(NamedTuple):
 
     row: int
     each: Tensor | None = None
-
-
-def wide(*dtypes: torch.dtype) -> torch.dtype:
-    """What arithmetic with a float32 table gives."""
-    found = torch.float32
-    for dtype in dtypes:
-        if dtype is not found:
-            found = torch.promote_types(found, dtype)
-    return found
-
-
-def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype is dtype else x.to(dtype)
-
-
-def in_format(x: Tensor, like: Tensor) -> Tensor:
-    """x with its dimensions in memory in the order of those of ``like``.
-
-    Plain torch gives a sum the memory format of its first term, and ``randn_like`` of the sum draws in that order.
-    """
-    if x.is_contiguous() and like.is_contiguous():
-        return x
-    order = _order(like)
-    if order == _order(x):
-        return x
-    return x.permute(order).contiguous().permute(sorted(range(x.dim()), key=order.__getitem__))
-
-
-def _order(x: Tensor) -> list[int]:
-    """The dimensions from the outermost in memory to the innermost."""
-    return sorted(range(x.dim()), key=lambda d: -x.stride()[d])
 
 
 def same_shape(**pair: Tensor) -> None:

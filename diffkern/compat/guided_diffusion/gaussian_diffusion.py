@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffkern.compat.guided_diffusion._fused import CONVERSIONS, PARTS, Fused, as_dtype, same_shape, wide
+from diffkern.compat.guided_diffusion._fused import CONVERSIONS, PARTS, Fused, same_shape
 from diffkern.compat.guided_diffusion._losses import Losses
 from diffkern.compat.guided_diffusion._sampling import Sampling
 from diffkern.compat.guided_diffusion._tables import LEARNED, posterior_tables
+from diffkern.compat.kit.rows import as_dtype, wide
 
 __all__ = [
     "GaussianDiffusion",

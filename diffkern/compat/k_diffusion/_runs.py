@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffkern import samplers, schedules
+from diffkern.checks import got
 from diffkern.compat.k_diffusion._noise import BrownianTreeNoiseSampler, NoiseSampler
 from diffkern.compat.kit import loop as _loop
 from diffkern.plan import Plan, Row
@@ -32,8 +33,7 @@ SLOPES = ("euler", "heun", "dpm_2", "euler_ancestral", "dpm_2_ancestral", "lms")
 
 def levels_of(sigmas: Tensor) -> Levels:
     if not isinstance(sigmas, Tensor) or sigmas.ndim != 1:
-        got = f"shape {list(sigmas.shape)}" if isinstance(sigmas, Tensor) else type(sigmas).__name__
-        raise ValueError(f"sigmas must be a tensor [steps + 1], got {got}")
+        raise ValueError(f"sigmas must be a tensor [steps + 1], got {got(sigmas)}")
     return tuple(sigmas.tolist())
 
 

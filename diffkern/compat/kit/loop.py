@@ -11,7 +11,8 @@ from torch import Tensor
 
 from diffkern import ops
 from diffkern.checks import returned
-from diffkern.plan import SLOTS, Plan, Row
+from diffkern.compat.kit.rows import row_of, table_by_rows
+from diffkern.plan import SLOTS, Plan
 
 Call = Callable[[Tensor, int], Tensor]
 """(state, row) -> the model's output."""
@@ -88,7 +89,7 @@ def added(x: Tensor, z: Tensor, scale: float) -> Tensor:
     """x + scale z, one op; x itself where scale is 0."""
     if scale == 0.0:
         return x
-    table = torch.tensor([Row(a=1.0, g=scale).coefficients()], dtype=torch.float64)
+    table = table_by_rows(row_of(a=1.0, g=scale))
     return ops.step(x, None, table=table, noise=z.to(x.dtype))[0]
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffkern.compat.kit.rows import wide
 from diffkern.objectives.flow_matching import _pot
 
 __all__ = ["OTPlanSampler"]
@@ -54,8 +55,8 @@ class OTPlanSampler:
         if not (x0.numel() and x1.numel()):
             raise AssertionError(f"x0 and x1 must hold at least one sample, got {list(x0.shape)} and {list(x1.shape)}")
         left, right = (x.detach().reshape(x.shape[0], -1) for x in (x0, x1))
-        wide = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
-        cost = torch.cdist(left.to(wide), right.to(wide)) ** 2
+        work = wide(left.dtype, right.dtype)
+        cost = torch.cdist(left.to(work), right.to(work)) ** 2
         if self.normalize_cost:
             cost = cost / cost.max()
         host = cost.cpu().numpy()

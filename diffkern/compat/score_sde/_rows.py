@@ -9,7 +9,6 @@ The SDEs' own methods give them, evaluated at x = 1: their drifts and means are 
 from __future__ import annotations
 
 import abc
-import math
 from typing import Any
 
 import torch
@@ -17,18 +16,17 @@ from torch import Tensor
 
 from diffkern import ops
 from diffkern.checks import returned
-from diffkern.plan import COLUMNS
+from diffkern.compat.kit.rows import AT, as_dtype, in_format, promote, table_of
 
 KNOWN: set[Any] = set()
 """The methods of `sde_lib`: an SDE that overrides one may be of any form, and runs in plain torch."""
 
 # Of (keep, pull, std), [n, 3], to the columns of the step's table; the rest of a row is `_BASE`.
-_SPREAD = torch.zeros(3, len(COLUMNS), dtype=torch.float64, device="cpu")
-_BASE = torch.zeros(1, len(COLUMNS), dtype=torch.float64, device="cpu")
+_BASE = table_of(1)
+_SPREAD = torch.zeros(3, _BASE.shape[1], dtype=torch.float64, device="cpu")
 for _i, _names in enumerate((("a", "A"), ("d", "D"), ("g",))):
     for _name in _names:
-        _SPREAD[_i, COLUMNS.index(_name)] = 1.0
-_BASE[0, COLUMNS.index("k")], _BASE[0, COLUMNS.index("clip")] = 1.0, math.inf
+        _SPREAD[_i, AT[_name]] = 1.0
 _PLACED: dict[torch.device, tuple[Tensor, Tensor]] = {torch.device("cpu"): (_BASE, _SPREAD)}
 
 
@@ -128,23 +126,17 @@ def moved(
     x: Tensor, m: Tensor, triples: Tensor, z: Tensor | None, dtype: torch.dtype, want_mean: bool = True
 ) -> tuple[Tensor, Tensor]:
     """(x', mean) by one op of [B, 3] or [1, 3] coefficients; the state is widened to ``dtype`` and m's."""
-    wide = torch.promote_types(torch.promote_types(x.dtype, m.dtype), dtype)
-    if x.dtype != wide:
-        x = x.to(wide)
-    if z is not None and z.dtype != wide:
-        z = z.to(wide)
+    state = promote(promote(x.dtype, m.dtype), dtype)
+    x, z = as_dtype(x, state), None if z is None else as_dtype(z, state)
     m = returned(m, x.shape)
     if triples.requires_grad:  # a step size made of the score: the op has no gradient in its table
-        keep, pull, std = (column(values, x).to(wide) for values in triples.unbind(1))
+        keep, pull, std = (column(values, x).to(state) for values in triples.unbind(1))
         mean = keep * x + pull * m
         return mean if z is None else mean + std * z, mean
     at = torch.arange(len(triples), device=x.device) if len(triples) > 1 else None
     new, _, made, _ = ops.step(x, m, table=table(triples), index=at, noise=z, want_s=want_mean)
-    if not x.is_contiguous() and new.stride() != x.stride():
-        # The layout of a state decides which of its elements gets which draw of the next randn_like.
-        new = torch.empty_like(x).copy_(new)
-        made = None if made is None else torch.empty_like(x).copy_(made)
-    return new, new if made is None else made
+    new = in_format(new, x)
+    return new, new if made is None else in_format(made, x)
 
 
 def combined(x: Tensor, t: Tensor, score_fn: Any, keep: Tensor, pull: Tensor) -> Tensor:

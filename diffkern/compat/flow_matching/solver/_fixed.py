@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from diffkern import ops
-from diffkern.compat.flow_matching.solver._stages import Field, Stages, State, fitted, row_of, run_stage, stages_of
+from diffkern.compat.flow_matching.solver._stages import Field, Stages, State, fitted, run_stage, stages_of
+from diffkern.compat.kit.rows import row_of, table_by_rows
 from diffkern.samplers import runge_kutta as known
 
 TABLEAUS: dict[str, known.Tableau] = {
@@ -169,7 +170,7 @@ def between(y: State, after: State, share: float) -> State:
     """y + share (after - y)."""
     if share in (0.0, 1.0):
         return after if share else y
-    table = torch.tensor([row_of(a=1.0 - share, e0=share)], dtype=torch.float64, device="cpu")
+    table = table_by_rows(row_of(a=1.0 - share, e0=share))
     return tuple(ops.step(a.to(b.dtype), None, None, b, table=table)[0] for a, b in zip(y, after, strict=True))
 
 
@@ -186,13 +187,11 @@ class _Adams:
         if order < 3:
             return None
         beta = [h * w for w in adams_bashforth(order)]
-        table = torch.tensor(
-            [
+        table = table_by_rows(
+            *(
                 row_of(a=1.0, d=beta[first], **{f"e{k}": w for k, w in enumerate(beta[first + 1 : first + 5])})
                 for first in range(0, order, 5)
-            ],
-            dtype=torch.float64,
-            device="cpu",
+            )
         )
         out = []
         for part, base in enumerate(y):
