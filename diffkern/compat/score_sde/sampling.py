@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffkern.compat.score_sde import _ode
-from diffkern.compat.score_sde._fused import fused_run
+from diffkern.compat.score_sde._prepared import fused_run
 from diffkern.compat.score_sde._updates import (
     AncestralSamplingPredictor,
     AnnealedLangevinDynamics,
