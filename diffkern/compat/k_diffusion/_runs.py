@@ -15,7 +15,7 @@ from torch import Tensor
 from diffkern import samplers, schedules
 from diffkern.checks import got
 from diffkern.compat.k_diffusion._noise import BrownianTreeNoiseSampler, NoiseSampler
-from diffkern.compat.kit import loop as _loop
+from diffkern.compat.kit import loop
 from diffkern.plan import Plan, Row
 from diffkern.samplers.dpm_2 import _ancestral
 from diffkern.samplers.nodes import Node, chain, grid, row
@@ -126,8 +126,9 @@ class _Run:
             hat = self.hats[self.plan.steps[j].start]
             self.callback({"x": x, "i": j, "sigma": self.sigmas[j], "sigma_hat": hat, "denoised": m})
 
-    def __call__(self, x: Tensor, noise: _loop.Noise) -> Tensor:
-        return _loop.run(self.plan, x, self.call, noise, seen=self.seen, steps=self._steps(), widening=self.widening)
+    def __call__(self, x: Tensor, noise: loop.Noise) -> Tensor:
+        prepared = loop.of_plan(self.plan)
+        return loop.run(prepared, x, self.call, noise, seen=self.seen, steps=self._steps(), widening=self.widening)
 
     def _steps(self) -> Iterable[int]:
         from tqdm.auto import trange
@@ -152,7 +153,7 @@ def churned(
     """Draws torch noise before every step, used or not, as k-diffusion does; the op of the row before adds it."""
     levels = levels_of(sigmas)
     low, high = torch.tensor([s_tmin, s_tmax], dtype=sigmas.dtype).tolist()  # compared in the dtype of sigmas
-    churn, limits = _loop.churn_within(float(s_churn), low, high)
+    churn, limits = loop.churn_within(float(s_churn), low, high)
     plan = plan_of(kind, levels, churn=churn, churn_range=limits, churn_noise=float(s_noise))
     if plan is None:
         return x
@@ -163,7 +164,7 @@ def churned(
         return torch.randn_like(first, dtype=x.dtype) if plan.rows[i].ends_step and i + 1 < len(plan.rows) else None
 
     first = x
-    return run(_loop.added(x, torch.randn_like(x), _loop.churn_before_start(plan, levels[0])), noise)
+    return run(loop.added(x, torch.randn_like(x), loop.churn_before_start(plan, levels[0])), noise)
 
 
 def noised(

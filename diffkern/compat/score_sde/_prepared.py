@@ -1,4 +1,4 @@
-"""The loop of predictor and corrector whose rows are known before it."""
+"""Predictor and corrector as rows that are known before the loop."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffkern import ops
-from diffkern.checks import returned
+from diffkern.compat.kit import loop
 from diffkern.compat.score_sde import _rows
-from diffkern.compat.score_sde._updates import POWERS, Fused, Langevin, LangevinCorrector, powers
+from diffkern.compat.score_sde._updates import POWERS, Langevin, LangevinCorrector, LinearPredictor, powers
 from diffkern.compat.score_sde.models import ScoreFunction, set_mode
 
 
-def fused_run(
+def prepared_run(
     predictor: Any, corrector: Any, score_fn: ScoreFunction, x: Tensor, times: Tensor, denoise: bool
 ) -> Tensor:
     """The state after all ``times`` [N]: one op an update, and one table made on the device for a langevin update.
@@ -22,48 +21,54 @@ def fused_run(
     The times are read to the host once, before the loop; the labels of all network calls are made there, too. With
     ``denoise`` the last update's mean (its noise is drawn all the same).
     """
-    host, last = times.cpu(), len(times) - 1
+    host = times.cpu()
     scale = score_fn.scale(host)
     steps = max(corrector.n_steps, 0) if isinstance(corrector, Langevin) else 0
     norms = steps > 0 and isinstance(corrector, LangevinCorrector)  # step sizes made after the network's calls
-    before: Tensor | None = None
     found: tuple[Tensor, ...] = ()
+    rows: list[Tensor] = []
+    """Of each time: the corrector's rows, then the predictor's."""
     if steps:
         triples = _finite(corrector, _rows.triple(corrector.coefficients(host), scale))
+        rows += [triples] * steps
         if norms:
             if scale is not None:  # the ratio of the norms will be that of z and m
-                triples /= scale.abs()[:, None] ** POWERS
+                triples = triples / scale.abs()[:, None] ** POWERS
             found = triples.to(x.device).unsqueeze(1).unbind()
             _rows.placed(x.device)  # both are copied before the loop
             powers(x.device)
-        else:
-            before = _rows.table(triples)
-    after: Tensor | None = None
-    if isinstance(predictor, Fused):
+    predicts = isinstance(predictor, LinearPredictor)
+    if predicts:
         triples = _finite(predictor, _rows.triple(predictor.coefficients(host), scale))
         if denoise:
-            triples[last, 2] = 0.0
-        after = _rows.table(triples)
-    # A label of its own for every call: networks may change theirs in place.
-    calls = steps + (after is not None)
-    labels = iter(score_fn.labels(times).repeat_interleave(calls)[:, None].repeat(1, len(x)).unbind())
-    network = score_fn.model
+            triples[-1, 2] = 0.0
+        rows.append(triples)
+    calls, network = len(rows), score_fn.model
     set_mode(network, train=False)
-    for i in range(len(times)):
-        for _ in range(steps):
-            m = returned(network(x, next(labels)), x.shape)
-            x, z = _widened(x, torch.randn_like(x), m)
-            if before is None:
-                table = _rows.table(corrector.scaled(found[i], m, z, None))
-                x = ops.step(x, m, table=table, noise=z)[0]
-            else:
-                x = ops.step(x, m, table=before, row=i, noise=z)[0]
-        if after is not None:
-            first = torch.randn_like(x) if predictor.draws_first else None
-            m = returned(network(x, next(labels)), x.shape)
-            x, z = _widened(x, torch.randn_like(x) if first is None else first, m)
-            x = ops.step(x, m, table=after, row=i, noise=z)[0]
-    return x
+    if not calls:
+        return x
+    table = _rows.table(torch.stack(rows, 1).flatten(0, 1))
+    # A label of its own for every call: networks may change theirs in place.
+    labels = score_fn.labels(times).repeat_interleave(calls)[:, None].repeat(1, len(x)).unbind()
+    drawn = x
+
+    def call(x: Tensor, i: int) -> Tensor:
+        """The network's output; the noise is drawn beside it, in the dtype that the state has before the output."""
+        nonlocal drawn
+        first = predicts and predictor.draws_first and i % calls == steps
+        if first:
+            drawn = torch.randn_like(x)
+        m: Tensor = network(x, labels[i])
+        if not first:
+            drawn = torch.randn_like(x)
+        return m
+
+    def late(i: int, m: Tensor, z: Tensor | None) -> Tensor | None:
+        at, update = divmod(i, calls)
+        assert z is not None
+        return _rows.table(corrector.scaled(found[at], m, z, None)) if update < steps else None
+
+    return loop.run(loop.of_table(table), x, call, lambda x, i: drawn, late=late if norms else None)
 
 
 def _finite(update: Any, triples: Tensor) -> Tensor:
@@ -77,11 +82,3 @@ def _finite(update: Any, triples: Tensor) -> Tensor:
             f"{triples[bad][0].tolist()}"
         )
     return triples
-
-
-def _widened(x: Tensor, z: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-    """State and noise in the wider of the dtypes of state and output."""
-    if m.dtype == x.dtype:
-        return x, z
-    wide = torch.promote_types(x.dtype, m.dtype)
-    return x.to(wide), z.to(wide)

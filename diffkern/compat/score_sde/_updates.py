@@ -66,7 +66,7 @@ class Predictor(abc.ABC):
         """(x', mean of x') of the state x [B, ...] at the times t [B]."""
 
 
-class Fused(Predictor):
+class LinearPredictor(Predictor):
     """Predictors whose update is mean = keep x + pull score, x' = mean + std z."""
 
     needs: str | None = None
@@ -95,7 +95,7 @@ class Fused(Predictor):
 
 
 @register_predictor(name="euler_maruyama")
-class EulerMaruyamaPredictor(Fused):
+class EulerMaruyamaPredictor(LinearPredictor):
     """x' = x + (f - c g^2 score) dt + g sqrt(-dt) z, dt = -1/N; c and g of `SDE.reverse` (algorithm of section 4.1)."""
 
     draws_first = True
@@ -118,7 +118,7 @@ class EulerMaruyamaPredictor(Fused):
 
 
 @register_predictor(name="reverse_diffusion")
-class ReverseDiffusionPredictor(Fused):
+class ReverseDiffusionPredictor(LinearPredictor):
     """x' = x - f_i + c G_i^2 score + G_i z (algorithm 1's discretisation run backwards, appendix E)."""
 
     needs = "discretize"
@@ -136,7 +136,7 @@ class ReverseDiffusionPredictor(Fused):
 
 
 @register_predictor(name="ancestral_sampling")
-class AncestralSamplingPredictor(Fused):
+class AncestralSamplingPredictor(LinearPredictor):
     """The posterior of the discrete chain (appendix F): DDPM's with variance beta for VP, SMLD's for VE."""
 
     def __init__(self, sde: Any, score_fn: Any, probability_flow: bool = False) -> None:
