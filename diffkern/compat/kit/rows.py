@@ -54,11 +54,21 @@ def column(table: Tensor, name: str) -> Tensor:
     return table[:, AT[name]]
 
 
-def with_column(table: Tensor, name: str, value: float) -> Tensor:
-    """A copy of a table with one column set."""
+def with_columns(table: Tensor, **values: Any) -> Tensor:
+    """A copy of a table with some columns set (numbers or [rows])."""
     copy = table.clone()
-    column(copy, name)[:] = value
+    for name, value in values.items():
+        copy[:, AT[name]] = torch.as_tensor(value, dtype=torch.float64)
     return copy
+
+
+def split(table: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row in two, for what comes between x0 and x': x0 = p x + q m, and the rest, which reads x0 as h0 (the other
+    histories move up by one) and clips nothing."""
+    clean = table_of(len(table), p=column(table, "p"), q=column(table, "q"), b=1.0)
+    histories = {f"e{k}": column(table, f"e{k - 1}") for k in range(1, 4)}
+    rest = with_columns(table, clip=math.inf, e0=column(table, "b"), **histories, p=0.0, q=0.0, b=0.0)
+    return clean, rest
 
 
 def of_samples(batch: int, device: torch.device, **values: float | Tensor) -> Tensor:
@@ -77,18 +87,18 @@ def _blank(device: torch.device) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------------------- dtypes and layouts
-def promote(a: torch.dtype, b: torch.dtype) -> torch.dtype:
-    """What torch makes of two dtypes."""
-    return a if a is b else torch.promote_types(a, b)  # which is dispatched as an op
+def promote(*dtypes: torch.dtype) -> torch.dtype:
+    """What torch promotes these to."""
+    found, *others = dtypes
+    for dtype in others:
+        if dtype is not found:
+            found = torch.promote_types(found, dtype)  # which is dispatched as an op
+    return found
 
 
 def wide(*dtypes: torch.dtype) -> torch.dtype:
     """What arithmetic with float32 numbers gives: float32, or the widest of the dtypes."""
-    found = torch.float32
-    for dtype in dtypes:
-        if dtype is not found:
-            found = torch.promote_types(found, dtype)
-    return found
+    return promote(torch.float32, *dtypes)
 
 
 def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:

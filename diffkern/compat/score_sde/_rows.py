@@ -126,7 +126,7 @@ def moved(
     x: Tensor, m: Tensor, triples: Tensor, z: Tensor | None, dtype: torch.dtype, want_mean: bool = True
 ) -> tuple[Tensor, Tensor]:
     """(x', mean) by one op of [B, 3] or [1, 3] coefficients; the state is widened to ``dtype`` and m's."""
-    state = promote(promote(x.dtype, m.dtype), dtype)
+    state = promote(x.dtype, m.dtype, dtype)
     x, z = as_dtype(x, state), None if z is None else as_dtype(z, state)
     m = returned(m, x.shape)
     if triples.requires_grad:  # a step size made of the score: the op has no gradient in its table
