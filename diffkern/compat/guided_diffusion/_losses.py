@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffkern import ops
-from diffkern.compat.guided_diffusion._fused import CORE, Fused, Rows, same_shape
+from diffkern.compat.guided_diffusion._ops import CORE, Fused, Rows, same_shape
 from diffkern.compat.guided_diffusion._tables import LEARNED
 from diffkern.compat.guided_diffusion.losses import discretized_gaussian_log_likelihood, normal_kl
 from diffkern.compat.kit.rows import as_dtype, wide

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffkern import ops
-from diffkern.compat.guided_diffusion._fused import CORE, FIRST, Fused, Rows, broadcast
+from diffkern.compat.guided_diffusion._ops import CORE, FIRST, Fused, Rows, broadcast
 from diffkern.compat.guided_diffusion._tables import LEARNED
 from diffkern.compat.kit.rows import AT, as_dtype, in_format, wide
 

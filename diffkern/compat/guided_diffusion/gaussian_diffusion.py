@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffkern.compat.guided_diffusion._fused import CONVERSIONS, PARTS, Fused, same_shape
 from diffkern.compat.guided_diffusion._losses import Losses
+from diffkern.compat.guided_diffusion._ops import CONVERSIONS, PARTS, Fused, same_shape
 from diffkern.compat.guided_diffusion._sampling import Sampling
 from diffkern.compat.guided_diffusion._tables import LEARNED, posterior_tables
 from diffkern.compat.kit.rows import as_dtype, wide
