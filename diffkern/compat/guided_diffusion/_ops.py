@@ -14,6 +14,7 @@ from diffkern import ops
 from diffkern.checks import must_return
 from diffkern.compat.guided_diffusion._tables import BUILDERS, FIXED, LEARNED, MEANS, NAMES, Coefficients
 from diffkern.compat.kit.rows import as_dtype, in_format, wide
+from diffkern.compat.kit.tables import Tables
 
 PARTS = frozenset({"q_posterior_mean_variance", "_predict_xstart_from_eps", "_predict_xstart_from_xprev"})
 CONVERSIONS = frozenset({"_predict_xstart_from_eps", "_predict_eps_from_xstart"})
@@ -22,8 +23,6 @@ CORE = PARTS | CONVERSIONS | {"p_mean_variance", "condition_mean", "condition_sc
 `p_mean_variance`, CONVERSIONS: of `condition_score`."""
 FIRST = ("EPSILON", "eps")
 """Outputs of a model that the original adds to x; to others it adds x."""
-MOST_KNOWN = 64
-"""Tables that a diffusion keeps."""
 
 
 class Rows(NamedTuple):
@@ -45,7 +44,7 @@ def _foreign(*methods: Any) -> bool:
     return any(not getattr(method, "__module__", "").startswith("diffkern.") for method in methods)
 
 
-class Fused:
+class GaussianOps:
     """Mixin: rows and ops. Rows are kept until a table that they are made of is set."""
 
     betas: Any
@@ -63,31 +62,19 @@ class Fused:
             self._dk_forget()
 
     def __getstate__(self) -> dict[str, Any]:
+        # Not the rows: a copy's own tables may be set.
         return {name: value for name, value in self.__dict__.items() if name != "_dk_known"}
 
     def _dk_forget(self) -> None:
         """Tables are made anew."""
-        self.__dict__["_dk_known"] = {}
-
-    def _dk_known_tables(self) -> dict[Any, Tensor]:
-        known: dict[Any, Tensor] | None = self.__dict__.get("_dk_known")
-        if known is None:
-            known = self.__dict__["_dk_known"] = {}
-        return known
+        self.__dict__["_dk_known"] = Tables()
 
     def _dk_table(self, device: torch.device | None, *key: Any) -> Tensor:
         """The rows ``BUILDERS[key[0]](coefficients, *key[1:])`` on a device (None: on the host)."""
-        known = self._dk_known_tables()
-        found = known.get((device, key))
-        if found is None:
-            with torch.inference_mode(False), torch.device("cpu"):
-                found = self._dk_build(*key)
-                if device is not None and device.type != "cpu":
-                    found = found.to(device)
-            while len(known) >= MOST_KNOWN:
-                known.pop(next(iter(known)), None)  # another thread may have done it
-            known[device, key] = found
-        return found
+        known: Tables | None = self.__dict__.get("_dk_known")
+        if known is None:
+            known = self.__dict__["_dk_known"] = Tables()
+        return known.get((device, key), lambda: self._dk_build(*key).to(device or "cpu"))
 
     def _dk_build(self, kind: str, *options: Any) -> Tensor:
         coefficients = Coefficients(self.__dict__, self._dk_exact)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffkern import ops
-from diffkern.compat.guided_diffusion._ops import CORE, FIRST, Fused, Rows, broadcast
+from diffkern.compat.guided_diffusion._ops import CORE, FIRST, GaussianOps, Rows, broadcast
 from diffkern.compat.guided_diffusion._tables import LEARNED
 from diffkern.compat.kit.rows import AT, as_dtype, in_format, wide
 
@@ -44,7 +44,7 @@ class Calls(NamedTuple):
         return self.cond_fn(x, self.cond_time, **self.kwargs)
 
 
-class Sampling(Fused):
+class Sampling(GaussianOps):
     """The sampling half of GaussianDiffusion."""
 
     p_mean_variance: Any

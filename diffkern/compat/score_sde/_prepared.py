@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffkern.compat.kit import loop
 from diffkern.compat.score_sde import _rows
-from diffkern.compat.score_sde._updates import POWERS, Langevin, LangevinCorrector, LinearPredictor, powers
+from diffkern.compat.score_sde._updates import POWERS, Langevin, LangevinCorrector, LinearPredictor
 from diffkern.compat.score_sde.models import ScoreFunction, set_mode
 
 
@@ -35,8 +35,8 @@ def prepared_run(
             if scale is not None:  # the ratio of the norms will be that of z and m
                 triples = triples / scale.abs()[:, None] ** POWERS
             found = triples.to(x.device).unsqueeze(1).unbind()
-            _rows.placed(x.device)  # both are copied before the loop
-            powers(x.device)
+            _rows.placed(x.device)  # these are copied before the loop
+            _rows.COPIES.on(POWERS, x.device)
     predicts = isinstance(predictor, LinearPredictor)
     if predicts:
         triples = _finite(predictor, _rows.triple(predictor.coefficients(host), scale))

@@ -17,6 +17,7 @@ from torch import Tensor
 from diffkern import ops
 from diffkern.checks import returned
 from diffkern.compat.kit.rows import AT, as_dtype, in_format, promote, table_of
+from diffkern.compat.kit.tables import Tables
 
 KNOWN: set[Any] = set()
 """The methods of `sde_lib`: an SDE that overrides one may be of any form, and runs in plain torch."""
@@ -27,7 +28,8 @@ _SPREAD = torch.zeros(3, _BASE.shape[1], dtype=torch.float64, device="cpu")
 for _i, _names in enumerate((("a", "A"), ("d", "D"), ("g",))):
     for _name in _names:
         _SPREAD[_i, AT[_name]] = 1.0
-_PLACED: dict[torch.device, tuple[Tensor, Tensor]] = {torch.device("cpu"): (_BASE, _SPREAD)}
+COPIES = Tables()
+"""Of the constants, on devices; they outlive the runs that record gradients."""
 
 
 def column(values: Tensor, x: Tensor) -> Tensor:
@@ -45,14 +47,10 @@ def on_device(sde: Any, name: str, device: torch.device) -> Tensor:
     table: Tensor = getattr(sde, name)
     if table.device == device:
         return table
-    copies = sde.__dict__.setdefault("_dk_copies", {})
-    source, version, copy = copies.get((name, device), (None, 0, None))
-    if source is not table or version != table._version:
-        with torch.inference_mode(False):
-            copy = table.to(device)
-        copies[name, device] = table, table._version, copy
-    there: Tensor = copy
-    return there
+    copies: Tables | None = sde.__dict__.get("_dk_copies")
+    if copies is None:
+        copies = sde.__dict__["_dk_copies"] = Tables()
+    return copies.on(table, device)
 
 
 def linear(sde: Any, method: str) -> bool:
@@ -109,11 +107,7 @@ def triple(found: tuple[Tensor, Tensor, Tensor], scale: Tensor | None) -> Tensor
 
 def placed(device: torch.device) -> tuple[Tensor, Tensor]:
     """(the rest of a row, the spread of its coefficients) there, copied once."""
-    found = _PLACED.get(device)
-    if found is None:
-        with torch.inference_mode(False):  # kept for runs that record gradients
-            found = _PLACED[device] = (_BASE.to(device), _SPREAD.to(device))
-    return found
+    return COPIES.on(_BASE, device), COPIES.on(_SPREAD, device)
 
 
 def table(triples: Tensor) -> Tensor:

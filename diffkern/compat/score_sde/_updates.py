@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import functools
 from typing import Any, TypeVar
 
 import torch
@@ -242,18 +241,11 @@ class LangevinCorrector(Langevin):
         if sizes is not None:
             scores = scores * sizes
         r = (draws.sum(0, keepdim=True) / scores.sum(0, keepdim=True)).nan_to_num(nan=1.0, posinf=0.0)
-        return triples * r.pow(powers(triples.device))
+        return triples * r.pow(_rows.COPIES.on(POWERS, triples.device))
 
 
 POWERS = torch.tensor([0.0, 2.0, 1.0], dtype=torch.float64, device="cpu")
 """Of the ratio of the norms in (keep, pull, std)."""
-
-
-@functools.cache
-def powers(device: torch.device) -> Tensor:
-    """`POWERS` there, copied once."""
-    with torch.inference_mode(False):  # kept for runs that record gradients
-        return POWERS.to(device)
 
 
 @register_corrector(name="ald")
