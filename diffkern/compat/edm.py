@@ -18,7 +18,7 @@ from diffkern import ops, samplers, schedules
 from diffkern.compat.kit import loop
 from diffkern.plan import Plan
 from diffkern.samplers.nodes import Coordinates, Node, grid
-from diffkern.samplers.runge_kutta import HEUN, _plan
+from diffkern.samplers.runge_kutta import HEUN, tableau_plan
 from diffkern.schedules import grids
 
 __all__ = ["EDMLoss", "edm_sampler"]
@@ -100,7 +100,7 @@ class _Rounding(Coordinates):
 def _rounded_heun(levels: Levels, churn: Churn, known: tuple[tuple[float, float], ...]) -> Plan:
     space, nodes, end = grid("heun", schedules.edm(), None, "x0", levels, None, "linspace", None)
     own = _Rounding(space.schedule, space.prediction, space.clip, space.in_time, known)
-    return _plan("heun", HEUN, own, nodes, end, churn, end_stage=False)
+    return tableau_plan("heun", HEUN, own, nodes, end, churn, end_stage=False)
 
 
 class EDMLoss:

@@ -17,10 +17,9 @@ from diffkern.checks import got
 from diffkern.compat.k_diffusion._noise import BrownianTreeNoiseSampler, NoiseSampler
 from diffkern.compat.kit import loop
 from diffkern.plan import Plan, Row
-from diffkern.samplers.dpm_2 import _ancestral
+from diffkern.samplers.dpm_2 import ancestral_levels
 from diffkern.samplers.nodes import Node, chain, grid, row
-from diffkern.samplers.runge_kutta import HEUN
-from diffkern.samplers.runge_kutta import _plan as _plan_of_tableau
+from diffkern.samplers.runge_kutta import HEUN, tableau_plan
 
 Model = Callable[..., Tensor]
 Callback = Callable[[dict[str, Any]], Any]
@@ -47,9 +46,7 @@ def _made(kind: str, levels: Levels, options: tuple[tuple[str, Any], ...]) -> Pl
     if kind == "heun" and levels[-1] > 0.0:  # `samplers.heun` ends on an Euler step there too
         space, nodes, end = grid(kind, schedules.edm(), None, "x0", levels, None, "linspace", None)
         churn = dict(options)
-        return _plan_of_tableau(
-            kind, HEUN, space, nodes, end, (churn["churn"], churn["churn_range"], churn["churn_noise"])
-        )
+        return tableau_plan(kind, HEUN, space, nodes, end, (churn["churn"], churn["churn_range"], churn["churn_noise"]))
     plan = samplers.get_sampler(kind)(schedules.edm(), sigmas=levels, prediction="x0", **dict(options))
     if kind != "dpm_2_ancestral":
         return plan
@@ -78,9 +75,9 @@ def sde_plan(levels: Levels, eta: float, noise: float, r: float) -> Plan | None:
             at.append(node)
             continue
         middle = space.node(node.sigma ** (1.0 - r) * to.sigma**r)
-        half, up = _ancestral(node.sigma, middle.sigma, eta)
+        half, up = ancestral_levels(node.sigma, middle.sigma, eta)
         half /= node.sigma
-        whole, whole_up = _ancestral(node.sigma, to.sigma, eta)
+        whole, whole_up = ancestral_levels(node.sigma, to.sigma, eta)
         whole /= node.sigma
         share = 0.5 / r
         first = row(len(rows), node, middle, a=half, b=1.0 - half, g=noise * up)

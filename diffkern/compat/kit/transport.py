@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffkern.compat.kit.rows import wide
-from diffkern.objectives.flow_matching import _pot
+from diffkern.objectives.flow_matching import import_pot
 
 __all__ = ["OTPlanSampler"]
 
@@ -37,10 +37,10 @@ class OTPlanSampler:
     ) -> None:
         threads = {} if num_threads == 1 else {"numThreads": num_threads}  # POT 0.9.7 warns about it
         solvers: dict[str, Callable[[], Callable[..., Any]]] = {
-            "exact": lambda: partial(_pot().emd, numItermax=10_000_000, **threads),
-            "sinkhorn": lambda: partial(_pot().sinkhorn, reg=reg),
-            "unbalanced": lambda: partial(_pot().unbalanced.sinkhorn_knopp_unbalanced, reg=reg, reg_m=reg_m),
-            "partial": lambda: partial(_pot().partial.entropic_partial_wasserstein, reg=reg),
+            "exact": lambda: partial(import_pot().emd, numItermax=10_000_000, **threads),
+            "sinkhorn": lambda: partial(import_pot().sinkhorn, reg=reg),
+            "unbalanced": lambda: partial(import_pot().unbalanced.sinkhorn_knopp_unbalanced, reg=reg, reg_m=reg_m),
+            "partial": lambda: partial(import_pot().partial.entropic_partial_wasserstein, reg=reg),
         }
         if method not in solvers:
             raise ValueError(f"Unknown method: {method}")
