@@ -16,8 +16,7 @@ from diffkern import ops
 from diffkern.compat.flow_matching.solver._fixed import check_times
 from diffkern.compat.flow_matching.solver._stages import Field, State, fitted, run_stage, stages_of
 from diffkern.compat.kit.rows import row_of, table_by_rows
-from diffkern.sampling._dormand_prince import SHAMPINE
-from diffkern.tableaus import DORMAND_PRINCE
+from diffkern.tableaus import DORMAND_PRINCE, SHAMPINE_ERROR
 
 _NODES = (*DORMAND_PRINCE.nodes, 1.0)
 # The last stage makes the step itself; its slope is the first of the next step.
@@ -93,7 +92,11 @@ def _attempt(slope: Slope, times: tuple[Tensor, ...], y: State, first: State, h:
 
 def _error(y: State, new: State, ks: list[State], h: float, rtol: float, atol: float) -> float:
     """The estimated error of a step in tolerances; one op, and the norm in plain torch."""
-    row = row_of(a=h * SHAMPINE[0], d=h * SHAMPINE[6], **{f"e{i}": h * SHAMPINE[j] for i, j in enumerate(_HISTORIES)})
+    row = row_of(
+        a=h * SHAMPINE_ERROR[0],
+        d=h * SHAMPINE_ERROR[6],
+        **{f"e{i}": h * SHAMPINE_ERROR[j] for i, j in enumerate(_HISTORIES)},
+    )
     table = table_by_rows(row)
     with torch.no_grad():
         ratios = []

@@ -17,17 +17,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffkern import ops
+from diffkern import ops, tableaus
 from diffkern.compat.flow_matching.solver._stages import Field, Stages, State, fitted, run_stage, stages_of
 from diffkern.compat.kit.rows import row_of, table_by_rows
-from diffkern.samplers import runge_kutta as known
 
-TABLEAUS: dict[str, known.Tableau] = {
-    "euler": known.EULER,
-    "midpoint": known.MIDPOINT,
-    "heun2": known.HEUN,
-    "heun3": known.Tableau((0.0, 1 / 3, 2 / 3), ((1 / 3,), (0.0, 2 / 3)), (1 / 4, 0.0, 3 / 4)),
-    "rk4": known.RK4_38,
+TABLEAUS: dict[str, tableaus.Tableau] = {
+    "euler": tableaus.EULER,
+    "midpoint": tableaus.MIDPOINT,
+    "heun2": tableaus.HEUN,
+    "heun3": tableaus.HEUN3,
+    "rk4": tableaus.RK4_38,
 }
 ADAMS = "explicit_adams"
 METHODS = (*TABLEAUS, ADAMS)
@@ -221,5 +220,7 @@ def adams_bashforth(order: int) -> tuple[float, ...]:
     return tuple(found)
 
 
-_STAGES = {name: stages_of(tableau.c, [*tableau.A, tableau.b]) for name, tableau in TABLEAUS.items()}
+_STAGES = {
+    name: stages_of(tableau.nodes, [*tableau.coupling[1:], tableau.weights]) for name, tableau in TABLEAUS.items()
+}
 _STAGES[ADAMS] = _STAGES["rk4"]
