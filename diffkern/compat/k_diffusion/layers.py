@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffkern import ops, schedules
-from diffkern.compat.k_diffusion.sampling import to_d
-from diffkern.compat.k_diffusion.utils import append_dims
+from diffkern.compat.k_diffusion.utils import append_dims, to_d
 from diffkern.compat.kit import rows
 
 Weighting = Callable[[Tensor], Tensor]

@@ -25,6 +25,7 @@ from diffkern.compat.k_diffusion._runs import (
     plan_of,
     sde_plan,
 )
+from diffkern.compat.k_diffusion.utils import append_zero, to_d
 from diffkern.schedules import grids
 from diffkern.simulate import likelihood
 
@@ -54,11 +55,6 @@ __all__ = [
 
 
 # ------------------------------------------------------------------------------------------------------ noise levels
-def append_zero(x: Tensor) -> Tensor:
-    """x with a 0 behind it."""
-    return torch.cat([x, x.new_zeros([1])])
-
-
 def get_sigmas_karras(
     n: int, sigma_min: float, sigma_max: float, rho: float = 7.0, device: torch.device | str = "cpu"
 ) -> Tensor:
@@ -95,11 +91,6 @@ def get_ancestral_step(sigma_from: Any, sigma_to: Any, eta: float = 1.0) -> tupl
         return sigma_to, 0.0
     sigma_up = min(sigma_to, eta * (sigma_to**2 * (sigma_from**2 - sigma_to**2) / sigma_from**2) ** 0.5)
     return (sigma_to**2 - sigma_up**2) ** 0.5, sigma_up
-
-
-def to_d(x: Tensor, sigma: Tensor, denoised: Tensor) -> Tensor:
-    """dx/dsigma = (x - denoised)/sigma, sigma [] or [B]."""
-    return (x - denoised) / sigma.reshape(sigma.shape + (1,) * (x.ndim - sigma.ndim))
 
 
 def default_noise_sampler(x: Tensor) -> NoiseSampler:
