@@ -19,6 +19,8 @@ from diffkern.ops._common import (
 
 VARIATIONAL_COLUMNS = ("u", "v", "q", "clip", "k2", "r0", "r1", "inv_std", "bin", "w_squares", "w_bound", "w_mean")
 """The columns of the table of `variational`, in order (csrc/core/variational.h has the same list)."""
+HALF_BIN = 1.0 / 255.0
+"""Half a bin of 8-bit data scaled to [-1, 1], for the column ``bin``."""
 
 
 def variational(

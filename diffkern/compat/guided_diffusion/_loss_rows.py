@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from diffkern.compat.guided_diffusion._tables import LEARNED, Coefficients, clip_of
-from diffkern.objectives.variational import HALF_BIN
-from diffkern.ops import VARIATIONAL_COLUMNS
+from diffkern.ops import HALF_BIN, VARIATIONAL_COLUMNS
 
 
 def error_rows(c: Coefficients, what: str) -> Tensor:
