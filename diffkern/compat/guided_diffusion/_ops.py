@@ -59,6 +59,7 @@ class GaussianOps:
     """Mixin: rows and ops. Rows are kept until a table that they are made of is set."""
 
     betas: Any
+    alphas_cumprod: Any
     num_timesteps: int
     model_mean_type: Any
     model_var_type: Any
