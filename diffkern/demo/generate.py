@@ -17,7 +17,8 @@ from diffkern import ops, samplers, sampling
 from diffkern.demo import need
 from diffkern.nn import UNet
 from diffkern.plan import Plan
-from diffkern.schedules import DiscreteSchedule, karras_sigmas
+from diffkern.schedules.discrete import DiscreteSchedule
+from diffkern.schedules.spacings import karras_sigmas
 
 DEFAULT_STEPS = {
     **{"ddpm": 250, "ddim": 50, "euler": 30, "heun": 15, "midpoint": 15, "rk4": 8, "rk4_38": 8},

@@ -18,7 +18,7 @@ from diffkern import ops, sampling, streams
 from diffkern.demo import need
 from diffkern.nn import UNet
 from diffkern.plan import Plan
-from diffkern.schedules import DiscreteSchedule
+from diffkern.schedules.discrete import DiscreteSchedule
 
 SCALE = 8  # an image of 8 x 8 becomes a tile of 80 x 80 with its margin
 MARGIN = 1  # pixels of background around an image, before enlarging

@@ -19,7 +19,7 @@ from diffkern.demo import need
 from diffkern.demo.data import Digits
 from diffkern.nn import UNet, UNetConfig
 from diffkern.objectives import losses
-from diffkern.schedules import DiscreteSchedule
+from diffkern.schedules.discrete import DiscreteSchedule
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,8 @@ from diffkern import ops
 from diffkern.guidance._conditions import batch_times
 from diffkern.guidance._guided import Model
 from diffkern.plan import COLUMNS
-from diffkern.schedules import DiscreteSchedule, Schedule
+from diffkern.schedules.base import Schedule
+from diffkern.schedules.discrete import DiscreteSchedule
 from diffkern.schedules.predictions import check_prediction, target_coefficients
 
 Gradient = Callable[..., Tensor]

@@ -10,7 +10,7 @@ from torch import Tensor
 from diffkern.guidance._guided import Branch, Guided, Model, Weight
 from diffkern.guidance._spans import time_span
 from diffkern.plan import Plan
-from diffkern.schedules import Schedule
+from diffkern.schedules.base import Schedule
 
 FORMS = ("scale", "paper")
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
 
-from diffkern import ops, streams
-from diffkern.schedules import DiscreteSchedule, EDMSchedule, Schedule
-
-
-def uniform_by_address(seeds: Tensor, stream: int) -> Tensor:
-    """One u in (0, 1) a seed, float64: Phi of the address's normal."""
-    z = ops.randn([seeds.shape[0], 1], seeds, stream)[:, 0].to(torch.float64)
-    return 0.5 * torch.erfc(-z / math.sqrt(2.0))
+from diffkern import streams
+from diffkern.draws import uniform_by_address
+from diffkern.schedules.base import Schedule
+from diffkern.schedules.discrete import DiscreteSchedule
+from diffkern.schedules.exploding import EDMSchedule
 
 
 class TimeSampler(ABC):

@@ -21,9 +21,13 @@ import torch
 from torch import Tensor
 
 from diffkern import ops, streams
-from diffkern.objectives.time_sampling import LogNormal, Uniform
+from diffkern.draws import draw_seeds
+from diffkern.objectives._densities import LogNormal, Uniform
 from diffkern.objectives.weightings import WEIGHTINGS, WeightFunction, Weighting, get_weighting
-from diffkern.schedules import DiscreteSchedule, EDMSchedule, Schedule, edm
+from diffkern.schedules.base import Schedule
+from diffkern.schedules.discrete import DiscreteSchedule
+from diffkern.schedules.exploding import EDMSchedule
+from diffkern.schedules.makers import edm
 
 __all__ = [
     "draw_seeds",
@@ -41,12 +45,6 @@ Weight = str | Weighting | WeightFunction | Tensor
 
 UNIFORM = WEIGHTINGS["uniform"]
 _IMMUTABLE = {type(weighting) for weighting in WEIGHTINGS.values()}
-
-
-def draw_seeds(n: int, generator: torch.Generator | None = None, device: torch.device | str | None = None) -> Tensor:
-    """n int64 seeds from torch's generator, for one training iteration: the run repeats under torch.manual_seed."""
-    device = generator.device if device is None and generator is not None else device
-    return torch.randint(-(2**63), 2**63 - 1, (n,), dtype=torch.int64, device=device, generator=generator)
 
 
 def uniform_times(

@@ -29,7 +29,8 @@ from torch import Tensor
 
 from diffkern import ops, streams
 from diffkern.ops import VARIATIONAL_COLUMNS
-from diffkern.schedules import DiscreteSchedule, predictions
+from diffkern.schedules import predictions
+from diffkern.schedules.discrete import DiscreteSchedule
 
 __all__ = [
     "BitsPerDim",

@@ -37,7 +37,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffkern.schedules import DiscreteSchedule, Schedule, Time
+from diffkern.schedules.base import Schedule, Time
+from diffkern.schedules.discrete import DiscreteSchedule
 from diffkern.schedules.predictions import check_prediction, target_coefficients
 
 __all__ = [

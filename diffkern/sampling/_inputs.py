@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffkern import ops
+from diffkern.draws import draw_seeds
 
 Seeds = int | Tensor
 
@@ -16,7 +17,7 @@ Seeds = int | Tensor
 def seeds_of(seeds: Seeds | None, batch: int, device: torch.device) -> Tensor:
     """int64 [B] on ``device`` from an integer, a tensor, or (None) torch's default generator."""
     if seeds is None:
-        return torch.randint(-(2**63), 2**63 - 1, (batch,), dtype=torch.int64).to(device)
+        return draw_seeds(batch).to(device)
     if isinstance(seeds, Tensor):
         if seeds.dtype != torch.int64 or seeds.ndim != 1 or seeds.shape[0] != batch:
             raise ValueError(

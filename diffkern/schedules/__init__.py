@@ -34,13 +34,12 @@ t = 0; `from_alphas_cumprod` takes theirs as they are.
 """
 
 from diffkern.schedules import grids, predictions
-from diffkern.schedules.base import Schedule, Time, as_time
+from diffkern.schedules.base import Schedule, Time, UnitTime, as_time
 from diffkern.schedules.continuous import (
     CosineSchedule,
     LaplaceSchedule,
     LinearLogSNRSchedule,
     SubVPSchedule,
-    UnitTime,
     VPSchedule,
 )
 from diffkern.schedules.discrete import DiscreteSchedule

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffkern.schedules.base import Schedule, Time, as_log_snr, as_time, check_log_snrs, check_times
-from diffkern.schedules.continuous import UnitTime
+from diffkern.schedules.base import Schedule, Time, UnitTime, as_log_snr, as_time, check_log_snrs, check_times
 from diffkern.schedules.spacings import karras_sigmas
 
 

@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from diffkern.schedules.base import Schedule
+from diffkern.schedules.base import Schedule, UnitTime
 from diffkern.schedules.continuous import (
     CosineSchedule,
     LaplaceSchedule,
     LinearLogSNRSchedule,
     SubVPSchedule,
-    UnitTime,
     VPSchedule,
 )
 from diffkern.schedules.discrete import DiscreteSchedule, float64_vector

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from diffkern.schedules.base import Schedule, Time
-from diffkern.schedules.continuous import LogSNRDefined, UnitTime
+from diffkern.schedules.base import LogSNRDefined, Schedule, Time, UnitTime
 
 Function = Callable[[Tensor], Tensor]
 """A function of time: float64 times of any shape in, one value a time out, by torch operations."""

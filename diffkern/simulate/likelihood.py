@@ -39,10 +39,10 @@ import torch
 from torch import Tensor
 
 from diffkern import ops, streams, tableaus
-from diffkern.objectives.losses import draw_seeds
-from diffkern.objectives.score_matching import PROJECTIONS, projections
+from diffkern.draws import PROJECTIONS, draw_seeds, projections
 from diffkern.plan import Plan
-from diffkern.schedules import DiscreteSchedule, Schedule
+from diffkern.schedules.base import Schedule
+from diffkern.schedules.discrete import DiscreteSchedule
 from diffkern.simulate import ODE, SDE, VectorField, from_model
 from diffkern.simulate._process import column, shaped
 

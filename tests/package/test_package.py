@@ -304,7 +304,7 @@ LAYERS = [
     ["streams", "tableaus", "_load"],
     ["schedules"],
     ["plan"],
-    ["reference", "ops", "brownian"],
+    ["reference", "ops", "brownian", "draws"],
     ["samplers"],
     ["objectives", "nn", "guidance"],
     ["sampling"],
