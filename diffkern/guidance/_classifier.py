@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffkern import ops
+from diffkern.checks import must_return, returned
 from diffkern.guidance._conditions import batch_times
 from diffkern.guidance._guided import Model
 from diffkern.plan import COLUMNS
@@ -39,8 +40,7 @@ def classifier_gradient(classifier: Model, y: Tensor | int, scale: float | Tenso
         logits = classifier(x, t, *args, **kwargs)
         batch = x.shape[0]
         if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch:
-            got = f"shape {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"classifier must return logits of shape [{batch}, K], got {got}")
+            raise ValueError(must_return(logits, f"logits of shape [{batch}, K]", "classifier"))
         label = torch.as_tensor(y, dtype=torch.int64, device=logits.device)
         if label.ndim and label.shape[0] != batch:
             raise ValueError(f"y must have one class a sample ({batch}), got shape {list(label.shape)}")
@@ -72,8 +72,7 @@ def _gradient(log_prob: Callable[..., Tensor], scale: float | Tensor, name: str)
             t = t.clone() if isinstance(t, Tensor) and t.is_inference() else t
             value = log_prob(x, t, *args, **kwargs)
             if not isinstance(value, Tensor) or value.shape != x.shape[:1]:
-                got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"{name} must return one value a sample [{x.shape[0]}], got {got}")
+                raise ValueError(must_return(value, f"one value a sample [{x.shape[0]}]", name))
             found = None
             if value.requires_grad:
                 weighted = value * (scale.to(value) if isinstance(scale, Tensor) else scale)
@@ -127,9 +126,7 @@ class ClassifierGuided:
         t = batch_times(t, len(x))
         m = self.model(x, t, *args, **kwargs)
         learned = x.ndim > 1 and isinstance(m, Tensor) and m.shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:])
-        if not isinstance(m, Tensor) or (m.shape != x.shape and not learned):
-            got = f"shape {list(m.shape)}" if isinstance(m, Tensor) else type(m).__name__
-            raise ValueError(f"model must return a tensor of shape {list(x.shape)}, got {got}")
+        m = m if learned else returned(m, x.shape)
         time = t if isinstance(t, Tensor) else torch.tensor(t, device=x.device)
         time = self._time(time.to(x.device))
         if self.prediction == "edm":
@@ -138,9 +135,7 @@ class ClassifierGuided:
             found = self.gradient(clean, time.to(t.dtype if isinstance(t, Tensor) else torch.float32))
         else:
             found = self.gradient(x, t)
-        if not isinstance(found, Tensor) or found.shape != x.shape:
-            got = f"shape {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-            raise ValueError(f"gradient must return a tensor of shape {list(x.shape)}, got {got}")
+        found = returned(found, x.shape, "gradient")
         table, index = self._rows(time, x)
         first = m[:, : x.shape[1]] if learned else m
         found = found.to(torch.promote_types(m.dtype, found.dtype))  # the op's result has the dtype of its history

@@ -97,7 +97,7 @@ def ot_permutation(noise: Tensor, x1: Tensor) -> Tensor:
     """
     if noise.shape != x1.shape or noise.ndim == 0:
         raise ValueError(f"noise and x1 must have one shape [B, ...], got {list(noise.shape)} and {list(x1.shape)}")
-    ot = _pot()
+    ot = import_pot()
     left, right = (x.detach().flatten(1).to(torch.float64) for x in (x1, noise))
     if len(left) == 0:
         return torch.zeros(0, dtype=torch.int64, device=x1.device)
@@ -122,7 +122,8 @@ def ot_seeds(x1: Tensor, seeds: Tensor, stream: int = streams.TRAINING) -> Tenso
     return seeds[ot_permutation(ops.randn(x1.shape, seeds, stream, dtype=x1.dtype), x1).to(seeds.device)]
 
 
-def _pot() -> Any:
+def import_pot() -> Any:
+    """The package POT, or an ImportError that says how to install it."""
     try:
         import ot
     except ImportError:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from diffkern.plan import Plan, Row
 from diffkern.samplers.nodes import Coordinates, Node, chain, grid, not_negative, row
-from diffkern.samplers.runge_kutta import _churned
+from diffkern.samplers.runge_kutta import churned_nodes
 from diffkern.schedules import Schedule
 from diffkern.schedules.grids import Numbers
 
@@ -35,7 +35,7 @@ def dpm_2(
     algorithm 1 keeps the exponential form); arXiv 2206.00364.
     """
     space, nodes, end = _grid("dpm_2", schedule, steps, prediction, sigmas, timesteps, spacing, clip)
-    churned, noises = _churned(space, nodes, churn, churn_range, churn_noise)
+    churned, noises = churned_nodes(space, nodes, churn, churn_range, churn_noise)
     rows: list[Row] = []
     at: list[Node] = []
     for j, node in enumerate(churned):
@@ -69,7 +69,7 @@ def dpm_2_ancestral(
     rows: list[Row] = []
     at: list[Node] = []
     for node, to in zip(nodes, [*nodes[1:], end], strict=True):
-        down, up = _ancestral(node.sigma, to.sigma, eta)
+        down, up = ancestral_levels(node.sigma, to.sigma, eta)
         _two_slopes(rows, at, space, node, down, to, noise * up)
     return chain("dpm_2_ancestral", space, rows, at)
 
@@ -102,7 +102,7 @@ def dpmpp_2s_ancestral(
     rows: list[Row] = []
     at: list[Node] = []
     for node, to in zip(nodes, [*nodes[1:], end], strict=True):
-        down, up = _ancestral(node.sigma, to.sigma, eta)
+        down, up = ancestral_levels(node.sigma, to.sigma, eta)
         if down == 0.0:
             rows.append(row(len(rows), node, to, b=1.0, g=noise * up))
             at.append(node)
@@ -137,8 +137,8 @@ def _first(made: Row) -> Row:
     return replace(made, saves=((0, "x"),), ends_step=False)
 
 
-def _ancestral(sigma: float, to: float, eta: float) -> tuple[float, float]:
-    """(sigma_down, sigma_up)."""
+def ancestral_levels(sigma: float, to: float, eta: float) -> tuple[float, float]:
+    """(sigma_down, sigma_up) of an ancestral step from the level ``sigma`` to ``to``; see `dpm_2_ancestral`."""
     up = min(to, eta * to * math.sqrt(max(0.0, 1.0 - (to / sigma) ** 2)))
     return math.sqrt(to * to - up * up), up
 

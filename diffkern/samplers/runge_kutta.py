@@ -69,7 +69,7 @@ def euler(
     op (the initial noise before the first step), so states in between are those after the noise.
     """
     space, nodes, end = grid("euler", schedule, steps, prediction, sigmas, timesteps, spacing, clip)
-    return _plan("euler", EULER, space, nodes, end, (churn, churn_range, churn_noise), end_stage=False)
+    return tableau_plan("euler", EULER, space, nodes, end, (churn, churn_range, churn_noise), end_stage=False)
 
 
 def heun(
@@ -92,7 +92,7 @@ def heun(
     second reads one history. arXiv 2206.00364, algorithm 1, and 2 with ``churn``; lecture 001.
     """
     space, nodes, end = grid("heun", schedule, steps, prediction, sigmas, timesteps, spacing, clip)
-    return _plan("heun", HEUN, space, nodes, end, (churn, churn_range, churn_noise), end_stage=False)
+    return tableau_plan("heun", HEUN, space, nodes, end, (churn, churn_range, churn_noise), end_stage=False)
 
 
 def midpoint(
@@ -111,7 +111,7 @@ def midpoint(
     middle of two levels, this the arithmetic one.)
     """
     space, nodes, end = grid("midpoint", schedule, steps, prediction, sigmas, timesteps, spacing, clip)
-    return _plan("midpoint", MIDPOINT, space, nodes, end)
+    return tableau_plan("midpoint", MIDPOINT, space, nodes, end)
 
 
 def rk4(
@@ -131,7 +131,7 @@ def rk4(
     2; for the full order end at a level > 0.
     """
     space, nodes, end = grid("rk4", schedule, steps, prediction, sigmas, timesteps, spacing, clip)
-    return _plan("rk4", RK4, space, nodes, end)
+    return tableau_plan("rk4", RK4, space, nodes, end)
 
 
 def rk4_38(
@@ -146,10 +146,10 @@ def rk4_38(
 ) -> Plan:
     """The 3/8 rule, slopes at v, v + h/3, v + 2h/3 and v + h: what torchdiffeq calls rk4; otherwise as `rk4`."""
     space, nodes, end = grid("rk4_38", schedule, steps, prediction, sigmas, timesteps, spacing, clip)
-    return _plan("rk4_38", RK4_38, space, nodes, end)
+    return tableau_plan("rk4_38", RK4_38, space, nodes, end)
 
 
-def _plan(
+def tableau_plan(
     name: str,
     tableau: Tableau,
     space: Coordinates,
@@ -158,8 +158,13 @@ def _plan(
     churn: tuple[float, tuple[float, float], float] = (0.0, (0.0, math.inf), 1.0),
     end_stage: bool = True,
 ) -> Plan:
-    """All steps; ``end_stage`` says whether the last one may call the model at its end."""
-    churned, noises = _churned(space, nodes, *churn)
+    """The plan of a tableau over these points: how a method of one's own is made.
+
+    ``nodes`` are the points before each step, ``end`` that after the last (`diffkern.samplers.nodes.grid` makes both),
+    ``churn`` is (S_churn, its range, S_noise) of `euler`, ``end_stage`` whether the last step may call the model at its
+    end. Raises ValueError for a churn that is negative or in a time.
+    """
+    churned, noises = churned_nodes(space, nodes, *churn)
     rows: list[Row] = []
     at: list[Node] = []
     for j, node in enumerate(churned):
@@ -173,7 +178,7 @@ def _plan(
     return chain(name, space, rows, at, math.hypot(nodes[0].sigma, noises[0]))
 
 
-def _churned(
+def churned_nodes(
     space: Coordinates, nodes: list[Node], churn: float, limits: tuple[float, float], noise: float
 ) -> tuple[list[Node], list[float]]:
     """The points after the noise of the churn, and the std of that noise before each step."""

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from diffkern import ops
+from diffkern.checks import returned
 from diffkern.plan import COLUMNS, Plan
 from diffkern.samplers.nodes import choice
 from diffkern.sampling._corrector_rows import Score, rows_of
@@ -288,9 +289,7 @@ class _Run:
         row, x = self.plan.rows[i], self.state
         t = self._times[i]
         m = model(self._input, t) if self.cond is None else model(self._input, t, self.cond)
-        if not isinstance(m, Tensor) or m.shape != x.shape:
-            got = f"shape {list(m.shape)}" if isinstance(m, Tensor) else type(m).__name__
-            raise ValueError(f"model must return a tensor of shape {list(x.shape)}, got {got} at row {i}")
+        m = returned(m, x.shape, row=i)
         table, index = self.plan.table, None
         if i in self.scores:
             table, index = self._langevin(i, m, noise), self._index

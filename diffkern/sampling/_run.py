@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diffkern import brownian, ops
+from diffkern.checks import returned
 from diffkern.ops._common import refuse_tangents
 from diffkern.plan import COLUMNS, SLOTS, Plan, Row
 
@@ -287,11 +288,7 @@ class Run:
         if self.guided:
             cond = self.pair if copies == 2 else cond if self.plan.rows[i].w == 1.0 else self.uncond
         m = model(self.input, self._times[i]) if cond is None else model(self.input, self._times[i], cond)
-        want = self._want[copies - 1]
-        if not isinstance(m, Tensor) or m.shape != want:
-            got = f"shape {list(m.shape)}" if isinstance(m, Tensor) else type(m).__name__
-            raise ValueError(f"model must return a tensor of shape {list(want)}, got {got} at row {i}")
-        return m
+        return returned(m, self._want[copies - 1], row=i)
 
     def _thresholded(self, i: int, m: Tensor, m2: Tensor | None) -> Tensor:
         """The thresholded x0; before the variance in a model of learned variance."""
@@ -318,10 +315,7 @@ class Run:
         assert self.shift is not None
         state = self.state
         given = self.shift(state, self._times[i][: self.batch])
-        if not isinstance(given, Tensor) or given.shape != state.shape:
-            got = f"shape {list(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
-            raise ValueError(f"mean_shift must return a tensor of shape {list(state.shape)}, got {got} at row {i}")
-        return given.to(state.dtype)
+        return returned(given, state.shape, "mean_shift", i).to(state.dtype)
 
     def _learned_shift(self, i: int, m: Tensor, noise: Tensor | None) -> Tensor:
         """z + std gradient, which the learned std turns into std z + variance gradient."""

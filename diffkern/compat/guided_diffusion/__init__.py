@@ -16,7 +16,7 @@ from diffkern.compat.guided_diffusion.gaussian_diffusion import (
 )
 from diffkern.compat.guided_diffusion.losses import discretized_gaussian_log_likelihood, normal_kl
 from diffkern.compat.guided_diffusion.nn import mean_flat, timestep_embedding
-from diffkern.compat.guided_diffusion.patch import Change, Report, patch, unpatch
+from diffkern.compat.guided_diffusion.patching import Change, Report, patch, unpatch
 from diffkern.compat.guided_diffusion.respace import SpacedDiffusion, space_timesteps
 from diffkern.compat.guided_diffusion.unet import QKVAttention, QKVAttentionLegacy
 

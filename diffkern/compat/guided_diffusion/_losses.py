@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from diffkern import ops
-from diffkern.compat.guided_diffusion._fused import CORE, Fused, Rows, as_dtype, same_shape, wide
+from diffkern.compat.guided_diffusion._ops import CORE, GaussianOps, Rows, same_shape
 from diffkern.compat.guided_diffusion._tables import LEARNED
 from diffkern.compat.guided_diffusion.losses import discretized_gaussian_log_likelihood, normal_kl
+from diffkern.compat.kit.rows import as_dtype, wide
 
 Model = Callable[..., Tensor]
 
@@ -31,7 +32,7 @@ def bits(values: Tensor) -> Tensor:
     return values.flatten(1).mean(1) / math.log(2.0)
 
 
-class Losses(Fused):
+class Losses(GaussianOps):
     """The training half of GaussianDiffusion."""
 
     p_mean_variance: Any

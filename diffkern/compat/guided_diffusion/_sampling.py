@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from diffkern import ops
-from diffkern.compat.guided_diffusion._fused import CORE, FIRST, Fused, Rows, as_dtype, broadcast, in_format, wide
+from diffkern.compat.guided_diffusion._ops import CORE, FIRST, GaussianOps, Rows, broadcast
 from diffkern.compat.guided_diffusion._tables import LEARNED
-from diffkern.plan import LEARNED_COLUMNS
+from diffkern.compat.kit.rows import AT, as_dtype, in_format, wide
 
 Model = Callable[..., Tensor]
 Change = Callable[[Tensor], Tensor]
@@ -25,7 +25,6 @@ Step = dict[str, Tensor]
 
 LOOP = {name: CORE | {name} for name in ("p_sample", "ddim_sample")}
 TO_EPS = frozenset({"_predict_eps_from_xstart"})
-R0, R1, G = (LEARNED_COLUMNS.index(name) for name in ("r0", "r1", "g"))
 
 
 class Calls(NamedTuple):
@@ -45,7 +44,7 @@ class Calls(NamedTuple):
         return self.cond_fn(x, self.cond_time, **self.kwargs)
 
 
-class Sampling(Fused):
+class Sampling(GaussianOps):
     """The sampling half of GaussianDiffusion."""
 
     p_mean_variance: Any
@@ -207,7 +206,7 @@ class Sampling(Fused):
         row = as_dtype(table[rows.row if rows.each is None else rows.each], x.dtype)
         row = row.reshape(-1, row.shape[-1], *(1,) * (x.dim() - 1))
         v = as_dtype(m.narrow(1, x.shape[1], x.shape[1]), x.dtype)
-        return x + row[:, G] * torch.exp((row[:, R0] + row[:, R1] * v) / 2) * z
+        return x + row[:, AT["g"]] * torch.exp((row[:, AT["r0"]] + row[:, AT["r1"]] * v) / 2) * z
 
     def _dk_ddim(
         self, calls: Calls, x: Tensor, rows: Rows, clip: bool, denoised_fn: Change | None, eta: float | None

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffkern import streams
+from diffkern.compat.kit.rows import table_of
 from diffkern.objectives.variational import HALF_BIN
 from diffkern.ops import VARIATIONAL_COLUMNS
 from diffkern.plan import LEARNED_COLUMNS
@@ -124,12 +124,8 @@ class Coefficients:
 
 
 def rows(count: int, **columns: Any) -> Tensor:
-    """float64 [count, 23], the columns of `LEARNED_COLUMNS`: those given, the others at a row's defaults."""
-    table = torch.zeros(count, len(LEARNED_COLUMNS), dtype=torch.float64)
-    defaults = {"clip": math.inf, "k": 1.0, "stream": streams.STEP + torch.arange(count, dtype=torch.float64)}
-    for name, value in {**defaults, **columns}.items():
-        table[:, LEARNED_COLUMNS.index(name)] = torch.as_tensor(value, dtype=torch.float64)
-    return table
+    """float64 [count, 23], the columns of `LEARNED_COLUMNS`."""
+    return table_of(count, LEARNED_COLUMNS, **columns)
 
 
 def plain(table: Tensor) -> Tensor:

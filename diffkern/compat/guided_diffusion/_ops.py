@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from diffkern import ops
+from diffkern.checks import must_return
 from diffkern.compat.guided_diffusion._tables import BUILDERS, FIXED, LEARNED, MEANS, NAMES, Coefficients
+from diffkern.compat.kit.rows import as_dtype, in_format, wide
+from diffkern.compat.kit.tables import Tables
 
 PARTS = frozenset({"q_posterior_mean_variance", "_predict_xstart_from_eps", "_predict_xstart_from_xprev"})
 CONVERSIONS = frozenset({"_predict_xstart_from_eps", "_predict_eps_from_xstart"})
@@ -20,8 +23,6 @@ CORE = PARTS | CONVERSIONS | {"p_mean_variance", "condition_mean", "condition_sc
 `p_mean_variance`, CONVERSIONS: of `condition_score`."""
 FIRST = ("EPSILON", "eps")
 """Outputs of a model that the original adds to x; to others it adds x."""
-MOST_KNOWN = 64
-"""Tables that a diffusion keeps."""
 
 
 class Rows(NamedTuple):
@@ -29,37 +30,6 @@ class Rows(NamedTuple):
 
     row: int
     each: Tensor | None = None
-
-
-def wide(*dtypes: torch.dtype) -> torch.dtype:
-    """What arithmetic with a float32 table gives."""
-    found = torch.float32
-    for dtype in dtypes:
-        if dtype is not found:
-            found = torch.promote_types(found, dtype)
-    return found
-
-
-def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype is dtype else x.to(dtype)
-
-
-def in_format(x: Tensor, like: Tensor) -> Tensor:
-    """x with its dimensions in memory in the order of those of ``like``.
-
-    Plain torch gives a sum the memory format of its first term, and ``randn_like`` of the sum draws in that order.
-    """
-    if x.is_contiguous() and like.is_contiguous():
-        return x
-    order = _order(like)
-    if order == _order(x):
-        return x
-    return x.permute(order).contiguous().permute(sorted(range(x.dim()), key=order.__getitem__))
-
-
-def _order(x: Tensor) -> list[int]:
-    """The dimensions from the outermost in memory to the innermost."""
-    return sorted(range(x.dim()), key=lambda d: -x.stride()[d])
 
 
 def same_shape(**pair: Tensor) -> None:
@@ -74,7 +44,7 @@ def _foreign(*methods: Any) -> bool:
     return any(not getattr(method, "__module__", "").startswith("diffkern.") for method in methods)
 
 
-class Fused:
+class GaussianOps:
     """Mixin: rows and ops. Rows are kept until a table that they are made of is set."""
 
     betas: Any
@@ -92,31 +62,19 @@ class Fused:
             self._dk_forget()
 
     def __getstate__(self) -> dict[str, Any]:
+        # Not the rows: a copy's own tables may be set.
         return {name: value for name, value in self.__dict__.items() if name != "_dk_known"}
 
     def _dk_forget(self) -> None:
         """Tables are made anew."""
-        self.__dict__["_dk_known"] = {}
-
-    def _dk_known_tables(self) -> dict[Any, Tensor]:
-        known: dict[Any, Tensor] | None = self.__dict__.get("_dk_known")
-        if known is None:
-            known = self.__dict__["_dk_known"] = {}
-        return known
+        self.__dict__["_dk_known"] = Tables()
 
     def _dk_table(self, device: torch.device | None, *key: Any) -> Tensor:
         """The rows ``BUILDERS[key[0]](coefficients, *key[1:])`` on a device (None: on the host)."""
-        known = self._dk_known_tables()
-        found = known.get((device, key))
-        if found is None:
-            with torch.inference_mode(False), torch.device("cpu"):
-                found = self._dk_build(*key)
-                if device is not None and device.type != "cpu":
-                    found = found.to(device)
-            while len(known) >= MOST_KNOWN:
-                known.pop(next(iter(known)), None)  # another thread may have done it
-            known[device, key] = found
-        return found
+        known: Tables | None = self.__dict__.get("_dk_known")
+        if known is None:
+            known = self.__dict__["_dk_known"] = Tables()
+        return known.get((device, key), lambda: self._dk_build(*key).to(device or "cpu"))
 
     def _dk_build(self, kind: str, *options: Any) -> Tensor:
         coefficients = Coefficients(self.__dict__, self._dk_exact)
@@ -154,13 +112,12 @@ class Fused:
             raise AssertionError(f"t must have shape [{x.shape[0]}] (one timestep a sample), got {list(t.shape)}")
 
     def _dk_output(self, m: Any, x: Tensor) -> Tensor:
-        """The model's output, its shape checked."""
+        """The model's output, its shape checked; AssertionError, as the original's own check of it raises."""
         shape = list(x.shape)
         if self._dk_variance_name() in LEARNED:
             shape[1] *= 2
         if not isinstance(m, Tensor) or list(m.shape) != shape:
-            got = f"shape {list(m.shape)}" if isinstance(m, Tensor) else type(m).__name__
-            raise AssertionError(f"model must return a tensor of shape {shape} for {self.model_var_type}, got {got}")
+            raise AssertionError(must_return(m, f"a tensor of shape {shape} for {self.model_var_type}"))
         return m
 
     def _dk_own(self, needed: frozenset[str] = CORE) -> bool:
