@@ -7,6 +7,9 @@
 // Schemas of the functions below stand next to them in the same order in schemas.cpp.
 #pragma once
 
+#include "../core/loss.h"
+#include "../core/noising.h"
+#include "../core/randn.h"
 #include "step_checks.h"
 
 namespace dk::bind {
@@ -161,7 +164,7 @@ struct Ops {
     args.pred = make_view(args.space, pred, pred_dtype);
     args.noise = make_view(args.space, noise, dtype);
     args.grad = make_view(args.space, grad_operand, pred_dtype);
-    const int64_t blocks = (args.space.count + kLossBlock - 1) / kLossBlock;
+    const int64_t blocks = sum_blocks(args.space.count);
     Tensor partials = new_empty(x0, {batch, blocks}, sum_dtype), samples = new_empty(x0, {batch}, sum_dtype);
     args.partials = partials.mutable_data_ptr();
     args.samples = samples.mutable_data_ptr();

@@ -1,6 +1,7 @@
 // The ops on CPU tensors: torch's own threads run the blocks.
 #include <algorithm>
 
+#include "../core/cpu.h"
 #include "attention.h"
 #include "learned_step.h"
 #include "noise_sum.h"

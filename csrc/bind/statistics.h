@@ -74,7 +74,7 @@ struct StatisticsOps {
     MomentsArgs args{};
     args.space = make_space(op, x, {&x}, false, 0);
     args.x = make_view(args.space, x, dtype);
-    const int64_t blocks = (args.space.count + kLossBlock - 1) / kLossBlock;
+    const int64_t blocks = sum_blocks(args.space.count);
     Tensor value = new_empty(x, {args.space.batch, 2}, sum_dtype(dtype));
     Tensor partials = new_empty(x, {args.space.batch, blocks}, sum_dtype(dtype));
     args.value = value.mutable_data_ptr();

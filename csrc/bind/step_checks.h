@@ -2,6 +2,8 @@
 // rows.
 #pragma once
 
+#include <cmath>
+
 #include "../core/learned_step.h"
 #include "operand.h"
 

@@ -138,7 +138,7 @@ struct StepLogprobOps {
       if (want_grad) args.grad_c = second_half(args.grad_u, batch);
     }
     const int32_t sums = state == Dtype::f64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-    const int64_t blocks = (args.space.count + kLossBlock - 1) / kLossBlock;
+    const int64_t blocks = sum_blocks(args.space.count);
     Tensor value = new_empty(like, {batch}, sums), partials = new_empty(like, {batch, blocks}, sums);
     args.value = value.mutable_data_ptr();
     args.partials = partials.mutable_data_ptr();

@@ -2,6 +2,7 @@
 //   static void variational(const VariationalArgs&, const Operand& where)
 #pragma once
 
+#include "../core/variational.h"
 #include "ops.h"
 
 namespace dk::bind {
@@ -82,7 +83,7 @@ struct VariationalOps {
     args.grad = make_view(args.space, grads.first, pred_dtype);
     args.grad_w = make_view(args.space, grads.second, pred_dtype);
 
-    const int64_t blocks = (args.space.count + kLossBlock - 1) / kLossBlock;
+    const int64_t blocks = sum_blocks(args.space.count);
     Tensor value = args.reduction == Reduction::none ? new_empty(x0, {batch}, sum_dtype) : new_empty(x0, {}, sum_dtype);
     Tensor means = new_empty(x0, {batch, 2}, sum_dtype), samples = new_empty(x0, {batch}, sum_dtype);
     Tensor partials = new_empty(x0, {batch, blocks, 2}, sum_dtype);

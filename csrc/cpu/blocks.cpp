@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "../core/cpu.h"
+
 namespace dk::cpu {
 namespace {
 

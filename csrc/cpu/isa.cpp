@@ -2,9 +2,11 @@
 #include "isa.h"
 
 #include <cstdlib>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
+#include "../core/cpu.h"
 #include "attention_tiles.h"
 
 namespace dk::cpu {
@@ -66,5 +68,9 @@ const Isa& isa() { return *chosen().spans; }
 const AttentionTiles& attention_tiles() { return *chosen().tiles; }
 const char* isa_name() { return chosen().name; }
 const char* isa_best() { return best()->name; }
+
+const char* isa_level(int level) {
+  return level >= 0 && level < static_cast<int>(std::size(kLevels)) ? kLevels[level].name : nullptr;
+}
 
 }  // namespace dk::cpu

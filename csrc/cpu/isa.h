@@ -2,14 +2,15 @@
 // that DIFFKERN_ISA=portable|avx2|avx512|avx512_bf16 can force a level and tests can compare the bits of all of them.
 #pragma once
 
-#include "../core/args.h"
 #include "../core/learned_step.h"
+#include "../core/loss.h"
 #include "../core/step_logprob.h"
+#include "../core/variational.h"
 
 namespace dk::cpu {
 
 constexpr int64_t kBlock = 1024;  // elements of a span at most; a multiple of 64
-static_assert(kBlock == kLossBlock, "a loss block is one span");
+static_assert(kBlock == kSumBlock, "a block of the ordered sums is one span");
 
 constexpr int64_t kQuadsAtOnce = 16;  // normals() writes whole groups of so many quads
 

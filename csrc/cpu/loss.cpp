@@ -1,4 +1,6 @@
 // Weighted squared error and its gradient; partial sums of blocks, then their sum in a fixed order.
+#include "../core/loss.h"
+
 #include "blocks.h"
 #include "ordered_sum.h"
 

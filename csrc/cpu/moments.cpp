@@ -1,4 +1,4 @@
-// Mean and standard deviation: partial sums of blocks and their sum in the order of the loss, twice. A small sample is
+// Mean and standard deviation: partial sums of blocks and their ordered sum, twice. A small sample is
 // one task; a large one takes phases over its blocks.
 #include "../core/moments.h"
 

@@ -1,4 +1,6 @@
 // Forward noising: x_t, and the target and eps where they are asked for, in one pass.
+#include "../core/noising.h"
+
 #include <cstring>
 
 #include "blocks.h"

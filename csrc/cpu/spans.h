@@ -185,7 +185,7 @@ DK_BODY T loss_element(const LossSpan<T>& span, const LossCoefficients<T>& k, in
   return mul(difference, difference);
 }
 
-// The sum of `width` values, a power of two, in the order of core/loss.h.
+// The sum of `width` values, a power of two, in the order of core/ordered_sum.h.
 template <class T>
 DK_BODY T fold(T* values, int64_t width) {
   for (int64_t half = width / 2; half > 0; half /= 2) {
@@ -199,9 +199,9 @@ template <class T>
 DK_BODY T loss_body(const LossSpan<T>& span) {
   const LossCoefficients<T> k = span.k;
   T* squares = span.squares;
-  int64_t width = kLossBlock;
-  if (span.n == kLossBlock) {  // the first two folds at once, without storing what they fold
-    width = kLossBlock / 4;
+  int64_t width = kSumBlock;
+  if (span.n == kSumBlock) {  // the first two folds at once, without storing what they fold
+    width = kSumBlock / 4;
     const LossSpan<T> s = span;
     if (s.grad != nullptr) {
 #pragma GCC ivdep
@@ -241,8 +241,8 @@ DK_BODY void variational_loop(const VariationalSpan<T>& span) {
 template <class T>
 DK_BODY VariationalSums<T> variational_body(const VariationalSpan<T>& span) {
   span.k.decodes ? variational_loop<true>(span) : variational_loop<false>(span);
-  for (int64_t i = span.n; i < kLossBlock; ++i) span.squares[i] = span.nats[i] = T(0);
-  return {fold(span.squares, kLossBlock), fold(span.nats, kLossBlock)};
+  for (int64_t i = span.n; i < kSumBlock; ++i) span.squares[i] = span.nats[i] = T(0);
+  return {fold(span.squares, kSumBlock), fold(span.nats, kSumBlock)};
 }
 
 template <bool learned, bool wants, class T>
@@ -277,8 +277,8 @@ DK_BODY T step_logprob_body(const LogprobSpan<T>& span) {
       grad_c[i] = parts.c;
     }
   }
-  for (int64_t i = n; i < kLossBlock; ++i) span.energies[i] = T(0);
-  return fold(span.energies, kLossBlock);
+  for (int64_t i = n; i < kSumBlock; ++i) span.energies[i] = T(0);
+  return fold(span.energies, kSumBlock);
 }
 
 DK_BODY void widen_bf16_body(const Bfloat16* in, float* out, int64_t n) {

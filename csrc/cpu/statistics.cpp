@@ -62,9 +62,9 @@ struct Squares {
 template <class T, class Value>
 DK_BODY T folded(const Value& value, int64_t n, T* scratch) {
   const Value v = value;
-  int64_t width = kLossBlock;
-  if (n == kLossBlock) {
-    width = kLossBlock / 4;
+  int64_t width = kSumBlock;
+  if (n == kSumBlock) {
+    width = kSumBlock / 4;
 #pragma GCC ivdep
     for (int64_t i = 0; i < width; ++i) {
       scratch[i] = add(add(v(i), v(i + 2 * width)), add(v(i + width), v(i + 3 * width)));

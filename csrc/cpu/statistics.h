@@ -13,7 +13,7 @@ struct StatisticsSpans {
   // The keys whose digits above `shift` are one of two prefixes; returns how many. `out` has room for all.
   int64_t (*matching)(const T* x, int64_t n, int shift, Key<T> lower, Key<T> upper, Key<T>* out);
   void (*threshold)(const T* x, T s, T* out, int64_t n);
-  // Sums in the order of core/loss.h over a block; `scratch` has kLossBlock values.
+  // Sums in the order of core/ordered_sum.h over a block; `scratch` has kSumBlock values.
   T (*sum)(const T* x, int64_t n, T* scratch);
   T (*squares)(const T* x, T mean, int64_t n, T* scratch);
 };

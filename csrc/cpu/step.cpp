@@ -1,4 +1,6 @@
 // The universal sampler step.
+#include "../core/step.h"
+
 #include <algorithm>
 
 #include "blocks.h"

@@ -1,4 +1,4 @@
-// The log-density of a sampler step and its gradient; partial sums of blocks, then their sum in the order of the loss.
+// The log-density of a sampler step and its gradient; partial sums of blocks, then their ordered sum.
 #include "../core/step_logprob.h"
 
 #include "blocks.h"

@@ -1,4 +1,6 @@
-// The variational bound and its gradient; partial sums of blocks, then their sum in the order of the loss.
+// The variational bound and its gradient; partial sums of blocks, then their ordered sum.
+#include "../core/variational.h"
+
 #include "blocks.h"
 #include "ordered_sum.h"
 

@@ -1,5 +1,4 @@
-// Mean and standard deviation: twice a partial sum a block of threads and an ordered sum a sample, as the loss is
-// summed.
+// Mean and standard deviation: twice a partial sum a block of threads and an ordered sum a sample (core/ordered_sum.h).
 #include "../core/moments.h"
 #include "ordered_sum.cuh"
 
@@ -7,17 +6,17 @@ namespace dk::cuda {
 namespace {
 
 template <class S, Access access, bool squares>
-__global__ void __launch_bounds__(kLossThreads<S, access>, kMinBlocks) sums_kernel(const MomentsArgs args) {
+__global__ void __launch_bounds__(kSumThreads<S, access>, kMinBlocks) sums_kernel(const MomentsArgs args) {
   using T = Arithmetic<S>;
   constexpr int W = kWidth<S, access>;
-  __shared__ __align__(16) T terms[kLossBlock];
+  __shared__ __align__(16) T terms[kSumBlock];
   const int64_t b = block_sample();
   if (b >= args.space.batch) return;
-  const int64_t begin = static_cast<int64_t>(blockIdx.x) * kLossBlock;
+  const int64_t begin = static_cast<int64_t>(blockIdx.x) * kSumBlock;
   const T mean = squares ? static_cast<const T*>(args.value)[2 * b] : T(0);
 #pragma unroll 1
   for (int k = 0; k < kHeld<S, access>; ++k) {
-    const int local = (k * kLossThreads<S, access> + static_cast<int>(threadIdx.x)) * W;
+    const int local = (k * kSumThreads<S, access> + static_cast<int>(threadIdx.x)) * W;
     const Place<access> place(args.space, b, begin + local, W);
     T x[W] = {};
     if (place.n > 0) load_state<S>(args.x, place, x);
@@ -27,17 +26,17 @@ __global__ void __launch_bounds__(kLossThreads<S, access>, kMinBlocks) sums_kern
   }
   __syncthreads();
   if (threadIdx.x < 32) {
-    const T sum = fold_warp(fold<kLossBlock, 32>(terms + threadIdx.x));
+    const T sum = fold_warp(fold<kSumBlock, 32>(terms + threadIdx.x));
     if (threadIdx.x == 0) static_cast<T*>(args.partials)[b * gridDim.x + blockIdx.x] = sum;
   }
 }
 
 template <class T, bool squares>
-__global__ void __launch_bounds__(kLossLanes) finish_kernel(const MomentsArgs args) {
-  __shared__ T lanes[kLossLanes];
+__global__ void __launch_bounds__(kSumLanes) finish_kernel(const MomentsArgs args) {
+  __shared__ T lanes[kSumLanes];
   const int64_t b = block_sample();
   if (b >= args.space.batch) return;
-  const int64_t count = args.space.count, blocks = (count + kLossBlock - 1) / kLossBlock;
+  const int64_t count = args.space.count, blocks = sum_blocks(count);
   const T sum = ordered_sum(static_cast<const T*>(args.partials) + b * blocks, blocks, lanes);
   if (threadIdx.x == 0) {
     static_cast<T*>(args.value)[2 * b + (squares ? 1 : 0)] = squares ? deviation_of(sum, count) : mean_of(sum, count);
@@ -53,8 +52,8 @@ int run_pass(const MomentsArgs& args, void* stream) {
     status = launch(sums_kernel<S, access, squares>, shape, stream, args);
   }
   if (status != cudaSuccess) return status;
-  if (!make_shape(args.space.batch, 1, 1, kLossLanes, shape)) return cudaErrorInvalidConfiguration;
-  shape.threads = kLossLanes;
+  if (!make_shape(args.space.batch, 1, 1, kSumLanes, shape)) return cudaErrorInvalidConfiguration;
+  shape.threads = kSumLanes;
   return launch(finish_kernel<Arithmetic<S>, squares>, shape, stream, args);
 }
 

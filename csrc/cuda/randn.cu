@@ -1,4 +1,5 @@
 // Standard normals by address.
+#include "../core/randn.h"
 #include "noise.cuh"
 
 namespace dk::cuda {

@@ -1,5 +1,5 @@
-// The log-density of a sampler step and its gradient, summed as the loss is: one block of threads makes the partial sum
-// of kLossBlock elements.
+// The log-density of a sampler step and its gradient, summed in the order of core/ordered_sum.h: one block of
+// threads makes the partial sum of kSumBlock elements.
 #include "../core/step_logprob.h"
 #include "ordered_sum.cuh"
 
@@ -53,17 +53,17 @@ enum class Form {
 };
 
 template <class S, Access access, Form form>
-__global__ void __launch_bounds__(kLossThreads<S, access>, form == Form::full ? kMinBlocks : 3)
+__global__ void __launch_bounds__(kSumThreads<S, access>, form == Form::full ? kMinBlocks : 3)
     density_kernel(const DensityParams<Arithmetic<S>> params) {
   using T = Arithmetic<S>;
   constexpr int W = kWidth<S, access>;
   constexpr bool learned = form == Form::learned, kFull = form == Form::full;
   const StepLogprobArgs& args = params.args;
-  __shared__ __align__(16) T energies[kLossBlock];
+  __shared__ __align__(16) T energies[kSumBlock];
   __shared__ DensityRow<T> shared_row;
   const int64_t b = block_sample();
   if (b >= args.space.batch) return;
-  const int64_t begin = static_cast<int64_t>(blockIdx.x) * kLossBlock;
+  const int64_t begin = static_cast<int64_t>(blockIdx.x) * kSumBlock;
   const bool by_value = args.rows.table == nullptr;
   if (!by_value) {
     if (threadIdx.x == 0) find_row(args, b, shared_row);
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kLossThreads<S, access>, form == Form::full ? 
   const bool reads = row.k.random && !row.invalid;
 #pragma unroll 1
   for (int c = 0; c < kHeld<S, access>; ++c) {
-    const int local = (c * kLossThreads<S, access> + static_cast<int>(threadIdx.x)) * W;
+    const int local = (c * kSumThreads<S, access> + static_cast<int>(threadIdx.x)) * W;
     const Place<access> place(args.space, b, begin + local, W);
     T after[W] = {}, x[W] = {}, u[W] = {}, cond[W] = {}, v[W] = {}, h[kHistories][W] = {}, energy[W];
     if (place.n > 0) {
@@ -113,18 +113,18 @@ __global__ void __launch_bounds__(kLossThreads<S, access>, form == Form::full ? 
   }
   __syncthreads();
   if (threadIdx.x < 32) {
-    const T sum = fold_warp(fold<kLossBlock, 32>(energies + threadIdx.x));
+    const T sum = fold_warp(fold<kSumBlock, 32>(energies + threadIdx.x));
     if (threadIdx.x == 0) static_cast<T*>(args.partials)[b * gridDim.x + blockIdx.x] = sum;
   }
 }
 
 template <class T>
-__global__ void __launch_bounds__(kLossLanes) density_samples_kernel(const DensityParams<T> params) {
-  __shared__ T lanes[kLossLanes];
+__global__ void __launch_bounds__(kSumLanes) density_samples_kernel(const DensityParams<T> params) {
+  __shared__ T lanes[kSumLanes];
   const StepLogprobArgs& args = params.args;
   const int64_t b = block_sample();
   if (b >= args.space.batch) return;
-  const int64_t blocks = (args.space.count + kLossBlock - 1) / kLossBlock;
+  const int64_t blocks = sum_blocks(args.space.count);
   const T energies = ordered_sum(static_cast<const T*>(args.partials) + b * blocks, blocks, lanes);
   if (threadIdx.x == 0) {
     DensityRow<T> row = params.row;
@@ -164,8 +164,8 @@ int run(const StepLogprobArgs& args, void* stream) {
   }
   Shape shape;
   if (status != cudaSuccess) return status;
-  if (!make_shape(space.batch, 1, 1, kLossLanes, shape)) return cudaErrorInvalidConfiguration;
-  shape.threads = kLossLanes;
+  if (!make_shape(space.batch, 1, 1, kSumLanes, shape)) return cudaErrorInvalidConfiguration;
+  shape.threads = kSumLanes;
   return launch(density_samples_kernel<T>, shape, stream, params);
 }
 

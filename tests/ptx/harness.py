@@ -60,7 +60,7 @@ LAYOUTS = {
     "strided": 2,
 }
 
-# Views of the PODs in core/args.h, in the order of flat.h.
+# Views of the arguments in core, in the order of flat.h.
 VIEWS = {
     "randn": ("out",),
     "noise_sum": ("out",),
