@@ -1,5 +1,5 @@
 // The table of inner loops ("spans") that exist once for every instruction set. Drivers call them through isa(), so
-// that DIFFKERN_ISA=portable|avx2|avx512|avx512_bf16 can force a level and tests can compare the bits of all of them.
+// that DIFFKERN_ISA=scalar|avx2|avx512|avx512_bf16 can force a level and tests can compare the bits of all of them.
 #pragma once
 
 #include "../core/learned_step.h"
@@ -144,7 +144,7 @@ struct Isa {
   void (*narrow_bf16)(const float*, Bfloat16*, int64_t n);
 };
 
-extern const Isa kPortable;
+extern const Isa kScalar;
 #if defined(__x86_64__)
 extern const Isa kAvx2, kAvx512;
 #endif

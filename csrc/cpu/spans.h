@@ -29,7 +29,7 @@ struct Keys {
 };
 
 // What an instruction set may do with intrinsics: Philox and the way from lanes to elements. Same bits as this one.
-struct PortableNoise {
+struct ScalarNoise {
   static void words(const Keys& keys, uint64_t stream, uint64_t q0, Group& out) {
     for (int64_t i = 0; i < kQuadsAtOnce; ++i) {
       const Words w = philox(keys.seed(), stream, q0 + static_cast<uint64_t>(i));
@@ -293,7 +293,7 @@ DK_BODY void narrow_bf16_body(const float* in, Bfloat16* out, int64_t n) {
 
 }  // namespace dk::cpu
 
-// Defines the functions of one table: TARGET attribute, NOISE (as PortableNoise), widen and narrow
+// Defines the functions of one table: TARGET attribute, NOISE (as ScalarNoise), widen and narrow
 // f16.
 #define DK_DEFINE_ISA(VARIABLE, TARGET, NOISE, WIDEN_F16, NARROW_F16)                                                  \
   namespace dk::cpu {                                                                                                  \

@@ -98,7 +98,7 @@ DK_BODY T folded(const Value& value, int64_t n, T* scratch) {
   }                                                                                                             \
   }
 
-DK_STATISTICS(Portable, )
+DK_STATISTICS(Scalar, )
 #if defined(__x86_64__)
 DK_STATISTICS(Avx2, __attribute__((target("avx2,fma,f16c"))))
 DK_STATISTICS(Avx512,
@@ -113,7 +113,7 @@ const StatisticsSpans<T>& statistics() {
   if (&isa() == &kAvx512) return Avx512<T>::kSpans;
   if (&isa() == &kAvx2) return Avx2<T>::kSpans;
 #endif
-  return Portable<T>::kSpans;
+  return Scalar<T>::kSpans;
 }
 
 template const StatisticsSpans<float>& statistics<float>();

@@ -36,7 +36,7 @@ CUDA_FILES = (
     "quantile.cu",
     "moments.cu",
 )
-LEVELS = ("portable", "avx2", "avx512")
+LEVELS = ("scalar", "avx2", "avx512")
 CPU_FILES = (
     "isa",
     *(f"isa_{level}" for level in LEVELS),
