@@ -30,7 +30,7 @@ py::dict layout() {
   columns["step"] = names({DK_STEP_COLUMNS(DK_COLUMN_NAME)});
   columns["learned_step"] = names({DK_LEARNED_COLUMNS(DK_COLUMN_NAME)});
   py::dict dtypes;
-#define DK_NUMBER(DTYPE, TYPE, NAME) dtypes[NAME] = static_cast<int>(dk::Dtype::DTYPE);
+#define DK_NUMBER(NAME, TYPE, TORCH) dtypes[#TORCH] = static_cast<int>(dk::Dtype::NAME);
   DK_STORED_DTYPES(DK_NUMBER)
 #undef DK_NUMBER
   py::list levels;

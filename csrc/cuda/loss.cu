@@ -92,13 +92,6 @@ __global__ void __launch_bounds__(kSumLanes) samples_kernel(const LossArgs args)
   }
 }
 
-template <class S, Access access>
-int run_partials(const LossArgs& args, void* stream) {
-  Shape shape;
-  if (!partial_shape<S, access>(args.space, shape)) return cudaErrorInvalidConfiguration;
-  return launch(partial_kernel<S, access>, shape, stream, args);
-}
-
 template <class S>
 int run(const LossArgs& args, void* stream) {
   using T = Arithmetic<S>;
@@ -108,13 +101,8 @@ int run(const LossArgs& args, void* stream) {
   if (space.batch > 0 && space.count > 0) {
     const Access access =
         choose_access<S>(space, args.seeds.data != nullptr, args.pred, args.x0, args.noise, args.grad);
-    if (access == Access::scalar) {
-      status = run_partials<S, Access::scalar>(args, stream);
-    } else if (access == Access::staged || sizeof(S) == 8) {
-      status = run_partials<S, Access::staged>(args, stream);
-    } else if constexpr (sizeof(S) != 8) {
-      status = run_partials<S, Access::direct>(args, stream);
-    }
+    status = launch_partials<S, true>(space, access, stream, args,
+                                      [](auto way) { return partial_kernel<S, decltype(way)::value>; });
   }
   return status == cudaSuccess ? finish_sums<T>(samples_kernel<T>, args, stream) : status;
 }
@@ -122,19 +110,7 @@ int run(const LossArgs& args, void* stream) {
 }  // namespace
 
 int loss(const LossArgs& args, void* stream) {
-  switch (args.x0.dtype) {
-    case Dtype::f64:
-      return run<double>(args, stream);
-    case Dtype::f32:
-      return run<float>(args, stream);
-    case Dtype::f16:
-      return run<Half>(args, stream);
-    case Dtype::bf16:
-      return run<Bfloat16>(args, stream);
-    case Dtype::u8:
-      break;
-  }
-  return cudaErrorInvalidValue;
+  return for_dtype(args.x0.dtype, [&](auto s) { return run<decltype(s)>(args, stream); });
 }
 
 }  // namespace dk::cuda

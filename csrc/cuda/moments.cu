@@ -43,51 +43,30 @@ __global__ void __launch_bounds__(kSumLanes) finish_kernel(const MomentsArgs arg
   }
 }
 
-template <class S, Access access, bool squares>
-int run_pass(const MomentsArgs& args, void* stream) {
-  Shape shape;
+template <class S, bool squares>
+int run_pass(Access access, const MomentsArgs& args, void* stream) {
   int status = cudaSuccess;
   if (args.space.count > 0) {
-    if (!partial_shape<S, access>(args.space, shape)) return cudaErrorInvalidConfiguration;
-    status = launch(sums_kernel<S, access, squares>, shape, stream, args);
+    // A sum of 1024 elements is of memory order: chunks of a quad or of two doubles serve alike.
+    status = launch_partials<S, false>(args.space, access, stream, args,
+                                       [](auto way) { return sums_kernel<S, decltype(way)::value, squares>; });
   }
   if (status != cudaSuccess) return status;
-  if (!make_shape(args.space.batch, 1, 1, kSumLanes, shape)) return cudaErrorInvalidConfiguration;
-  shape.threads = kSumLanes;
-  return launch(finish_kernel<Arithmetic<S>, squares>, shape, stream, args);
-}
-
-template <class S, Access access>
-int run_passes(const MomentsArgs& args, void* stream) {
-  const int status = run_pass<S, access, false>(args, stream);
-  return status == cudaSuccess ? run_pass<S, access, true>(args, stream) : status;
+  return launch_samples(finish_kernel<Arithmetic<S>, squares>, args.space.batch, stream, args);
 }
 
 template <class S>
 int run(const MomentsArgs& args, void* stream) {
   if (args.space.batch == 0) return cudaSuccess;
-  // A sum of 1024 elements is of memory order: chunks of a quad or of two doubles serve alike.
-  constexpr Access vector = sizeof(S) == 8 ? Access::staged : Access::direct;
-  return choose_access<S>(args.space, false, args.x) == Access::scalar ? run_passes<S, Access::scalar>(args, stream)
-                                                                       : run_passes<S, vector>(args, stream);
+  const Access access = choose_access<S>(args.space, false, args.x);
+  const int status = run_pass<S, false>(access, args, stream);
+  return status == cudaSuccess ? run_pass<S, true>(access, args, stream) : status;
 }
 
 }  // namespace
 
 int moments(const MomentsArgs& args, void* stream) {
-  switch (args.x.dtype) {
-    case Dtype::f64:
-      return run<double>(args, stream);
-    case Dtype::f32:
-      return run<float>(args, stream);
-    case Dtype::f16:
-      return run<Half>(args, stream);
-    case Dtype::bf16:
-      return run<Bfloat16>(args, stream);
-    case Dtype::u8:
-      break;
-  }
-  return cudaErrorInvalidValue;
+  return for_dtype(args.x.dtype, [&](auto s) { return run<decltype(s)>(args, stream); });
 }
 
 }  // namespace dk::cuda

@@ -83,16 +83,30 @@ bool partial_shape(const Space& space, Shape& shape) {
   return true;
 }
 
-// After the partial sums: a block of lanes a sample, then one for the batch.
+// The partial sums; kernel_of(way) is the kernel of an access (for_access).
+template <class S, bool kNoise, class Params, class KernelOf>
+int launch_partials(const Space& space, Access access, void* stream, const Params& params, const KernelOf& kernel_of) {
+  return for_access<S, kNoise>(access, [&](auto way) -> int {
+    Shape shape;
+    if (!partial_shape<S, decltype(way)::value>(space, shape)) return cudaErrorInvalidConfiguration;
+    return launch(kernel_of(way), shape, stream, params);
+  });
+}
+
+// What makes a value a sample of the partial sums: a block of lanes each.
+template <class Params>
+int launch_samples(void (*kernel)(Params), int64_t batch, void* stream, const Params& params) {
+  Shape shape;
+  if (!make_shape(batch, 1, 1, kSumLanes, shape)) return cudaErrorInvalidConfiguration;
+  shape.threads = kSumLanes;
+  return launch(kernel, shape, stream, params);
+}
+
+// After the partial sums: the samples, then a block of lanes for the batch.
 template <class T, class Args>
 int finish_sums(void (*samples_kernel)(Args), const Args& args, void* stream) {
   int status = cudaSuccess;
-  if (args.space.batch > 0) {
-    Shape shape;
-    if (!make_shape(args.space.batch, 1, 1, kSumLanes, shape)) return cudaErrorInvalidConfiguration;
-    shape.threads = kSumLanes;
-    status = launch(samples_kernel, shape, stream, args);
-  }
+  if (args.space.batch > 0) status = launch_samples(samples_kernel, args.space.batch, stream, args);
   if (status == cudaSuccess && args.reduction != Reduction::none) {
     status = launch(batch_kernel<T, Args>, Shape{dim3(1), kSumLanes}, stream, args);
   }

@@ -133,22 +133,11 @@ __global__ void __launch_bounds__(kSumLanes) density_samples_kernel(const Densit
   }
 }
 
-template <class S, Access access>
-int run_partials(const DensityParams<Arithmetic<S>>& params, void* stream) {
-  Shape shape;
-  if (!partial_shape<S, access>(params.args.space, shape)) return cudaErrorInvalidConfiguration;
-  if (params.args.learned) return launch(density_kernel<S, access, Form::learned>, shape, stream, params);
-  bool full = false;
-  for (const View& history : params.args.h) full = full || history.data != nullptr;
-  return full ? launch(density_kernel<S, access, Form::full>, shape, stream, params)
-              : launch(density_kernel<S, access, Form::plain>, shape, stream, params);
-}
-
 template <class S>
 int run(const StepLogprobArgs& args, void* stream) {
   using T = Arithmetic<S>;
-  for (const View* view : {&args.after, &args.x, &args.h[0], &args.h[1], &args.h[2], &args.h[3]}) {
-    if (view->data != nullptr && view->dtype != args.state) return cudaErrorInvalidValue;
+  if (!all_are(args.state, {&args.after, &args.x, &args.h[0], &args.h[1], &args.h[2], &args.h[3]})) {
+    return cudaErrorInvalidValue;
   }
   const Space& space = args.space;
   if (space.batch == 0) return cudaSuccess;
@@ -158,33 +147,22 @@ int run(const StepLogprobArgs& args, void* stream) {
   if (space.count > 0) {
     const Access access = choose_access<S>(space, false, args.after, args.x, args.u, args.c, args.v, args.h[0],
                                            args.h[1], args.h[2], args.h[3], args.grad_u, args.grad_c, args.grad_v);
-    constexpr Access vector = sizeof(S) == 8 ? Access::staged : Access::direct;  // no noise: never staged otherwise
-    status = access == Access::scalar ? run_partials<S, Access::scalar>(params, stream)
-                                      : run_partials<S, vector>(params, stream);
+    bool full = false;
+    for (const View& history : args.h) full = full || history.data != nullptr;
+    status = launch_partials<S, false>(space, access, stream, params, [&](auto way) {
+      constexpr Access kWay = decltype(way)::value;
+      return args.learned ? density_kernel<S, kWay, Form::learned>
+             : full       ? density_kernel<S, kWay, Form::full>
+                          : density_kernel<S, kWay, Form::plain>;
+    });
   }
-  Shape shape;
-  if (status != cudaSuccess) return status;
-  if (!make_shape(space.batch, 1, 1, kSumLanes, shape)) return cudaErrorInvalidConfiguration;
-  shape.threads = kSumLanes;
-  return launch(density_samples_kernel<T>, shape, stream, params);
+  return status == cudaSuccess ? launch_samples(density_samples_kernel<T>, space.batch, stream, params) : status;
 }
 
 }  // namespace
 
 int step_logprob(const StepLogprobArgs& args, void* stream) {
-  switch (args.state) {
-    case Dtype::f64:
-      return run<double>(args, stream);
-    case Dtype::f32:
-      return run<float>(args, stream);
-    case Dtype::f16:
-      return run<Half>(args, stream);
-    case Dtype::bf16:
-      return run<Bfloat16>(args, stream);
-    case Dtype::u8:
-      break;
-  }
-  return cudaErrorInvalidValue;
+  return for_dtype(args.state, [&](auto s) { return run<decltype(s)>(args, stream); });
 }
 
 }  // namespace dk::cuda

@@ -118,13 +118,6 @@ __global__ void __launch_bounds__(kSumLanes) samples_kernel(const VariationalArg
   }
 }
 
-template <class S, Access access>
-int run_partials(const VariationalArgs& args, void* stream) {
-  Shape shape;
-  if (!partial_shape<S, access>(args.space, shape)) return cudaErrorInvalidConfiguration;
-  return launch(bound_kernel<S, access>, shape, stream, args);
-}
-
 template <class S>
 int run(const VariationalArgs& args, void* stream) {
   using T = Arithmetic<S>;
@@ -134,13 +127,8 @@ int run(const VariationalArgs& args, void* stream) {
   if (space.batch > 0 && space.count > 0) {
     const Access access = choose_access<S>(space, args.seeds.data != nullptr, args.pred, args.w, args.x0, args.noise,
                                            args.grad, args.grad_w);
-    if (access == Access::scalar) {
-      status = run_partials<S, Access::scalar>(args, stream);
-    } else if (access == Access::staged || sizeof(S) == 8) {
-      status = run_partials<S, Access::staged>(args, stream);
-    } else if constexpr (sizeof(S) != 8) {
-      status = run_partials<S, Access::direct>(args, stream);
-    }
+    status = launch_partials<S, true>(space, access, stream, args,
+                                      [](auto way) { return bound_kernel<S, decltype(way)::value>; });
   }
   return status == cudaSuccess ? finish_sums<T>(samples_kernel<T>, args, stream) : status;
 }
@@ -148,19 +136,7 @@ int run(const VariationalArgs& args, void* stream) {
 }  // namespace
 
 int variational(const VariationalArgs& args, void* stream) {
-  switch (args.x0.dtype) {
-    case Dtype::f64:
-      return run<double>(args, stream);
-    case Dtype::f32:
-      return run<float>(args, stream);
-    case Dtype::f16:
-      return run<Half>(args, stream);
-    case Dtype::bf16:
-      return run<Bfloat16>(args, stream);
-    case Dtype::u8:
-      break;
-  }
-  return cudaErrorInvalidValue;
+  return for_dtype(args.x0.dtype, [&](auto s) { return run<decltype(s)>(args, stream); });
 }
 
 }  // namespace dk::cuda
