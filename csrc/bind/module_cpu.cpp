@@ -1,21 +1,20 @@
 // diffkern._C: importing it registers the schemas and the CPU ops.
 #include <pybind11/pybind11.h>
 
-#include <initializer_list>
 #include <string>
+#include <vector>
 
 #include "../core/attention.h"
 #include "../core/cpu.h"
-#include "../core/learned_step.h"
-#include "../core/loss.h"
+#include "../core/ordered_sum.h"
 #include "../core/randn.h"
-#include "../core/variational.h"
+#include "layout.h"
 
 namespace py = pybind11;
 
 namespace {
 
-py::tuple names(std::initializer_list<const char*> list) {
+py::tuple names(const std::vector<const char*>& list) {
   py::tuple tuple(list.size());
   size_t i = 0;
   for (const char* name : list) tuple[i++] = name;
@@ -24,11 +23,7 @@ py::tuple names(std::initializer_list<const char*> list) {
 
 py::dict layout() {
   py::dict columns;
-  columns["noising"] = names({DK_NOISING_COLUMNS(DK_COLUMN_NAME)});
-  columns["loss"] = names({DK_LOSS_COLUMNS(DK_COLUMN_NAME)});
-  columns["variational"] = names({DK_BOUND_COLUMNS(DK_COLUMN_NAME)});
-  columns["step"] = names({DK_STEP_COLUMNS(DK_COLUMN_NAME)});
-  columns["learned_step"] = names({DK_LEARNED_COLUMNS(DK_COLUMN_NAME)});
+  for (const dk::bind::Table& table : dk::bind::tables()) columns[table.op] = names(table.columns);
   py::dict dtypes;
 #define DK_NUMBER(NAME, TYPE, TORCH) dtypes[#TORCH] = static_cast<int>(dk::Dtype::NAME);
   DK_STORED_DTYPES(DK_NUMBER)

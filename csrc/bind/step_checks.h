@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <vector>
 
 #include "../core/learned_step.h"
 #include "operand.h"

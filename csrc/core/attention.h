@@ -37,6 +37,7 @@ struct AttentionGradArgs {
   const void* lse;
   HeadsView dq, dk, dv;  // as q, k, v
   void* workspace;       // attention_grad_workspace bytes, 256-byte aligned
+  int capability;        // of the device, 10 major + minor; the CPU does not read it
 };
 
 // The forward pass is tasks that any threads run in any order; the backward pass is phases of such tasks, one phase
@@ -54,8 +55,8 @@ const char* attention_kernel(Dtype dtype);  // which micro-kernel serves this dt
 double attention_gemm_rate(Dtype dtype, double seconds);
 }  // namespace cpu
 
-// Launchers as in args.h. `capability`: 10 major + minor of the device. A limit is a sentence fragment that says what
-// this device or build cannot do ("float16 backward needs ..."), nullptr when there is none.
+// Launchers as in args.h. `capability`: 10 major + minor of the device, which csrc/bind finds. A limit is a sentence
+// fragment that says what this device or build cannot do ("float16 backward needs ..."), nullptr when there is none.
 namespace cuda {
 const char* attention_limit(const AttentionProblem& problem, int capability);
 int64_t attention_workspace(const AttentionProblem& problem);  // bytes
