@@ -4,8 +4,9 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // g++ 12's own intrinsics (GCC bug 105593)
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
-#define DK_LANES_TARGET \
-  __attribute__((target("avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,prefer-vector-width=512")))
+#include "targets.h"
+
+#define DK_LANES_TARGET DK_AVX512_BF16
 
 #include "attention_avx512.h"
 #include "attention_grad_lanes.h"

@@ -2,8 +2,19 @@
 #pragma once
 
 #include "../core/ordered_sum.h"
+#include "targets.h"
 
 namespace dk::cpu {
+
+// The sum of `width` values, a power of two, in the order of core/ordered_sum.h.
+template <class T>
+DK_BODY T fold(T* values, int64_t width) {
+  for (int64_t half = width / 2; half > 0; half /= 2) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < half; ++i) values[i] = add(values[i], values[i + half]);
+  }
+  return values[0];
+}
 
 // Values 0, every, 2 every, ...: `count` of them, by kSumLanes lanes, then folded.
 template <class T>

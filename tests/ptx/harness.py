@@ -43,7 +43,7 @@ CPU_FILES = (
     *(f"attention_{level}" for level in (*LEVELS, "avx512_bf16")),
 )
 CPU_FILES += ("blocks", "randn", "noise_sum", "noising", "step", "learned_step", "loss", "variational", "step_logprob")
-CPU_FILES += ("statistics", "quantile", "moments")
+CPU_FILES += ("quantile", "moments")
 # As in CMakeLists.txt; ptxas has no part in the tests, so it need not optimise.
 NVCC_FLAGS = ("-O3", "-std=c++17", "--fmad=false", "-Xptxas", "-O0")
 CPU_FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
