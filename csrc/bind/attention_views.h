@@ -63,6 +63,13 @@ inline HeadsView heads_view(const Operand& o) {
 }
 
 // ------------------------------------------------------------------------------------------------- checks
+inline Dtype attention_dtype(const char* op, const Operand& o) {
+  const Dtype dtype = float_dtype(op, o);
+  if (!attention_serves(dtype))
+    fail(op, o.name, " must be of a dtype with attention kernels, got ", dtype_text(o.dtype));
+  return dtype;
+}
+
 inline void check_head_dim(const char* op, const char* what, int64_t dim) {
   if (dim != kLargeHeadDim && (dim < kHeadDimStep || dim > kMaxHeadDim || dim % kHeadDimStep != 0)) {
     fail(op, what, " must be a multiple of ", kHeadDimStep, " up to ", kMaxHeadDim, ", or ", kLargeHeadDim, ", got ",
@@ -112,7 +119,7 @@ inline void check_lse(const char* op, const Operand& lse, const Operand& first, 
 inline AttentionProblem heads_problem(const char* op, const Operand& q, const Operand& k, const Operand& v,
                                       double scale) {
   AttentionProblem p{};
-  p.dtype = float_dtype(op, q);
+  p.dtype = attention_dtype(op, q);
   for (const Operand* o : {&q, &k, &v}) {
     check_same_device(op, *o, q);
     check_dtype(op, *o, q);
@@ -204,7 +211,7 @@ inline HeadsView heads_of(const char* op, const Operand& o, int64_t dim) {
 inline AttentionProblem spatial_problem(const char* op, const Operand& qkv, int64_t heads, int64_t order,
                                         double scale) {
   AttentionProblem p{};
-  p.dtype = float_dtype(op, qkv);
+  p.dtype = attention_dtype(op, qkv);
   const SpatialView view = spatial_view(op, qkv);
   if (heads < 1) fail(op, "heads must be at least 1, got ", heads);
   if (view.channels < 1 || view.channels % (3 * heads) != 0) {

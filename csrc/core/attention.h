@@ -9,6 +9,11 @@ constexpr int64_t kMaxHeadDim = 256;  // and every multiple of kHeadDimStep belo
 constexpr int64_t kHeadDimStep = 8;
 constexpr int64_t kLargeHeadDim = 512;  // the one larger head: the middle block of latent autoencoders
 
+// The dtypes that the kernels are written for.
+constexpr bool attention_serves(Dtype dtype) {
+  return dtype == Dtype::f64 || dtype == Dtype::f32 || dtype == Dtype::f16 || dtype == Dtype::bf16;
+}
+
 // [batch, heads, tokens, channels]; strides in elements. The token or the channel stride is 1, whatever the others are
 // (stride 0 of an expanded input included).
 struct HeadsView {

@@ -40,6 +40,7 @@ __device__ __forceinline__ void store_squares(T* squares, int local, const T (&v
   } else if constexpr (W == 2) {
     *reinterpret_cast<double2*>(squares + local) = make_double2(v[0], v[1]);
   } else {
+    static_assert(W == 1, "a chunk is 8, 4 or 2 values, or one element");
     squares[local] = v[0];
   }
 }
