@@ -8,6 +8,7 @@
 #include "../core/cpu.h"
 #include "../core/ordered_sum.h"
 #include "../core/randn.h"
+#include "../core/step.h"
 #include "layout.h"
 
 namespace py = pybind11;
@@ -36,6 +37,7 @@ py::dict layout() {
   found["dtypes"] = dtypes;
   found["isa"] = py::tuple(levels);
   found["max_dims"] = dk::kMaxDims;
+  found["histories"] = dk::kHistories;
   return found;
 }
 

@@ -58,7 +58,7 @@ void run(const LearnedStepArgs& args, int64_t begin, int64_t end) {
                        ? load(space, args.noise, block, buffers.z)
                        : draw_ahead(space, block, seed_of(args.seeds, sample), static_cast<uint64_t>(row[kStream]),
                                     buffers.z, {&args.x, &args.m, &args.v, &args.out});
-      at_level<ScaledNoise>(deviation, input(kTermV, args.v, buffers.v), z, +buffers.z, block.n);
+      at_level<ScaledNoise>(deviation, input(kTermV, args.v, buffers.v), z, buffers.z, block.n);
       s.z = buffers.z;
     }
     s.x = input(kTermP | kTermA, args.x, buffers.x);

@@ -36,12 +36,12 @@ struct Avx512Loops {
 #endif
 
 template <class Body, class... Args>
-auto at_level(const Args&... args) {
+auto at_level(Args&&... args) {
 #if defined(__x86_64__)
-  if (isa().loops == Loops::avx512) return Avx512Loops::run<Body, Args...>(args...);
-  if (isa().loops == Loops::avx2) return Avx2Loops::run<Body, Args...>(args...);
+  if (isa().loops == Loops::avx512) return Avx512Loops::run<Body, std::decay_t<Args>...>(args...);
+  if (isa().loops == Loops::avx2) return Avx2Loops::run<Body, std::decay_t<Args>...>(args...);
 #endif
-  return ScalarLoops::run<Body, Args...>(args...);
+  return ScalarLoops::run<Body, std::decay_t<Args>...>(args...);
 }
 
 }  // namespace dk::cpu

@@ -1,5 +1,5 @@
-// Mean and standard deviation: partial sums of blocks and their ordered sum, twice. A small sample is
-// one task; a large one takes phases over its blocks.
+// Mean and standard deviation: partial sums of blocks and their ordered sum, twice. A small sample is one task; a large
+// one takes phases over its blocks.
 #include "../core/moments.h"
 
 #include "blocks.h"
@@ -61,8 +61,8 @@ T partial(const MomentsArgs& args, int64_t index, bool squares) {
   T buffer[kBlock], scratch[kBlock];
   const Block block = block_at(args.space, index);
   const T* x = load(args.space, args.x, block, buffer);
-  if (!squares) return at_level<Sum>(x, block.n, +scratch);
-  return at_level<SquareSum>(x, static_cast<const T*>(args.value)[2 * block.sample], block.n, +scratch);
+  if (!squares) return at_level<Sum>(x, block.n, scratch);
+  return at_level<SquareSum>(x, static_cast<const T*>(args.value)[2 * block.sample], block.n, scratch);
 }
 
 // The mean from the sums of a sample's blocks, or the deviation from their squares.

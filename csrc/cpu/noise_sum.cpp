@@ -20,7 +20,7 @@ void run(const NoiseSumArgs& args, int64_t begin, int64_t end) {
     for (int j = 0; j < args.terms.n; ++j) {
       const T* normals = draw(args.space, block, seed, args.terms.stream[j], z);
       // 1 sum + w z, where 1 sum is exact: this is the one fma of the formula.
-      at_level<Affine>(T(1), static_cast<const T*>(to), static_cast<T>(args.terms.weight[j]), normals, to, block.n);
+      at_level<Affine>(T(1), to, static_cast<T>(args.terms.weight[j]), normals, to, block.n);
     }
     store(args.space, args.out, block, to, sum);
   }

@@ -74,7 +74,7 @@ void count_first(const QuantileArgs& args, int64_t sample, int64_t begin, int64_
   uint32_t copies[kCopies][kBins] = {};
   for (int64_t i = begin; i < end; ++i) {
     const Block block = block_of(args.space, sample, i);
-    at_level<Keys>(load(args.space, args.x, block, buffer), block.n, +keys);
+    at_level<Keys>(load(args.space, args.x, block, buffer), block.n, keys);
     int64_t at = 0;
     for (; at + kCopies <= block.n; at += kCopies) {
       for (int k = 0; k < kCopies; ++k) ++copies[k][keys[at + k] >> kShift];
@@ -101,7 +101,7 @@ void count_matching(const QuantileArgs& args, int64_t sample, int64_t begin, int
   for (int64_t i = begin; i < end; ++i) {
     const Block block = block_of(args.space, sample, i);
     const T* x = load(args.space, args.x, block, buffer);
-    const int64_t found = at_level<Matching>(x, block.n, before, lower, upper, +keys);
+    const int64_t found = at_level<Matching>(x, block.n, before, lower, upper, keys);
     for (int64_t at = 0; at < found; ++at) {
       const Key<T> key = keys[at];
       ++counts[((key >> before) == lower ? 0 : kSecond) + ((key >> shift) & mask)];

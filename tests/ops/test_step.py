@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffkern import _C, ops, reference
 from diffkern.ops import VARIATIONAL_COLUMNS
-from diffkern.plan import COLUMNS, LEARNED_COLUMNS
+from diffkern.plan import COLUMNS, LEARNED_COLUMNS, SLOTS
 
 NAMES = ("out", "x0", "s", "next")
 DOUBLED = {"eps guided", "euler guided", "everything"}
@@ -60,6 +60,7 @@ def test_columns_are_the_native_ones() -> None:
         "noising": ("s", "n", "u", "v"),
         "loss": ("u", "v", "weight"),
     }
+    assert _C.layout()["histories"] == SLOTS
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -274,7 +275,7 @@ def terms(row: dict[str, float], want: dict[str, Any]) -> set[str]:
 
 
 def test_every_special_loop_is_met(root: Path) -> None:
-    """Each set of terms with a loop of its own (csrc/cpu/step_span.h) is a row and a set of outputs of the test above."""
+    """Each set of terms with a loop of its own (step_span.h) is a row and a set of outputs of the test above."""
     text = (root / "csrc/cpu/step_span.h").read_text()
     named: dict[str, set[str]] = {}
 
