@@ -26,6 +26,22 @@ namespace dk {
 constexpr double kLog2E = 1.4426950408889634;
 constexpr float kLn2 = 0.69314718055994531f;
 
+// Numbers, rounded as core/arith.h says.
+struct SoftmaxScalars {
+  template <class T>
+  static DK_SOFTMAX T sub(T a, T b) {
+    return dk::sub(a, b);
+  }
+  template <class T>
+  static DK_SOFTMAX T mul(T a, T b) {
+    return dk::mul(a, b);
+  }
+  template <class T>
+  static DK_SOFTMAX T fma(T a, T b, T c) {
+    return dk::fma(a, b, c);
+  }
+};
+
 // The running maximum takes in `seen`. Gives the base of the exponents; returns f.
 template <class A, class T>
 DK_SOFTMAX T softmax_advance(const A& a, T& maximum, T seen, T& base) {

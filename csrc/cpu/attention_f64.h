@@ -9,10 +9,8 @@
 namespace dk::cpu {
 
 // The arithmetic of core/softmax.h.
-struct DoublePowers {
+struct DoublePowers : SoftmaxScalars {
   static double max(double seen, double before) { return std::max(before, seen); }
-  static double sub(double a, double b) { return a - b; }
-  static double mul(double a, double b) { return a * b; }
   static double base(double maximum) { return maximum; }
   static double power(double x) { return std::exp(x); }
 };

@@ -16,11 +16,9 @@ __device__ __forceinline__ float exp2_fast(float x) {  // 2 ulp; subnormal resul
 }
 
 // The arithmetic of core/softmax.h: logits times scale log2(e).
-struct FastPowers {
+struct FastPowers : SoftmaxScalars {
   static __device__ __forceinline__ float max(float a, float b) { return fmaxf(a, b); }
   static __device__ __forceinline__ float sub(float a, float b) { return a - b; }
-  static __device__ __forceinline__ float mul(float a, float b) { return dk::mul(a, b); }
-  static __device__ __forceinline__ float fma(float a, float b, float c) { return dk::fma(a, b, c); }
   static __device__ __forceinline__ float power(float x) { return exp2_fast(x); }
   static __device__ __forceinline__ float base(float maximum) { return maximum == -INFINITY ? 0.0f : maximum; }
 };
