@@ -18,7 +18,7 @@ sigma^2 - r^2 sigma'^2, the kernel x_t = r x_s + sqrt(v) z (on a table r^2 = 1 -
 
 Algorithms 2 to 5 and appendices E to G of the paper. Each model call is one fused step; ``langevin`` adds two fused
 sums of squares (`ops.loss`) and [B]-sized arithmetic on the device, from which the step writes rows of its own for each
-sample: nothing is read back.
+sample: nothing is read back. That is why it has a loop beside `sample`'s, whose rows are known before.
 """
 
 from __future__ import annotations

@@ -3,6 +3,9 @@
 Noise comes from torch's generator and is drawn as guided-diffusion draws it: once a step of `p_sample` and
 `ddim_sample`, used or not (t = 0, eta = 0), after the model and ``denoised_fn``; before ``cond_fn`` in `p_sample`,
 after it in `ddim_sample`.
+
+The loop is not `kit.loop`'s: it is a generator, which yields the dictionary of each step and goes on from its "sample",
+and where a class replaces `p_sample` or `ddim_sample`, that method is the step.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diffkern import ops
 from diffkern.checks import returned
-from diffkern.compat.kit.rows import as_dtype, row_of, table_by_rows
+from diffkern.compat.kit.rows import as_dtype, promote, row_of, table_by_rows
 from diffkern.plan import SLOTS, Plan
 
 Call = Callable[[Tensor, int], Tensor]
@@ -34,7 +34,7 @@ Late = Callable[[int, Tensor, Tensor | None], Tensor | None]
 class Moves(NamedTuple):
     """What a row does with the histories."""
 
-    reads: tuple[int, ...] = (SLOTS,) * SLOTS
+    reads: tuple[int, int, int, int] = (SLOTS, SLOTS, SLOTS, SLOTS)
     """The slots of h0..h3; SLOTS: none."""
     wants_x0: bool = False
     wants_s: bool = False
@@ -61,10 +61,10 @@ def of_plan(plan: Plan) -> Prepared:
     if found is None:
         moves = []
         for i, row in enumerate(plan.rows):
-            reads = tuple(slot if slot in row.reads else SLOTS for slot in range(SLOTS))
+            a, b, c, d = (slot if slot in row.reads else SLOTS for slot in range(SLOTS))
             wanted = {source for _, source in row.saves}
             dies = tuple(slot for slot in range(SLOTS) if slot not in plan.live[i + 1])
-            moves.append(Moves(reads, "x0" in wanted, "s" in wanted, row.saves, dies))
+            moves.append(Moves((a, b, c, d), "x0" in wanted, "s" in wanted, row.saves, dies))
         found = plan.cache["compat"] = Prepared(plan.table, moves, plan.steps)
     return found
 
@@ -98,21 +98,20 @@ def run(
             m = returned(call(x, i), x.shape)
             if seen is not None and i == all_steps[j].start:
                 seen(x, j, m)
-            for other in (m.dtype, widening.get(i, x.dtype)):
-                if other == x.dtype:
-                    continue
-                wide = torch.promote_types(x.dtype, other)
-                x, h = x.to(wide), [None if t is None else t.to(wide) for t in h]
+            if m.dtype is not x.dtype or widening:
+                wide = promote(x.dtype, m.dtype, widening.get(i, x.dtype))
+                if wide is not x.dtype:
+                    x, h = x.to(wide), [None if t is None else t.to(wide) for t in h]
             z = noise(x, i)
             if z is not None:
                 z = as_dtype(z, x.dtype)
             own = None if late is None else late(i, m, z)
             # The row's x0 is the model's output: where dtypes agree it need not be written again to be kept.
-            shared = m if m.dtype == x.dtype else None
-            h0, h1, h2, h3 = (h[slot] for slot in reads)
+            shared = m if m.dtype is x.dtype else None
+            a, b, c, d = reads
             new, x0, s, _ = ops.step(
-                x, m, None, h0, h1, h2, h3, table=table if own is None else own, row=i if own is None else 0, noise=z,
-                want_x0=wants_x0 and shared is None, want_s=wants_s,
+                x, m, None, h[a], h[b], h[c], h[d], table=table if own is None else own, row=i if own is None else 0,
+                noise=z, want_x0=wants_x0 and shared is None, want_s=wants_s,
             )  # fmt: skip
             for slot, source in saves:
                 h[slot] = x if source == "x" else s if source == "s" else x0 if shared is None else shared

@@ -98,7 +98,11 @@ def promote(*dtypes: torch.dtype) -> torch.dtype:
 
 def wide(*dtypes: torch.dtype) -> torch.dtype:
     """What arithmetic with float32 numbers gives: float32, or the widest of the dtypes."""
-    return promote(torch.float32, *dtypes)
+    found = torch.float32
+    for dtype in dtypes:
+        if dtype is not found:
+            found = torch.promote_types(found, dtype)
+    return found
 
 
 def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:

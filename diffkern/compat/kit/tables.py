@@ -76,6 +76,10 @@ class Tables:
 
     def get(self, key: Hashable, build: Callable[[], Value], *sources: Any) -> Value:
         """``build()``, kept under ``key`` for these sources; it runs outside a user's modes, on the CPU."""
+        if not sources:
+            found: Entry[Value] | None = self._now.get(key)
+            if found is not None:
+                return found.value
         return self.entry(key, build, *sources).value
 
     def entry(self, key: Hashable, build: Callable[[], Value], *sources: Any) -> Entry[Value]:
@@ -136,7 +140,7 @@ class Same:
 def content_of(source: Any) -> Any:
     """What is in a source, hashable; tensors on a device (never read) and tables stand for themselves."""
     if isinstance(source, Tensor):
-        if source.device.type == "cpu" and source.dim() <= 1:
+        if type(source) is Tensor and source.device.type == "cpu" and source.dim() <= 1:  # others may not be readable
             values = source.tolist()
             return source.dtype, source.dim(), array("d", values if source.dim() else [values]).tobytes()
     elif isinstance(source, Mapping):

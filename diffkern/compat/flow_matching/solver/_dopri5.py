@@ -2,6 +2,9 @@
 
 Steps are not cut at the time points; the state there is Shampine's quartic through both ends, their slopes and the
 middle of the step (Shampine 1986), as in torchdiffeq. One read of the device a step, for its acceptance.
+
+`diffkern.rk45` with norm="batch" has the same control, but integrates a schedule's flow in its own coordinates into
+buffers that it reuses; here it is any velocity by its own time, the state has parts, and gradients go through it.
 """
 
 from __future__ import annotations

@@ -3,6 +3,9 @@ rule), explicit_adams. One op a model call.
 
 Grid and stage times are made in the dtype of ``time_grid`` with torchdiffeq's order of operations, so that the model
 is given the same numbers to the last bit.
+
+The loop is not `kit.loop`'s: every stage goes out from the step's first state, which may have a second part (the
+divergence of a likelihood) and is differentiable, and states are wanted between the steps.
 """
 
 from __future__ import annotations
