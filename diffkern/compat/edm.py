@@ -18,8 +18,9 @@ from diffkern import ops, samplers, schedules
 from diffkern.compat.kit import loop
 from diffkern.plan import Plan
 from diffkern.samplers.nodes import Coordinates, Node, grid
-from diffkern.samplers.runge_kutta import HEUN, tableau_plan
+from diffkern.samplers.runge_kutta import tableau_plan
 from diffkern.schedules import grids
+from diffkern.tableaus import HEUN
 
 __all__ = ["EDMLoss", "edm_sampler"]
 

@@ -10,27 +10,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 from diffkern.plan import Plan, Row
 from diffkern.samplers.nodes import Coordinates, Node, chain, ends_on_x0, grid, not_negative, row
 from diffkern.schedules import Schedule
 from diffkern.schedules.grids import Numbers
-
-
-class Tableau(NamedTuple):
-    """Nodes c, rows A of the stages after the first, weights b."""
-
-    c: tuple[float, ...]
-    A: tuple[tuple[float, ...], ...]
-    b: tuple[float, ...]
-
-
-EULER = Tableau((0.0,), (), (1.0,))
-HEUN = Tableau((0.0, 1.0), ((1.0,),), (0.5, 0.5))
-MIDPOINT = Tableau((0.0, 0.5), ((0.5,),), (0.0, 1.0))
-RK4 = Tableau((0.0, 0.5, 0.5, 1.0), ((0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6))
-RK4_38 = Tableau((0.0, 1 / 3, 2 / 3, 1.0), ((1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)), (1 / 8, 3 / 8, 3 / 8, 1 / 8))
+from diffkern.tableaus import EULER, HEUN, MIDPOINT, RK4, RK4_38, Tableau
 
 
 def euler(
@@ -206,10 +192,10 @@ def _stages(
     direct = space.prediction == "velocity" and space.clip == math.inf and space.in_time
     if to.sigma == 0.0 and not (direct and end_stage):
         return [node]
-    if tableau.c[-1] == 1.0 and not end_stage:
+    if tableau.nodes[-1] == 1.0 and not end_stage:
         return [node]
     points = [node]
-    for before, c in itertools.pairwise(tableau.c):
+    for before, c in itertools.pairwise(tableau.nodes):
         if c == before:
             points.append(points[-1])
         elif c == 1.0:
@@ -225,7 +211,7 @@ def _step(tableau: Tableau, stages: list[Node], to: Node, reached: Node, g: floa
     count = len(stages)
     if count == 1 and ends_on_x0(to) and stages[0].alpha == 1.0:
         return [row(first, stages[0], reached, b=1.0)]  # sigma = 0: the step ends on x0 exactly
-    weights = [*tableau.A, tableau.b]
+    weights = [*tableau.coupling[1:], tableau.weights]
     # Row j leaves the state with weights[j]; what it reads of the rows before are x and the slopes 0..j-1.
     base = {w[0] for w in weights[1:]}
     shared = len(base) == 1  # x + h w k_0 with one w is all that is read of the first row

@@ -19,7 +19,8 @@ from diffkern.compat.kit import loop
 from diffkern.plan import Plan, Row
 from diffkern.samplers.dpm_2 import ancestral_levels
 from diffkern.samplers.nodes import Node, chain, grid, row
-from diffkern.samplers.runge_kutta import HEUN, tableau_plan
+from diffkern.samplers.runge_kutta import tableau_plan
+from diffkern.tableaus import HEUN
 
 Model = Callable[..., Tensor]
 Callback = Callable[[dict[str, Any]], Any]
