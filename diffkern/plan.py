@@ -35,7 +35,7 @@ COLUMNS = (
     *("w", "p", "q", "r", "clip", "a", "b", "d", "e0", "e1", "e2", "e3", "g", "A", "B", "D", "k"),
     *("known_s", "known_n", "stream", "known_stream"),
 )
-"""The columns of a plan's table, in the order of the enum in csrc/core/step.h."""
+"""The columns of a plan's table, in the order of `DK_STEP_COLUMNS` in csrc/core/step.h."""
 
 LEARNED_COLUMNS = (*COLUMNS, "r0", "r1")
 """The columns of a plan of learned variance: z is multiplied by exp((r0 + r1 v)/2), v the model's second output."""

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffkern import ops, samplers, schedules
+from diffkern import ops
 from diffkern.compat.kit import loop
 from diffkern.plan import Plan
 from diffkern.samplers.nodes import Coordinates, Node, grid
-from diffkern.samplers.runge_kutta import tableau_plan
+from diffkern.samplers.runge_kutta import heun, tableau_plan
 from diffkern.schedules import grids
+from diffkern.schedules.makers import edm
 from diffkern.tableaus import HEUN
 
 __all__ = ["EDMLoss", "edm_sampler"]
@@ -82,9 +83,7 @@ def _rounded(net: Any, levels: list[float], like: Tensor) -> list[float]:
 
 @lru_cache(maxsize=64)
 def _heun(levels: Levels, churn: Churn) -> Plan:
-    return samplers.heun(
-        schedules.edm(), sigmas=levels, prediction="x0", churn=churn[0], churn_range=churn[1], churn_noise=churn[2]
-    )
+    return heun(edm(), sigmas=levels, prediction="x0", churn=churn[0], churn_range=churn[1], churn_noise=churn[2])
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class _Rounding(Coordinates):
 
 @lru_cache(maxsize=64)
 def _rounded_heun(levels: Levels, churn: Churn, known: tuple[tuple[float, float], ...]) -> Plan:
-    space, nodes, end = grid("heun", schedules.edm(), None, "x0", levels, None, "linspace", None)
+    space, nodes, end = grid("heun", edm(), None, "x0", levels, None, "linspace", None)
     own = _Rounding(space.schedule, space.prediction, space.clip, space.in_time, known)
     return tableau_plan("heun", HEUN, own, nodes, end, churn, end_stage=False)
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from diffkern import ops, streams
-from diffkern.ops import VARIATIONAL_COLUMNS
+from diffkern.ops import HALF_BIN, VARIATIONAL_COLUMNS
 from diffkern.schedules import predictions
 from diffkern.schedules.discrete import DiscreteSchedule
 
@@ -44,7 +44,6 @@ __all__ = [
     "vlb_loss",
 ]
 
-HALF_BIN = 1.0 / 255.0
 Variance = str | float
 Model = Callable[..., Tensor]
 

@@ -19,6 +19,7 @@ from diffkern.ops._statistics import dynamic_threshold, dynamic_threshold_out, m
 from diffkern.ops._step import step, step_out, step_raw
 from diffkern.ops._step_logprob import step_logprob
 from diffkern.ops._training import loss, noising, noising_out
+from diffkern.ops._variational import HALF_BIN as HALF_BIN
 from diffkern.ops._variational import VARIATIONAL_COLUMNS, variational
 from diffkern.plan import LEARNED_COLUMNS
 

@@ -126,9 +126,8 @@ def _step_fake(
     next_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     like = next(t for t in (x, h0, h1, h2, h3, noise, known, m) if t is not None)
-    one_device(
-        "step", like=like, m=m, m2=m2, table=table, index=index, seeds=seeds, noise=noise, mask=mask, known=known
-    )
+    others = {"seeds": seeds, "noise": noise, "mask": mask, "known": known}
+    one_device("step", row_by_value=True, like=like, m=m, m2=m2, table=table, index=index, **others)
     dtype = next_dtype if next_dtype is not None else (m if m is not None else like).dtype
     return (
         empty_like(like),
@@ -147,7 +146,7 @@ def _(*args: Any) -> None:
     x, m, m2, h0, h1, h2, h3, table, _, index, seeds, noise, mask, known, out, x0, s, next_ = args
     inputs = {"x": x, "m": m, "m2": m2, "h0": h0, "h1": h1, "h2": h2, "h3": h3, "table": table, "index": index}
     others = {"seeds": seeds, "noise": noise, "mask": mask, "known": known, "x0": x0, "s": s, "next": next_}
-    one_device("step", out=out, **inputs, **others)
+    one_device("step", row_by_value=True, out=out, **inputs, **others)
 
 
 def _step_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:

@@ -76,7 +76,7 @@ def _(
     want_grad: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     histories = {"h0": h0, "h1": h1, "h2": h2, "h3": h3}
-    one_device("step_logprob", after=after, x=x, m=m, m2=m2, table=table, index=index, **histories)
+    one_device("step_logprob", row_by_value=True, after=after, x=x, m=m, m2=m2, table=table, index=index, **histories)
     dtype = torch.float64 if after.dtype == torch.float64 else torch.float32
     grad, grad2 = (empty_like(t) if want_grad and t is not None else None for t in (m, m2))
     return after.new_empty([after.shape[0]], dtype=dtype), grad, grad2

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffkern._load import layout
 from diffkern.ops._common import (
     REDUCTIONS,
     check_on_device,
@@ -17,8 +18,11 @@ from diffkern.ops._common import (
     scaled_gradient,
 )
 
-VARIATIONAL_COLUMNS = ("u", "v", "q", "clip", "k2", "r0", "r1", "inv_std", "bin", "w_squares", "w_bound", "w_mean")
-"""The columns of the table of `variational`, in order (csrc/core/variational.h has the same list)."""
+VARIATIONAL_COLUMNS: tuple[str, ...] = layout()["columns"]["variational"]
+"""The columns of the table of `variational`, in order: u, v, q, clip, k2, r0, r1, inv_std, bin, w_squares, w_bound,
+w_mean."""
+HALF_BIN = 1.0 / 255.0
+"""Half a bin of 8-bit data scaled to [-1, 1], for the column ``bin``."""
 
 
 def variational(

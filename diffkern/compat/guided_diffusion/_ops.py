@@ -6,13 +6,24 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from diffkern import ops
 from diffkern.checks import must_return
-from diffkern.compat.guided_diffusion._tables import BUILDERS, FIXED, LEARNED, MEANS, NAMES, Coefficients
+from diffkern.compat.guided_diffusion._tables import (
+    FIXED,
+    LEARNED,
+    MEANS,
+    NAMES,
+    Coefficients,
+    column_of,
+    guided_x0_rows,
+    linear_rows,
+    mean_rows,
+    noising_rows,
+    x0_rows,
+)
 from diffkern.compat.kit.rows import as_dtype, in_format, wide
 from diffkern.compat.kit.tables import Tables
 
@@ -70,24 +81,14 @@ class GaussianOps:
         self.__dict__["_dk_known"] = Tables()
 
     def _dk_table(self, device: torch.device | None, *key: Any) -> Tensor:
-        """The rows ``BUILDERS[key[0]](coefficients, *key[1:])`` on a device (None: on the host)."""
+        """The rows ``key[0](coefficients, *key[1:])`` on a device (None: on the host)."""
         known: Tables | None = self.__dict__.get("_dk_known")
         if known is None:
             known = self.__dict__["_dk_known"] = Tables()
         return known.get((device, key), lambda: self._dk_build(*key).to(device or "cpu"))
 
-    def _dk_build(self, kind: str, *options: Any) -> Tensor:
-        coefficients = Coefficients(self.__dict__, self._dk_exact)
-        if kind != "column":
-            return BUILDERS[kind](coefficients, *options)
-        name, dtype = options
-        if name == "one_minus_alphas_cumprod":
-            return coefficients.rounded(1.0 - np.asarray(self.alphas_cumprod))
-        if name in ("r0", "r1"):
-            return as_dtype(coefficients.log_range("LEARNED_RANGE")[int(name == "r1")], dtype or coefficients.dtype)
-        if name.endswith("variance") and name.split()[0] in FIXED:
-            return coefficients.variance(name.split()[0])[int(name.endswith("log-variance"))]
-        return coefficients[name]
+    def _dk_build(self, rows: Callable[..., Tensor], *options: Any) -> Tensor:
+        return rows(Coefficients(self.__dict__, self._dk_exact), *options)
 
     # ------------------------------------------------------------------------------------------ names and checks
     def _dk_mean_name(self) -> str:
@@ -150,7 +151,7 @@ class GaussianOps:
         want_x0: bool = False,
     ) -> tuple[Tensor, Any]:
         """(x', x0) of one `ops.step`; x' has the memory format of x, or that of m where the original adds x to m."""
-        if key[0] != "guided x0" and key[1] not in FIRST:
+        if key[0] is not guided_x0_rows and key[1] not in FIRST:
             x = in_format(x, m)
         table = self._dk_table(None if rows.each is None else x.device, *key)
         try:
@@ -167,11 +168,11 @@ class GaussianOps:
 
     def _dk_linear(self, what: str, x: Tensor, m: Tensor, t: Tensor) -> Tensor:
         state = wide(x.dtype, m.dtype)
-        return self._dk_run(as_dtype(x, state), m, self._dk_rows_of(t), "linear", what)[0]
+        return self._dk_run(as_dtype(x, state), m, self._dk_rows_of(t), linear_rows, what)[0]
 
     def _dk_noised(self, x: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
         """x and noise of one dtype, float32 or wider."""
-        table = self._dk_table(x.device, "noising")
+        table = self._dk_table(x.device, noising_rows)
         if isinstance(t, int):
             return ops.noising(x, table[t : t + 1], noise=noise)[0]
         each = self._dk_rows_of(t).each
@@ -183,7 +184,7 @@ class GaussianOps:
     def _dk_take(self, name: str, t: Tensor, shape: Iterable[int], dtype: torch.dtype | None = None) -> Tensor:
         """A column at these timesteps, expanded to a shape; no upload."""
         shape = tuple(shape)
-        values = self._dk_table(t.device, "column", name, dtype)[t]
+        values = self._dk_table(t.device, column_of, name, dtype)[t]
         return values.reshape(*values.shape, *(1,) * (len(shape) - values.dim())).expand(shape)
 
     def _dk_split(self, m: Tensor, channels: int) -> Tensor:
@@ -196,7 +197,7 @@ class GaussianOps:
         if mean == "START_X":
             return denoised_fn(m)
         state = wide(x.dtype, m.dtype)
-        return denoised_fn(self._dk_run(as_dtype(x, state), m, rows, "x0", mean, False)[0])
+        return denoised_fn(self._dk_run(as_dtype(x, state), m, rows, x0_rows, mean, False)[0])
 
     def _dk_mean(
         self, x: Tensor, m: Tensor, rows: Rows, clip: bool, denoised_fn: Callable[[Tensor], Tensor] | None
@@ -208,14 +209,14 @@ class GaussianOps:
         if mean == "PREVIOUS_X":  # the mean is the output; a function acts on x0 alone
             if given is None:
                 state = wide(x.dtype, m.dtype)
-                given = self._dk_run(as_dtype(x, state), m, rows, "x0", mean, clip)[0]
+                given = self._dk_run(as_dtype(x, state), m, rows, x0_rows, mean, clip)[0]
             elif clip:
                 given = given.clamp(-1, 1)
             return m, given
         source = m if given is None else given
         state = wide(x.dtype, source.dtype)
         kind = mean if given is None else "START_X"
-        found, x0 = self._dk_run(as_dtype(x, state), source, rows, "mean", kind, clip, want_x0=True)
+        found, x0 = self._dk_run(as_dtype(x, state), source, rows, mean_rows, kind, clip, want_x0=True)
         return found, as_dtype(x0, source.dtype) if kind == "START_X" else x0
 
     def _dk_guided_x0(self, x0: Tensor, gradient: Any, rows: Rows, clip: bool = False) -> Tensor:
@@ -223,7 +224,7 @@ class GaussianOps:
         state = wide(x0.dtype, gradient.dtype) if isinstance(gradient, Tensor) else wide(x0.dtype)
         moved = broadcast(gradient, x0, state)
         x0 = as_dtype(x0, state)
-        return self._dk_run(x0, x0, rows, "guided x0", "START_X", clip, h0=moved)[0]
+        return self._dk_run(x0, x0, rows, guided_x0_rows, "START_X", clip, h0=moved)[0]
 
 
 def broadcast(gradient: Any, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffkern import samplers, schedules
 from diffkern.checks import got
 from diffkern.compat.k_diffusion._noise import BrownianTreeNoiseSampler, NoiseSampler
 from diffkern.compat.kit import loop
 from diffkern.plan import Plan, Row
-from diffkern.samplers.dpm_2 import ancestral_levels
+from diffkern.samplers.dpm_2 import ancestral_levels, dpm_2_ancestral
 from diffkern.samplers.nodes import Node, chain, grid, row
-from diffkern.samplers.runge_kutta import tableau_plan
+from diffkern.samplers.runge_kutta import heun, tableau_plan
+from diffkern.schedules.makers import edm
 from diffkern.tableaus import HEUN
 
 Model = Callable[..., Tensor]
@@ -37,19 +37,21 @@ def levels_of(sigmas: Tensor) -> Levels:
     return tuple(sigmas.tolist())
 
 
-def plan_of(kind: str, levels: Levels, **options: Any) -> Plan | None:
+def plan_of(sampler: Callable[..., Plan], levels: Levels, **options: Any) -> Plan | None:
     """The sampler's plan whose model returns the denoised estimate; None for no steps."""
-    return _made(kind, levels, tuple(options.items())) if len(levels) > 1 else None
+    return _made(sampler, levels, tuple(options.items())) if len(levels) > 1 else None
 
 
 @lru_cache(maxsize=64)
-def _made(kind: str, levels: Levels, options: tuple[tuple[str, Any], ...]) -> Plan:
-    if kind == "heun" and levels[-1] > 0.0:  # `samplers.heun` ends on an Euler step there too
-        space, nodes, end = grid(kind, schedules.edm(), None, "x0", levels, None, "linspace", None)
+def _made(sampler: Callable[..., Plan], levels: Levels, options: tuple[tuple[str, Any], ...]) -> Plan:
+    if sampler is heun and levels[-1] > 0.0:  # `samplers.heun` ends on an Euler step there too
+        space, nodes, end = grid("heun", edm(), None, "x0", levels, None, "linspace", None)
         churn = dict(options)
-        return tableau_plan(kind, HEUN, space, nodes, end, (churn["churn"], churn["churn_range"], churn["churn_noise"]))
-    plan = samplers.get_sampler(kind)(schedules.edm(), sigmas=levels, prediction="x0", **dict(options))
-    if kind != "dpm_2_ancestral":
+        return tableau_plan(
+            "heun", HEUN, space, nodes, end, (churn["churn"], churn["churn_range"], churn["churn_noise"])
+        )
+    plan = sampler(edm(), sigmas=levels, prediction="x0", **dict(options))
+    if sampler is not dpm_2_ancestral:
         return plan
     alone = {rows.start for rows in plan.steps if len(rows) == 1}
     return replace(plan, rows=tuple(replace(made, g=0.0) if i in alone else made for i, made in enumerate(plan.rows)))
@@ -67,7 +69,7 @@ def sde_plan(levels: Levels, eta: float, noise: float, r: float) -> Plan | None:
     for argument, value, least in (("eta", eta, 0.0), ("s_noise", noise, 0.0), ("r", r, 1e-6)):
         if not least <= value < math.inf:
             raise ValueError(f"{argument} must be a finite number of at least {least:g}, got {value}")
-    space, nodes, end = grid("dpmpp_sde", schedules.edm(), None, "x0", levels, None, "linspace", None)
+    space, nodes, end = grid("dpmpp_sde", edm(), None, "x0", levels, None, "linspace", None)
     rows: list[Row] = []
     at: list[Node] = []
     for node, to in itertools.pairwise([*nodes, end]):
@@ -136,7 +138,7 @@ class _Run:
 
 
 def churned(
-    kind: str,
+    sampler: Callable[..., Plan],
     model: Model,
     x: Tensor,
     sigmas: Tensor,
@@ -152,7 +154,7 @@ def churned(
     levels = levels_of(sigmas)
     low, high = torch.tensor([s_tmin, s_tmax], dtype=sigmas.dtype).tolist()  # compared in the dtype of sigmas
     churn, limits = loop.churn_within(float(s_churn), low, high)
-    plan = plan_of(kind, levels, churn=churn, churn_range=limits, churn_noise=float(s_noise))
+    plan = plan_of(sampler, levels, churn=churn, churn_range=limits, churn_noise=float(s_noise))
     if plan is None:
         return x
     run = _Run(plan, model, x, sigmas, extra_args, callback, disable)

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffkern import ops, schedules
-from diffkern.compat.k_diffusion.sampling import to_d
-from diffkern.compat.k_diffusion.utils import append_dims
+from diffkern import ops
+from diffkern.compat.k_diffusion.utils import append_dims, to_d
 from diffkern.compat.kit import rows
+from diffkern.schedules.makers import edm
 
 Weighting = Callable[[Tensor], Tensor]
 
@@ -116,7 +116,7 @@ def edm_loss(
     weight: Tensor | None = None,
 ) -> Tensor:
     """[B]: weight mean (network(c_in x) - sign target)^2, the target that of the prediction on `schedules.edm`."""
-    schedule = schedules.edm(sigma_data=sigma_data)
+    schedule = edm(sigma_data=sigma_data)
     t = sigma.to(torch.float64)
     levels = schedule.coefficients(prediction, t)  # (1, sigma, u, v): target = u x0 + v noise
     c_in = schedule.preconditioning(t)[2]

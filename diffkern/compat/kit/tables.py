@@ -97,7 +97,8 @@ class Tables:
             with torch.inference_mode(False), torch.device("cpu"):
                 value = build()
             while len(self._known) >= self.most:
-                self._known.pop(next(iter(list(self._known)), None), None)  # a list: other threads fill it too
+                for oldest in list(self._known)[:1]:  # a list, and no error: other threads are at it too
+                    self._known.pop(oldest, None)
             self._known[key, contents] = value
         if len(self._now) > 4 * self.most:
             self._now.clear()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffkern.compat.kit.rows import wide
-from diffkern.objectives.flow_matching import import_pot
+from diffkern.objectives.transport import import_pot
 
 __all__ = ["OTPlanSampler"]
 

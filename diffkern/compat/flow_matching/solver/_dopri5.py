@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from diffkern import ops
-from diffkern.compat.flow_matching.solver._fixed import check_times
 from diffkern.compat.flow_matching.solver._stages import Field, State, fitted, run_stage, stages_of
+from diffkern.compat.flow_matching.solver._times import check_times
 from diffkern.compat.kit.rows import row_of, table_by_rows
 from diffkern.tableaus import DORMAND_PRINCE, SHAMPINE_ERROR
 

@@ -7,8 +7,6 @@ is given the same numbers to the last bit.
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Iterable
 from fractions import Fraction
 from functools import lru_cache
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from diffkern import ops, tableaus
 from diffkern.compat.flow_matching.solver._stages import Field, Stages, State, fitted, run_stage, stages_of
+from diffkern.compat.flow_matching.solver._times import check_times
 from diffkern.compat.kit.rows import row_of, table_by_rows
 
 TABLEAUS: dict[str, tableaus.Tableau] = {
@@ -54,25 +53,6 @@ class Grid(NamedTuple):
     """The time points in each step."""
     steps: tuple[float, ...]
     """The signed sizes of the steps."""
-
-
-def check_times(time_grid: Tensor) -> tuple[tuple[float, ...], bool]:
-    """(the points ascending, whether they were negated for that); exceptions as torchdiffeq has them."""
-    t = time_grid.detach().to("cpu")
-    if not t.is_floating_point():
-        raise TypeError(f"time_grid must be floating point, got {t.dtype}")
-    if t.ndim != 1:
-        raise AssertionError(f"time_grid must have one dimension, got shape {list(t.shape)}")
-    points: list[float] = t.tolist()
-    if not points:
-        raise IndexError("time_grid must hold at least one time, got none")
-    if not all(math.isfinite(point) for point in points):
-        raise AssertionError(f"time_grid must be finite, got {points}")
-    reverse = len(points) > 1 and points[0] > points[1]
-    ascending = tuple(-point for point in points) if reverse else tuple(points)
-    if not all(a < b for a, b in itertools.pairwise(ascending)):
-        raise AssertionError(f"time_grid must be strictly increasing or decreasing, got {points}")
-    return ascending, reverse
 
 
 def make_grid(method: str, time_grid: Tensor, step_size: Any, every: bool) -> Grid:
