@@ -17,9 +17,13 @@ from typing_extensions import Unpack
 from diffkern import streams
 from diffkern.plan import Plan, Row
 from diffkern.samplers._noise_path import clock
-from diffkern.samplers.nodes import GridOptions, bound, chain, grid, need_discrete, need_schedule, not_negative, row
-from diffkern.schedules import DiscreteSchedule, Schedule, predictions
-from diffkern.schedules.grids import Numbers, table_times
+from diffkern.samplers.arguments import bound, need_discrete, need_schedule, not_negative
+from diffkern.samplers.nodes import GridOptions, chain, grid, row
+from diffkern.schedules import predictions
+from diffkern.schedules.base import Schedule
+from diffkern.schedules.discrete import DiscreteSchedule
+from diffkern.schedules.grids import table_times
+from diffkern.schedules.timesteps import Numbers
 from diffkern.signatures import shows_arguments_of
 
 

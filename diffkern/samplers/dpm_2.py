@@ -11,9 +11,10 @@ from dataclasses import replace
 from typing_extensions import Unpack
 
 from diffkern.plan import Plan, Row
-from diffkern.samplers.nodes import Coordinates, GridOptions, Node, chain, grid, not_negative, row
+from diffkern.samplers.arguments import not_negative
+from diffkern.samplers.nodes import Coordinates, GridOptions, Node, chain, grid, row
 from diffkern.samplers.runge_kutta import churned_nodes
-from diffkern.schedules import Schedule
+from diffkern.schedules.base import Schedule
 from diffkern.signatures import shows_arguments_of
 
 

@@ -22,19 +22,9 @@ from typing_extensions import Unpack
 from diffkern.plan import Plan, Row
 from diffkern.samplers._noise_path import Clock, clock
 from diffkern.samplers._phi import phi
-from diffkern.samplers.nodes import (
-    Coordinates,
-    GridOptions,
-    Node,
-    chain,
-    choice,
-    ends_on_x0,
-    grid,
-    native_scale,
-    not_negative,
-    row,
-)
-from diffkern.schedules import Schedule
+from diffkern.samplers.arguments import choice, not_negative
+from diffkern.samplers.nodes import Coordinates, GridOptions, Node, chain, ends_on_x0, grid, native_scale, row
+from diffkern.schedules.base import Schedule
 from diffkern.signatures import shows_arguments_of
 
 

@@ -9,8 +9,9 @@ from typing_extensions import Unpack
 
 from diffkern.plan import SLOTS, Plan, Row
 from diffkern.samplers._phi import exponential_weights
-from diffkern.samplers.nodes import GridOptions, Node, chain, ends_on_x0, grid, order_in, row
-from diffkern.schedules import Schedule
+from diffkern.samplers.arguments import order_in
+from diffkern.samplers.nodes import GridOptions, Node, chain, ends_on_x0, grid, row
+from diffkern.schedules.base import Schedule
 from diffkern.signatures import shows_arguments_of
 
 

@@ -14,9 +14,14 @@ from typing import Any, NamedTuple, TypedDict
 
 from diffkern import streams
 from diffkern.plan import Plan, Row
-from diffkern.schedules import DiscreteSchedule, EDMSchedule, FlowSchedule, PathSchedule, Schedule, predictions
-from diffkern.schedules.grids import LEVELS, Numbers, check_spacing, check_steps, levels, linspace, spaced_timesteps
-from diffkern.schedules.timesteps import monotone, noise_levels
+from diffkern.samplers.arguments import bound, need_schedule
+from diffkern.schedules import predictions
+from diffkern.schedules.base import Schedule
+from diffkern.schedules.discrete import DiscreteSchedule
+from diffkern.schedules.exploding import EDMSchedule
+from diffkern.schedules.grids import LEVELS, check_spacing, levels
+from diffkern.schedules.paths import FlowSchedule, PathSchedule
+from diffkern.schedules.timesteps import Numbers, check_steps, linspace, monotone, noise_levels, spaced_timesteps
 
 
 class Node(NamedTuple):
@@ -314,47 +319,3 @@ def native_scale(space: Coordinates, first: Node) -> float:
 def ends_on_x0(to: Node) -> bool:
     """Whether the point is clean data: sigma = 0 and alpha = 1."""
     return to.sigma == 0.0 and to.alpha == 1.0
-
-
-def bound(clip: float | None) -> float:
-    """A clip as the table's entry, inf for None."""
-    if clip is None:
-        return math.inf
-    if not clip > 0:
-        raise ValueError(f"clip must be positive, or None for no clip, got {clip}")
-    return float(clip)
-
-
-def not_negative(argument: str, value: float) -> float:
-    """``value``; raises ValueError unless it is a finite number >= 0."""
-    if not 0.0 <= value < math.inf:
-        raise ValueError(f"{argument} must be a finite number >= 0, got {value}")
-    return float(value)
-
-
-def choice(argument: str, value: str, allowed: Sequence[str]) -> str:
-    """``value``; raises ValueError unless it is one of ``allowed``."""
-    if value not in allowed:
-        raise ValueError(f"{argument} must be {' or '.join(map(repr, allowed))}, got {value!r}")
-    return value
-
-
-def order_in(value: int, most: int) -> int:
-    """``value``; raises ValueError unless it is an integer in 1..most."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise ValueError(f"order must be an integer in 1..{most}, got {value!r}")
-    return value
-
-
-def need_schedule(schedule: object) -> None:
-    """Raise ValueError unless it is a schedule."""
-    if not isinstance(schedule, Schedule):
-        raise ValueError(f"schedule must be a diffkern Schedule, got {type(schedule).__name__}")
-
-
-def need_discrete(sampler: str, schedule: object) -> None:
-    """Raise ValueError unless it is a table."""
-    if not isinstance(schedule, DiscreteSchedule):
-        raise ValueError(
-            f"{sampler} needs a discrete schedule (a table of alphas_cumprod), got {type(schedule).__name__}"
-        )

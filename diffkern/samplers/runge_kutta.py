@@ -15,8 +15,9 @@ from typing import Any
 from typing_extensions import Unpack
 
 from diffkern.plan import Plan, Row
-from diffkern.samplers.nodes import Coordinates, GridOptions, Node, chain, ends_on_x0, grid, not_negative, row
-from diffkern.schedules import Schedule
+from diffkern.samplers.arguments import not_negative
+from diffkern.samplers.nodes import Coordinates, GridOptions, Node, chain, ends_on_x0, grid, row
+from diffkern.schedules.base import Schedule
 from diffkern.signatures import shows_arguments_of
 from diffkern.tableaus import EULER, HEUN, MIDPOINT, RK4, RK4_38, Tableau
 

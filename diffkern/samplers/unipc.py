@@ -11,9 +11,10 @@ from typing_extensions import Unpack
 
 from diffkern.plan import Plan, Row
 from diffkern.samplers._phi import phi
+from diffkern.samplers.arguments import choice, order_in
 from diffkern.samplers.dpm_solver import Jump
-from diffkern.samplers.nodes import GridOptions, Node, chain, choice, ends_on_x0, grid, native_scale, order_in, row
-from diffkern.schedules import Schedule
+from diffkern.samplers.nodes import GridOptions, Node, chain, ends_on_x0, grid, native_scale, row
+from diffkern.schedules.base import Schedule
 from diffkern.signatures import shows_arguments_of
 
 

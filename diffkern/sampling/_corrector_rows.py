@@ -7,10 +7,14 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from diffkern.plan import Plan, Row
-from diffkern.samplers.nodes import Node, call_times, choice, need_schedule, time_grid
-from diffkern.samplers.sde import Walk
-from diffkern.schedules import DiscreteSchedule, EDMSchedule, FlowSchedule, PathSchedule, Schedule
-from diffkern.schedules.grids import Numbers, check_steps
+from diffkern.samplers.arguments import choice, need_schedule
+from diffkern.samplers.nodes import Node, call_times, time_grid
+from diffkern.samplers.walk import Walk
+from diffkern.schedules.base import Schedule
+from diffkern.schedules.discrete import DiscreteSchedule
+from diffkern.schedules.exploding import EDMSchedule
+from diffkern.schedules.paths import FlowSchedule, PathSchedule
+from diffkern.schedules.timesteps import Numbers, check_steps
 
 PREDICTORS = ("reverse_diffusion", "ancestral", "euler_maruyama", "none")
 CORRECTORS = ("langevin", "ald", "none")
