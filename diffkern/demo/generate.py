@@ -1,5 +1,6 @@
 """Images from a sampler's name: the plans of the demo, and a job of many images cut into micro-batches.
- Image j of a job with seed s starts from the noise of ``diffkern.seeds(s, 1, first=j)``. Noise and updates are the
+
+Image j of a job with seed s starts from the noise of ``diffkern.seeds(s, 1, first=j)``. Noise and updates are the
 same bits however the job is cut; the network's own convolutions are not, so the bits of an image belong to its
 micro-batch: with a micro-batch of 1 an image depends on its number, class and seed alone.
 """

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from diffkern import streams
-from diffkern.draws import uniform_by_address
 from diffkern.schedules.base import Schedule
 from diffkern.schedules.discrete import DiscreteSchedule
 from diffkern.schedules.exploding import EDMSchedule
@@ -68,6 +67,8 @@ class TimeSampler(ABC):
         device: torch.device | str | None = None,
     ) -> Tensor:
         """The uniform numbers in (0, 1) behind `sample`, [n] float64."""
+        from diffkern.draws import uniform_by_address  # with the ops, which densities do without
+
         if isinstance(n, bool) or not isinstance(n, int) or n < 0:
             raise ValueError(f"n must be an integer of at least 0, got {n!r}")
         if seeds is not None and generator is not None:

@@ -11,6 +11,7 @@ Noise is an address: element i of a sample is a fixed function of (seed of the s
 
 from __future__ import annotations
 
+from diffkern import _load  # noqa: F401  (registers the ops, before the modules below speak of them)
 from diffkern.ops._attention import attention, spatial_attention
 from diffkern.ops._bound_step import BoundStep, BoundStepOut, Stepped, bound_step, bound_step_out
 from diffkern.ops._learned_step import learned_step, learned_step_out

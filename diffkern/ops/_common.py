@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from diffkern import _load  # noqa: F401  (registers the ops)
-
 native = torch.ops.diffkern
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _CHECKED = os.environ.get("DIFFKERN_CHECK", "") not in ("", "0")

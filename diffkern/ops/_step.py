@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffkern._load import layout
 from diffkern.ops._common import (
     as_dtype_of,
     check_on_device,
@@ -19,7 +20,8 @@ from diffkern.ops._common import (
     times,
     wrote,
 )
-from diffkern.plan import COLUMNS
+
+_COLUMNS: tuple[str, ...] = tuple(layout()["columns"]["step"])
 
 
 def step(
@@ -163,7 +165,7 @@ def _step_backward(
     state = g_out
     rows = table[ctx.row].reshape(1, -1) if index is None else gather(table, index)
     rows = rows.to(state.device).reshape(*rows.shape, *(1,) * (state.dim() - 1))
-    c = dict(zip(COLUMNS, rows.unbind(1), strict=True))
+    c = dict(zip(_COLUMNS, rows.unbind(1), strict=True))
     if g_next is not None:
         wide = g_next.to(torch.float64 if state.dtype == torch.float64 else torch.float32)
         halves = wide[: ctx.batch] + wide[ctx.batch :] if ctx.copies == 2 else wide

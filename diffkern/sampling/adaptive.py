@@ -22,10 +22,12 @@ import torch
 from torch import Tensor
 
 from diffkern import ops
-from diffkern.samplers.nodes import Coordinates, choice, coordinates
+from diffkern.samplers.arguments import choice
+from diffkern.samplers.nodes import Coordinates, coordinates
 from diffkern.sampling._dormand_prince import Solver, in_tolerances
-from diffkern.sampling._run import Model
-from diffkern.schedules import DiscreteSchedule, Schedule
+from diffkern.sampling.options import Model
+from diffkern.schedules.base import Schedule
+from diffkern.schedules.discrete import DiscreteSchedule
 
 NORMS = ("sample", "batch")
 

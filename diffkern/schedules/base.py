@@ -8,8 +8,6 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from diffkern.schedules import predictions
-
 Time = int | float | Tensor
 
 
@@ -208,6 +206,8 @@ class Schedule(ABC):
 
     def coefficients(self, prediction: str, t: Time) -> Tensor:
         """Rows for the noising op, [..., 4] float64: (s, n, u, v) with x_t = s x0 + n eps and target = u x0 + v eps."""
+        from diffkern.schedules import predictions  # which imports of schedules as arguments
+
         u, v = predictions.target_coefficients(self, prediction, t)
         return torch.stack([self.alpha(t), self.sigma(t), u, v], dim=-1)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diffkern.schedules import Schedule
+from diffkern.schedules.base import Schedule
 from diffkern.simulate._process import ODE, SDE, Field, checked, column, shaped
 
 Rate = float | Callable[[Tensor], Tensor]

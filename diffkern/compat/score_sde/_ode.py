@@ -11,7 +11,7 @@ from torch import Tensor
 from diffkern.compat.kit.rows import as_dtype, wide
 from diffkern.compat.score_sde import _rows
 from diffkern.compat.score_sde.models import ScoreFunction, from_flattened_numpy, to_flattened_numpy
-from diffkern.samplers.nodes import choice
+from diffkern.samplers.arguments import choice
 from diffkern.sampling import adaptive
 
 SOLVERS = ("device", "scipy")
