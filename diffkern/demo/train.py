@@ -1,6 +1,7 @@
 """The training loop: fused noising and loss, condition dropout for classifier-free guidance, an exponential moving
 average.
- One iteration is Algorithm 1 of Ho et al. 2020 (lectures 000, 001, 002): draw images, times and one int64 seed a
+
+One iteration is Algorithm 1 of Ho et al. 2020 (lectures 000, 001, 002): draw images, times and one int64 seed a
 sample; x_t and, later, the target are made from the seeds inside the fused operations, so the noise is never stored.
 With probability `drop` a sample loses its class (Ho and Salimans 2022), so one network learns eps(x_t, t, class) and
 eps(x_t, t).
