@@ -164,7 +164,7 @@ def autoguidance(
     schedule: Schedule | None = None,
     prediction: str | None = None,
 ) -> Guided:
-    """Guidance by a worse model of the same thing: m_weak + w (m - m_weak) (Karras et al., arXiv 2406.02070).
+    """Guidance by a worse model of the same thing: m_weak + w (m - m_weak) (Karras et al., arXiv 2406.02507).
 
     Both are called as model(x, t, ...) with the arguments the guided model is given, such as the ``cond`` of `sample`.
     The rest as in `classifier_free`.
