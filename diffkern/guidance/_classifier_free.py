@@ -33,7 +33,7 @@ def classifier_free(
 ) -> Guided:
     """Classifier-free guidance: u + w (c - u), u = model(x, t, uncond), c = model(x, t, cond).
 
-    Lectures 000 and 002; Ho and Salimans, arXiv 2207.12598. With a prompt to stay away from as ``uncond`` it is the
+    Ho and Salimans, arXiv 2207.12598; lectures 000 and 002. With a prompt to stay away from as ``uncond`` it is the
     negative prompt. The weights of c and u add up to 1, so in every prediction (eps, x0, v, score, velocity, mu, edm)
     it is the same guided score s_u + w (s_c - s_u), that of p(x) p(y given x)^w.
 

@@ -23,8 +23,8 @@ data; score_sde counts t as VP and VE do here; flow_matching runs VP and cosine 
 
 The lectures count diffusion steps 1..T; index t here is their step t+1, so t = 0 already holds one step of noise.
 
-Sources: lectures 000, 001, 002 (DDPM, arXiv 2006.11239; cosine, arXiv 2102.09672), 001 and 003 (SDEs, arXiv
-2011.13456), 000 and 003 (flow matching, arXiv 2210.02747), EDM (arXiv 2206.00364). Lecture 000 prints a last linear
+Sources: DDPM (arXiv 2006.11239) and cosine (arXiv 2102.09672), lectures 000, 001, 002; SDEs (arXiv 2011.13456), 001 and
+003; flow matching (arXiv 2210.02747), 000 and 003; EDM (arXiv 2206.00364). Lecture 000 prints a last linear
 beta of 0.04; the paper and every other implementation use 0.02, as here.
 
 A time may be a Python number or a tensor; results are float64 tensors of its shape on its device. On the CPU a time
