@@ -15,6 +15,8 @@ from diffkern.schedules.base import (
     VariancePreserving,
 )
 
+__all__ = ["CosineSchedule", "LaplaceSchedule", "LinearLogSNRSchedule", "SubVPSchedule", "VPSchedule"]
+
 
 @dataclass(frozen=True)
 class LinearBeta(UnitTime):

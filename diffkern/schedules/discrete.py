@@ -10,6 +10,8 @@ from torch import Tensor
 
 from diffkern.schedules.base import Schedule, Time, as_log_snr, as_time, check_log_snrs, check_times
 
+__all__ = ["DiscreteSchedule"]
+
 
 class DiscreteSchedule(Schedule):
     """A table of T noise levels, given by its alphas_cumprod (abar): alpha = sqrt(abar_t), sigma = sqrt(1 - abar_t).

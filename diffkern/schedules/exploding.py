@@ -11,6 +11,8 @@ from torch import Tensor
 from diffkern.schedules.base import Schedule, Time, UnitTime, as_log_snr, as_time, check_log_snrs, check_times
 from diffkern.schedules.spacings import karras_sigmas
 
+__all__ = ["EDMSchedule", "ExponentialVESchedule", "VESchedule"]
+
 
 class _Exploding(UnitTime):
     """alpha = 1: no drift, log_snr = -2 ln sigma."""

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from diffkern.schedules.base import LogSNRDefined, Schedule, Time, UnitTime
 
+__all__ = ["FlowSchedule", "LogSNRSchedule", "PathSchedule"]
+
 Function = Callable[[Tensor], Tensor]
 """A function of time: float64 times of any shape in, one value a time out, by torch operations."""
 
