@@ -18,9 +18,10 @@ from diffkern import ops
 from diffkern.compat.kit import loop
 from diffkern.plan import Plan
 from diffkern.samplers.nodes import Coordinates, Node, grid
-from diffkern.samplers.runge_kutta import HEUN, heun, tableau_plan
+from diffkern.samplers.runge_kutta import heun, tableau_plan
 from diffkern.schedules import grids
 from diffkern.schedules.makers import edm
+from diffkern.tableaus import HEUN
 
 __all__ = ["EDMLoss", "edm_sampler"]
 

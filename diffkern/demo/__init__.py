@@ -1,5 +1,4 @@
-"""The demo: a small class-conditional diffusion model of handwritten digits, trained and sampled with the fused
-operations.
+"""The demo: a small class-conditional diffusion model of handwritten digits, trained and sampled with the fused ops.
 
 `data` the digits · `train` the training loop · `checkpoint` the file it leaves · `generate` images from a sampler's
 name · `evaluate` the classifier and the Frechet distance · `pictures` the PNGs · `run` the whole job; its commands:

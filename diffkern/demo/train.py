@@ -1,5 +1,4 @@
-"""The training loop: fused noising and loss, condition dropout for classifier-free guidance, an exponential moving
-average.
+"""The training loop: fused noising and loss, dropout of conditions for guidance, an exponential moving average.
 
 One iteration is Algorithm 1 of Ho et al. 2020 (lectures 000, 001, 002): draw images, times and one int64 seed a
 sample; x_t and, later, the target are made from the seeds inside the fused operations, so the noise is never stored.

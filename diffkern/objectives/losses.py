@@ -23,7 +23,8 @@ from torch import Tensor
 from diffkern import ops, streams
 from diffkern.draws import draw_seeds
 from diffkern.objectives._densities import LogNormal, Uniform
-from diffkern.objectives.weightings import WEIGHTINGS, WeightFunction, Weighting, get_weighting
+from diffkern.objectives._weighting import WeightFunction, Weighting
+from diffkern.objectives.weightings import WEIGHTINGS, get_weighting
 from diffkern.schedules.base import Schedule
 from diffkern.schedules.discrete import DiscreteSchedule
 from diffkern.schedules.exploding import EDMSchedule

@@ -12,13 +12,15 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from diffkern import streams
 from diffkern.plan import Plan, Row
 from diffkern.samplers._noise_path import clock
-from diffkern.samplers.nodes import bound, chain, grid, need_discrete, need_schedule, not_negative, row
+from diffkern.samplers.nodes import GridOptions, bound, chain, grid, need_discrete, need_schedule, not_negative, row
 from diffkern.schedules import DiscreteSchedule, Schedule, predictions
 from diffkern.schedules.grids import Numbers, table_times
+from diffkern.signatures import shows_arguments_of
 
 
 def ddpm(
@@ -116,6 +118,7 @@ def ddim(
     return _vp_plan("ddim", schedule, times, prediction, most, p=p, q=q, a=a, b=b, d=d, g=g)
 
 
+@shows_arguments_of(grid)
 def euler_ancestral(
     schedule: Schedule,
     steps: int | None = None,
@@ -123,11 +126,7 @@ def euler_ancestral(
     eta: float = 1.0,
     noise: float = 1.0,
     noise_path: str = "independent",
-    prediction: str | None = None,
-    sigmas: Numbers | None = None,
-    timesteps: Numbers | None = None,
-    spacing: str = "linspace",
-    clip: float | None = None,
+    **options: Unpack[GridOptions],
 ) -> Plan:
     """Euler to a lower level and noise back up: x' = alpha' x0 + sigma_down eps + noise sigma_up z, order 1 as an SDE.
 
@@ -142,7 +141,7 @@ def euler_ancestral(
     not_negative("eta", eta)
     not_negative("noise", noise)
     path = clock(noise_path)
-    space, nodes, end = grid("euler_ancestral", schedule, steps, prediction, sigmas, timesteps, spacing, clip)
+    space, nodes, end = grid("euler_ancestral", schedule, steps, **options)
     rows = []
     for i, (node, to) in enumerate(zip(nodes, [*nodes[1:], end], strict=True)):
         ratio = node.alpha * to.sigma / (to.alpha * node.sigma)

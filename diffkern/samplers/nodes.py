@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 from diffkern import streams
 from diffkern.plan import Plan, Row
@@ -140,15 +140,25 @@ def coordinates(schedule: Schedule, prediction: str | None, clip: float | None) 
     return Coordinates(schedule, chosen, bound(clip), isinstance(schedule, FlowSchedule | PathSchedule))
 
 
+class GridOptions(TypedDict, total=False):
+    """Arguments of every sampler that makes its points by `grid`, which has their defaults; `euler` explains them."""
+
+    prediction: str | None
+    sigmas: Numbers | None
+    timesteps: Numbers | None
+    spacing: str
+    clip: float | None
+
+
 def grid(
     sampler: str,
     schedule: Schedule,
     steps: int | None,
-    prediction: str | None,
-    sigmas: Numbers | None,
-    timesteps: Numbers | None,
-    spacing: str,
-    clip: float | None,
+    prediction: str | None = None,
+    sigmas: Numbers | None = None,
+    timesteps: Numbers | None = None,
+    spacing: str = "linspace",
+    clip: float | None = None,
 ) -> tuple[Coordinates, list[Node], Node]:
     """The points where the model is called, from noise to data, and the point where the sampler ends."""
     need_schedule(schedule)
@@ -176,7 +186,7 @@ def grid(
     if sigmas is not None:
         listed = noise_levels(sigmas)
         return space, [space.node(sigma) for sigma in listed[:-1]], space.end(listed[-1])
-    times = _table_times(schedule, steps, timesteps, spacing)
+    times = call_times(schedule, steps, timesteps, spacing)
     return space, [space.node(float(schedule.sigma_ve(t)), t) for t in times], space.end(0.0)
 
 
@@ -192,7 +202,8 @@ def _given_times(schedule: Schedule, timesteps: Numbers, least: int) -> list[flo
     return monotone("timesteps", timesteps, rising=schedule.direction < 0, least=least)
 
 
-def _table_times(schedule: Schedule, steps: int | None, timesteps: Numbers | None, spacing: str) -> list[float]:
+def call_times(schedule: Schedule, steps: int | None, timesteps: Numbers | None, spacing: str) -> list[float]:
+    """The times of the model calls, from noise to data, for a sampler that ends on clean data after the last."""
     if not isinstance(schedule, DiscreteSchedule):
         if timesteps is not None:
             return _given_times(schedule, timesteps, least=1)

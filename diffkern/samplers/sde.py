@@ -50,7 +50,7 @@ def euler_maruyama(
     """
     not_negative("eta", eta)
     path = clock(noise_path)
-    walk = _Walk("euler_maruyama", schedule, prediction, clip)
+    walk = Walk("euler_maruyama", schedule, prediction, clip)
     times = _times("euler_maruyama", schedule, steps, timesteps)
     rows, at = [], [walk.node(t) for t in times[:-1]]
     for i, (t, s) in enumerate(itertools.pairwise(times)):
@@ -87,7 +87,7 @@ def flow_sde(
     noise in the last step. Grid as for `euler_maruyama`. A large sigma_t where sigma is small needs small steps: |dt|
     sigma_t^2/2 should stay below sigma^2. arXiv 2209.15571, 2401.08740; lecture 003.
     """
-    walk = _Walk("flow_sde", schedule, prediction, clip)
+    walk = Walk("flow_sde", schedule, prediction, clip)
     if isinstance(schedule, DiscreteSchedule | EDMSchedule):
         raise ValueError(f"flow_sde needs a continuous schedule of t in [0, 1], got {schedule.name}")
     times = _times("flow_sde", schedule, steps, timesteps)
@@ -162,7 +162,7 @@ def _langevin(
 ) -> Plan:
     if not 0.0 < size < math.inf:
         raise ValueError(f"step_size must be positive, got {size}")
-    walk = _Walk(name, schedule, prediction, None)
+    walk = Walk(name, schedule, prediction, None)
     points = [walk.node(t) for t in times]
     rows: list[Row] = []
     at: list[Node] = []
@@ -177,7 +177,7 @@ def _langevin(
     return walk.plan(rows, at)
 
 
-class _Walk:
+class Walk:
     """Rows of a schedule's own state in its own time."""
 
     def __init__(self, name: str, schedule: Schedule, prediction: str | None, clip: float | None) -> None:
@@ -186,6 +186,7 @@ class _Walk:
         self.name, self.schedule, self.prediction, self.clip = name, schedule, chosen, bound(clip)
 
     def node(self, t: float) -> Node:
+        """The point of a model call at t; ValueError where sigma is 0."""
         schedule = self.schedule
         when = int(t) if isinstance(schedule, DiscreteSchedule) and t == int(t) else t
         alpha, sigma = float(schedule.alpha(when)), float(schedule.sigma(when))
@@ -196,6 +197,7 @@ class _Walk:
         return Node(t, alpha, sigma, time, k, p, q, P, Q, self.clip)
 
     def end(self, t: float) -> Node:
+        """The point at t where the model is not called."""
         when = int(t) if isinstance(self.schedule, DiscreteSchedule) and t == int(t) else t
         return Node(t, float(self.schedule.alpha(when)), float(self.schedule.sigma(when)))
 
@@ -227,6 +229,7 @@ class _Walk:
         return node.P, 0.0, node.Q
 
     def plan(self, rows: list[Row], at: list[Node]) -> Plan:
+        """The plan of these rows; ``at`` holds the point of each row's model call."""
         first = at[0]
         start = 1.0 if isinstance(self.schedule, DiscreteSchedule) else first.sigma
         return chain(self.name, Coordinates(self.schedule, self.prediction, self.clip, False), rows, at, start)

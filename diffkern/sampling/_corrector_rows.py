@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from diffkern.plan import Plan, Row
-from diffkern.samplers.nodes import Node, _table_times, choice, need_schedule, time_grid
-from diffkern.samplers.sde import _Walk
+from diffkern.samplers.nodes import Node, call_times, choice, need_schedule, time_grid
+from diffkern.samplers.sde import Walk
 from diffkern.schedules import DiscreteSchedule, EDMSchedule, FlowSchedule, PathSchedule, Schedule
 from diffkern.schedules.grids import Numbers, check_steps
 
@@ -33,16 +33,17 @@ class Score(NamedTuple):
 def rows_of(
     schedule: Schedule,
     steps: int | None,
-    timesteps: Numbers | None,
-    spacing: str,
-    prediction: str | None,
-    predictor: str,
+    *,
     corrector: str,
-    corrector_steps: int,
-    snr: float,
-    variance: str | None,
-    dt: float | None,
-    denoise: bool,
+    predictor: str = "reverse_diffusion",
+    corrector_steps: int = 1,
+    snr: float = 0.16,
+    variance: str | None = None,
+    dt: float | None = None,
+    denoise: bool = True,
+    prediction: str | None = None,
+    timesteps: Numbers | None = None,
+    spacing: str = "linspace",
 ) -> tuple[Plan, dict[int, Score]]:
     """All rows, and what the langevin rows still need."""
     need_schedule(schedule)
@@ -63,7 +64,7 @@ def rows_of(
             raise ValueError(f"dt belongs to the euler_maruyama predictor, got it for {predictor!r}")
         if not 0.0 < dt < math.inf:
             raise ValueError(f"dt must be positive, got {dt}")
-    walk = _Walk("predictor_corrector", schedule, prediction, None)
+    walk = Walk("predictor_corrector", schedule, prediction, None)
     times = _times(schedule, steps, timesteps, spacing)
     nodes = [walk.node(t) for t in times]
     rows: list[Row] = []
@@ -116,4 +117,4 @@ def _times(schedule: Schedule, steps: int | None, timesteps: Numbers | None, spa
             return [float(sigma) for sigma in schedule.sigmas(steps)[:-1]]
         if isinstance(schedule, FlowSchedule | PathSchedule):
             return time_grid(schedule, steps)[:-1]
-    return _table_times(schedule, steps, timesteps, spacing)
+    return call_times(schedule, steps, timesteps, spacing)

@@ -18,7 +18,7 @@ from diffkern.checks import returned
 from diffkern.plan import COLUMNS
 from diffkern.samplers.nodes import Coordinates
 from diffkern.samplers.points import Points, points
-from diffkern.sampling._run import Model
+from diffkern.sampling.options import Model
 
 _PAIR = tableaus.DORMAND_PRINCE
 C = (*_PAIR.nodes[1:], 1.0)

@@ -24,7 +24,7 @@ from torch import Tensor
 from diffkern import ops
 from diffkern.samplers.nodes import Coordinates, choice, coordinates
 from diffkern.sampling._dormand_prince import Solver, in_tolerances
-from diffkern.sampling._run import Model
+from diffkern.sampling.options import Model
 from diffkern.schedules import DiscreteSchedule, Schedule
 
 NORMS = ("sample", "batch")

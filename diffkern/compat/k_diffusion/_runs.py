@@ -18,8 +18,9 @@ from diffkern.compat.kit import loop
 from diffkern.plan import Plan, Row
 from diffkern.samplers.dpm_2 import ancestral_levels, dpm_2_ancestral
 from diffkern.samplers.nodes import Node, chain, grid, row
-from diffkern.samplers.runge_kutta import HEUN, heun, tableau_plan
+from diffkern.samplers.runge_kutta import heun, tableau_plan
 from diffkern.schedules.makers import edm
+from diffkern.tableaus import HEUN
 
 Model = Callable[..., Tensor]
 Callback = Callable[[dict[str, Any]], Any]
