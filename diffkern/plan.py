@@ -202,7 +202,7 @@ class Plan:
         return before.known_s, before.known_n
 
     def with_guidance(self, w: float | Sequence[float]) -> Plan:
-        """The plan with classifier-free guidance weight ``w``: m = u + w (c - u) (lectures 000, 002; arXiv 2207.12598).
+        """The plan with classifier-free guidance weight ``w``: m = u + w (c - u) (arXiv 2207.12598; lectures 000, 002).
 
         w = 1 is the conditional model alone, w = 0 the unconditional one; a plan whose weights are all 0 is unguided.
         A sequence gives one weight a step, or one a row; interval guidance is 1 outside its interval.

@@ -25,7 +25,7 @@ Gradient = Callable[..., Tensor]
 def classifier_gradient(classifier: Model, y: Tensor | int, scale: float | Tensor = 1.0) -> Gradient:
     """fn(x, t) = scale grad_x log p(y given x_t), log p = log_softmax(classifier(x, t)) at y; shaped like x.
 
-    Lecture 002, algorithm 1; Dhariwal and Nichol, arXiv 2105.05233. ``classifier`` is any differentiable torch module
+    Dhariwal and Nichol, arXiv 2105.05233, algorithm 1; lecture 002. ``classifier`` is any differentiable torch module
     or function that returns logits [B, K]; ``y`` a class or int64 [B]; ``scale`` a number or one a sample [B]. The
     result is what `classifier_guided` (score shift) and ``sample(mean_shift=)`` (mean shift) take. Works under
     no_grad and inference_mode. Raises ValueError if the logits do not depend on x differentiably.

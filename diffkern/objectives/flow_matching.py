@@ -49,7 +49,7 @@ def flow_matching_loss(
     reduction: str = "mean",
     **model_kwargs: Any,
 ) -> Tensor:
-    """Conditional flow matching (lectures 000, 003; Lipman et al. 2023, arXiv 2210.02747).
+    """Conditional flow matching (Lipman et al. 2023, arXiv 2210.02747; lectures 000, 003).
 
         x_t = alpha_t x1 + sigma_t eps,    L = mean |model(x_t, t) - (alpha_dot_t x1 + sigma_dot_t eps)|^2
 

@@ -180,8 +180,8 @@ def prediction_loss(
 
     `weight`: a name or a `Weighting` of `weightings`, the same loss whatever the prediction and the target; a
     function weight(log_snr, prediction) or float64 numbers, [T] for a discrete schedule (indexed by t) or [B], which
-    multiply the error in the target's space. None means 1, for ``eps`` the L_simple of lectures 000, 001, 002 (Ho et
-    al. 2020, eq. 14). On the CPU a weight that is not finite at one of the times raises ValueError.
+    multiply the error in the target's space. None means 1, for ``eps`` the L_simple of Ho et al. 2020, eq. 14
+    (lectures 000, 001, 002). On the CPU a weight that is not finite at one of the times raises ValueError.
 
     `reduction`: "none" [B], "mean", "sum". Differentiable in pred. One fused pass each way, whatever the options.
     """
@@ -203,7 +203,7 @@ def simple_loss(
     reduction: str = "mean",
     **model_kwargs: Any,
 ) -> Tensor:
-    """L_simple: noise, call ``model(x_t, t, **model_kwargs)``, compare (lecture 002, Algorithm 1; arXiv 2006.11239).
+    """L_simple: noise, call ``model(x_t, t, **model_kwargs)``, compare (arXiv 2006.11239; lecture 002, Algorithm 1).
 
     With `target` and `weight` (see `prediction_loss`) any weighted L_t. Without `seeds` and `noise`, fresh seeds are
     drawn from torch's generator. The model gets the schedule's model time (t itself, c_noise for `edm`) in float32, or

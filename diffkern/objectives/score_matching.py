@@ -76,7 +76,7 @@ def denoising_score_matching_loss(
 
 
 def geometric_sigmas(L: int, sigma_1: float, sigma_L: float) -> Tensor:
-    """sigma_i = sigma_1 (sigma_L/sigma_1)^((i-1)/(L-1)), i = 1..L, float64 (lecture 001; arXiv 1907.05600).
+    """sigma_i = sigma_1 (sigma_L/sigma_1)^((i-1)/(L-1)), i = 1..L, float64 (arXiv 1907.05600; lecture 001).
 
     Rising or falling: the lecture counts from the smallest, the paper from the largest.
     """
@@ -98,7 +98,7 @@ def ncsn_loss(
     reduction: str = "mean",
     **model_kwargs: Any,
 ) -> Tensor:
-    """Noise-conditional score matching (lecture 001; Song and Ermon 2019, arXiv 1907.05600, eq. 5 and 6).
+    """Noise-conditional score matching (Song and Ermon 2019, arXiv 1907.05600, eq. 5 and 6; lecture 001).
 
         x = x0 + sigma_i eps,    L = lambda(sigma_i) mean |score(x, sigma_i) + eps/sigma_i|^2
 

@@ -23,7 +23,7 @@ network at zero SNR) are inf, and a loss that meets one says so.
 | ``p2`` | snr/(k + snr)^gamma, k = 1, gamma = 1 | arXiv 2204.00227 |
 | ``edm`` | snr + 1/sigma_data^2, sigma_data = 0.5 | arXiv 2206.00364 |
 | ``likelihood`` | snr g^2/sigma^2 (g^2 for ``score``) | arXiv 2101.09258 |
-| ``vlb`` | (snr(t-1) - snr(t))/2; in continuous time snr g^2/(2 sigma^2) | lecture 001, L_t; arXiv 2107.00630 |
+| ``vlb`` | (snr(t-1) - snr(t))/2; in continuous time snr g^2/(2 sigma^2) | arXiv 2107.00630; lecture 001, L_t |
 """
 
 from __future__ import annotations
@@ -228,8 +228,8 @@ class Likelihood(Weighting):
 class VLB(Weighting):
     """The weight of L_t in the variational bound, per element and in nats: |mean error|^2 / (2 variance).
 
-    For a discrete schedule that is beta^2/(2 variance alpha_t (1 - abar_t)) in eps (lectures 001, 002; arXiv
-    2006.11239, eq. 12) and (snr(t-1) - snr(t))/2 in x0 for the variance ``beta_tilde``; the other choice is ``beta``.
+    For a discrete schedule that is beta^2/(2 variance alpha_t (1 - abar_t)) in eps (arXiv 2006.11239, eq. 12;
+    lectures 001, 002) and (snr(t-1) - snr(t))/2 in x0 for the variance ``beta_tilde``; the other choice is ``beta``.
     beta_tilde is 0 at t = 0, whose term L_0 is a decoder's: there it is that of t = 1, as the field clips it (beta if
     that is 0 as well). In continuous time it is half of `Likelihood` (Kingma et al. 2021, arXiv 2107.00630).
     """

@@ -43,8 +43,8 @@ def step_logprob(
     have in common are float64. Differentiable once, in m and m2 (both halves of the channels); the gradient is made in
     the same pass. On CUDA an index outside the table, and a row that is not such a Gaussian, give NaN.
 
-    Lectures 000, 002: the transition kernels of the reverse process. Sohl-Dickstein et al. 2015 (arXiv 1503.03585);
-    used as the policy's log-probability by Black et al. 2023 (DDPO, arXiv 2305.13301).
+    The transition kernels of the reverse process: Sohl-Dickstein et al. 2015 (arXiv 1503.03585); used as the policy's
+    log-probability by Black et al. 2023 (DDPO, arXiv 2305.13301); lectures 000, 002.
     """
     check_on_device("step_logprob", index, table)
     refuse_tangents("step_logprob", after, x, m, m2, h0, h1, h2, h3)

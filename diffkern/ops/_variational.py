@@ -51,7 +51,7 @@ def variational(
     [x0 - bin, x0 + bin], the outermost ones of [-1, 1] open. Returns (L reduced as in `loss`, [B, 2]: mean d^2 and
     mean bound in bits); only L is differentiable, in pred.
 
-    Lectures 000, 001, 002; Ho et al. 2020 (arXiv 2006.11239), eq. 5, 8 and 13; Nichol and Dhariwal 2021 (2102.09672).
+    Ho et al. 2020 (arXiv 2006.11239), eq. 5, 8 and 13; Nichol and Dhariwal 2021 (2102.09672); lectures 000, 001, 002.
     x_t drops out, as both means hold the same multiple of it. The normal distribution is exact to float32, where
     guided-diffusion's tanh formula is off by up to 2e-4 and stops at 1e-12.
     """

@@ -44,7 +44,7 @@ def ddpm(
     "beta_tilde", or v in [0, 1] for exp(v ln beta + (1-v) ln beta_tilde); the lectures that print mu~ + beta~ z, or
     sigma_t = beta~, mean sqrt(beta~). "learned" is that formula with v = (o + 1)/2, o the second half of the channels
     that the model returns, element by element (arXiv 2102.09672, eq. 15).
-    ``clip`` clamps x0 to [-clip, clip]. Lectures 000, 001, 002; arXiv 2006.11239, arXiv 2102.09672.
+    ``clip`` clamps x0 to [-clip, clip]. arXiv 2006.11239, arXiv 2102.09672; lectures 000, 001, 002.
     """
     need_discrete("ddpm", schedule)
     if steps is None and timesteps is None:
@@ -86,7 +86,7 @@ def ddim(
     clip].
     ``eps_from`` says which eps points the direction: "x0" derives it from the (clipped) x0, "model" takes the model's
     own; the default is "x0" with a clip and "model" without one, where both are equal but for rounding.
-    Lecture 000; arXiv 2010.02502, eq. 12 and 16.
+    arXiv 2010.02502, eq. 12 and 16; lecture 000.
     """
     need_discrete("ddim", schedule)
     if steps is None and timesteps is None:

@@ -35,7 +35,7 @@ def euler(
     """Euler's method on the probability-flow ODE: x' = x + (v' - v) slope(x), one model call a step, order 1.
 
     Discrete, EDM and continuous diffusion schedules integrate the state x0 + sigma eps over v = sigma with slope
-    eps = (x - x0)/sigma (lecture 001; arXiv 2011.13456, 2206.00364). The noise levels are, from noise to data,
+    eps = (x - x0)/sigma (arXiv 2011.13456, 2206.00364; lecture 001). The noise levels are, from noise to data,
 
     - discrete: of ``steps`` times (``spacing`` "linspace": evenly spaced in [0, T-1], fractional; or "leading",
       "trailing" as for `ddim`) or of the ``timesteps`` given (fractional ones allowed), and then 0;
@@ -45,8 +45,8 @@ def euler(
     - all: `schedules.grids.levels` for the spacings "karras", "log_snr", "exponential", "polyexponential", "beta"; or
       ``sigmas``, every level including the one to end at, which is usually 0.
 
-    Flow schedules and user paths integrate alpha x0 + sigma eps over v = t with slope dx/dt (lectures 000, 003; arXiv
-    2210.02747), on ``steps`` even steps from noise to data or on ``timesteps``, every point including the last.
+    Flow schedules and user paths integrate alpha x0 + sigma eps over v = t with slope dx/dt (arXiv 2210.02747;
+    lectures 000, 003), on ``steps`` even steps from noise to data or on ``timesteps``, every point including the last.
     ``prediction`` defaults to the schedule's: eps, edm or velocity. With a ``clip`` the slope follows the clipped x0.
 
     ``churn`` is S_churn of EDM's stochastic sampler (arXiv 2206.00364, algorithm 2): before a step from a level in

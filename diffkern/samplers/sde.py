@@ -39,7 +39,7 @@ def euler_maruyama(
     point including the last. f and g are infinite where alpha is 0 (a flow's noise end): start after it.
     ``noise_path="brownian"``: z is the increment of one Brownian path a sample, the same for every number of steps, and
     the sampler converges path by path (strong order 1); "independent" noise agrees in law alone.
-    Lectures 001, 003; arXiv 2011.13456, eq. 6. (score_sde steps 1/N on a grid whose points are (1 - eps)/(N - 1)
+    arXiv 2011.13456, eq. 6; lectures 001, 003. (score_sde steps 1/N on a grid whose points are (1 - eps)/(N - 1)
     apart.)
     """
     not_negative("eta", eta)
@@ -79,7 +79,7 @@ def flow_sde(
     ``sigma_t`` is a number or a function of the schedule's time; 0 is Euler's method on the flow. Flows, user paths and
     continuous diffusion schedules, whose time runs the other way (dt < 0). One model call a step, weak order 1; no
     noise in the last step. Grid as for `euler_maruyama`. A large sigma_t where sigma is small needs small steps: |dt|
-    sigma_t^2/2 should stay below sigma^2. Lecture 003; arXiv 2209.15571, 2401.08740.
+    sigma_t^2/2 should stay below sigma^2. arXiv 2209.15571, 2401.08740; lecture 003.
     """
     walk = Walk("flow_sde", schedule, prediction, clip)
     if isinstance(schedule, DiscreteSchedule | EDMSchedule):

@@ -65,7 +65,7 @@ class Schedule(ABC):
         f = direction d ln(alpha)/dt          (`drift`, <= 0 wherever the signal shrinks)
         g^2 = d sigma^2/dtau - 2 f sigma^2 = -direction sigma^2 d log_snr/dt          (`diffusion`, `diffusion_squared`)
 
-    so that for every path, with the score s of its marginals (lectures 001, 003; arXiv 2011.13456, 2107.00630):
+    so that for every path, with the score s of its marginals (arXiv 2011.13456, 2107.00630; lectures 001, 003):
 
         reverse SDE, dtau < 0:         dx = (f x - g^2 s) dtau + g dw
         probability-flow ODE:          dx = (f x - g^2/2 s) dtau

@@ -15,6 +15,8 @@ from diffkern.schedules.base import (
     VariancePreserving,
 )
 
+__all__ = ["CosineSchedule", "LaplaceSchedule", "LinearLogSNRSchedule", "SubVPSchedule", "VPSchedule"]
+
 
 @dataclass(frozen=True)
 class LinearBeta(UnitTime):
@@ -67,7 +69,7 @@ class LinearBeta(UnitTime):
 class VPSchedule(LinearBeta):
     """VP SDE dx = -beta/2 x dt + sqrt(beta) dw with beta(t) linear: alpha = e^(-B/2), sigma = sqrt(1 - e^-B).
 
-    Lecture 001; arXiv 2011.13456, eq. 11 and 33. The discrete `linear` schedule of T steps with betas
+    arXiv 2011.13456, eq. 11 and 33; lecture 001. The discrete `linear` schedule of T steps with betas
     beta(i/T)/T tends to it (T = 1000, beta 0.0001 .. 0.02). Samplers and training stay above t = 1e-3.
     """
 
@@ -144,9 +146,9 @@ class SubVPSchedule(LinearBeta):
 class CosineSchedule(VariancePreserving):
     """abar = cos^2(theta)/cos^2(theta_0), theta = (t+s)/(1+s) pi/2, theta_0 = s/(1+s) pi/2: continuous cosine.
 
-    Lectures 000 and 002; arXiv 2102.09672, eq. 17, without its bound on beta: alpha is 0 at t = 1. With s = 0 (default)
-    alpha = cos(pi t/2) and sigma = sin(pi t/2), which is lecture 000's abar = (cos(pi t) + 1)/2 without its bounds, and
-    with time reversed the cosine path of flow matching. The discrete `cosine` schedule has s = 0.008.
+    arXiv 2102.09672, eq. 17, and lectures 000 and 002, without the bound on beta: alpha is 0 at t = 1. With s = 0
+    (default) alpha = cos(pi t/2) and sigma = sin(pi t/2), which is lecture 000's abar = (cos(pi t) + 1)/2 without its
+    bounds, and with time reversed the cosine path of flow matching. The discrete `cosine` schedule has s = 0.008.
     """
 
     s: float = 0.0

@@ -3,7 +3,7 @@
     found = log_likelihood(network, x, diffkern.vp(), "eps", seeds=seeds)       # x [B, ...], found.nats [B]
     bits = bits_per_dim(found.nats, x[0].numel())                               # x = dequantise(images, seeds=seeds)
 
-Along dx/dt = u_t(x) a density changes by its divergence (lecture 001; arXiv 1806.07366, 2011.13456 appendix D):
+Along dx/dt = u_t(x) a density changes by its divergence (arXiv 1806.07366, 2011.13456 appendix D; lecture 001):
 
     ln p(x) at the data = ln prior(x at the noise) + int_data^noise div u_t(x_t) dt
 
