@@ -10,8 +10,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from helpers.lazy import needs
 
-pytest.importorskip("diffusers")
+pytestmark = needs("diffusers")
 TOOL = Path(__file__).parent.parent.parent / "tools" / "peer_tests.py"
 
 CLASSES = """

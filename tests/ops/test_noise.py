@@ -12,10 +12,12 @@ import mpmath
 import numpy as np
 import pytest
 import torch
+from helpers.lazy import Lazy
 from helpers.op_cases import LAYOUTS, SHAPES, arrange, same_bits, threads
-from scipy import special, stats
 
 from diffkern import _C, ops, reference, streams
+
+special, stats = Lazy("scipy.special"), Lazy("scipy.stats")
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 U64 = 2**64
