@@ -247,6 +247,7 @@ def test_only_pipelines_and_models_are_taken() -> None:
 
 
 @pytest.mark.parametrize("arguments", [["diffusers_ddpm.py", "--size", "16"], ["diffusers_latent.py", "--size", "32"]])
+@pytest.mark.full
 def test_examples_run(root: Path, arguments: list[str]) -> None:
     command = [sys.executable, str(root / "examples" / arguments[0]), *arguments[1:], "--steps", "3"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, env={"PYTHONPATH": str(root)}, check=True)

@@ -241,6 +241,7 @@ def test_an_unfit_head_is_an_error_of_the_op() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.full
 def test_compiles_without_a_break() -> None:
     torch.manual_seed(9)
     layer = processors.Attention(32, heads=2, dim_head=16, processor=ours.DiffkernAttnProcessor()).eval()

@@ -653,6 +653,7 @@ def test_gradients_pass_through() -> None:
         torch.testing.assert_close(guided(x, T).detach(), guided(x.detach(), T))
 
 
+@pytest.mark.full
 def test_compiles_in_one_graph() -> None:
     guided = classifier_free(net, C, U, 3.0, sigma_interval=(0.3, 8.0), schedule=LINEAR)
     compiled = torch.compile(lambda x, t: guided(x, t), fullgraph=True, backend="aot_eager")

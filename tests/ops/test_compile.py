@@ -10,13 +10,14 @@ from helpers.attention_cases import FORMATS, qkv_of
 from helpers.attention_cases import inputs as attention_inputs
 from helpers.lazy import Lazy
 from helpers.op_cases import ROWS, same_bits, table, values
+from helpers.suites import few
 from torch import Tensor
 
 from diffkern import ops
 
-NOISING = torch.tensor([[0.9, 0.43, 0.43, -0.9], [0.2, 0.98, 0.98, -0.2]], dtype=torch.float64)
 dynamo = Lazy("torch._dynamo.utils")
 
+NOISING = torch.tensor([[0.9, 0.43, 0.43, -0.9], [0.2, 0.98, 0.98, -0.2]], dtype=torch.float64)
 LOSS = torch.cat([NOISING[:, 2:], torch.ones(2, 1, dtype=torch.float64)], 1)
 PLAN = table(*({**ROWS["x0 clip noise"], "a": 0.5 + 0.01 * k, "stream": 2.0**41 + k} for k in range(20)))
 
@@ -54,7 +55,7 @@ def inputs(batch: int) -> tuple[Tensor, ...]:
     return values(shape, 1), values(shape, 2), torch.arange(batch) % 2, ops.seeds(0, batch)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", few(["aot_eager", "inductor"], "aot_eager"))
 def test_one_graph_for_all_rows_and_batches(backend: str) -> None:
     compiled = torch.compile(everything, fullgraph=True, backend=backend, dynamic=None)
     with torch.no_grad():
@@ -146,8 +147,8 @@ def attend(qkv: Tensor, text: Tensor) -> Tensor:
     return ops.attention(q, k, v).transpose(-1, -2).reshape(image.shape) + image
 
 
-@pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("form", few(FORMATS, "channels_last"))
+@pytest.mark.parametrize("backend", few(["aot_eager", "inductor"], "aot_eager"))
 def test_attention_in_one_graph_for_all_sizes(backend: str, form: str) -> None:
     """No graph a batch or size: the second size makes them symbolic, no later one compiles again; gradients too."""
     compiled = torch.compile(attend, fullgraph=True, backend=backend)
@@ -167,6 +168,7 @@ def test_attention_in_one_graph_for_all_sizes(backend: str, form: str) -> None:
     assert not dynamo.counters["graph_break"]
 
 
+@pytest.mark.full
 def test_compiled_attention_keeps_the_bits() -> None:
     q, k, v = attention_inputs((2, 3, 33, 21, 16), layouts=("bhdn", "bnhd", "bhnd"))
     compiled = torch.compile(ops.attention, fullgraph=True, backend="inductor")

@@ -317,6 +317,7 @@ def test_out_and_in_place(state: torch.dtype) -> None:
     assert same_bits(z, by_tensor)
 
 
+@pytest.mark.full
 def test_compile_and_export() -> None:
     shape = (3, 2, 5, 4)
     x, m, seeds, index = values(shape, 1), values(twice(shape), 2), ops.seeds(0, 3), torch.tensor([0, 5, 2])

@@ -306,6 +306,7 @@ def test_channels_last_is_read_as_it_lies() -> None:
 
 # ----------------------------------------------------------------------------------------------------------- compile
 @pytest.mark.parametrize("learned", [False, True], ids=["fixed", "learned"])
+@pytest.mark.full
 def test_compile_and_export(learned: bool) -> None:
     shape = (3, 2, 5, 4)
     given = without(operands(shape, torch.float32, torch.float32), "m", "m2")

@@ -127,7 +127,7 @@ def test_more_samples_than_a_grid_dimension(device: Device, cpu: Cpu) -> None:
         assert torch.equal(got[b], expected[b])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_beyond_32_bit_addresses(device_of, cpu: Cpu) -> None:  # type: ignore[no-untyped-def]
     """The last block of a tensor of more than 2^32 bytes and 2^31 elements (pages that nobody touches cost nothing)."""
     device = device_of("sm_80")
