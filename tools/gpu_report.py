@@ -209,8 +209,8 @@ extern "C" __global__ void products(const float* x, float* y) {
 # ---------------------------------------------------------------------------------------------------- counters
 def measure() -> list[tuple[str, str, Any, int]]:
     """(case, dtype, counters of its main kernel, elements)."""
+    from ptx.calls.whole_tiles import BATCH, SHAPE, cases
     from ptx.harness import DTYPES, Device
-    from ptx.test_traffic import BATCH, SHAPE, cases
 
     device = Device("sm_80")
     out = []

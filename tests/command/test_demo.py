@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.lazy import needs
 from torch import Tensor, nn
 
 from diffkern import ops, schedules, streams
@@ -26,8 +27,7 @@ from diffkern.demo.train import TrainConfig, train
 from diffkern.nn import UNet, UNetConfig
 from diffkern.objectives import losses
 
-for _module in ("sklearn", "matplotlib", "PIL", "safetensors", "tqdm"):
-    pytest.importorskip(_module)
+pytestmark = needs("sklearn", "matplotlib", "PIL", "safetensors", "tqdm")
 
 TINY = UNetConfig(channels=8, blocks=1, heads=2, embedding=16)
 SCHEDULE = schedules.cosine(100)

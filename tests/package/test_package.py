@@ -79,7 +79,7 @@ def wheel_problems(wheel: Path) -> Iterator[str]:
         yield "no LICENSE"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_cpu_wheel_contents(cpu_wheel: Path) -> None:
     assert list(wheel_problems(cpu_wheel)) == []
     assert not any("_cuda" in name for name in zipfile.ZipFile(cpu_wheel).namelist())
@@ -97,7 +97,7 @@ def test_wheel_under_test_contents() -> None:
         assert any(name.startswith("diffkern/_cuda.") for name in zipfile.ZipFile(wheel).namelist())
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_cpu_wheel_works(cpu_wheel: Path, tmp_path: Path) -> None:
     """Installed into an empty folder, it is imported from there, draws noise, and says why CUDA is off."""
     install = ["-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path, cpu_wheel]

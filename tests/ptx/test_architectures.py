@@ -7,14 +7,14 @@ from collections.abc import Callable
 import ptxsim
 import pytest
 import torch
+from ptx.calls.learned_step import ROWS as LEARNED_ROWS
+from ptx.calls.learned_step import learned_step
+from ptx.calls.loss import loss
+from ptx.calls.noising import noising
+from ptx.calls.randn import randn
+from ptx.calls.step import ROWS, step, wanted
+from ptx.calls.step_logprob import density
 from ptx.harness import DTYPES, Cpu, Device, check
-from ptx.test_learned_step import ROWS as LEARNED_ROWS
-from ptx.test_learned_step import learned_step
-from ptx.test_loss import loss
-from ptx.test_noising import noising
-from ptx.test_randn import randn
-from ptx.test_step import ROWS, step, wanted
-from ptx.test_step_logprob import density
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_120")
 

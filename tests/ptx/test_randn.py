@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from ptx.calls.randn import randn
 from ptx.harness import DTYPES, Call, Cpu, Device, check, seeds_for
 
 COUNTS = (0, 1, 3, 4, 5, 31, 64, 1009, 1023, 1024, 1025, 2053)
@@ -39,10 +40,6 @@ def normal(seed: int, stream: int, i: int) -> float:
     even, odd = r[(i % 4) // 2 * 2], r[(i % 4) // 2 * 2 + 1]
     radius, angle = math.sqrt(-2 * math.log((even + 0.5) * 2.0**-32)), 2 * math.pi * odd * 2.0**-32
     return radius * (math.sin(angle) if i % 2 else math.cos(angle))
-
-
-def randn(layout: str, batch: int, shape: tuple[int, ...], dtype: torch.dtype, stream: int = 3) -> Call:
-    return Call("randn", layout, batch, shape, {}, {"out": dtype}, seeds=seeds_for(batch), stream=stream)
 
 
 def test_philox_known_answers(device: Device) -> None:
@@ -127,7 +124,7 @@ def test_more_samples_than_a_grid_dimension(device: Device, cpu: Cpu) -> None:
         assert torch.equal(got[b], expected[b])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_beyond_32_bit_addresses(device_of, cpu: Cpu) -> None:  # type: ignore[no-untyped-def]
     """The last block of a tensor of more than 2^32 bytes and 2^31 elements (pages that nobody touches cost nothing)."""
     device = device_of("sm_80")

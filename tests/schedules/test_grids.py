@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.oracles import Gaussian, moments, run_plan
+from helpers.suites import few
 from torch import Tensor
 
 from diffkern import schedules
@@ -160,7 +161,7 @@ def test_flow_sigmas():
 # ------------------------------------------------------------------------------- samplers on the exact Gaussian model
 
 
-@pytest.mark.parametrize("spacing", LEVELS)
+@pytest.mark.parametrize("spacing", few(LEVELS, "karras"))
 @pytest.mark.parametrize("make", [ddim, lambda *a, **k: ddpm(*a, variance="beta", **k)], ids=["ddim", "ddpm"])
 def test_ddim_and_ddpm_on_spaced_times_converge_to_the_data(make, spacing):
     """Exact mean and standard deviation of what they sample, whatever the draws."""
@@ -178,7 +179,7 @@ def test_ddim_and_ddpm_on_spaced_times_converge_to_the_data(make, spacing):
     assert errors(steps)[0] < 0.01  # alpha(T-1) = 0.006 of the mean is missing from the prior
 
 
-@pytest.mark.parametrize("spacing", LEVELS)
+@pytest.mark.parametrize("spacing", few(LEVELS, "karras"))
 @pytest.mark.parametrize(("name", "schedule", "prediction"), [("table", LINEAR, "eps"), ("edm", EDM, "edm")])
 def test_euler_and_heun_on_spaced_levels_converge_to_the_exact_flow(name, schedule, prediction, spacing):
     def error(sampler: object, steps: int) -> float:

@@ -359,6 +359,7 @@ def on_a_device(t: Tensor, log_snr: Tensor) -> dict[str, Tensor]:
     return out
 
 
+@pytest.mark.full
 def test_nothing_is_looked_at_on_a_device():
     """The same code path, run on the meta device, which has no values: any look at one would raise."""
     for name, value in on_a_device(torch.full((2,), 5.0, device="meta"), torch.zeros(2, device="meta")).items():
