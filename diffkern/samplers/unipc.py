@@ -10,9 +10,9 @@ import numpy as np
 from typing_extensions import Unpack
 
 from diffkern.plan import Plan, Row
+from diffkern.samplers._jump import Jump
 from diffkern.samplers._phi import phi
 from diffkern.samplers.arguments import choice, order_in
-from diffkern.samplers.dpm_solver import Jump
 from diffkern.samplers.nodes import GridOptions, Node, chain, ends_on_x0, grid, native_scale, row
 from diffkern.schedules.base import Schedule
 from diffkern.signatures import shows_arguments_of

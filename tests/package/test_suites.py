@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,7 +40,7 @@ def test_no_test_module_imports_another(root: Path) -> None:
 
 def collected(root: Path, *arguments: str) -> set[str]:
     """Node ids of the tests of one file that `pytest ARGUMENTS` would run."""
-    command = ["pytest", "--collect-only", "-q", "tests/ops/test_noise.py", *arguments]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests/ops/test_noise.py", *arguments]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return {line for line in done.stdout.splitlines() if "::" in line}
