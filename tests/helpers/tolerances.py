@@ -49,19 +49,21 @@ def unit_roundoff(dtype: torch.dtype) -> float:
 
 
 def summed(terms: int, size: Size, dtype: torch.dtype) -> Size:
-    """The error of a sum of `terms` numbers that is added up in `dtype`, in any order: 4 sqrt(terms) u size.
+    """The error of a sum of `terms` numbers that is added up in `dtype`, in any order: 2 sqrt(terms) u size.
 
-    size: how large the partial sums become. Of terms of the same sign that is the sum; of terms with signs like those
-    of independent normals it is the root of the sum of their squares.
+    size: of terms of the same sign their sum; of terms with signs like those of independent normals (products of two
+    such vectors) the root of the sum of their squares.
     """
     # An addition that gives the partial sum s rounds it by d s, |d| <= u (u: the unit roundoff; a fused multiply-add
     # rounds the same once, a product before it adds a rounding of a term, which is smaller than s). The sum is off by
     # the sum of all d s. Whatever the order, there are n - 1 additions. Worst case: all have the same sign, n u size
     # (Higham, Accuracy and Stability of Numerical Algorithms, section 4.2), which no data reaches. Roundings of data
     # are as good as independent with mean 0 and a variance of at most u^2 / 3 (d uniform in -u ... u; the model of
-    # Higham and Mary, A New Approach to Probabilistic Rounding Error Analysis, 2019), so that the error has a standard
-    # deviation of at most sqrt(n / 3) u size. 4 sqrt(n) u size is 6.9 of these: none of 10^9 sums goes beyond it.
-    return 4 * math.sqrt(terms) * unit_roundoff(dtype) * size
+    # Higham and Mary, A New Approach to Probabilistic Rounding Error Analysis, 2019). One after the other, the k-th
+    # partial sum of terms of the same sign is about k / n of the sum, that of terms of random signs sqrt(k / n) of the
+    # root of their squares; several chains side by side, as vectors make them, have smaller ones. So the error has a
+    # standard deviation of sqrt(n) u size / 3, or sqrt(n / 6) u size: 2 sqrt(n) u size is 6 or 4.9 of them.
+    return 2 * math.sqrt(terms) * unit_roundoff(dtype) * size
 
 
 worst: dict[torch.dtype, float] = {}
@@ -78,8 +80,8 @@ def check(
 ) -> None:
     """Asserts the rule. `dtype`: whose rounding applies, of `ours` unless given. NaN must be where `exact` has it.
 
-    floor: an error that follows from the arithmetic (`summed`), one number or one an element, of which the largest
-    counts. In float64, where `exact` is rounded as often as `ours`, twice that of one computation.
+    floor: an error that follows from the arithmetic (`summed`), one number or one an element. In float64, where `exact`
+    is rounded as often as `ours`, sqrt(2) of what one computation has.
     """
     dtype = dtype or ours.dtype
     assert ours.shape == exact.shape, f"{what}: shape {tuple(ours.shape)}, not {tuple(exact.shape)}"
@@ -88,13 +90,13 @@ def check(
     if ours.numel() == 0:
         return
     ours, exact, plain = (torch.nan_to_num(t) for t in (ours, exact, plain))
-    error, baseline = (ours - exact).abs().max().item(), (plain - exact).abs().max().item()
-    size = exact.abs().max().item()
-    least = float(torch.as_tensor(floor).max())
-    rounding = (error - max(2 * baseline, least)) / size if size > 0 else (0.0 if error <= least else float("inf"))
+    errors, baseline, size = (ours - exact).abs(), (plain - exact).abs().max().item(), exact.abs().max().item()
+    allowed_each = torch.as_tensor(floor, dtype=torch.float64).nan_to_num(0.0, 0.0, 0.0).clamp(min=2 * baseline)
+    beyond, error = (errors - allowed_each).max().item(), errors.max().item()
+    rounding = beyond / size if size > 0 else (0.0 if beyond <= 0 else float("inf"))
     worst[dtype] = max(worst.get(dtype, -1.0), rounding)
     allowed = TOLERANCES[dtype].allowed
     assert rounding <= allowed, (
-        f"{what}: error {error:.3g}, plain PyTorch {baseline:.3g}, floor {least:.3g}, "
+        f"{what}: error {error:.3g}, plain PyTorch {baseline:.3g}, floor up to {allowed_each.max().item():.3g}, "
         f"rounding {rounding:.3g} > {allowed:.3g}"
     )
