@@ -1,4 +1,4 @@
-// The CPU attention kernels behind C functions of flat int64 arrays, for kernels.py.
+// The CPU attention kernels behind C functions of flat int64 arrays, for helpers/cpu_kernels.py.
 #include <core/cpu.h>
 #include <core/attention.h>
 

@@ -16,7 +16,15 @@ from ptx.calls.step import ROWS, step, wanted
 from ptx.calls.step_logprob import density
 from ptx.harness import DTYPES, Cpu, Device, check
 
-ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_120")
+pytestmark = pytest.mark.full  # test_every_op.py has each op once
+
+ARCHITECTURES = ("sm_75", "sm_80", "sm_120")
+
+
+def test_sm_90_has_the_code_of_sm_80(device_of: Callable[[str], Device]) -> None:
+    """Which is why the other files run sm_80 alone. Code of its own: sm_90 to ARCHITECTURES of conftest.py."""
+    for older, newer in zip(device_of("sm_80").modules, device_of("sm_90").modules, strict=True):
+        assert newer.text.replace(".target sm_90", ".target sm_80") == older.text
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

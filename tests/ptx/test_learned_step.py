@@ -9,7 +9,6 @@ import torch
 from ptx.calls.learned_step import ROWS, learned_row, learned_step, wanted
 from ptx.harness import (
     DTYPES,
-    LEARNED_COLUMNS,
     Cpu,
     Device,
     check,
@@ -17,6 +16,10 @@ from ptx.harness import (
     values,
     with_changes,
 )
+
+from diffkern.plan import LEARNED_COLUMNS
+
+pytestmark = pytest.mark.full  # test_every_op.py has each op once
 
 LAYOUTS = ("contiguous", "misaligned", "padded", "channels_last", "channels_last_misaligned", "strided")
 

@@ -6,10 +6,13 @@ import math
 
 import pytest
 import torch
+from helpers.native_layout import SUM_BLOCK
 from ptx.calls.loss import MEAN, NONE, SUM, loss
 from ptx.harness import DTYPES, Cpu, Device, check, same_bits, with_changes
 
-COUNTS = (1, 3, 4, 5, 31, 1009, 1023, 1024, 1025, 2053)
+pytestmark = pytest.mark.full  # test_every_op.py has each op once
+
+COUNTS = (1, 3, 4, 5, 31, 1009, SUM_BLOCK - 1, SUM_BLOCK, SUM_BLOCK + 1, 2 * SUM_BLOCK + 5)
 
 
 @pytest.mark.parametrize("state", DTYPES, ids=str)
@@ -54,7 +57,9 @@ def test_many_blocks(device: Device, cpu: Cpu) -> None:
     """More blocks of 1024 than lanes."""
     for state in (torch.float32, torch.bfloat16):
         check(
-            device, cpu, loss("contiguous", 1, (1024 * 259 + 13,), state, reduction=MEAN, grad=False, tensor_noise=True)
+            device,
+            cpu,
+            loss("contiguous", 1, (259 * SUM_BLOCK + 13,), state, reduction=MEAN, grad=False, tensor_noise=True),
         )
 
 

@@ -7,6 +7,8 @@ import torch
 from ptx.calls.noise_sum import noise_sum
 from ptx.harness import DTYPES, Call, Cpu, Device, check, seeds_for, with_changes
 
+pytestmark = pytest.mark.full  # test_every_op.py has each op once
+
 COUNTS = (0, 1, 5, 31, 1023, 1025, 2053)  # the walk over quads is that of randn, which has more
 
 

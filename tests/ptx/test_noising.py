@@ -9,6 +9,8 @@ import torch
 from ptx.calls.noising import noising, table
 from ptx.harness import DTYPES, Cpu, Device, check, same_bits
 
+pytestmark = pytest.mark.full  # test_every_op.py has each op once
+
 COUNTS = (1, 3, 5, 31, 1009, 1023, 1024, 1025, 2051)
 
 

@@ -7,7 +7,11 @@ import random
 import pytest
 import torch
 from ptx.calls.step import ROWS, step, wanted
-from ptx.harness import COLUMNS, DTYPES, Cpu, Device, check, row, same_bits, with_changes
+from ptx.harness import DTYPES, Cpu, Device, check, row, same_bits, with_changes
+
+from diffkern.plan import COLUMNS
+
+pytestmark = pytest.mark.full  # test_every_op.py has each op once
 
 LAYOUTS = ("contiguous", "misaligned", "padded", "channels_last", "channels_last_misaligned", "strided")
 

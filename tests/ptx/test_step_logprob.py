@@ -6,12 +6,16 @@ import math
 
 import pytest
 import torch
+from helpers.native_layout import SUM_BLOCK
 from ptx.calls.step_logprob import LEARNED_ROWS, ROWS, density
-from ptx.harness import COLUMNS, DTYPES, Cpu, Device, check, row, same_bits, with_changes
+from ptx.harness import DTYPES, Cpu, Device, check, row, same_bits, with_changes
 
 from diffkern import reference
+from diffkern.plan import COLUMNS
 
-COUNTS = (1, 3, 4, 5, 31, 1009, 1023, 1024, 1025, 2053)
+pytestmark = pytest.mark.full  # test_every_op.py has each op once
+
+COUNTS = (1, 3, 4, 5, 31, 1009, SUM_BLOCK - 1, SUM_BLOCK, SUM_BLOCK + 1, 2 * SUM_BLOCK + 5)
 
 
 @pytest.mark.parametrize("state", DTYPES, ids=str)
@@ -62,7 +66,7 @@ def test_special_values(device: Device, cpu: Cpu, state: torch.dtype) -> None:
 def test_many_blocks(device: Device, cpu: Cpu) -> None:
     """More blocks of 1024 than lanes."""
     for state in (torch.float32, torch.bfloat16):
-        call = density("contiguous", 1, (1024 * 259 + 13,), state, ROWS["ddpm"], grad=False, doubled=False)
+        call = density("contiguous", 1, (259 * SUM_BLOCK + 13,), state, ROWS["ddpm"], grad=False, doubled=False)
         call.inputs = {name: call.inputs[name] for name in ("after", "x", "u")}
         check(device, cpu, call)
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 from ptx.calls.randn import randn
 from ptx.calls.step import ROWS, step
-from ptx.calls.whole_tiles import BATCH, SHAPE, cases
+from ptx.calls.whole_tiles import BATCH, CASES, SHAPE, cases
 from ptx.harness import DTYPES, Call, Device
+
+pytestmark = pytest.mark.full  # test_every_op.py has each op once
 
 # What one thread of a block reads for all of them: index, row, seed. Sectors of 32 bytes.
 LOOKUP = 44
@@ -47,10 +49,10 @@ def check_traffic(call: Call, launch: dict[str, Any]) -> None:
     assert launch["shared"]["bank_conflicts"] == 0
 
 
-@pytest.mark.parametrize("name", list(cases(torch.float32)))
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_minimum(device: Device, dtype: torch.dtype, name: str) -> None:
-    call = cases(dtype)[name]
+    call = CASES[name]("contiguous", SHAPE, dtype)
     device.run(call)
     check_traffic(call, device.launches[0])
 

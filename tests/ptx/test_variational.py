@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.native_layout import SUM_BLOCK
 from ptx.calls.variational import MEAN, NONE, SUM, TABLE, variational
 from ptx.harness import DTYPES, Cpu, Device, check, same_bits, with_changes
 
 from diffkern.ops import VARIATIONAL_COLUMNS
 
-COUNTS = (1, 4, 5, 1009, 1024, 1025, 2053)
+pytestmark = pytest.mark.full  # test_every_op.py has each op once
+
+COUNTS = (1, 4, 5, 1009, SUM_BLOCK, SUM_BLOCK + 1, 2 * SUM_BLOCK + 5)
 
 
 @pytest.mark.parametrize("state", DTYPES, ids=str)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 from ptx.harness import (
-    LEARNED_COLUMNS,
     Call,
     row,
     seeds_for,
     values,
 )
+
+from diffkern.plan import LEARNED_COLUMNS
 
 
 def learned_row(**columns: float) -> list[float]:

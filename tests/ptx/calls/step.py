@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
-from ptx.harness import COLUMNS, Call, row, seeds_for, values
+from ptx.harness import Call, row, seeds_for, values
+
+from diffkern.plan import COLUMNS
 
 ROWS = {
     "ddim": row(p=1.2, q=-0.7, b=0.9, d=0.4),
