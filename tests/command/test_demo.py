@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.lazy import needs
+from helpers.suites import few
 from torch import Tensor, nn
 
 from diffkern import ops, schedules, streams
@@ -88,6 +89,7 @@ def test_frechet_distance_in_closed_form() -> None:
     assert frechet_distance(half, turned[0], half, turned[0]) == pytest.approx(0.0, abs=1e-9)
 
 
+@pytest.mark.full
 def test_judge_reads_real_digits_and_not_noise(digits: Digits, judge: Judge) -> None:
     real = judge.measure(digits.held_out_images, digits.held_out_labels)
     assert real.agreement > 0.95
@@ -245,7 +247,7 @@ def sample(model_file: Path, *arguments: object) -> int:
     return main(["sample", "--checkpoint", str(model_file), "--quiet", *map(str, arguments)])
 
 
-@pytest.mark.parametrize("sampler", DEFAULT_STEPS)
+@pytest.mark.parametrize("sampler", few(DEFAULT_STEPS, "ddpm", "dpmpp_2m"))
 def test_sample_repeats_bit_for_bit(model_file: Path, tmp_path: Path, sampler: str) -> None:
     for name in ("a.png", "b.png"):
         assert sample(model_file, "--sampler", sampler, "--steps", 5, "--classes", "0-4", "--out", tmp_path / name) == 0
