@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from diffkern import ops, schedules, streams
 from diffkern.__main__ import main
-from diffkern.demo import MissingExtra, checkpoint, cli, need, pictures
+from diffkern.command import demo as command
+from diffkern.demo import MissingExtra, checkpoint, need, pictures
 from diffkern.demo.checkpoint import Recipe
 from diffkern.demo.data import Digits, load_digits
 from diffkern.demo.evaluate import Judge, frechet_distance, train_judge
@@ -318,7 +319,7 @@ def test_bad_files_are_one_sentence(model_file: Path, tmp_path: Path, capsys: py
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the sentence is for machines without a GPU")
 def test_cuda_where_there_is_none() -> None:
     with pytest.raises(ValueError, match=r"--device cuda cannot be used: .+"):
-        cli.check_device("cuda")
+        command.check_device("cuda")
 
 
 def test_a_missing_package_is_named(
@@ -336,7 +337,7 @@ def test_a_missing_package_is_named(
 
 @pytest.mark.parametrize(("text", "classes"), [("3", [3]), ("0,1,7", [0, 1, 7]), ("8-9, 0-2", [8, 9, 0, 1, 2])])
 def test_classes_in_words(text: str, classes: list[int]) -> None:
-    assert cli.parse_classes(text, 10) == classes
+    assert command.parse_classes(text, 10) == classes
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures

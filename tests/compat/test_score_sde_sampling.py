@@ -15,7 +15,7 @@ from helpers.score_sde_algorithms import Process, correct, pc_sample, predict
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from diffkern.compat.score_sde import _rows, _updates, sampling, sde_lib
+from diffkern.compat.score_sde import _rows, sampling, sde_lib
 
 SHAPE = (3, 2, 5, 4)
 PREDICTORS = ("euler_maruyama", "reverse_diffusion", "ancestral_sampling", "none")
@@ -284,9 +284,7 @@ def fake_cuda() -> Iterator[None]:
     """Tensors without data on a CUDA device; what the modules have kept there is forgotten."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield
-    for device in [device for device in _rows._PLACED if device.type == "cuda"]:
-        del _rows._PLACED[device]
-    _updates.powers.cache_clear()
+    _rows.COPIES.clear()
 
 
 @pytest.mark.parametrize("continuous", [True, False])

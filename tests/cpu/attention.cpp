@@ -1,5 +1,5 @@
 // The CPU attention kernels behind C functions of flat int64 arrays, for kernels.py.
-#include <core/args.h>
+#include <core/cpu.h>
 #include <core/attention.h>
 
 #include <thread>

@@ -75,7 +75,7 @@ def test_scales(kernels: Kernels, dtype: torch.dtype, scale: float) -> None:
 def test_large_logits(kernels: Kernels, dtype: torch.dtype, size: float, scale: float, times: float) -> None:
     """One key takes it all. dP - delta cancels but for the rounding of O, which the math backend does not need: the
     measure is torch's flash backend. Where logits reach 1e4, the few rows with two large weights decide, by luck, and
-    the portable level, without fused multiply-adds, rounds twice as often.
+    the scalar level, without fused multiply-adds, rounds twice as often.
     """
     q, k, v, grad = inputs(3, 2, 2, 100, 90, 64, dtype, size)
     got = kernels.backward(q, k, v, scale, kernels.forward(q, k, v, scale), grad)

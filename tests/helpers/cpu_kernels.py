@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-FILES = ("isa", "isa_portable", "isa_avx2", "isa_avx512", "blocks", "attention", "attention_f64", "attention_grad")
-FILES += ("attention_grad_f64", "attention_pack", "attention_portable", "attention_avx2", "attention_avx512")
+FILES = ("isa", "isa_scalar", "isa_avx2", "isa_avx512", "blocks", "attention", "attention_f64", "attention_grad")
+FILES += ("attention_grad_f64", "attention_pack", "attention_scalar", "attention_avx2", "attention_avx512")
 FILES += ("attention_avx512_bf16",)
 FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
 CODES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 
-LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
+LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16")
 
 Grads = tuple[Tensor, Tensor, Tensor]
 

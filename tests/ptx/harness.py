@@ -36,14 +36,14 @@ CUDA_FILES = (
     "quantile.cu",
     "moments.cu",
 )
-LEVELS = ("portable", "avx2", "avx512")
+LEVELS = ("scalar", "avx2", "avx512")
 CPU_FILES = (
     "isa",
     *(f"isa_{level}" for level in LEVELS),
     *(f"attention_{level}" for level in (*LEVELS, "avx512_bf16")),
 )
 CPU_FILES += ("blocks", "randn", "noise_sum", "noising", "step", "learned_step", "loss", "variational", "step_logprob")
-CPU_FILES += ("statistics", "quantile", "moments")
+CPU_FILES += ("quantile", "moments")
 # As in CMakeLists.txt; ptxas has no part in the tests, so it need not optimise.
 NVCC_FLAGS = ("-O3", "-std=c++17", "--fmad=false", "-Xptxas", "-O0")
 CPU_FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
@@ -60,7 +60,7 @@ LAYOUTS = {
     "strided": 2,
 }
 
-# Views of the PODs in core/args.h, in the order of flat.h.
+# Views of the arguments in core, in the order of flat.h.
 VIEWS = {
     "randn": ("out",),
     "noise_sum": ("out",),

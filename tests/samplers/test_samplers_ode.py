@@ -13,10 +13,10 @@ from helpers.oracles import Gaussian, Mixture, run_plan
 from helpers.suites import few
 from torch import Tensor
 
-from diffkern import samplers, schedules
+from diffkern import samplers, schedules, tableaus
 from diffkern.plan import Plan
-from diffkern.samplers import runge_kutta
 from diffkern.samplers._phi import exponential_weights, phi
+from diffkern.tableaus import Tableau
 
 LINEAR, FLOW, EDM = schedules.linear(), schedules.flow(), schedules.edm()
 VP, SUB_VP, VE = schedules.vp(), schedules.sub_vp(), schedules.ve()
@@ -185,16 +185,19 @@ def test_every_schedule_is_integrated(name, schedule):
 
 def test_one_stage_is_euler():
     """The tableau of Heun's method cut to its first stage is Euler's, and a one-step Heun is an Euler step."""
-    assert runge_kutta.Tableau(runge_kutta.HEUN.c[:1], runge_kutta.HEUN.A[:0], (1.0,)) == runge_kutta.EULER
+    heun = tableaus.HEUN
+    assert heun._replace(order=1, nodes=heun.nodes[:1], coupling=heun.coupling[:1], weights=(1.0,)) == tableaus.EULER
     for schedule in (LINEAR, EDM, FLOW, VP):
         assert samplers.heun(schedule, 1).rows == samplers.euler(schedule, 1).rows
 
 
-@pytest.mark.parametrize("tableau", ["EULER", "HEUN", "MIDPOINT", "RK4", "RK4_38"])
-def test_tableaus_are_consistent(tableau):
-    c, A, b = getattr(runge_kutta, tableau)
-    assert sum(b) == pytest.approx(1)
-    assert [sum(line) for line in A] == pytest.approx(c[1:])
+@pytest.mark.parametrize("name", [name for name, value in vars(tableaus).items() if isinstance(value, Tableau)])
+def test_tableaus_are_consistent(name):
+    tableau = getattr(tableaus, name)
+    assert sum(tableau.weights) == pytest.approx(1)
+    assert [sum(line) for line in tableau.coupling] == pytest.approx(tableau.nodes)
+    assert [len(line) for line in tableau.coupling] == list(range(len(tableau.nodes)))
+    assert sum(tableau.error) == pytest.approx(0, abs=1e-15)
 
 
 def test_rk4_by_hand():

@@ -138,12 +138,11 @@ def test_noise_tensors_with_a_mask_leave_the_known_part_to_the_seeds(corrector, 
 def test_a_default_device_holds_none_of_the_tables(norm):
     """Of the schedule and plan only what was made before is asked for."""
     x = initial(pc_plan(VP, 4), SHAPE, SEEDS)
-    plan, scores = rows_of(VP, 4, None, "linspace", None, "ancestral", "langevin", 1, 0.16, None, None, True)
+    plan, scores = rows_of(VP, 4, predictor="ancestral", corrector="langevin")
     assert plan.table.device.type == "cpu"
 
     def run() -> Tensor:
-        made = _predictor_corrector._Run(plan, scores, x, x.dtype, None, None, None, norm)
-        made.seeds = SEEDS
+        made = _predictor_corrector._Run(plan, scores, x, x.dtype, None, None, None, norm, SEEDS)
         for i in range(len(plan.rows)):
             made.row(lambda x, t: torch.tanh(x), i, None, want_x0=False)
         return made.state
