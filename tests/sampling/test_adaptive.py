@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.adaptive_cases import EDM, FLOW, LINEAR, SUB_VP, VE, VP, network, start
 from helpers.oracles import Gaussian, Mixture
+from helpers.suites import few
 from torch import Tensor
 
 from diffkern import samplers, schedules
@@ -43,7 +44,7 @@ def ends(schedule: schedules.Schedule, **given: object) -> tuple[tuple[float, fl
 
 
 @pytest.mark.parametrize("norm", ["sample", "batch"])
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s.name)
+@pytest.mark.parametrize("schedule", few(SCHEDULES, "vp", "flow", name=lambda s: s.name))
 def test_gaussian_data(schedule, norm):
     """The end is the exact transport of the start, on every schedule, with a handful of rejected steps."""
     x = start(schedule)
@@ -57,17 +58,24 @@ def test_gaussian_data(schedule, norm):
     torch.testing.assert_close(with_x0.x, DATA.ode(x, ends(schedule)[0], (1.0, 0.0)), rtol=0, atol=0.02)
 
 
-@pytest.mark.parametrize(("schedule", "prediction"), [
-    *((LINEAR, p) for p in ("eps", "x0", "v", "score", "velocity")), *((VP, p) for p in ("x0", "v", "score")),
-    (EDM, "x0"), (EDM, "eps"), (FLOW, "x0"), (FLOW, "v"),
-])  # fmt: skip
+PREDICTIONS = [
+    *((LINEAR, p) for p in ("eps", "x0", "v", "score", "velocity")),
+    *((VP, p) for p in ("x0", "v", "score")),
+    *((EDM, "x0"), (EDM, "eps"), (FLOW, "x0"), (FLOW, "v")),
+]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "prediction"),
+    few(PREDICTIONS, "linear velocity", "vp score", "edm eps", "flow v", name=lambda case: f"{case[0].name} {case[1]}"),
+)
 def test_every_prediction_is_the_same_flow(schedule, prediction):
     x = start(schedule)
     got = rk45(exact(schedule, prediction), x, schedule, prediction=prediction, denoise=False, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(got.x, DATA.ode(x, *ends(schedule, prediction=prediction)), rtol=0, atol=3e-5)
 
 
-@pytest.mark.parametrize("schedule", [VP, EDM, FLOW], ids=lambda s: s.name)
+@pytest.mark.parametrize("schedule", few([VP, EDM, FLOW], "flow", name=lambda s: s.name))
 def test_error_follows_the_tolerance(schedule):
     """On a mixture, against itself at 1e-12: the error falls with the tolerance, about in proportion."""
     mixture = Mixture()
@@ -141,7 +149,7 @@ def test_there_and_back(schedule):
 
 
 @pytest.mark.parametrize("tol", [1e-3, 1e-5, 1e-7])
-@pytest.mark.parametrize("schedule", [LINEAR, VP, EDM, FLOW], ids=lambda s: s.name)
+@pytest.mark.parametrize("schedule", few([LINEAR, VP, EDM, FLOW], "flow", name=lambda s: s.name))
 def test_torchdiffeq(schedule, tol):
     """norm="batch" is its dopri5 made to step on the end: as many calls, one solution, in float64."""
     torchdiffeq = pytest.importorskip("torchdiffeq")
@@ -208,7 +216,7 @@ def test_points_do_not_see_their_neighbours(schedule):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s.name)
+@pytest.mark.parametrize("schedule", few(SCHEDULES, "vp", "edm", "flow", name=lambda s: s.name))
 def test_a_sample_is_solved_as_if_alone(schedule, dtype):
     """Bit for bit, with as many steps; the samples differ in what they need, and accept at different rounds."""
     sizes = torch.tensor([1.0, 0.01, 30.0, 1.0, 3.0], dtype=dtype).reshape(-1, 1, 1)

@@ -100,6 +100,7 @@ def test_a_default_device_holds_none_of_the_tables(norm):
     assert empty.times.device.type == "cpu"
 
 
+@pytest.mark.full
 def test_the_module_may_be_imported_with_a_default_device():
     """Its constants stay on the CPU, whatever the default device is then."""
     code = (
