@@ -81,7 +81,8 @@ def check(
     """Asserts the rule. `dtype`: whose rounding applies, of `ours` unless given. NaN must be where `exact` has it.
 
     floor: an error that follows from the arithmetic (`summed`), one number or one an element. In float64, where `exact`
-    is rounded as often as `ours`, sqrt(2) of what one computation has.
+    is rounded as often as `ours`, sqrt(2) of what one computation has. In other dtypes it widens the rule to four times
+    plain PyTorch at the most: a processor whose sums happen to be better halves that error.
     """
     dtype = dtype or ours.dtype
     assert ours.shape == exact.shape, f"{what}: shape {tuple(ours.shape)}, not {tuple(exact.shape)}"
@@ -91,7 +92,9 @@ def check(
         return
     ours, exact, plain = (torch.nan_to_num(t) for t in (ours, exact, plain))
     errors, baseline, size = (ours - exact).abs(), (plain - exact).abs().max().item(), exact.abs().max().item()
-    allowed_each = torch.as_tensor(floor, dtype=torch.float64).nan_to_num(0.0, 0.0, 0.0).clamp(min=2 * baseline)
+    most = math.inf if dtype == torch.float64 else 4 * baseline
+    allowed_each = torch.as_tensor(floor, dtype=torch.float64).nan_to_num(0.0, 0.0, 0.0).clamp(max=most)
+    allowed_each = allowed_each.clamp(min=2 * baseline)
     beyond, error = (errors - allowed_each).max().item(), errors.max().item()
     rounding = beyond / size if size > 0 else (0.0 if beyond <= 0 else float("inf"))
     worst[dtype] = max(worst.get(dtype, -1.0), rounding)
