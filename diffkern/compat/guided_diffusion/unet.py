@@ -35,7 +35,9 @@ def qkv_attention(qkv: Tensor, n_heads: int, order: str) -> Tensor:
     width, length = qkv.shape[1:]
     if n_heads < 1 or width % (3 * n_heads):
         raise AssertionError(f"the channels of qkv must be a multiple of 3 x {n_heads} heads, got {width}")
-    reason = why_not_channels(width // (3 * n_heads)) or why_not_on(qkv)
+    reason = why_not_channels(width // (3 * n_heads))
+    if reason is None and not qkv.is_meta:  # of which the op tells the shape
+        reason = why_not_on(qkv)
     if reason is not None:
         return _by_torch(qkv, n_heads, order, reason)
     if length > 1 and qkv.stride(2) != 1 and qkv.stride(1) != 1:

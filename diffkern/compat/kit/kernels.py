@@ -15,7 +15,7 @@ def why_not_channels(dim: int) -> str | None:
 
 def why_not_on(x: Tensor) -> str | None:
     """Why no kernel runs on tensors of this device and dtype here, one sentence; None where one does."""
-    if x.device.type not in ("cpu", "cuda", "meta"):
+    if x.device.type not in ("cpu", "cuda"):
         return f"no kernels for the device {x.device.type}"
     if x.device.type == "cuda":
         if x.dtype == torch.float64:
