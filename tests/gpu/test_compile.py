@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from gpu import checks_ops as checks
+from gpu import checks_compile as checks
 from gpu.harness import Target
 
 pytestmark = pytest.mark.gpu

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu import calls, checks_graphs, checks_ops, checks_runs
+from gpu import calls, checks_compile, checks_graphs, checks_ops, checks_runs
 from gpu.calls import DTYPES, Call
 from gpu.harness import HOST, Target, Traffic, counting_storages, difference, moved
 from helpers.op_cases import values
@@ -79,8 +79,8 @@ OTHERS: dict[str, Check] = {
     "empty batch": check(checks_ops.check_empty_batch),
     "devices do not mix": check(checks_ops.check_devices_do_not_mix, torch.device("meta")),
     "checked mode": check(checks_ops.check_checked_mode),
-    "compile": check(checks_ops.check_compile, backend="aot_eager"),
-    "opcheck": check(checks_ops.check_opcheck, slice(1, 3)),
+    "compile": check(checks_compile.check_compile, backend="aot_eager"),
+    "opcheck": check(checks_compile.check_opcheck, slice(1, 3)),
     "device guard": check(checks_runs.check_device_guard, HOST, "step"),
 }
 # No backward on fake CUDA tensors (its threads ask for the device); of the slow ones, one layout or less.
@@ -252,11 +252,11 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
         assert (got.dtype, got.shape) == (want.dtype, want.shape)
         assert got.device == want.device
 
-    for module in (calls, checks_ops, checks_runs):
+    for module in (calls, checks_compile, checks_graphs, checks_ops, checks_runs):
         monkeypatch.setattr(module, "assert_same", same_kind)
     monkeypatch.setattr(torch.testing, "assert_close", same_kind)
     monkeypatch.setattr(checks_ops, "check_written", lambda *_: None)
-    for plan in (*checks_runs.PLANS.values(), *checks_runs.LOOPS):
+    for plan in (*checks_runs.PLANS.values(), *checks_graphs.LOOPS):
         assert not plan.table.is_meta  # made here, so that no fake table stays in a plan
     return Fake()
 
