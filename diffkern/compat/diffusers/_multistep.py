@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from diffkern.compat.diffusers._base import Fused, Hot, host
+from diffkern.compat.diffusers._engine import Fused, Hot, host
 
 
 class FusedMultistep(Fused):

@@ -9,9 +9,9 @@ from diffusers import DDIMScheduler as Original
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
-from diffkern.compat.diffusers._base import host, plan_of, table_of
-from diffkern.compat.diffusers._threshold import thresholded
-from diffkern.compat.diffusers._vp import FusedVP, to_x0
+from diffkern.compat.diffusers._engine import host, plan_of, table_of
+from diffkern.compat.diffusers._plans import thresholded
+from diffkern.compat.diffusers._times import FusedVP, to_x0
 from diffkern.plan import Plan
 
 

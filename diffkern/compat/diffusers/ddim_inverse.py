@@ -9,8 +9,8 @@ from diffusers import DDIMInverseScheduler as Original
 from diffusers.schedulers.scheduling_ddim_inverse import DDIMSchedulerOutput
 from torch import Tensor
 
-from diffkern.compat.diffusers._base import host, plan_of, table_of
-from diffkern.compat.diffusers._vp import FusedTimes, to_x0
+from diffkern.compat.diffusers._engine import host, plan_of, table_of
+from diffkern.compat.diffusers._times import FusedTimes, to_x0
 from diffkern.plan import Plan
 
 

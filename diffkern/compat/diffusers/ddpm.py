@@ -10,9 +10,9 @@ from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from torch import Tensor
 
 from diffkern import ops
-from diffkern.compat.diffusers._base import as_dtype, column, host, plan_of, promote, table_of
-from diffkern.compat.diffusers._threshold import thresholded
-from diffkern.compat.diffusers._vp import FusedVP, to_x0
+from diffkern.compat.diffusers._engine import as_dtype, column, host, plan_of, promote, table_of
+from diffkern.compat.diffusers._plans import thresholded
+from diffkern.compat.diffusers._times import FusedVP, to_x0
 from diffkern.plan import Plan
 
 LEARNED = ("learned", "learned_range")

@@ -10,9 +10,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from diffkern import ops
-from diffkern.compat.diffusers._base import column, host, plan_of, promote, table_of
+from diffkern.compat.diffusers._engine import column, host, plan_of, promote, table_of
 from diffkern.compat.diffusers._multistep import FusedMultistep
-from diffkern.compat.diffusers._threshold import thresholded
+from diffkern.compat.diffusers._plans import thresholded
 from diffkern.plan import Plan
 
 

@@ -7,8 +7,8 @@ from diffusers import EDMEulerScheduler as Original
 from diffusers.schedulers.scheduling_edm_euler import EDMEulerSchedulerOutput, logger
 from torch import Tensor
 
-from diffkern.compat.diffusers._base import table_of
-from diffkern.compat.diffusers._sigma import FusedKarras, along, churned
+from diffkern.compat.diffusers._engine import table_of
+from diffkern.compat.diffusers._levels import FusedKarras, along, churned
 from diffkern.compat.diffusers.euler import UNSCALED, refuse_integers
 from diffkern.plan import Plan
 

@@ -9,7 +9,7 @@ from diffusers import EulerDiscreteScheduler as Original
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedulerOutput, logger
 from torch import Tensor
 
-from diffkern.compat.diffusers._sigma import FusedKarras, churned, euler_rows
+from diffkern.compat.diffusers._levels import FusedKarras, churned, euler_rows
 from diffkern.plan import Plan
 
 

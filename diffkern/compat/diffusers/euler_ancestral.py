@@ -7,8 +7,8 @@ from diffusers import EulerAncestralDiscreteScheduler as Original
 from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteSchedulerOutput, logger
 from torch import Tensor
 
-from diffkern.compat.diffusers._base import column
-from diffkern.compat.diffusers._sigma import FusedKarras, euler_rows, inverse
+from diffkern.compat.diffusers._engine import column
+from diffkern.compat.diffusers._levels import FusedKarras, euler_rows, inverse
 from diffkern.compat.diffusers.euler import UNSCALED, refuse_integers
 from diffkern.plan import Plan
 

@@ -15,8 +15,8 @@ from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHe
 from torch import Tensor
 
 from diffkern import ops, streams
-from diffkern.compat.diffusers._base import as_dtype, column, plan_of, table_of
-from diffkern.compat.diffusers._sigma import FusedSigma, churned
+from diffkern.compat.diffusers._engine import as_dtype, column, plan_of, table_of
+from diffkern.compat.diffusers._levels import FusedSigma, churned
 from diffkern.compat.diffusers.euler import refuse_integers
 from diffkern.plan import Plan
 

@@ -10,8 +10,8 @@ from diffusers import HeunDiscreteScheduler as Original
 from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteSchedulerOutput
 from torch import Tensor
 
-from diffkern.compat.diffusers._base import as_dtype, table_of
-from diffkern.compat.diffusers._sigma import FusedKarras, inverse, to_x0
+from diffkern.compat.diffusers._engine import as_dtype, table_of
+from diffkern.compat.diffusers._levels import FusedKarras, inverse, to_x0
 from diffkern.plan import Plan
 
 

@@ -10,8 +10,8 @@ from diffusers import LMSDiscreteScheduler as Original
 from diffusers.schedulers.scheduling_lms_discrete import LMSDiscreteSchedulerOutput
 from torch import Tensor
 
-from diffkern.compat.diffusers._base import table_of
-from diffkern.compat.diffusers._sigma import FusedKarras, inverse, to_x0
+from diffkern.compat.diffusers._engine import table_of
+from diffkern.compat.diffusers._levels import FusedKarras, inverse, to_x0
 from diffkern.compat.diffusers.euler import UNSCALED
 from diffkern.plan import COLUMNS, SLOTS, Plan
 

@@ -10,8 +10,8 @@ from diffusers.schedulers.scheduling_repaint import RePaintSchedulerOutput
 from torch import Tensor
 
 from diffkern import streams
-from diffkern.compat.diffusers._base import as_dtype, column, host, promote, table_of
-from diffkern.compat.diffusers._vp import FusedTimes, to_x0
+from diffkern.compat.diffusers._engine import as_dtype, column, host, promote, table_of
+from diffkern.compat.diffusers._times import FusedTimes, to_x0
 
 CALLS = 1 << 20
 """Noise by address: the streams of a scheduler's calls, so that a timestep that is visited again draws new noise."""

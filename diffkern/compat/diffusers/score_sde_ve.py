@@ -13,7 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from diffkern import ops, streams
-from diffkern.compat.diffusers._base import Fused, host, promote, table_of
+from diffkern.compat.diffusers._engine import Fused, host, promote, table_of
 from diffkern.plan import COLUMNS
 
 CORRECTOR = 1 << 20

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from diffkern import ops, streams
-from diffkern.compat.diffusers._base import Fused, Hot, column, host
+from diffkern.compat.diffusers._engine import Fused, Hot, column, host
 
 EPS_AT_PURE_NOISE = 2.0**-24
 """abar in place of 0 where the model predicts eps: the value that diffusers' other schedulers write there."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from diffkern import ops
-from diffkern.compat.diffusers._base import (
+from diffkern.compat.diffusers._engine import (
     Fused,
     Hot,
     Value,
