@@ -105,10 +105,6 @@ def step_out(
     return out
 
 
-step_into = native.step_out.default
-"""`step_out`'s op itself, every argument by position: for loops that record no gradients and make their own index."""
-
-
 def _step_fake(
     x: Tensor | None,
     m: Tensor | None,

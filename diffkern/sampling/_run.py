@@ -159,6 +159,7 @@ class Run:
             self.index = torch.where(waits, number + len(plan.rows), number).unbind(0)
             self._waits = waits.reshape(*waits.shape, *(1,) * (x.ndim - 1))
             self._all_run = int(begin.max())
+        self._step = ops.bound_step_out(self.table)
         self._prepare_inputs()
 
     def _prepare_guidance(self, batch: int) -> None:
@@ -248,10 +249,25 @@ class Run:
         else:
             if self.shift is not None and row.draws:
                 h3 = self._gradient(i)
-            ops.step_into(
-                self.state, m, m2, h0, h1, h2, h3, self.table, i, index, seeds, noise, mask, self.known, out,
-                x0, buffers[call.s], into,
-            )  # fmt: skip
+            self._step(
+                self.state,
+                m,
+                i,
+                out=out,
+                x0=x0,
+                s=buffers[call.s],
+                next=into,
+                m2=m2,
+                h0=h0,
+                h1=h1,
+                h2=h2,
+                h3=h3,
+                index=index,
+                noise=noise,
+                seeds=seeds,
+                mask=mask,
+                known=self.known,
+            )
         if self.keeps_operands:
             self.operands = (self.state, m, m2, h0, h1, h2, h3, i, index)
         self.state = out

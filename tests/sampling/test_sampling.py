@@ -353,15 +353,20 @@ def test_progress_bar(capsys):
 )
 def test_the_loop_reuses_its_buffers(monkeypatch, name, kwargs, states, inputs):
     used: dict[str, set[int]] = {"state": set(), "input": set()}
-    original = ops.step_into
+    original = ops.bound_step_out
 
-    def spy(*args: Any) -> None:
-        *outputs, following = args[14:]
-        used["state"] |= {tensor.data_ptr() for tensor in outputs if tensor is not None}
-        used["input"] |= {following.data_ptr()} if following is not None else set()
-        original(*args)
+    def bound(table: torch.Tensor) -> ops.BoundStepOut:
+        step = original(table)
 
-    monkeypatch.setattr(ops, "step_into", spy)
+        def spy(*args: Any, **operands: Any) -> None:
+            outputs = [operands[name] for name in ("out", "x0", "s") if operands[name] is not None]
+            used["state"] |= {tensor.data_ptr() for tensor in outputs}
+            used["input"] |= {operands["next"].data_ptr()} if operands["next"] is not None else set()
+            step(*args, **operands)
+
+        return spy
+
+    monkeypatch.setattr(ops, "bound_step_out", bound)
     model = conditional if "cond" in kwargs else network
     sample(model, start_of(PLANS[name], torch.float32), PLANS[name], seeds=SEEDS, **kwargs)
     assert (len(used["state"]), len(used["input"])) == (states, inputs)

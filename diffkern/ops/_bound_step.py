@@ -1,0 +1,145 @@
+"""The step with its table bound once: for loops in which microseconds count and no gradient is recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from diffkern.ops._common import native
+
+
+class Stepped(NamedTuple):
+    """What a bound step returns: the results of `step`, by name."""
+
+    out: Tensor
+    """The new state x', [B, ...]."""
+    x0: Tensor | None
+    """The estimate of the clean sample, with ``want_x0``."""
+    s: Tensor | None
+    """The second output, with ``want_s``."""
+    next: Tensor | None
+    """k x', the next model input, with ``next_copies``."""
+
+
+class BoundStep(Protocol):
+    """Row ``row`` of the bound table (or ``index``); operands as for `step`."""
+
+    def __call__(
+        self,
+        x: Tensor | None,
+        m: Tensor | None,
+        row: int,
+        *,
+        m2: Tensor | None = None,
+        h0: Tensor | None = None,
+        h1: Tensor | None = None,
+        h2: Tensor | None = None,
+        h3: Tensor | None = None,
+        index: Tensor | None = None,
+        noise: Tensor | None = None,
+        seeds: Tensor | None = None,
+    ) -> Stepped: ...
+
+
+class BoundStepOut(Protocol):
+    """Row ``row`` of the bound table (or ``index``) into ``out``, ``x0``, ``s`` and ``next``; as `step_out`."""
+
+    def __call__(
+        self,
+        x: Tensor | None,
+        m: Tensor | None,
+        row: int,
+        *,
+        out: Tensor,
+        x0: Tensor | None = None,
+        s: Tensor | None = None,
+        next: Tensor | None = None,
+        m2: Tensor | None = None,
+        h0: Tensor | None = None,
+        h1: Tensor | None = None,
+        h2: Tensor | None = None,
+        h3: Tensor | None = None,
+        index: Tensor | None = None,
+        noise: Tensor | None = None,
+        seeds: Tensor | None = None,
+        mask: Tensor | None = None,
+        known: Tensor | None = None,
+    ) -> None: ...
+
+
+# What the overload calls: without its frame of Python, which pays for that of the bound step.
+_step: Callable[..., Any] = native.step.default._op
+_step_out: Callable[..., Any] = native.step_out.default._op
+_named = tuple.__new__  # Stepped(*found) unpacks and packs again
+
+
+def bound_step(
+    table: Tensor,
+    *,
+    want_x0: bool = False,
+    want_s: bool = False,
+    next_copies: int = 0,
+    next_dtype: torch.dtype | None = None,
+) -> BoundStep:
+    """`step` on a fixed table, with fixed outputs: ``bound(x, m, row)`` returns a `Stepped`.
+
+    Not differentiable, and it does not look: the caller knows that no operand requires grad or carries a tangent.
+    An index outside the table gives NaN on CUDA, also with DIFFKERN_CHECK=1.
+    """
+
+    copies, dtype = next_copies, next_dtype
+
+    def step(
+        x: Tensor | None,
+        m: Tensor | None,
+        row: int,
+        *,
+        m2: Tensor | None = None,
+        h0: Tensor | None = None,
+        h1: Tensor | None = None,
+        h2: Tensor | None = None,
+        h3: Tensor | None = None,
+        index: Tensor | None = None,
+        noise: Tensor | None = None,
+        seeds: Tensor | None = None,
+    ) -> Stepped:
+        found = _step(
+            x, m, m2, h0, h1, h2, h3, table, row, index, seeds, noise, None, None, want_x0, want_s, copies, dtype
+        )
+        return _named(Stepped, found)
+
+    return step
+
+
+def bound_step_out(table: Tensor) -> BoundStepOut:
+    """`step_out` on a fixed table: ``bound(x, m, row, out=...)``; what `bound_step` does not look at, this does not.
+
+    It tells autograd nothing of what it writes: the tensors written must be the caller's own.
+    """
+
+    def step_out(
+        x: Tensor | None,
+        m: Tensor | None,
+        row: int,
+        *,
+        out: Tensor,
+        x0: Tensor | None = None,
+        s: Tensor | None = None,
+        next: Tensor | None = None,
+        m2: Tensor | None = None,
+        h0: Tensor | None = None,
+        h1: Tensor | None = None,
+        h2: Tensor | None = None,
+        h3: Tensor | None = None,
+        index: Tensor | None = None,
+        noise: Tensor | None = None,
+        seeds: Tensor | None = None,
+        mask: Tensor | None = None,
+        known: Tensor | None = None,
+    ) -> None:
+        _step_out(x, m, m2, h0, h1, h2, h3, table, row, index, seeds, noise, mask, known, out, x0, s, next)
+
+    return step_out
