@@ -111,7 +111,7 @@ def test_options() -> None:
         ours.step(x, 500, x)
     with pytest.raises(ValueError, match=r"seeds must hold one seed a sample \(2\), got 3"):
         ours.diffkern(seeds=torch.arange(3)).step(x, 500, x)
-    ours._dk_seeds = None
+    ours._engine.seeds = None
     with pytest.raises(ValueError, match=r"generator must hold one generator a sample \(2\), got 3"):
         ours.step(x, 500, x, generator=[torch.Generator() for _ in range(3)])
 
@@ -272,7 +272,7 @@ def test_a_timestep_of_its_own_for_each_sample(name: str, extra: dict[str, Any])
     together = ours.step(m, t, x, **({"generator": torch.Generator().manual_seed(2)} if "DDPM" in name else {}))
     for b in range(3):
         if "DDPM" in name:
-            ours._dk_noise = lambda *args, b=b: (noise[b : b + 1], None)
+            ours._engine.noise = lambda *args, b=b: (noise[b : b + 1], None)
         alone = ours.step(m[b : b + 1], t[b], x[b : b + 1])
         assert torch.equal(together.prev_sample[b : b + 1], alone.prev_sample)
         assert torch.equal(together.pred_original_sample[b : b + 1], alone.pred_original_sample)
@@ -343,7 +343,7 @@ def test_half_precision_is_nearer_to_float64(
                 del module
                 options["generator"].manual_seed(i)
             if "generator" in options and kind is torch.float64:
-                scheduler._dk_noise = lambda *args, noise=noise: (noise.double(), None)
+                scheduler._engine.noise = lambda *args, noise=noise: (noise.double(), None)
             found.append(scheduler.step(m.to(kind), scheduler.timesteps[i], x.to(kind), **options).prev_sample.double())
         for k in range(2):
             errors[k] += float(((found[k] - found[2]) ** 2).mean())

@@ -46,13 +46,13 @@ def test_the_next_model_input_comes_with_the_step(name: str) -> None:
     last = len(mine.timesteps) - 1
     for i, t in enumerate(mine.timesteps):
         alone = copy.copy(mine)
-        alone._dk_ahead = None
+        alone._engine.ahead = None
         with AllOps() as scale:
             shown = mine.scale_model_input(x, t)
         assert torch.equal(shown, alone.scale_model_input(x, t))
         assert scale.names["diffkern.step.default"] == (i in (0, 1, 4, 5, 6))
         x = mine.step(network(shown, t), t, x, return_dict=False, **options(mine, {}, generator))[0]
-        assert (mine._dk_ahead is None) == (i == last)  # nothing is kept after a loop
+        assert (mine._engine.ahead is None) == (i == last)  # nothing is kept after a loop
         if i == 3:
             x = x.clone()  # not what the step returned: the next step makes no input
         if i == 5:
@@ -67,8 +67,8 @@ def test_loops_that_double_the_batch_make_no_input_in_the_step(name: str) -> Non
     for t in mine.timesteps:
         shown = mine.scale_model_input(torch.cat([x, x]), t)
         x = mine.step(network(shown, t)[: len(x)], t, x, return_dict=False, **options(mine, {}, generator))[0]
-        assert not mine._dk_scales
-        assert mine._dk_ahead is None or mine._dk_ahead[3] is None
+        assert not mine._engine.scales_next
+        assert mine._engine.ahead is None or mine._engine.ahead[3] is None
 
 
 @pytest.mark.parametrize("name", SIGMA_NAMES)

@@ -26,7 +26,7 @@ from diffkern.compat.diffusers.score_sde_ve import ScoreSdeVeScheduler
 from diffkern.compat.diffusers.unipc import UniPCMultistepScheduler
 
 for _found in list(vars().values()):
-    if isinstance(_found, type) and issubclass(_found, _engine.Fused):
+    if isinstance(_found, type) and issubclass(_found, _engine.DropIn):
         # A pipeline's file names its scheduler's module; diffusers looks there for the base class that can load it.
         sys.modules[_found.__module__].__dict__["SchedulerMixin"] = _engine.SchedulerMixin
 

@@ -14,126 +14,110 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from diffkern import ops
-from diffkern.compat.diffusers._engine import (
-    Fused,
-    Hot,
-    Value,
-    as_dtype,
-    column,
-    host,
-    plan_of,
-    promote,
-    table_of,
-    version,
-    with_column,
-    written,
-)
+from diffkern.compat.diffusers._engine import DropIn, Engine, Hot, Results, Rows, free
+from diffkern.compat.diffusers._host import Levels
+from diffkern.compat.diffusers._plans import plan_of
+from diffkern.compat.kit.rows import as_dtype, column, promote, table_of, with_columns
+from diffkern.compat.kit.tables import version
 from diffkern.plan import Plan
 
-Levels = Tensor
-"""The sigmas, float64 on the CPU."""
 
+class LevelsEngine(Engine):
+    """Finds the step that a loop is at without a device read, keeps what depends on the levels, runs the steps."""
 
-class FusedSigma(Fused):
-    """The step that a loop is at, found without a device read, and what depends on a level alone."""
-
-    sigmas: Tensor
-    config: Any
-    step_index: int | None
-    begin_index: int | None
-    index_for_timestep: Callable[..., int]
-    _internal_dict: Any
-    _step_index: int
-    prev_derivative: Any
-    sample: Any
-    dt: Any
-    state_in_first_order: bool
+    def __init__(self) -> None:
+        super().__init__()
+        self._levels: Levels | None = None
 
     # ---------------------------------------------------------------------------------------------- which row
-    def _init_step_index(self, timestep: Any) -> None:
-        self._step_index = self._dk_index(timestep) if self.begin_index is None else self.begin_index
+    def start(self, scheduler: DropIn, timestep: Any) -> None:
+        """The first step's index."""
+        begin = scheduler.begin_index
+        scheduler._step_index = self.index(scheduler, timestep) if begin is None else begin
 
-    def _dk_index(self, timestep: Any) -> int:
+    def index(self, scheduler: DropIn, timestep: Any) -> int:
         """The step of a timestep: the second of those that share it, as the original says, for image to image."""
-        clock = self._dk_clock
+        clock = self.clock(scheduler.timesteps)
         found = clock.positions.get(clock.value(timestep))
         if found is None:  # rounded otherwise than the timesteps, or the original's exception
-            return self.index_for_timestep(timestep)
+            return scheduler.index_for_timestep(timestep)
         return found[1] if len(found) > 1 else found[0]
 
-    def _dk_indices(self, timesteps: Tensor, device: torch.device) -> Tensor:
+    def indices(self, scheduler: DropIn, timesteps: Tensor, device: torch.device) -> Tensor:
         """The steps of a tensor of timesteps, int64 on ``device``; a device's own are searched there, without a read,
         and one that is no timestep gives -1 (NaN in the op)."""
         if timesteps.device.type == "cpu":
-            return torch.tensor([self._dk_index(t) for t in timesteps.tolist()], dtype=torch.int64, device=device)
-        return self._dk_search(timesteps, device)
+            found = [self.index(scheduler, t) for t in timesteps.tolist()]
+            return torch.tensor(found, dtype=torch.int64, device=device)
+        return self.search(scheduler, timesteps, device)
 
-    def _dk_search(self, timesteps: Tensor, device: torch.device) -> Tensor:
-        clock = self._dk_clock
-        chosen = self._dk_cached(
+    def search(self, scheduler: DropIn, timesteps: Tensor, device: torch.device) -> Tensor:
+        """`indices` on the device."""
+        known = scheduler.timesteps
+        chosen = self.tables.get(
             ("chosen", str(device)),
-            (self.timesteps,),
-            lambda: torch.tensor([self._dk_index(t) for t in clock.times], dtype=torch.int64).to(device),
+            lambda: torch.tensor([self.index(scheduler, t) for t in self.clock(known).times]).long().to(device),
+            known,
         )
-        same = timesteps.to(device)[:, None] == self.timesteps.to(device)[None]
+        same = timesteps.to(device)[:, None] == known.to(device)[None]
         return torch.where(same.any(1), chosen[same.int().argmax(1)], -1)
 
-    def _dk_at(self, timestep: Any, device: torch.device) -> tuple[int, Tensor | None]:
+    def row(self, scheduler: DropIn, timestep: Any, device: torch.device) -> tuple[int, Tensor | None]:
         """(row, None) in the loop under way; (0, index) for one timestep a sample, while no loop is."""
-        if self.step_index is None:
+        if scheduler.step_index is None:
             own = isinstance(timestep, Tensor) and timestep.dim() == 1 and timestep.numel() > 1
-            if own and self.begin_index is None and self._dk_clock.position(timestep) is None:
-                return 0, self._dk_indices(timestep, device)
-            self._init_step_index(timestep)
-        assert self.step_index is not None
-        return self.step_index, None
+            if own and scheduler.begin_index is None and self.clock(scheduler.timesteps).position(timestep) is None:
+                return 0, self.indices(scheduler, timestep, device)
+            self.start(scheduler, timestep)
+        assert scheduler.step_index is not None
+        return scheduler.step_index, None
 
-    def _dk_one(self, timestep: Any, sample: Tensor) -> int:
+    def one_row(self, scheduler: DropIn, timestep: Any, sample: Tensor) -> int:
         """The row, for schedulers that remember the steps before: one timestep for all samples."""
-        row, index = self._dk_at(timestep, sample.device)
+        row, index = self.row(scheduler, timestep, sample.device)
         if index is not None:
             raise ValueError(
-                f"timestep must be one for all samples, as {type(self).__name__} remembers earlier steps, "
+                f"timestep must be one for all samples, as {type(scheduler).__name__} remembers earlier steps, "
                 f"got shape {list(timestep.shape)}"
             )
         return row
 
-    @property
-    def _dk_levels(self) -> Levels:
-        """The original's float32 sigmas as float64 on the CPU, copied once a `set_timesteps`."""
-        return self._dk_cached(("levels",), (self.sigmas,), lambda: host(self.sigmas, exact=True))
+    # ---------------------------------------------------------------------------------------------- the rows
+    def sources(self, scheduler: DropIn) -> tuple[Levels, Any]:
+        """What tables are made of: the host copy of the sigmas, made once a `set_timesteps`, and the config."""
+        sigmas, found = scheduler.sigmas, self._levels
+        if found is None or not found.is_of(sigmas):
+            found = self._levels = Levels(sigmas)
+        return found, scheduler._internal_dict
 
-    def _dk_table(self, key: tuple[Any, ...], build: Callable[[], Value]) -> Value:
-        """``build()`` for these sigmas, this config and these options. What was made last for ``key[0]`` is found
-        without a look into the cache, as every step asks for it."""
-        sigmas, config = self.sigmas, self._internal_dict
-        last = self.__dict__.setdefault("_dk_tables_now", {})
-        found = last.get(key[0])
-        if found is not None and found[0] is sigmas and found[1] is config:
-            seen: Value = found[3]
-            if found[2] == (key, self._dk_exact, written(sigmas)):
-                return seen
-        made = self._dk_cached((*key, self._dk_exact), (self._dk_levels, config), build)
-        last[key[0]] = (sigmas, config, (key, self._dk_exact, written(sigmas)), made)
-        return made
+    def levels(self, scheduler: DropIn) -> Tensor:
+        """The original's float32 sigmas as float64 on the CPU."""
+        return self.sources(scheduler)[0].values
+
+    def keep(self, scheduler: DropIn, key: Any, rows: Rows) -> None:
+        """Keeps the rows of a step for `repeat`."""
+        sigmas = scheduler.sigmas
+        if not sigmas.is_inference():
+            self.hot = Hot(key, rows, scheduler._internal_dict, (sigmas,))
 
     # ---------------------------------------------------------------------------------------------- the op
-    _dk_ahead: tuple[Tensor, int, int, Tensor | None, Tensor, Any] | None = None
-    """(x', the row that starts from it, versions of x' and the sigmas, the model's input made of it or None, the
-    sigmas, the config)."""
-    _dk_scales: bool = False
-    """Whether the loop asks for the model's input of what `step` returned: `FusedKarras.scale_model_input`."""
+    scales_next = False
+    """Whether a step's op also makes the next model's input: `KarrasEngine.scale_input`."""
 
-    def _dk_quick(self, m: Tensor, timestep: Any, x: Tensor, key: Any, want_x0: bool) -> tuple[Any, ...] | None:
-        """(x', x0, ...) of a step without noise whose table is at hand, for float32 operands with nothing to convert;
-        None where anything is new: then the long way runs."""
-        hot, row = self._dk_hot, self._step_index
-        if hot is None or row is None or row >= hot.rows or hot.key != key or hot.config is not self._internal_dict:
+    def look_ahead(self, scheduler: DropIn, found: Results, row: int, rows: int) -> None:
+        """Notes what `step` returned, where a model's input is made of it."""
+
+    def repeat(self, scheduler: DropIn, m: Tensor, timestep: Any, x: Tensor, key: Any) -> Results | None:
+        """(x', x0, ...) of a step without noise whose rows are at hand (`keep`), for float32 operands with nothing to
+        convert; None where anything is new: then the long way runs."""
+        hot, row = self.hot, scheduler._step_index
+        if hot is None or row is None or hot.key != key or hot.config is not scheduler._internal_dict:
             return None
-        sigmas = hot.sources[0]
+        rows, sigmas = hot.rows, hot.sources[0]
         if (
-            sigmas is not self.sigmas
+            sigmas is not scheduler.sigmas
             or sigmas._version != hot.version
+            or row >= rows.count
             or type(timestep) is not Tensor
             or not timestep.is_floating_point()
             or x.dtype is not torch.float32
@@ -143,228 +127,219 @@ class FusedSigma(Fused):
             or forward_ad._current_level >= 0
         ):
             return None
-        onward, none = self._dk_scales and row + 1 < hot.rows, None
-        found: tuple[Any, ...] = ops.step_raw(
-            x, m, none, none, none, none, none, hot.value, row, none, none, none, none, none, want_x0, False,
-            int(onward), none,
-        )  # fmt: skip
-        self._dk_look_ahead(found, row, hot.rows)
-        self._step_index = row + 1
+        run = rows.onward if self.scales_next and row + 1 < rows.count else rows.plain
+        found: Results = run(x, m, row)
+        self.look_ahead(scheduler, found, row, rows.count)
+        scheduler._step_index = row + 1
         return found
 
-    def _dk_warm(self, key: Any, table: Tensor) -> None:
-        """Keeps the table of a step for `_dk_quick`."""
-        if not self.sigmas.is_inference():
-            self._dk_hot = Hot(key, table, self._internal_dict, (self.sigmas,))
-
-    def _dk_look_ahead(self, found: tuple[Any, ...], row: int, rows: int) -> None:
-        """Notes what `step` returned, where a model's input is made of it."""
-
-    def _dk_upcast(
+    def run_upcast(
         self,
+        scheduler: DropIn,
+        rows: Rows,
         x: Tensor,
         m: Tensor,
         *histories: Tensor | None,
-        table: Tensor,
         row: int,
         dtype: torch.dtype | None = None,
-        **wants: Any,
+        **operands: Any,
     ) -> tuple[Any, Any, Any]:
         """(x' in the model's dtype, x0, s in float32) of originals that upcast the sample; float64 for a float64 model.
         A narrower x' is the op's second output, so that it is rounded once."""
-        same = x.dtype == m.dtype == torch.float32 and x.shape == m.shape
-        if same and dtype in (None, m.dtype):  # nothing to convert
-            return self._dk_plain(x, m, *histories, table=table, row=row, **wants)[:3]
-        self._dk_in_range(row, table)
+        if x.dtype is m.dtype is torch.float32 and x.shape == m.shape and dtype in (None, m.dtype):
+            out, x0, s, _ = self.run_plain(scheduler, rows, x, m, *histories, row=row, **operands)
+            return out, x0, s
+        table = rows.table
+        check_row(scheduler, row, table)
         dtype = m.dtype if dtype is None else dtype
         state = torch.float64 if torch.float64 in (m.dtype, dtype) else torch.float32
         narrow = dtype != state
         if narrow:
-            table = self._dk_cached(("narrow", id(table)), (table,), lambda: with_column(table, "k", 1.0))
-        x = as_dtype(x, torch.float32)
-        found = self._dk_run(
-            x, m, *histories, table=table, row=row, state=state, next_copies=int(narrow), next_dtype=dtype, **wants
-        )
-        last = found[3] if narrow else found[0]
-        assert last is not None
-        return last, found[1], found[2]
+            table = self.tables.get(("narrow", id(table)), lambda: with_columns(rows.table, k=1.0), table)
+        operands.update(rows.wants, state=state, next_copies=int(narrow), next_dtype=dtype)
+        out, x0, s, narrowed = self.run(as_dtype(x, torch.float32), m, *histories, table=table, row=row, **operands)
+        return narrowed if narrow else out, x0, s
 
-    def _dk_plain(
+    def run_promoted(
+        self, scheduler: DropIn, rows: Rows, x: Tensor, m: Tensor, *histories: Tensor | None, row: int
+    ) -> Results:
+        """The step in the dtype that the operands promote to, for originals that upcast nothing."""
+        if x.dtype is m.dtype and x.shape == m.shape:
+            for h in histories:
+                if h is not None and h.dtype is not x.dtype:  # an earlier step was of another
+                    break
+            else:
+                return self.run_plain(scheduler, rows, x, m, *histories, row=row)
+        check_row(scheduler, row, rows.table)
+        state = promote(x.dtype, m.dtype, *(h.dtype for h in histories if h is not None))
+        return self.run(x, m, *histories, table=rows.table, row=row, state=state, **rows.wants)
+
+    def run_plain(
         self,
+        scheduler: DropIn,
+        rows: Rows,
         x: Tensor,
         m: Tensor | None,
-        *histories: Tensor | None,
-        table: Tensor,
+        h0: Tensor | None = None,
+        h1: Tensor | None = None,
+        h2: Tensor | None = None,
+        h3: Tensor | None = None,
+        *,
         row: int,
         index: Tensor | None = None,
-        **wants: Any,
-    ) -> tuple[Any, Any, Any, Any]:
-        """`ops.step` on operands of one shape and dtype."""
-        if index is not None:
-            table = self._dk_on(table, x.device)
+        noise: Tensor | None = None,
+        seeds: Tensor | None = None,
+        onward: bool = False,
+    ) -> Results:
+        """The step on operands of one shape and dtype; ``onward``: with the next model's input."""
         try:
-            return ops.step(x, m, None, *histories, table=table, row=row, index=index, **wants)
+            if index is None and free(x, m, h0, h1, h2, h3, noise):
+                bound = rows.onward if onward else rows.plain
+                return bound(x, m, row, h0=h0, h1=h1, h2=h2, h3=h3, noise=noise, seeds=seeds)
+            table = rows.table if index is None else self.tables.on(rows.table, x.device)
+            draw: dict[str, Any] = {"index": index, "noise": noise, "seeds": seeds}
+            wants: dict[str, Any] = {**rows.wants, "next_copies": int(onward)}
+            return ops.step(x, m, None, h0, h1, h2, h3, table=table, row=row, **draw, **wants)
         except RuntimeError:
-            self._dk_in_range(row, table)
+            check_row(scheduler, row, rows.table)
             raise
 
-    def _dk_promoted(
-        self, x: Tensor, m: Tensor, *histories: Tensor | None, table: Tensor, row: int, **wants: Any
-    ) -> tuple[Any, Any, Any, Any]:
-        """`ops.step` in the dtype that the operands promote to, for originals that upcast nothing."""
-        if x.dtype == m.dtype and x.shape == m.shape and all(h is None or h.dtype is x.dtype for h in histories):
-            return self._dk_plain(x, m, *histories, table=table, row=row, **wants)
-        self._dk_in_range(row, table)
-        state = promote(x.dtype, m.dtype)
-        for h in histories:  # earlier steps may have been of another dtype
-            state = state if h is None else promote(state, h.dtype)
-        return self._dk_run(x, m, *histories, table=table, row=row, state=state, **wants)
-
-    def _dk_in_range(self, row: int, table: Tensor) -> None:
-        if row >= len(table):
-            self.sigmas[row + 1]  # the original's IndexError, after the last step
-
-    def _dk_mixed(
-        self, x: Tensor, noise: Tensor, timesteps: Tensor, key: str, scales: Callable[[], tuple[Tensor, Tensor]]
+    def mixed(
+        self,
+        scheduler: DropIn,
+        x: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        key: str,
+        scales: Callable[[], tuple[Tensor, Tensor]],
     ) -> Tensor:
         """s x + n noise with (s, n) = scales()[step of the timestep], [B]; at the loop's step where it has begun."""
         shape = torch.broadcast_shapes(x.shape, noise.shape, (timesteps.shape[0],) + (1,) * (x.dim() - 1))
         x, noise = x.expand(shape), noise.expand(shape)
-        if self.begin_index is not None:
-            row = self.begin_index if self.step_index is None else self.step_index
-            return self._dk_mixed_at(x, noise, row, key, scales)
-        index = self._dk_indices(timesteps, x.device)
-        return self._dk_noised(x, noise, index, lambda: torch.stack(scales(), 1), (key,), self.sigmas)
+        if scheduler.begin_index is not None:
+            row = scheduler.begin_index if scheduler.step_index is None else scheduler.step_index
+            return self.mixed_at(scheduler, x, noise, row, key, scales)
+        index = self.indices(scheduler, timesteps, x.device)
+        return self.noised(x, noise, index, lambda: torch.stack(scales(), 1), (key,), scheduler.sigmas)
 
-    def _dk_mixed_at(
-        self, x: Tensor, noise: Tensor, row: int, key: str, scales: Callable[[], tuple[Tensor, Tensor]]
+    def mixed_at(
+        self,
+        scheduler: DropIn,
+        x: Tensor,
+        noise: Tensor,
+        row: int,
+        key: str,
+        scales: Callable[[], tuple[Tensor, Tensor]],
     ) -> Tensor:
+        """`mixed` at a step known on the host."""
+
         def build() -> Tensor:
             s, n = scales()
             return table_of(len(s), a=s, g=n)
 
-        table = self._dk_table(("mixed", key), build)
+        table = self.tables.get(("mixed", key), build, *self.sources(scheduler))
         state = torch.promote_types(x.dtype, noise.dtype)
         return ops.step(as_dtype(x, state), None, table=table, row=row, noise=as_dtype(noise, state))[0]
 
 
-class FusedKarras(FusedSigma):
-    """x = x0 + sigma z: `scale_model_input` and `add_noise`."""
+def check_row(scheduler: DropIn, row: int, table: Tensor) -> None:
+    """The original's IndexError after the last step."""
+    if row >= len(table):
+        scheduler.sigmas[row + 1]
 
-    def scale_model_input(self, sample: Tensor, timestep: Any) -> Tensor:
-        """x / sqrt(sigma^2 + 1): made by the step that returned ``sample`` where the last one was asked for in this
-        way (`step` then writes it beside x'), else in one op."""
-        ahead = self._dk_ahead
+
+class KarrasEngine(LevelsEngine):
+    """x = x0 + sigma z: the model's input, made by the step before where a loop asks for it in that way."""
+
+    own = ("hot", "ahead")
+    ahead: tuple[Tensor, int, int, Tensor | None, Tensor, Any] | None = None
+    """(x', the row that starts from it, writes to x' and the sigmas, the model's input made of it or None, the sigmas,
+    the config)."""
+
+    def input_scale(self, scheduler: DropIn) -> Tensor:
+        """What the model's input is multiplied by at each level, [S + 1]."""
+        return (self.levels(scheduler) ** 2 + 1) ** -0.5
+
+    def input_rows(self, scheduler: DropIn) -> Rows:
+        """The rows of `scale_input`."""
+        scale = self.input_scale(scheduler)
+        return Rows(table_of(len(scale), a=scale))
+
+    def scale_input(self, scheduler: DropIn, sample: Tensor, timestep: Any) -> Tensor:
+        """x times `input_scale`: made by the step that returned ``sample`` where the last one was asked for in this
+        way (its op then writes it beside x'), else in one op."""
+        ahead = self.ahead
         if ahead is not None:
-            self._dk_ahead = None
-            after, row, writes, scaled, sigmas, config = ahead
+            self.ahead = None
+            after, at, writes, scaled, sigmas, config = ahead
             # A gradient that x' is asked for since goes through an op of its own.
-            self._dk_scales = sample is after and row == self._step_index and not sample.requires_grad
-            same = sigmas is self.sigmas and config is self._internal_dict
-            if self._dk_scales and scaled is not None and same and writes == version(sample) + version(sigmas):
+            self.scales_next = sample is after and at == scheduler._step_index and not sample.requires_grad
+            same = sigmas is scheduler.sigmas and config is scheduler._internal_dict
+            if self.scales_next and scaled is not None and same and writes == version(sample) + version(sigmas):
                 return scaled
-        row, index = self._dk_at(timestep, sample.device)
-        table = self._dk_table(("input",), lambda: table_of(len(self._dk_levels), a=self._dk_input_scale()))
-        out: Tensor = self._dk_plain(sample, None, table=table, row=row, index=index)[0]
-        if hasattr(self, "is_scale_input_called"):
-            self.is_scale_input_called = True
+        row, index = self.row(scheduler, timestep, sample.device)
+        rows = self.tables.get(("input",), lambda: self.input_rows(scheduler), *self.sources(scheduler))
+        out, *_ = super().run_plain(scheduler, rows, sample, None, row=row, index=index)
+        if hasattr(scheduler, "is_scale_input_called"):
+            scheduler.is_scale_input_called = True
         return out
 
-    def _dk_look_ahead(self, found: tuple[Any, ...], row: int, rows: int) -> None:
-        after, sigmas = found[0], self.sigmas
+    def look_ahead(self, scheduler: DropIn, found: Results, row: int, rows: int) -> None:
+        after, _, _, scaled = found
+        sigmas = scheduler.sigmas
         if row + 1 >= rows or after.is_inference() or sigmas.is_inference():  # whose writes are not counted
-            self._dk_ahead = None
+            self.ahead = None
         elif after.requires_grad:  # x' may be cut from its graph in place
-            self._dk_ahead, self._dk_scales = None, False
+            self.ahead, self.scales_next = None, False
         else:
             writes = after._version + sigmas._version
-            self._dk_ahead = (after, row + 1, writes, found[3], sigmas, self._internal_dict)
+            self.ahead = (after, row + 1, writes, scaled, sigmas, scheduler._internal_dict)
 
-    def _dk_plain(
+    def run_plain(
         self,
+        scheduler: DropIn,
+        rows: Rows,
         x: Tensor,
         m: Tensor | None,
         *histories: Tensor | None,
-        table: Tensor,
         row: int,
         index: Tensor | None = None,
-        **wants: Any,
-    ) -> tuple[Any, Any, Any, Any]:
+        **operands: Any,
+    ) -> Results:
         """A step's op also makes the next model's input, where the loop asks for it."""
-        if m is None or index is not None or not x.dtype == m.dtype == torch.float32:
-            return super()._dk_plain(x, m, *histories, table=table, row=row, index=index, **wants)
-        onward = int(self._dk_scales and row + 1 < len(table))
-        found = super()._dk_plain(x, m, *histories, table=table, row=row, next_copies=onward, **wants)
-        self._dk_look_ahead(found, row, len(table))
+        if m is None or index is not None or not x.dtype is m.dtype is torch.float32:
+            return super().run_plain(scheduler, rows, x, m, *histories, row=row, index=index, **operands)
+        onward = self.scales_next and row + 1 < rows.count
+        found = super().run_plain(scheduler, rows, x, m, *histories, row=row, onward=onward, **operands)
+        self.look_ahead(scheduler, found, row, rows.count)
         return found
 
-    def _dk_onward(self, table: Tensor) -> Tensor:
+    def rows(self, scheduler: DropIn, table: Tensor, *, want_x0: bool, want_s: bool = False) -> Rows:
         """The table, its rows also making the next model's input: k = the scale of the level that a row ends at."""
-        scale = self._dk_input_scale()
+        scale = self.input_scale(scheduler)
         column(table, "k")[:] = torch.cat([scale[1:], torch.ones(1, dtype=torch.float64)])[: len(table)]
-        return table
+        return Rows(table, want_x0=want_x0, want_s=want_s)
 
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """x0 + sigma z in one op; sigma in float32 whatever the samples' dtype."""
+    def add_noise(self, scheduler: DropIn, x: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x0 + sigma z in one op."""
 
         def scales() -> tuple[Tensor, Tensor]:
-            return torch.ones_like(self._dk_levels), self._dk_levels
+            levels = self.levels(scheduler)
+            return torch.ones_like(levels), levels
 
-        return self._dk_mixed(original_samples, noise, timesteps, "add", scales)
+        return self.mixed(scheduler, x, noise, timesteps, "add", scales)
 
-    def _dk_input_scale(self) -> Tensor:
-        return (self._dk_levels**2 + 1) ** -0.5
-
-    def _dk_plan(self, name: str, table: Tensor, prediction: str | None = None, **options: Any) -> Plan:
+    def plan(self, scheduler: DropIn, name: str, table: Tensor, prediction: str | None = None, **options: Any) -> Plan:
         """The rows as a plan: every row also makes the next model input."""
         table = table.clone()
         column(table, "k")[-1] = 1.0  # no model call follows
         return plan_of(
             name,
             table,
-            self._dk_clock.times,
-            prediction or self.config.prediction_type,
-            init_scale=float(self.init_noise_sigma),  # type: ignore[attr-defined]
-            first_k=float(self._dk_input_scale()[0]),
+            self.clock(scheduler.timesteps).times,
+            prediction or scheduler.config.prediction_type,
+            init_scale=float(scheduler.init_noise_sigma),
+            first_k=float(self.input_scale(scheduler)[0]),
             time_dtype="float32",
             **options,
         )
-
-
-def churned(levels: Levels, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float) -> tuple[Tensor, Tensor]:
-    """(sigma_hat, n), [steps]: x_hat = x + n z at sigma_hat = (1 + gamma) sigma (arXiv 2206.00364, algorithm 2)."""
-    sigma = levels[:-1]
-    gamma = min(s_churn / (len(levels) - 1), 2**0.5 - 1)
-    inside = (sigma.float() >= s_tmin) & (sigma.float() <= s_tmax)  # in the original's float32
-    hat = torch.where(inside & torch.tensor(gamma > 0), sigma * (1 + gamma), sigma)
-    return hat, s_noise * (hat**2 - sigma**2) ** 0.5
-
-
-def euler_rows(levels: Levels, prediction: str, hat: Tensor, n: Tensor, at: Tensor, to: Tensor) -> Tensor:
-    """x' = x_hat + (x_hat - x0) (to - hat)/hat with x_hat = x + n z; x0 from x_hat and the model, which v takes at the
-    level ``at``: [steps, 21]. A step from 0 to 0 is the identity."""
-    known = {"known_s": 1.0, "known_n": levels[1:]}
-    if prediction == "epsilon":
-        return table_of(len(hat), p=1.0, q=-hat, r=n, a=1.0, d=to - hat, g=n, **known)
-    p, q = to_x0(prediction, at)
-    return table_of(len(hat), p=p, q=q, r=n * p, **along(hat, to, n), **known)
-
-
-def to_x0(prediction: str, at: Tensor) -> tuple[Tensor, Tensor]:
-    """(p, q) of x0 = p x + q m for x = x0 + sigma z at the levels ``at``, [steps]."""
-    if prediction == "epsilon":
-        return torch.ones_like(at), -at
-    if prediction == "v_prediction":
-        return 1 / (at**2 + 1), -at / (at**2 + 1) ** 0.5
-    return torch.zeros_like(at), torch.ones_like(at)
-
-
-def inverse(sigma: Tensor) -> Tensor:
-    """1 / sigma, and 0 for 0: no slope where no step is."""
-    return torch.where(sigma > 0, 1 / sigma, torch.zeros_like(sigma))
-
-
-def along(hat: Tensor, to: Tensor, n: Tensor) -> dict[str, Tensor]:
-    """x' = (to/hat) x_hat + (1 - to/hat) x0: the columns a, b, g."""
-    a = torch.where(hat > 0, to / hat, torch.ones_like(hat))
-    return {"a": a, "b": 1 - a, "g": n * a}

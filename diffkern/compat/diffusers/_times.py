@@ -8,40 +8,28 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from diffkern import ops, streams
-from diffkern.compat.diffusers._engine import Fused, Hot, column, host
+from diffkern import streams
+from diffkern.compat.diffusers._engine import DropIn, Engine, Hot, Results, Rows
+from diffkern.compat.diffusers._host import host
+from diffkern.compat.kit.rows import column
 
 EPS_AT_PURE_NOISE = 2.0**-24
 """abar in place of 0 where the model predicts eps: the value that diffusers' other schedulers write there."""
 
 
-class FusedTimes(Fused):
-    """The choice of the row where rows belong to training timesteps."""
+class TimesEngine(Engine):
+    """Finds the row of a timestep, and runs the next step of a loop without looking anything up."""
 
-    alphas_cumprod: Tensor
-
-    def _dk_row(self, timestep: Any, device: torch.device) -> tuple[int, Tensor | None]:
-        """(row, None), or (0, index) where every sample has a timestep of its own."""
-        clock = self._dk_clock
-        at = clock.position(timestep)
-        if at is None and isinstance(timestep, Tensor) and timestep.numel() > 1:
-            return 0, timestep.to(device)
-        t = clock.times[at] if at is not None else clock.value(timestep)
-        if not (isinstance(t, int) and 0 <= t < self.alphas_cumprod.size(0)):
-            self.alphas_cumprod[timestep]  # the original's exception, where it has one
-            raise IndexError(f"timestep must be an integer in 0..{self.alphas_cumprod.size(0) - 1}, got {timestep!r}")
-        return t, None
-
-    def _dk_quick(self, m: Tensor, timestep: Any, x: Tensor, key: Any, end: Tensor) -> tuple[Any, ...] | None:
-        """(x', x0, ...) of a step without noise whose table is at hand, for operands with nothing to convert; None
-        where anything is new: then the long way runs. ``end``: the level beyond the table, one of its sources."""
-        hot = self._dk_hot
-        if hot is None or hot.key != key or hot.config is not self._internal_dict:
+    def repeat(self, scheduler: DropIn, m: Tensor, timestep: Any, x: Tensor, key: Any, end: Tensor) -> Results | None:
+        """(x', x0, ...) of a step without noise whose rows are at hand (`keep`), for operands with nothing to convert;
+        None where anything is new: then the long way runs. ``end``: the level beyond the table, one of its sources."""
+        hot = self.hot
+        if hot is None or hot.key != key or hot.config is not scheduler._internal_dict:
             return None
         times, abar, last = hot.sources
         if (
-            times is not self.timesteps
-            or abar is not self.alphas_cumprod
+            times is not scheduler.timesteps
+            or abar is not scheduler.alphas_cumprod
             or last is not end
             or times._version + abar._version + last._version != hot.version
             or type(timestep) is not Tensor
@@ -53,54 +41,67 @@ class FusedTimes(Fused):
             or forward_ad._current_level >= 0
         ):
             return None
-        at, off = divmod(timestep.data_ptr() - hot.start, hot.stride)
-        if off or not 0 <= at < len(hot.times):
+        clock = hot.clock
+        assert clock is not None
+        at, off = divmod(timestep.data_ptr() - clock.start, clock.stride)
+        if off or not 0 <= at < len(clock.times):
             return None
-        none = None
-        found: tuple[Any, ...] = ops.step_raw(
-            x, m, none, none, none, none, none, hot.value, hot.times[at], none, none, none, none, none, True, False,
-            0, none,
-        )  # fmt: skip
-        return found
+        return hot.rows.plain(x, m, clock.times[at])
 
-    def _dk_warm(self, key: Any, table: Tensor, end: Tensor) -> None:
-        """Keeps the table of a step for `_dk_quick`."""
-        clock, sources = self._dk_clock, (self.timesteps, self.alphas_cumprod, end)
+    def keep(self, scheduler: DropIn, key: Any, rows: Rows, end: Tensor) -> None:
+        """Keeps the rows of a step for `repeat`."""
+        clock, sources = self.clock(scheduler.timesteps), (scheduler.timesteps, scheduler.alphas_cumprod, end)
         times = clock.times or [-1]
-        fits = not clock.dtype.is_floating_point and min(times) >= 0 and max(times) < table.shape[0]
+        fits = not clock.dtype.is_floating_point and min(times) >= 0 and max(times) < rows.count
         if fits and not any(source.is_inference() for source in sources):
-            self._dk_hot = Hot(key, table, self._internal_dict, sources, clock)
+            self.hot = Hot(key, rows, scheduler._internal_dict, sources, clock)
 
-    def _dk_streams(self, table: Tensor) -> None:
-        """Noise by address: the step's number is the stream's, so that `plan` draws the same; off the grid, beyond."""
+    def row(self, scheduler: DropIn, timestep: Any, device: torch.device) -> tuple[int, Tensor | None]:
+        """(row, None), or (0, index) where every sample has a timestep of its own."""
+        clock = self.clock(scheduler.timesteps)
+        at = clock.position(timestep)
+        if at is None and isinstance(timestep, Tensor) and timestep.numel() > 1:
+            return 0, timestep.to(device)
+        t = clock.times[at] if at is not None else clock.value(timestep)
+        count = scheduler.alphas_cumprod.size(0)
+        if not (isinstance(t, int) and 0 <= t < count):
+            scheduler.alphas_cumprod[timestep]  # the original's exception, where it has one
+            raise IndexError(f"timestep must be an integer in 0..{count - 1}, got {timestep!r}")
+        return t, None
+
+    def number_streams(self, scheduler: DropIn, table: Tensor) -> Tensor:
+        """The table, its noise by address on the stream of the step's number, so that `plan` draws the same; off the
+        grid of timesteps, on streams beyond."""
         rows = len(table)
         stream = column(table, "stream")
         stream[:] = streams.STEP + rows + torch.arange(rows, dtype=torch.float64)
-        for t, positions in self._dk_clock.positions.items():
+        for t, positions in self.clock(scheduler.timesteps).positions.items():
             if 0 <= t < rows:
                 stream[int(t)] = streams.STEP + positions[0]
+        return table
 
-
-class FusedVP(FusedTimes):
-    """`add_noise` and `get_velocity` as well."""
-
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """sqrt(abar) x + sqrt(1 - abar) noise in one op; coefficients in float32 whatever the samples' dtype."""
-        return self._dk_noised(original_samples, noise, timesteps, self._dk_scales, ("add",), self.alphas_cumprod)
-
-    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """sqrt(abar) noise - sqrt(1 - abar) sample in one op."""
+    def add_noise(self, scheduler: DropIn, x: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """sqrt(abar) x + sqrt(1 - abar) noise in one op."""
 
         def scales() -> Tensor:
-            s, n = self._dk_scales().unbind(1)
-            return torch.stack([-n, s], 1)
+            return torch.stack(signal_and_noise(scheduler.alphas_cumprod), 1)
 
-        return self._dk_noised(sample, noise, timesteps, scales, ("velocity",), self.alphas_cumprod)
+        return self.noised(x, noise, timesteps, scales, ("add",), scheduler.alphas_cumprod)
 
-    def _dk_scales(self) -> Tensor:
-        """(sqrt(abar), sqrt(1 - abar)), [T, 2]."""
-        abar = host(self.alphas_cumprod, exact=True)
-        return torch.stack([abar.sqrt(), (1 - abar).sqrt()], 1)
+    def velocity(self, scheduler: DropIn, x: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """sqrt(abar) noise - sqrt(1 - abar) x in one op."""
+
+        def scales() -> Tensor:
+            signal, sigma = signal_and_noise(scheduler.alphas_cumprod)
+            return torch.stack([-sigma, signal], 1)
+
+        return self.noised(x, noise, timesteps, scales, ("velocity",), scheduler.alphas_cumprod)
+
+
+def signal_and_noise(alphas_cumprod: Tensor) -> tuple[Tensor, Tensor]:
+    """(sqrt(abar), sqrt(1 - abar)), [T] each, float64 on the CPU."""
+    abar = host(alphas_cumprod, exact=True)
+    return abar.sqrt(), (1 - abar).sqrt()
 
 
 def to_x0(prediction: str, abar: Tensor) -> tuple[Tensor, Tensor]:
