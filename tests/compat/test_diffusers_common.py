@@ -28,11 +28,13 @@ RUNS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}, {}),
     ("UniPCMultistepScheduler", {}, {}),
     ("UniPCMultistepScheduler", {"solver_order": 3, "disable_corrector": [2]}, {}),
+    ("DEISMultistepScheduler", {}, {}),
+    ("DEISMultistepScheduler", {"solver_order": 3, "prediction_type": "v_prediction"}, {}),
 ]
 IDS = [f"{name[:-9]}-{i}" for i, (name, _, _) in enumerate(RUNS)]
 NAMES = (
     *("DDPMScheduler", "DDIMScheduler", "DDIMInverseScheduler", "DPMSolverMultistepScheduler"),
-    *("UniPCMultistepScheduler", "RePaintScheduler", "ScoreSdeVeScheduler"),
+    *("UniPCMultistepScheduler", "DEISMultistepScheduler", "RePaintScheduler", "ScoreSdeVeScheduler"),
 )
 every_run = pytest.mark.parametrize(("name", "config", "options"), RUNS, ids=IDS)
 every_name = pytest.mark.parametrize("name", NAMES)

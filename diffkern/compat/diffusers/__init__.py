@@ -14,6 +14,7 @@ from diffkern.compat.diffusers.attention import DiffkernAttnProcessor
 from diffkern.compat.diffusers.ddim import DDIMScheduler
 from diffkern.compat.diffusers.ddim_inverse import DDIMInverseScheduler
 from diffkern.compat.diffusers.ddpm import DDPMScheduler
+from diffkern.compat.diffusers.deis import DEISMultistepScheduler
 from diffkern.compat.diffusers.dpm_solver import DPMSolverMultistepScheduler
 from diffkern.compat.diffusers.edm_euler import EDMEulerScheduler
 from diffkern.compat.diffusers.euler import EulerDiscreteScheduler
@@ -34,6 +35,7 @@ __all__ = [
     "DDIMInverseScheduler",
     "DDIMScheduler",
     "DDPMScheduler",
+    "DEISMultistepScheduler",
     "DPMSolverMultistepScheduler",
     "DiffkernAttnProcessor",
     "EDMEulerScheduler",
