@@ -2,7 +2,9 @@
 # The first command makes .venv and installs what it needs there; later ones start at once.
 #
 #   make demo                 train a small model on handwritten digits and sample from it (about 5 minutes)
-#   make test                 the test suite, against the installed wheel       ARGS="-k step"
+#   make test                 the tests, against the installed wheel: minutes   ARGS="-k step"
+#   make test-all             all that CI runs of them
+#   make test-long            what CI does not run: hundreds of millions of draws, seeded faults, pictures
 #   make bench                benchmarks against torch and diffusers            DEVICE=cuda on a machine with a GPU
 #   make test-gpu             the tests that need a GPU; fails when there is none
 #   make test-emulator        the tests of the PTX emulator that the kernel tests run in
@@ -18,6 +20,8 @@ PYTHON ?= python3
 VENV ?= .venv
 DEVICE ?= cpu
 ARGS ?=
+# Tests side by side, one thread each: one process a core, of up to 3 GiB (a test holds that).
+JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(8, len(os.sched_getaffinity(0))))')
 
 BIN := $(VENV)/bin
 PY := $(BIN)/python
@@ -33,7 +37,7 @@ endif
 # The same as build-system.requires in pyproject.toml (a test compares them).
 BUILD_REQUIRES := "setuptools>=77" "torch>=2.10" "pybind11>=2.13" "cmake>=3.24" "ninja"
 
-.PHONY: demo test bench test-gpu test-abi test-emulator gpu-results gpu-report gallery mutants build lint format clean distclean
+.PHONY: demo test test-all test-long bench test-gpu test-abi test-emulator gpu-results gpu-report gallery mutants build lint format clean distclean
 .DELETE_ON_ERROR:
 
 # ---------------------------------------------------------------------------------------------- environment
@@ -67,11 +71,25 @@ bench: $(VENV)/.extra-bench build
 	$(PY) -m benchmarks --device $(DEVICE) $(ARGS)
 
 # The wheel is built, unpacked beside the tree and put before it: what is tested is what a user installs.
-test: $(VENV)/.extra-test $(VENV)/.nvcc
-	rm -rf build/wheel build/site
-	$(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
-	$(PY) -m pip install --quiet --no-deps --target build/site build/wheel/*.whl
-	$(WITH_NVCC) DIFFKERN_TEST_WHEEL="$$(ls $(CURDIR)/build/wheel/*.whl)" PYTHONPATH=$(CURDIR)/build/site $(BIN)/pytest $(ARGS)
+define RUN_TESTS
+rm -rf build/wheel build/site
+$(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+$(PY) -m pip install --quiet --no-deps --target build/site build/wheel/*.whl
+$(WITH_NVCC) DIFFKERN_TEST_WHEEL="$$(ls $(CURDIR)/build/wheel/*.whl)" PYTHONPATH=$(CURDIR)/build/site \
+  $(BIN)/pytest -n $(JOBS) --dist worksteal -m "$(TESTS)" $(ARGS)
+endef
+test: TESTS = not full and not long
+test-all: TESTS = not long
+test-long: TESTS = long
+
+test test-all: $(VENV)/.extra-test $(VENV)/.nvcc
+	$(RUN_TESTS)
+
+# Hours: the tests that are too long or too large for CI, then the pictures, then every seeded fault.
+test-long: $(VENV)/.extra-test $(VENV)/.nvcc
+	$(RUN_TESTS)
+	PYTHONPATH=$(CURDIR)/build/site $(PY) tools/gallery.py --output build/gallery
+	$(WITH_NVCC) $(PY) tools/mutants.py
 
 test-gpu: $(VENV)/.extra-test build
 	$(BIN)/pytest --gpu $(ARGS)
@@ -81,7 +99,7 @@ test-abi: $(VENV)/.extra-test
 
 # The PTX emulator's own tests (minutes; needs nvcc).
 test-emulator: $(VENV)/.extra-test $(VENV)/.nvcc
-	$(WITH_NVCC) $(BIN)/pytest tests/ptxsim $(ARGS)
+	$(WITH_NVCC) $(BIN)/pytest -n $(JOBS) --dist worksteal tests/ptxsim $(ARGS)
 
 gpu-results: $(VENV)/.extra-test $(VENV)/.extra-bench build
 	@mkdir -p build

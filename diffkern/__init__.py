@@ -4,13 +4,39 @@
     x = diffkern.initial(plan := diffkern.ddim(schedule, 50), (16, 3, 64, 64), seeds=0)
     images = diffkern.sample(model, x, plan, seeds=0)
 
-Native ops: `ops`. Schedules, prediction conversions and posteriors: `schedules`, `predictions`; step spacings: `grids`.
-Samplers as data: `plan`, `samplers`; running them: `sampling`; with steps that depend on the sample: `adaptive`,
-`predictor_corrector`. Training: `losses`, `variational`, `flow_matching`,
-`score_matching`, with `weightings` and `time_sampling`. Attention blocks and the demo's UNet: `nn`.
-Processes and probability paths: `simulate`, `brownian`; exact densities: `likelihood`.
-Guided models: `guidance`.
+Top level is what leads from a schedule to a loss and to images, by one rule: all that makes a schedule (`SCHEDULES`),
+all that makes a sampler's plan (`SAMPLERS`), every op in each of its forms (`ops`), every loss, and the verbs that go
+with them (`noised`, `initial`, `sample`, `predictor_corrector`, `rk45`, `log_likelihood`, `convert` ...). The rest is
+in wings:
+
+| wing | |
+|---|---|
+| `schedules` | alpha(t) and sigma(t); `schedules.grids`: spacings of steps; `schedules.predictions` |
+| `plan`, `samplers` | a sampler is a plan, which is data: `plan.Plan` holds it, `samplers` make it |
+| `sampling` | runs plans, and samplers whose steps depend on the sample |
+| `objectives` | losses and bounds; `objectives.weightings`, `objectives.time_sampling` |
+| `guidance` | models that guide models |
+| `simulate` | ODEs, SDEs and probability paths, for study; `simulate.likelihood`: exact densities |
+| `nn` | attention blocks and a UNet |
+| `ops`, `reference` | the native ops; the same in plain torch |
+| `streams`, `brownian` | the addresses of noise; Brownian paths by address |
+| `compat` | drop-ins for other libraries, a module each |
+
+Names that the eye confuses:
+
+- `sample` runs a plan, `samplers` make plans, `sampling` is the module that `sample` comes from.
+- `plan` is the module of `Plan`; a plan is what ``ddim(schedule, 50)`` returns.
+- `loss`, `noising`, `variational` and `step` are ops: they take coefficients. `prediction_loss` and the other losses,
+  `noised` and `sample` take a schedule or a plan, and call them.
+- `linear`, `cosine`, `sigmoid`, `exponential`, `laplace`, `edm`, `flow` and `path` are noise schedules, no functions of
+  a tensor. `flow` is that of flow matching, `path` that of any two functions alpha(t) and beta(t).
+- `objectives.flow_matching` is the loss on a `flow` or a `path`, `compat.flow_matching` the library of that name.
+- `seeds` are those of a job's samples, from one integer; `draw_seeds` draws those of a training step from torch.
+- `bits_per_dim` is the variational bound's; that of an exact density is `simulate.likelihood.bits_per_dim`.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from diffkern import (
     brownian,
@@ -27,59 +53,33 @@ from diffkern import (
 )
 from diffkern._load import build_info, cuda_status
 from diffkern.objectives.flow_matching import flow_matching_loss
-from diffkern.objectives.losses import draw_seeds, edm_loss, noised, prediction_loss, simple_loss
+from diffkern.objectives.losses import (
+    draw_seeds,
+    drop_condition,
+    edm_loss,
+    noised,
+    prediction_loss,
+    simple_loss,
+    uniform_times,
+)
+from diffkern.objectives.score_matching import (
+    denoising_score_matching_loss,
+    implicit_score_matching_loss,
+    ncsn_loss,
+    sliced_score_matching_loss,
+)
 from diffkern.objectives.variational import bits_per_dim, hybrid_loss, vlb_loss
-from diffkern.ops import attention, loss, noising, randn, seeds, spatial_attention, step, step_out
+from diffkern.ops import *
 from diffkern.plan import Plan, Row
-from diffkern.samplers import (
-    annealed_langevin,
-    ddim,
-    ddim_inversion,
-    ddpm,
-    deis,
-    dpm_2,
-    dpm_2_ancestral,
-    dpmpp_1s,
-    dpmpp_2m,
-    dpmpp_2m_sde,
-    dpmpp_2s,
-    dpmpp_2s_ancestral,
-    dpmpp_3m,
-    dpmpp_3m_sde,
-    dpmpp_sde,
-    euler,
-    euler_ancestral,
-    euler_maruyama,
-    flow_sde,
-    get_sampler,
-    heun,
-    langevin,
-    lms,
-    midpoint,
-    repaint,
-    rk4,
-    rk4_38,
-    unipc,
-)
+from diffkern.samplers import *
 from diffkern.sampling import Sampled, initial, pc_plan, predictor_corrector, rk45, sample, transition_logprob
-from diffkern.schedules import (
-    cosine,
-    cosine_arc,
-    edm,
-    flow,
-    from_alphas_cumprod,
-    from_betas,
-    linear,
-    path,
-    rectified_flow,
-    scaled_linear,
-    sub_vp,
-    ve,
-    vp,
-    zero_terminal_snr,
-)
+from diffkern.schedules import makers
+from diffkern.schedules.makers import *
 from diffkern.schedules.predictions import convert
 from diffkern.simulate.likelihood import log_likelihood
+
+if TYPE_CHECKING:
+    from diffkern import compat, nn
 
 __version__ = "0.1.0"
 
@@ -87,84 +87,60 @@ __all__ = [
     "Plan",
     "Row",
     "Sampled",
-    "annealed_langevin",
-    "attention",
+    "__version__",
     "bits_per_dim",
     "brownian",
     "build_info",
+    "compat",
     "convert",
-    "cosine",
-    "cosine_arc",
     "cuda_status",
-    "ddim",
-    "ddim_inversion",
-    "ddpm",
-    "deis",
-    "dpm_2",
-    "dpm_2_ancestral",
-    "dpmpp_1s",
-    "dpmpp_2m",
-    "dpmpp_2m_sde",
-    "dpmpp_2s",
-    "dpmpp_2s_ancestral",
-    "dpmpp_3m",
-    "dpmpp_3m_sde",
-    "dpmpp_sde",
+    "denoising_score_matching_loss",
     "draw_seeds",
-    "edm",
+    "drop_condition",
     "edm_loss",
-    "euler",
-    "euler_ancestral",
-    "euler_maruyama",
-    "flow",
     "flow_matching_loss",
-    "flow_sde",
-    "from_alphas_cumprod",
-    "from_betas",
-    "get_sampler",
     "guidance",
-    "heun",
     "hybrid_loss",
+    "implicit_score_matching_loss",
     "initial",
-    "langevin",
-    "linear",
-    "lms",
     "log_likelihood",
-    "loss",
-    "midpoint",
+    "ncsn_loss",
+    "nn",
     "noised",
-    "noising",
     "objectives",
     "ops",
-    "path",
     "pc_plan",
     "plan",
     "prediction_loss",
     "predictor_corrector",
-    "randn",
-    "rectified_flow",
     "reference",
-    "repaint",
-    "rk4",
-    "rk4_38",
     "rk45",
     "sample",
     "samplers",
     "sampling",
-    "scaled_linear",
     "schedules",
-    "seeds",
     "simple_loss",
     "simulate",
-    "spatial_attention",
-    "step",
-    "step_out",
+    "sliced_score_matching_loss",
     "streams",
-    "sub_vp",
     "transition_logprob",
-    "unipc",
-    "ve",
+    "uniform_times",
     "vlb_loss",
-    "vp",
-    "zero_terminal_snr",
 ]
+# Every op, sampler and schedule, as these modules list them; editors read this form.
+__all__ += ops.__all__
+__all__ += samplers.__all__
+__all__ += makers.__all__
+
+
+if not TYPE_CHECKING:  # a checker that saw this would take any name for one of the package
+
+    def __getattr__(name: str) -> Any:
+        """`nn` and `compat` when they are first asked for."""
+        if name in ("compat", "nn"):
+            return import_module(f"diffkern.{name}")
+        raise AttributeError(f"module 'diffkern' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -25,8 +25,8 @@ _commands: dict[str, Command] = {
     "info": Command(
         "versions, instruction set, CUDA, what is missing and what to do about it", "diffkern.command.info:add_command"
     ),
-    "demo": Command("train a small model on handwritten digits and sample from it", "diffkern.demo.cli:add_demo"),
-    "sample": Command("sample from a checkpoint of the demo", "diffkern.demo.cli:add_sample"),
+    "demo": Command("train a small model on handwritten digits and sample from it", "diffkern.command.demo:add_demo"),
+    "sample": Command("sample from a checkpoint of the demo", "diffkern.command.demo:add_sample"),
     "plan": Command("print a sampler's plan, compare two, write one as JSON", "diffkern.command.plan:add_command"),
 }
 

@@ -82,6 +82,11 @@ def build_info() -> dict[str, Any]:
     return {**_cpu.build_info(), **(_cuda.build_info() if _cuda is not None else {})}
 
 
+def layout() -> dict[str, Any]:
+    """What the native ops expect: columns of the tables by op, the order of sums, dtypes, instruction sets."""
+    return dict(_cpu.layout())
+
+
 def attention_gemm_rate(dtype: str, seconds: float) -> float:
     """GFLOP/s of one thread of the matrix products that attention on the CPU is made of: what its speed is held to."""
     return float(_cpu.attention_gemm_rate(dtype, seconds))

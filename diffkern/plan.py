@@ -35,7 +35,7 @@ COLUMNS = (
     *("w", "p", "q", "r", "clip", "a", "b", "d", "e0", "e1", "e2", "e3", "g", "A", "B", "D", "k"),
     *("known_s", "known_n", "stream", "known_stream"),
 )
-"""The columns of a plan's table, in the order of the enum in csrc/core/step.h."""
+"""The columns of a plan's table, in the order of `DK_STEP_COLUMNS` in csrc/core/step.h."""
 
 LEARNED_COLUMNS = (*COLUMNS, "r0", "r1")
 """The columns of a plan of learned variance: z is multiplied by exp((r0 + r1 v)/2), v the model's second output."""
@@ -202,7 +202,7 @@ class Plan:
         return before.known_s, before.known_n
 
     def with_guidance(self, w: float | Sequence[float]) -> Plan:
-        """The plan with classifier-free guidance weight ``w``: m = u + w (c - u) (lectures 000, 002; arXiv 2207.12598).
+        """The plan with classifier-free guidance weight ``w``: m = u + w (c - u) (arXiv 2207.12598; lectures 000, 002).
 
         w = 1 is the conditional model alone, w = 0 the unconditional one; a plan whose weights are all 0 is unguided.
         A sequence gives one weight a step, or one a row; interval guidance is 1 outside its interval.

@@ -25,6 +25,7 @@ class Tableau(NamedTuple):
 EULER = Tableau(1, (0.0,), ((),), (1.0,))
 MIDPOINT = Tableau(2, (0.0, 1 / 2), ((), (1 / 2,)), (0.0, 1.0))
 HEUN = Tableau(2, (0.0, 1.0), ((), (1.0,)), (1 / 2, 1 / 2))
+HEUN3 = Tableau(3, (0.0, 1 / 3, 2 / 3), ((), (1 / 3,), (0.0, 2 / 3)), (1 / 4, 0.0, 3 / 4))
 RK4 = Tableau(4, (0.0, 1 / 2, 1 / 2, 1.0), ((), (1 / 2,), (0.0, 1 / 2), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6))
 RK4_38 = Tableau(
     4, (0.0, 1 / 3, 2 / 3, 1.0), ((), (1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)), (1 / 8, 3 / 8, 3 / 8, 1 / 8)
@@ -44,6 +45,10 @@ DORMAND_PRINCE = Tableau(
     (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40),
 )
 """Dormand and Prince 1980, order 5 with an error estimate of order 4."""
+
+_SHAMPINE = (1951 / 21600, 0.0, 22642 / 50085, 451 / 720, -12231 / 42400, 649 / 6300)
+SHAMPINE_ERROR = (*(b - lower for b, lower in zip(DORMAND_PRINCE.weights, _SHAMPINE, strict=True)), -1 / 60)
+"""`DORMAND_PRINCE.error` with the weights of order 4 of Shampine 1986, which torchdiffeq has: about 3/2 of it."""
 
 Slope = Callable[[Tensor, Tensor], Tensor]
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import importlib.util
+import math
 import os
 import re
 import shutil
@@ -25,10 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import gpu_report_attention
-from gpu_report_common import ARCHITECTURES, FLAGS, ROOT, nvcc_version, run, table
+from gpu_report_common import ROOT, architectures, nvcc, nvcc_version, run, sources, table
 
-FILES = ("randn", "noise_sum", "noising", "step", "learned_step", "loss", "variational", "step_logprob")
-FILES += ("quantile", "moments")
 ACCESS = ("direct", "staged", "scalar")
 # Per multiprocessor: threads, blocks, registers, shared memory in bytes (CUDA programming guide, technical
 # specifications per compute capability); 1 KiB a block of shared memory is the system's.
@@ -94,10 +94,10 @@ def compile_all(folder: Path) -> dict[str, dict[int, Compiled]]:
     """kernel -> architecture -> what ptxas says; the sm_80 and sm_90 cubins stay in the folder."""
     found: dict[str, dict[int, Compiled]] = defaultdict(dict)
     names: dict[str, str] = {}
-    for file in FILES:
-        for arch in ARCHITECTURES:
-            source, cubin = ROOT / "csrc" / "cuda" / f"{file}.cu", folder / f"{file}_{arch}.cubin"
-            log = run(["nvcc", f"-arch=sm_{arch}", *FLAGS, "-cubin", "-Xptxas", "-v", str(source), "-o", str(cubin)])
+    for source in sources(attention=False):
+        for arch in architectures():
+            cubin = folder / f"{source.stem}_{arch}.cubin"
+            log = run(nvcc(arch, "-cubin", "-Xptxas", "-v", source, "-o", cubin))
             for part in log.split("Compiling entry function '")[1:]:
                 symbol = part.split("'", 1)[0]
                 name = names.setdefault(symbol, kernel_name(symbol))
@@ -109,22 +109,29 @@ def compile_all(folder: Path) -> dict[str, dict[int, Compiled]]:
     return found
 
 
-def threads_of(kernel: str) -> int:
-    sums = kernel.startswith(("partial_kernel", "bound_kernel", "density_kernel"))
-    if sums and ("Half" in kernel or "Bfloat16" in kernel) and "scalar" not in kernel:
-        return 128
-    if kernel.startswith(("whole_kernel", "start_kernel", "count_kernel", "pick_kernel", "threshold_kernel")):
-        return 512
-    return 256
+@functools.cache
+def device() -> Any:
+    """The kernels in the emulator, as sm_80 PTX."""
+    from ptx.harness import Device
+
+    return Device("sm_80")
+
+
+@functools.cache
+def threads() -> dict[str, int]:
+    """Threads of a block by kernel, from the launch bounds in the PTX."""
+    kernels = {symbol: kernel for module in device().modules for symbol, kernel in module.kernels.items()}
+    bounds = {symbol: kernel.attrs.get("maxntid") for symbol, kernel in kernels.items()}
+    return {kernel_name(symbol): math.prod(bound) for symbol, bound in bounds.items() if bound}
 
 
 def registers_section(found: dict[str, dict[int, Compiled]]) -> str:
     rows = []
     for kernel, by_arch in found.items():
         spills = sum(c.spills for c in by_arch.values())
-        cells = [f"{c.registers} ({occupancy(a, threads_of(kernel), c):.0%})" for a, c in by_arch.items()]
-        rows.append([f"`{kernel}`", threads_of(kernel), max(c.shared for c in by_arch.values()), spills, *cells])
-    head = ["kernel", "threads", "shared bytes", "spilled bytes", *(f"sm_{a}" for a in ARCHITECTURES)]
+        cells = [f"{c.registers} ({occupancy(a, threads()[kernel], c):.0%})" for a, c in by_arch.items()]
+        rows.append([f"`{kernel}`", threads()[kernel], max(c.shared for c in by_arch.values()), spills, *cells])
+    head = ["kernel", "threads", "shared bytes", "spilled bytes", *(f"sm_{a}" for a in architectures())]
     return table(head, rows)
 
 
@@ -152,8 +159,8 @@ def sass_section(folder: Path, arch: int) -> str:
     if tool is None:
         return "Not made: no cuobjdump or nvdisasm (pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm).\n"
     rows = []
-    for file in FILES:
-        text = run([*tool, str(folder / f"{file}_{arch}.cubin")])
+    for source in sources(attention=False):
+        text = run([*tool, str(folder / f"{source.stem}_{arch}.cubin")])
         for part in re.split(r"(?:Function : |\.section\s+\.text\.)", text)[1:]:
             symbol = re.match(r"[\w$]+", part)
             if symbol is None or "_kernel" not in symbol.group(0):
@@ -192,10 +199,8 @@ extern "C" __global__ void products(const float* x, float* y) {
     path = folder / "rounding.cu"
     path.write_text(source)
     rows = []
-    ptx = run(["nvcc", "-arch=sm_80", *FLAGS, f"-I{ROOT / 'csrc'}", "-ptx", str(path), "-o", "/dev/stdout"])
-    run(
-        ["nvcc", "-arch=sm_80", *FLAGS, f"-I{ROOT / 'csrc'}", "-cubin", str(path), "-o", str(folder / "rounding.cubin")]
-    )
+    ptx = run(nvcc(80, "-ptx", path, "-o", "/dev/stdout"))
+    run(nvcc(80, "-cubin", path, "-o", folder / "rounding.cubin"))
     sass = run([*tool, str(folder / "rounding.cubin")])
     for kernel in ("normals", "products"):
         in_ptx = ptx.split(f".visible .entry {kernel}")[1].split(".visible .entry")[0]
@@ -209,21 +214,21 @@ extern "C" __global__ void products(const float* x, float* y) {
 # ---------------------------------------------------------------------------------------------------- counters
 def measure() -> list[tuple[str, str, Any, int]]:
     """(case, dtype, counters of its main kernel, elements)."""
+    from ptx.calls.whole_tiles import BATCH, SHAPE, cases
     from ptx.harness import DTYPES, Device
-    from ptx.test_traffic import BATCH, SHAPE, cases
 
     device = Device("sm_80")
     out = []
     for dtype in DTYPES:
         for layout in ("contiguous", "channels_last"):
             for name, call in cases(dtype, layout).items():
-                device.run(call)
+                device().run(call)
                 label = name if layout == "contiguous" else f"{name}, channels_last"
                 out.append(
                     (
                         label,
                         str(dtype).removeprefix("torch."),
-                        device.launches[0],
+                        device().launches[0],
                         BATCH * SHAPE[0] * SHAPE[1] * SHAPE[2],
                     )
                 )
@@ -284,9 +289,6 @@ def main() -> None:
     parser.add_argument("--no-tests", action="store_true", help="leave out the coverage table")
     parser.add_argument("--only", choices=["attention"], help="make this part anew and keep the rest of the report")
     args = parser.parse_args()
-    from ptx.harness import find_nvcc
-
-    find_nvcc()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if args.only:

@@ -12,18 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_report_common import ARCHITECTURES, FLAGS, ROOT, nvcc_version, table
+from gpu_report_common import architectures, nvcc, nvcc_version, sources, table
 
-FILES = (
-    "attention",
-    "attention_grad",
-    "attention_ffma",
-    "attention_grad_ffma",
-    "attention_mma_f16",
-    "attention_grad_mma_f16",
-    "attention_mma_bf16",
-    "attention_grad_mma_bf16",
-)
 F16, F32 = torch.float16, torch.float32
 TOKENS = 128  # queries and keys
 ORDERS = {"tokens": "bnhd", "nchw": "nchw"}
@@ -50,44 +40,42 @@ class Family:
         return f"{len(self.registers)} / {max(self.registers, default=0)} / {self.spills} / {self.seconds:.0f}"
 
 
-def compile_family(file: str, arch: int, folder: Path) -> tuple[str | None, float]:
+def compile_family(source: Path, arch: int, folder: Path) -> tuple[str | None, float]:
     """What ptxas says, or None when the file does not compile, and the processor seconds that it took."""
 
     def seconds() -> float:
         usage = resource.getrusage(resource.RUSAGE_CHILDREN)
         return usage.ru_utime + usage.ru_stime
 
-    source, before = ROOT / "csrc" / "cuda" / f"{file}.cu", seconds()
-    command = ["nvcc", f"-arch=sm_{arch}", *FLAGS, f"-I{ROOT / 'csrc'}", "-cubin", "-Xptxas", "-v", str(source)]
-    done = subprocess.run(
-        [*command, "-o", str(folder / f"{file}_{arch}.cubin")], capture_output=True, text=True, check=False
-    )
+    before = seconds()
+    command = nvcc(arch, "-cubin", "-Xptxas", "-v", source, "-o", folder / f"{source.stem}_{arch}.cubin")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     log = done.stdout + done.stderr
     if done.returncode:
-        print(f"{file} does not compile for sm_{arch}:\n{log}")
+        print(f"{source.name} does not compile for sm_{arch}:\n{log}")
     return None if done.returncode else log, seconds() - before
 
 
 def compile_all(folder: Path) -> dict[str, dict[int, Family]]:
-    found: dict[str, dict[int, Family]] = {file: {} for file in FILES}
-    for arch in ARCHITECTURES:
-        for file in FILES:
-            log, seconds = compile_family(file, arch, folder)
+    found: dict[str, dict[int, Family]] = {source.stem: {} for source in sources(attention=True)}
+    for arch in architectures():
+        for source in sources(attention=True):
+            log, seconds = compile_family(source, arch, folder)
             registers = None if log is None else [int(n) for n in re.findall(r"Used (\d+) registers", log)]
             spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", log or ""))
-            found[file][arch] = Family(registers, spills, seconds)
+            found[source.stem][arch] = Family(registers, spills, seconds)
     return found
 
 
 def compiled_section(found: dict[str, dict[int, Family]]) -> str:
     rows = [[f"`{file}`", *by_arch.values()] for file, by_arch in found.items()]
     totals = []
-    for arch in ARCHITECTURES:
+    for arch in architectures():
         of = [by_arch[arch] for by_arch in found.values()]
         registers = [n for f in of for n in f.registers or ()]
         totals.append(Family(registers, sum(f.spills for f in of), sum(f.seconds for f in of)))
     rows.append(["all", *totals])
-    return table(["file", *(f"sm_{a}" for a in ARCHITECTURES)], rows)
+    return table(["file", *(f"sm_{a}" for a in architectures())], rows)
 
 
 # ---------------------------------------------------------------------------------------------------- counters

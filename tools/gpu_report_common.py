@@ -1,4 +1,4 @@
-"""What the parts of the GPU report share: architectures, compiler flags, commands and Markdown tables."""
+"""What the parts of the GPU report share: what the build compiles and how, commands and Markdown tables."""
 
 from __future__ import annotations
 
@@ -12,8 +12,23 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT / "tests") not in sys.path:
     sys.path.insert(0, str(ROOT / "tests"))  # for ptx.harness and its like
 
-ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
-FLAGS = ("-O3", "-std=c++17", "--fmad=false")
+from helpers import build_description  # noqa: E402
+
+
+def architectures() -> list[int]:
+    """Those of a release."""
+    return [int(name.removesuffix("+PTX")) for name in build_description.architectures()]
+
+
+def sources(attention: bool) -> list[Path]:
+    """The CUDA files of attention, or those of the other ops."""
+    return [u.source for u in build_description.cuda_units() if u.source.name.startswith("attention") == attention]
+
+
+def nvcc(arch: int, *more: str | Path) -> list[str]:
+    """The compiler with the flags of the build for one architecture."""
+    flags = [*build_description.nvcc_flags(), f"-I{build_description.CSRC}"]
+    return ["nvcc", f"-arch=sm_{arch}", *flags, *map(str, more)]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -1,14 +1,27 @@
-// The ops `learned_step` and `learned_step_out` over a backend, which gives
-//   static void learned_step(const LearnedStepArgs&, const Operand& where, bool draws)
+// The ops `learned_step` and `learned_step_out`.
 #pragma once
 
+#include <algorithm>
+
 #include "../core/learned_step.h"
-#include "ops.h"
+#include "memory.h"
+#include "rows.h"
+#include "step_checks.h"
 
 namespace dk::bind {
 
 template <class Backend>
 struct LearnedStepOps {
+  static Table table() { return {"learned_step", {DK_LEARNED_COLUMNS(DK_COLUMN_NAME)}}; }
+
+  static void run(const LearnedStepArgs& args, const Operand& where, bool draws) {
+    if constexpr (Backend::kHost) {
+      Backend::run(cpu::learned_step, args, Backend::grain(draws));
+    } else {
+      Backend::launch("learned_step", cuda::learned_step, args, where);
+    }
+  }
+
   struct Operands {
     Operand x, m, table, index, seeds, noise, mask, known, out, x0, next;
   };
@@ -47,33 +60,12 @@ struct LearnedStepOps {
     LearnedStepArgs args{};
     args.state = state;
     args.seeds = check_seeds(op, o.seeds, out, batch);
-    const double* table = check_table(op, o.table, kLearnedColumns);
-    const int64_t rows = o.table.sizes[0];
-    if (!o.index && (row < 0 || row >= rows)) {
-      fail(op, "row must be in [0, ", rows, "), the rows of the table, got ", row);
-    }
     const uint32_t want = (o.x0 ? kWantX0 : 0u) | (o.mask ? kTermMask : 0u);
-    args.rows.count = rows;
-    args.rows.first = row;
     bool draws = o.seeds.handle != nullptr;
-    if (o.table.device_type == aoti_torch_device_type_cpu() && !o.index) {
-      const double* values = table + row * kLearnedColumns;
-      check_row(op, o, values, row, want);
-      for (int k = 0; k < kLearnedColumns; ++k) args.row[k] = values[k];
+    const auto check = [&](const double* values, int64_t number) { check_row(op, o, values, number, want); };
+    if (const double* values = step_row<Backend>(op, o.table, o.index, row, out, kLearnedColumns, check, args.rows)) {
+      std::copy_n(values, int{kLearnedColumns}, args.row);
       draws = draws && (learned_step_terms(values, want) & (kTermG | kTermKnownN));
-    } else {
-      check_same_device(op, o.table, out);
-      args.rows.table = table;
-      if (o.index) {
-        check_same_device(op, o.index, out);
-        check_index(op, o.index, batch, args.rows, Backend::kHost);
-        if (Backend::kHost) {
-          for (int64_t b = 0; b < (o.index.dims == 1 ? batch : 1); ++b) {
-            const int64_t r = row_number(args.rows, b);
-            check_row(op, o, table + r * kLearnedColumns, r, want);
-          }
-        }
-      }
     }
     for (const Operand* w : {&out, &o.x0, &o.next}) {
       if (*w) {
@@ -94,7 +86,7 @@ struct LearnedStepOps {
     args.x0 = make_view(args.space, o.x0, state);
     args.next = make_view(args.space, o.next, next.dtype);
     if (next.doubled) args.next2 = second_half(args.next, batch);
-    if (args.space.batch * args.space.count > 0) Backend::learned_step(args, out, draws);
+    if (args.space.batch * args.space.count > 0) run(args, out, draws);
   }
 
   static std::tuple<Tensor, MaybeTensor, MaybeTensor> learned_step(
@@ -148,7 +140,17 @@ struct LearnedStepOps {
               row);
   }
 
-  static void implement(torch::stable::detail::StableLibrary& m) {
+  static void define(StableLibrary& m) {
+    m.def(
+        "learned_step(Tensor x, Tensor? m, Tensor table, SymInt row, Tensor? index, Tensor? seeds, Tensor? noise, "
+        "Tensor? mask, Tensor? known, bool want_x0, int next_copies, ScalarType? next_dtype) -> "
+        "(Tensor, Tensor?, Tensor?)");
+    m.def(
+        "learned_step_out(Tensor x, Tensor? m, Tensor table, SymInt row, Tensor? index, Tensor? seeds, Tensor? noise, "
+        "Tensor? mask, Tensor? known, Tensor(a!) out, Tensor(b!)? x0, Tensor(c!)? next) -> ()");
+  }
+
+  static void implement(StableLibrary& m) {
     m.impl("learned_step", TORCH_BOX(&LearnedStepOps::learned_step));
     m.impl("learned_step_out", TORCH_BOX(&LearnedStepOps::learned_step_out));
   }

@@ -2,12 +2,46 @@
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <vector>
 
-#include "../core/args.h"
 #include "../core/attention.h"
-#include "../core/learned_step.h"
+#include "../core/cpu.h"
+#include "../core/ordered_sum.h"
+#include "../core/randn.h"
+#include "../core/step.h"
+#include "layout.h"
 
 namespace py = pybind11;
+
+namespace {
+
+py::tuple names(const std::vector<const char*>& list) {
+  py::tuple tuple(list.size());
+  size_t i = 0;
+  for (const char* name : list) tuple[i++] = name;
+  return tuple;
+}
+
+py::dict layout() {
+  py::dict columns;
+  for (const dk::bind::Table& table : dk::bind::tables()) columns[table.op] = names(table.columns);
+  py::dict dtypes;
+#define DK_NUMBER(NAME, TYPE, TORCH) dtypes[#TORCH] = static_cast<int>(dk::Dtype::NAME);
+  DK_STORED_DTYPES(DK_NUMBER)
+#undef DK_NUMBER
+  py::list levels;
+  for (int level = 0; dk::cpu::isa_level(level) != nullptr; ++level) levels.append(dk::cpu::isa_level(level));
+  py::dict found;
+  found["columns"] = columns;
+  found["ordered_sum"] = py::dict(py::arg("block") = dk::kSumBlock, py::arg("lanes") = dk::kSumLanes);
+  found["dtypes"] = dtypes;
+  found["isa"] = py::tuple(levels);
+  found["max_dims"] = dk::kMaxDims;
+  found["histories"] = dk::kHistories;
+  return found;
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "diffkern's CPU kernels; the ops are torch.ops.diffkern.*";
@@ -53,15 +87,7 @@ PYBIND11_MODULE(_C, m) {
       py::arg("dtype"), py::arg("seconds"), py::call_guard<py::gil_scoped_release>(),
       "GFLOP/s of the matrix products that attention is made of, one thread, operands in the L1 cache.");
   m.def(
-      "columns",
-      [] {
-        py::dict sizes;
-        sizes["step"] = static_cast<int>(dk::kColumns);
-        sizes["learned_step"] = static_cast<int>(dk::kLearnedColumns);
-        sizes["noising"] = static_cast<int>(dk::kNoisingColumns);
-        sizes["loss"] = static_cast<int>(dk::kLossColumns);
-        sizes["variational"] = static_cast<int>(dk::kBoundColumns);
-        return sizes;
-      },
-      "Columns of the tables that the ops read.");
+      "layout", layout,
+      "What the kernels' arguments look like: the columns of the tables by op, the order of sums (block, lanes), the\n"
+      "numbers of the dtypes, the instruction sets that DIFFKERN_ISA knows, the least first.");
 }

@@ -1,17 +1,25 @@
-// The op `noise_sum` over a backend, which gives
-//   static void noise_sum(const NoiseSumArgs&, const Operand& where)
+// The ops `noise_sum` and `noise_sum_out`.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "../core/noise_sum.h"
-#include "ops.h"
+#include "memory.h"
 
 namespace dk::bind {
 
 template <class Backend>
 struct NoiseSumOps {
   static constexpr const char* kOp = "noise_sum";
+
+  static void run(const NoiseSumArgs& args, const Operand& where) {
+    if constexpr (Backend::kHost) {  // a block is the work of so many blocks as there are terms
+      Backend::run(cpu::noise_sum, args, std::max<int64_t>(1, Backend::kGrainWithNoise / std::max(1, args.terms.n)));
+    } else {
+      Backend::launch(kOp, cuda::noise_sum, args, where);
+    }
+  }
 
   // A list of numbers on the CPU, whose values travel in the arguments.
   static void check_list(const Operand& list, int32_t dtype) {
@@ -57,7 +65,7 @@ struct NoiseSumOps {
     check_output(kOp, out, {}, {&seeds, &streams, &weights}, {});
     args.space = make_space(kOp, out, {&out}, true, Backend::kMaxChannels);
     args.out = make_view(args.space, out, dtype);
-    if (args.space.batch * args.space.count > 0) Backend::noise_sum(args, out);
+    if (args.space.batch * args.space.count > 0) run(args, out);
   }
 
   static void noise_sum_out(Tensor seeds, Tensor streams, Tensor weights, Tensor out) {
@@ -67,18 +75,19 @@ struct NoiseSumOps {
   static Tensor noise_sum(std::vector<int64_t> size, Tensor seeds, Tensor streams, Tensor weights,
                           torch::headeronly::ScalarType dtype) {
     const Operand s("seeds", seeds);
-    if (size.empty()) fail(kOp, "size must have a batch dimension, got []");
-    for (const int64_t n : size) {
-      if (n < 0)
-        fail(kOp, "size must not be negative, got ", shape_text(size.data(), static_cast<int64_t>(size.size())));
-    }
+    check_size(kOp, size);
     check_seeds(kOp, s, s, size[0]);
     Tensor out = new_empty(s, size, static_cast<int32_t>(torch::stable::detail::from(dtype)));
     into(s, {"streams", streams}, {"weights", weights}, {"out", out});
     return out;
   }
 
-  static void implement(torch::stable::detail::StableLibrary& m) {
+  static void define(StableLibrary& m) {
+    m.def("noise_sum(SymInt[] size, Tensor seeds, Tensor streams, Tensor weights, ScalarType dtype) -> Tensor");
+    m.def("noise_sum_out(Tensor seeds, Tensor streams, Tensor weights, Tensor(a!) out) -> ()");
+  }
+
+  static void implement(StableLibrary& m) {
     m.impl("noise_sum", TORCH_BOX(&NoiseSumOps::noise_sum));
     m.impl("noise_sum_out", TORCH_BOX(&NoiseSumOps::noise_sum_out));
   }

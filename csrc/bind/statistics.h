@@ -1,26 +1,48 @@
-// The ops `quantile`, `dynamic_threshold` and `moments` over a backend, which gives
-//   static void check(const char* op, const Operand&)
-//   static int64_t quantile_workspace(const Space&)
-//   static void quantile(const char* op, const QuantileArgs&, const Operand& where)
-//   static void moments(const MomentsArgs&, const Operand& where)
+// The ops `quantile`, `dynamic_threshold` and `moments`.
 #pragma once
 
 #include "../core/moments.h"
 #include "../core/quantile.h"
-#include "operand.h"
+#include "memory.h"
 
 namespace dk::bind {
 
 template <class Backend>
 struct StatisticsOps {
+  static int64_t workspace_bytes(const Space& space) {
+    if constexpr (Backend::kHost) {
+      return cpu::quantile_workspace(space);
+    } else {
+      return cuda::quantile_workspace(space);
+    }
+  }
+
+  static void run(const char* op, const QuantileArgs& args, const Operand& where) {
+    if constexpr (Backend::kHost) {
+      for (int64_t phase = 0; phase < cpu::quantile_phases(args); ++phase) {
+        Backend::run_phase(args.space, cpu::quantile_tasks(args, phase), Backend::kGrainWithNoise,
+                           [&](int64_t begin, int64_t end) { cpu::quantile(args, phase, begin, end); });
+      }
+    } else {
+      Backend::launch(op, cuda::quantile, args, where);
+    }
+  }
+
+  static void run(const char* op, const MomentsArgs& args, const Operand& where) {
+    if constexpr (Backend::kHost) {
+      for (int64_t phase = 0; phase < cpu::moments_phases(args.space); ++phase) {
+        Backend::run_phase(args.space, cpu::moments_tasks(args.space, phase), Backend::kGrain,
+                           [&](int64_t begin, int64_t end) { cpu::moments(args, phase, begin, end); });
+      }
+    } else {
+      Backend::launch(op, cuda::moments, args, where);
+    }
+  }
+
   static void check_elements(const char* op, const Operand& x) {
     for (int64_t d = 1; d < x.dims; ++d) {
       if (x.sizes[d] == 0) fail(op, x.name, " must have an element in each sample, got shape ", shape_text(x));
     }
-  }
-
-  static int32_t sum_dtype(Dtype dtype) {
-    return dtype == Dtype::f64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
   }
 
   // The quantiles [B] of |x|; with `out`, x thresholded as well.
@@ -43,11 +65,11 @@ struct StatisticsOps {
     args.maximum = maximum;
     Tensor value = new_empty(x, {x.sizes[0]}, sum_dtype(dtype));
     if (args.space.batch == 0) return value;
-    const int64_t words = (Backend::quantile_workspace(args.space) + 7) / 8;
+    const int64_t words = (workspace_bytes(args.space) + 7) / 8;
     Tensor workspace = new_empty(x, {words}, aoti_torch_dtype_int64());
     args.value = value.mutable_data_ptr();
     args.workspace = workspace.mutable_data_ptr();
-    Backend::quantile(op, args, x);
+    run(op, args, x);
     return value;
   }
 
@@ -74,16 +96,23 @@ struct StatisticsOps {
     MomentsArgs args{};
     args.space = make_space(op, x, {&x}, false, 0);
     args.x = make_view(args.space, x, dtype);
-    const int64_t blocks = (args.space.count + kLossBlock - 1) / kLossBlock;
+    const int64_t blocks = sum_blocks(args.space.count);
     Tensor value = new_empty(x, {args.space.batch, 2}, sum_dtype(dtype));
     Tensor partials = new_empty(x, {args.space.batch, blocks}, sum_dtype(dtype));
     args.value = value.mutable_data_ptr();
     args.partials = partials.mutable_data_ptr();
-    if (args.space.batch > 0) Backend::moments(args, x);  // of an empty sample: NaN, as torch's mean of nothing
+    if (args.space.batch > 0) run(op, args, x);  // of an empty sample: NaN, as torch's mean of nothing
     return value;
   }
 
-  static void implement(torch::stable::detail::StableLibrary& m) {
+  static void define(StableLibrary& m) {
+    m.def("quantile(Tensor x, float q) -> Tensor");
+    m.def("dynamic_threshold(Tensor x0, float q, float maximum) -> Tensor");
+    m.def("dynamic_threshold_out(Tensor x0, float q, float maximum, Tensor(a!) out) -> ()");
+    m.def("moments(Tensor x) -> Tensor");
+  }
+
+  static void implement(StableLibrary& m) {
     m.impl("quantile", TORCH_BOX(&StatisticsOps::quantile));
     m.impl("dynamic_threshold", TORCH_BOX(&StatisticsOps::dynamic_threshold));
     m.impl("dynamic_threshold_out", TORCH_BOX(&StatisticsOps::dynamic_threshold_out));

@@ -2,6 +2,9 @@
 // rows.
 #pragma once
 
+#include <cmath>
+#include <vector>
+
 #include "../core/learned_step.h"
 #include "operand.h"
 

@@ -1,8 +1,11 @@
-// The op `step_logprob` over a backend, which gives
-//   static void step_logprob(const StepLogprobArgs&, const Operand& where)
+// The op `step_logprob`.
 #pragma once
 
+#include <algorithm>
+
 #include "../core/step_logprob.h"
+#include "memory.h"
+#include "rows.h"
 #include "step_checks.h"
 
 namespace dk::bind {
@@ -10,6 +13,15 @@ namespace dk::bind {
 template <class Backend>
 struct StepLogprobOps {
   static constexpr const char* op = "step_logprob";
+
+  static void run(const StepLogprobArgs& args, const Operand& where) {
+    if constexpr (Backend::kHost) {
+      Backend::run(cpu::step_logprob, args, Backend::grain(false));
+      cpu::step_logprob_finish(args);
+    } else {
+      Backend::launch(op, cuda::step_logprob, args, where);
+    }
+  }
 
   struct Operands {
     Operand after, x, m, m2, h[kHistories], table, index;
@@ -62,31 +74,6 @@ struct StepLogprobOps {
     return learned;
   }
 
-  // The row: on the host by value where it can be, else found by the kernel.
-  static void find_rows(const Operands& o, int64_t row, StepLogprobArgs& args) {
-    const int64_t columns = logprob_columns(args.learned), batch = o.after.sizes[0];
-    const double* table = check_table(op, o.table, columns);
-    args.rows.count = o.table.sizes[0];
-    args.rows.first = row;
-    if (!o.index && (row < 0 || row >= args.rows.count)) {
-      fail(op, "row must be in [0, ", args.rows.count, "), the rows of the table, got ", row);
-    }
-    if (!o.index && o.table.device_type == aoti_torch_device_type_cpu()) {
-      check_row(o, table + row * columns, row);
-      for (int64_t i = 0; i < columns; ++i) args.row[i] = table[row * columns + i];
-      return;
-    }
-    check_same_device(op, o.table, o.after);
-    args.rows.table = table;
-    if (!o.index) return;
-    check_same_device(op, o.index, o.after);
-    check_index(op, o.index, batch, args.rows, Backend::kHost);
-    for (int64_t b = 0; Backend::kHost && b < (o.index.dims == 1 ? batch : 1); ++b) {
-      const int64_t r = row_number(args.rows, b);
-      check_row(o, table + r * columns, r);
-    }
-  }
-
   static std::tuple<Tensor, MaybeTensor, MaybeTensor> step_logprob(Tensor after, MaybeTensor x, MaybeTensor m,
                                                                    MaybeTensor m2, MaybeTensor h0, MaybeTensor h1,
                                                                    MaybeTensor h2, MaybeTensor h3, Tensor table,
@@ -112,7 +99,11 @@ struct StepLogprobOps {
     StepLogprobArgs args{};
     args.state = state;
     args.learned = o.learned;
-    find_rows(o, row, args);
+    const int64_t columns = logprob_columns(o.learned);
+    const auto check = [&](const double* values, int64_t number) { check_row(o, values, number); };
+    if (const double* values = step_row<Backend>(op, o.table, o.index, row, like, columns, check, args.rows)) {
+      std::copy_n(values, columns, args.row);
+    }
 
     MaybeTensor grad, grad2;
     if (want_grad) grad = empty_like(o.m, o.m.dtype);
@@ -137,18 +128,22 @@ struct StepLogprobOps {
       args.c = second_half(args.u, batch);
       if (want_grad) args.grad_c = second_half(args.grad_u, batch);
     }
-    const int32_t sums = state == Dtype::f64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-    const int64_t blocks = (args.space.count + kLossBlock - 1) / kLossBlock;
+    const int32_t sums = sum_dtype(state);
+    const int64_t blocks = sum_blocks(args.space.count);
     Tensor value = new_empty(like, {batch}, sums), partials = new_empty(like, {batch, blocks}, sums);
     args.value = value.mutable_data_ptr();
     args.partials = partials.mutable_data_ptr();
-    Backend::step_logprob(args, like);
+    run(args, like);
     return {value, grad, grad2};
   }
 
-  static void implement(torch::stable::detail::StableLibrary& m) {
-    m.impl("step_logprob", TORCH_BOX(&StepLogprobOps::step_logprob));
+  static void define(StableLibrary& m) {
+    m.def(
+        "step_logprob(Tensor after, Tensor? x, Tensor? m, Tensor? m2, Tensor? h0, Tensor? h1, Tensor? h2, Tensor? h3, "
+        "Tensor table, SymInt row, Tensor? index, bool want_grad) -> (Tensor, Tensor?, Tensor?)");
   }
+
+  static void implement(StableLibrary& m) { m.impl("step_logprob", TORCH_BOX(&StepLogprobOps::step_logprob)); }
 };
 
 }  // namespace dk::bind

@@ -1,13 +1,26 @@
-// The op `variational` over a backend, which gives
-//   static void variational(const VariationalArgs&, const Operand& where)
+// The op `variational`.
 #pragma once
 
-#include "ops.h"
+#include "../core/variational.h"
+#include "memory.h"
+#include "rows.h"
+#include "step_checks.h"
 
 namespace dk::bind {
 
 template <class Backend>
 struct VariationalOps {
+  static Table table() { return {"variational", {DK_BOUND_COLUMNS(DK_COLUMN_NAME)}}; }
+
+  static void run(const VariationalArgs& args, const Operand& where) {
+    if constexpr (Backend::kHost) {
+      Backend::run(cpu::variational, args, Backend::kGrainWithNoise);
+      cpu::variational_finish(args);
+    } else {
+      Backend::launch("variational", cuda::variational, args, where);
+    }
+  }
+
   // Does pred hold a variance beside the mean? Its shape says so.
   static bool is_learned(const char* op, const Operand& pred, const Operand& x0) {
     bool same = pred.dims == x0.dims && pred.dims > 0, doubled = same && x0.dims > 1;
@@ -41,7 +54,6 @@ struct VariationalOps {
                                                              MaybeTensor index_tensor, MaybeTensor seeds_tensor,
                                                              int64_t stream, MaybeTensor noise_tensor,
                                                              int64_t reduction, bool want_grad) {
-    using Common = Ops<Backend>;
     const char* op = "variational";
     const Operand whole("pred", pred_tensor), x0("x0", x0_tensor), table("table", table_tensor),
         index("index", index_tensor), seeds("seeds", seeds_tensor), noise("noise", noise_tensor);
@@ -53,23 +65,19 @@ struct VariationalOps {
     check_same_device(op, noise, x0);
     check_shape(op, noise, x0);
     check_dtype(op, noise, x0);
-    Common::check_noise_source(op, seeds, noise);
+    check_noise_source(op, seeds, noise);
     if (reduction < 0 || reduction > 2) fail(op, "reduction must be 0 (none), 1 (mean) or 2 (sum), got ", reduction);
 
     VariationalArgs args{};
     const int64_t batch = x0.sizes[0], channels = x0.dims > 1 ? x0.sizes[1] : 1;
     args.reduction = static_cast<Reduction>(reduction);
-    args.rows = Common::table_rows(op, table, index, x0, kBoundColumns);
-    if (Backend::kHost) {
-      for (int64_t b = 0; b < batch; ++b) {
-        const int64_t r = row_number(args.rows, b);
-        check_row(op, args.rows.table + r * kBoundColumns, r, learned);
-      }
-    }
+    args.rows = sample_rows<Backend>(op, table, index, x0, kBoundColumns);
+    check_rows<Backend>(args.rows, kBoundColumns, batch,
+                        [&](const double* row, int64_t number) { check_row(op, row, number, learned); });
     args.seeds = check_seeds(op, seeds, x0, batch);
     args.stream = check_stream(op, stream);
 
-    const int32_t sum_dtype = dtype == Dtype::f64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+    const int32_t sums = sum_dtype(dtype);
     MaybeTensor grad;
     if (want_grad) grad = empty_like(whole, whole.dtype);
     const Halves preds(op, whole, channels, learned), grads(op, {"grad", grad}, channels, learned);
@@ -82,21 +90,25 @@ struct VariationalOps {
     args.grad = make_view(args.space, grads.first, pred_dtype);
     args.grad_w = make_view(args.space, grads.second, pred_dtype);
 
-    const int64_t blocks = (args.space.count + kLossBlock - 1) / kLossBlock;
-    Tensor value = args.reduction == Reduction::none ? new_empty(x0, {batch}, sum_dtype) : new_empty(x0, {}, sum_dtype);
-    Tensor means = new_empty(x0, {batch, 2}, sum_dtype), samples = new_empty(x0, {batch}, sum_dtype);
-    Tensor partials = new_empty(x0, {batch, blocks, 2}, sum_dtype);
+    const int64_t blocks = sum_blocks(args.space.count);
+    Tensor value = args.reduction == Reduction::none ? new_empty(x0, {batch}, sums) : new_empty(x0, {}, sums);
+    Tensor means = new_empty(x0, {batch, 2}, sums), samples = new_empty(x0, {batch}, sums);
+    Tensor partials = new_empty(x0, {batch, blocks, 2}, sums);
     args.value = value.mutable_data_ptr();
     args.means = means.mutable_data_ptr();
     args.partials = partials.mutable_data_ptr();
     args.samples = samples.mutable_data_ptr();
-    Backend::variational(args, x0);
+    run(args, x0);
     return {value, means, grad};
   }
 
-  static void implement(torch::stable::detail::StableLibrary& m) {
-    m.impl("variational", TORCH_BOX(&VariationalOps::variational));
+  static void define(StableLibrary& m) {
+    m.def(
+        "variational(Tensor pred, Tensor x0, Tensor table, Tensor? index, Tensor? seeds, SymInt stream, Tensor? noise, "
+        "int reduction, bool want_grad) -> (Tensor, Tensor, Tensor?)");
   }
+
+  static void implement(StableLibrary& m) { m.impl("variational", TORCH_BOX(&VariationalOps::variational)); }
 };
 
 }  // namespace dk::bind

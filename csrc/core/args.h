@@ -1,10 +1,12 @@
-// The bridge: what csrc/bind hands to the kernels of csrc/cpu and csrc/cuda. Plain data, included by all sides.
+// The bridge: what csrc/bind hands to the kernels of csrc/cpu and csrc/cuda, as far as ops share it. Plain data,
+// included by all sides.
+//
+// An op's own arguments and the prototypes of its kernels stand in the header of the op. cpu::NAME(args, begin, end)
+// runs blocks begin .. end - 1 of the whole batch (cpu.h), in any order and on any threads. cuda::NAME(args, stream)
+// launches: `stream` is a cudaStream_t, the result a cudaError_t; it never allocates, waits or throws.
 #pragma once
 
 #include "dtype.h"
-#include "loss.h"
-#include "step.h"
-#include "variational.h"
 
 namespace dk {
 
@@ -35,6 +37,11 @@ struct View {
   int64_t stride[kMaxDims];
 };
 
+// The columns of a table are one list DK_..._COLUMNS(COLUMN) of COLUMN(number, name), in the header of the op: of it
+// are made the enum of their numbers, and the names that Python reads (`diffkern._C.layout()`).
+#define DK_COLUMN_NUMBER(NUMBER, NAME) NUMBER,
+#define DK_COLUMN_NAME(NUMBER, NAME) NAME,
+
 // Which row of a float64 table belongs to a sample. Without an index: row first + b step.
 struct Rows {
   const double* table;  // [count, columns]; nullptr: the row travels in the arguments
@@ -61,79 +68,5 @@ struct Seeds {
   const int64_t* data;
   int64_t stride;
 };
-
-struct RandnArgs {
-  Space space;
-  View out;
-  Seeds seeds;
-  uint64_t stream;
-};
-
-struct NoisingArgs {
-  Space space;
-  View x0, noise, out, target, eps;  // target, eps: may be absent
-  Rows rows;
-  Seeds seeds;
-  uint64_t stream;
-};
-
-struct LossArgs {
-  Space space;
-  View pred, x0, noise, grad;  // grad: may be absent
-  Rows rows;
-  Seeds seeds;
-  uint64_t stream;
-  Reduction reduction;
-  void* partials;  // [batch, ceil(count / kLossBlock)] float32 (float64 if x0 is)
-  void* value;     // [batch], or [1] after a reduction over the batch
-  void* samples;   // [batch] workspace of that reduction
-};
-
-struct VariationalArgs {
-  Space space;
-  View pred, w, x0, noise, grad, grad_w;  // w: second half of the channels, may be absent; grad, grad_w as pred, w
-  Rows rows;
-  Seeds seeds;
-  uint64_t stream;
-  Reduction reduction;
-  void* partials;  // [batch, ceil(count / kLossBlock), 2] float32 (float64 if x0 is): squares and nats
-  void* value;     // [batch], or [1] after a reduction over the batch
-  void* means;     // [batch, 2]: mean d^2, mean bound in bits
-  void* samples;   // [batch] workspace of that reduction
-};
-
-struct StepArgs {
-  Space space;
-  View x, u, c, h[kHistories], noise, mask, known;  // inputs, each may be absent
-  View out, x0, s, next, next2;                     // outputs; out is always there. next2: second half of a [2B] next
-  Dtype state;                                      // of x, h, noise, known, out, x0, s
-  Rows rows;
-  double row[kColumns];  // the row, if rows.table is nullptr
-  Seeds seeds;
-};
-
-// The work is split into blocks of one sample each; [begin, end) counts blocks over the whole batch.
-namespace cpu {
-int64_t blocks_per_sample(const Space& space);
-void randn(const RandnArgs& args, int64_t begin, int64_t end);
-void noising(const NoisingArgs& args, int64_t begin, int64_t end);
-void step(const StepArgs& args, int64_t begin, int64_t end);
-void loss(const LossArgs& args, int64_t begin, int64_t end);
-void loss_finish(const LossArgs& args);
-void variational(const VariationalArgs& args, int64_t begin, int64_t end);
-void variational_finish(const VariationalArgs& args);
-void normals(uint64_t seed, uint64_t stream, uint64_t quad, int64_t quads, float* out);  // any counter, for tests
-const char* isa_name();
-const char* isa_best();
-}  // namespace cpu
-
-// Launchers: `stream` is a cudaStream_t, the result a cudaError_t. They never allocate, wait or throw.
-namespace cuda {
-int randn(const RandnArgs& args, void* stream);
-int noising(const NoisingArgs& args, void* stream);
-int step(const StepArgs& args, void* stream);
-int loss(const LossArgs& args, void* stream);  // the whole loss: partials, samples and the batch
-int variational(const VariationalArgs& args, void* stream);
-}  // namespace cuda
 
 }  // namespace dk

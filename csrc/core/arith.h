@@ -34,6 +34,7 @@ DK_HD double add(double a, double b) { DK_RN(__dadd_rn(a, b), a + b); }
 DK_HD double sub(double a, double b) { DK_RN(__dadd_rn(a, -b), a - b); }
 DK_HD double fma(double a, double b, double c) { DK_RN(__fma_rn(a, b, c), __builtin_fma(a, b, c)); }
 DK_HD double div(double a, double b) { DK_RN(__ddiv_rn(a, b), a / b); }
+DK_HD double sqrt(double a) { DK_RN(__dsqrt_rn(a), __builtin_sqrt(a)); }
 
 // Integer -> float32, rounded to nearest even.
 DK_HD float to_float(uint32_t a) { DK_RN(__uint2float_rn(a), static_cast<float>(a)); }

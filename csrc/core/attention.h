@@ -9,6 +9,11 @@ constexpr int64_t kMaxHeadDim = 256;  // and every multiple of kHeadDimStep belo
 constexpr int64_t kHeadDimStep = 8;
 constexpr int64_t kLargeHeadDim = 512;  // the one larger head: the middle block of latent autoencoders
 
+// The dtypes that the kernels are written for.
+constexpr bool attention_serves(Dtype dtype) {
+  return dtype == Dtype::f64 || dtype == Dtype::f32 || dtype == Dtype::f16 || dtype == Dtype::bf16;
+}
+
 // [batch, heads, tokens, channels]; strides in elements. The token or the channel stride is 1, whatever the others are
 // (stride 0 of an expanded input included).
 struct HeadsView {
@@ -37,6 +42,7 @@ struct AttentionGradArgs {
   const void* lse;
   HeadsView dq, dk, dv;  // as q, k, v
   void* workspace;       // attention_grad_workspace bytes, 256-byte aligned
+  int capability;        // of the device, 10 major + minor; the CPU does not read it
 };
 
 // The forward pass is tasks that any threads run in any order; the backward pass is phases of such tasks, one phase
@@ -54,8 +60,8 @@ const char* attention_kernel(Dtype dtype);  // which micro-kernel serves this dt
 double attention_gemm_rate(Dtype dtype, double seconds);
 }  // namespace cpu
 
-// Launchers as in args.h. `capability`: 10 major + minor of the device. A limit is a sentence fragment that says what
-// this device or build cannot do ("float16 backward needs ..."), nullptr when there is none.
+// Launchers as in args.h. `capability`: 10 major + minor of the device, which csrc/bind finds. A limit is a sentence
+// fragment that says what this device or build cannot do ("float16 backward needs ..."), nullptr when there is none.
 namespace cuda {
 const char* attention_limit(const AttentionProblem& problem, int capability);
 int64_t attention_workspace(const AttentionProblem& problem);  // bytes

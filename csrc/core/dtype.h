@@ -5,16 +5,35 @@
 
 namespace dk {
 
-enum class Dtype : int32_t { f64, f32, f16, bf16, u8 };  // u8: masks only (bool and uint8)
-
-DK_HD constexpr int size_of(Dtype d) { return d == Dtype::f64 ? 8 : d == Dtype::f32 ? 4 : d == Dtype::u8 ? 1 : 2; }
-
 struct Half {
   uint16_t bits;
 };
 struct Bfloat16 {
   uint16_t bits;
 };
+
+// The dtypes of floating-point tensors, once: DTYPE(name here, type of an element, torch's name).
+#define DK_STORED_DTYPES(DTYPE) \
+  DTYPE(f64, double, float64)   \
+  DTYPE(f32, float, float32)    \
+  DTYPE(f16, Half, float16)     \
+  DTYPE(bf16, Bfloat16, bfloat16)
+
+#define DK_NAME(NAME, TYPE, TORCH) NAME,
+enum class Dtype : int32_t { DK_STORED_DTYPES(DK_NAME) u8 };  // u8: masks only (bool and uint8)
+#undef DK_NAME
+
+DK_HD constexpr int size_of(Dtype d) {
+  switch (d) {
+#define DK_SIZE(NAME, TYPE, TORCH) \
+  case Dtype::NAME:                \
+    return sizeof(TYPE);
+    DK_STORED_DTYPES(DK_SIZE)
+#undef DK_SIZE
+    default:
+      return 1;
+  }
+}
 
 DK_HD float widen(Bfloat16 v) { return bits_float(static_cast<uint32_t>(v.bits) << 16); }
 
@@ -52,6 +71,29 @@ inline Half narrow_f16(float v) {
     result = float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000u;
   }
   return {static_cast<uint16_t>(sign | result)};
+}
+
+// The same by the type of an element, for loops over any dtype: T is float or double, and double goes to a narrow dtype
+// through float, on every device.
+DK_HD double widen(double v) { return v; }
+DK_HD float widen(float v) { return v; }
+DK_HD float widen(uint8_t v) { return v ? 1.0f : 0.0f; }
+
+template <class T>
+DK_HD void narrow(T v, double& out) {
+  out = v;
+}
+template <class T>
+DK_HD void narrow(T v, float& out) {
+  out = static_cast<float>(v);
+}
+template <class T>
+DK_HD void narrow(T v, Bfloat16& out) {
+  out = narrow_bf16(static_cast<float>(v));
+}
+template <class T>
+void narrow(T v, Half& out) {
+  out = narrow_f16(static_cast<float>(v));
 }
 
 }  // namespace dk

@@ -9,13 +9,13 @@
 // A row is that of the step, with guidance, late noise, histories and the second output at 0, and r0, r1 behind it.
 #pragma once
 
-#include "args.h"
 #include "gaussian.h"
+#include "step.h"
 
 namespace dk {
 
-// diffkern/ops/_learned_step.py names the columns.
-enum LearnedColumn : int { kLogVariance0 = kColumns, kLogVariance1, kLearnedColumns };
+#define DK_LEARNED_COLUMNS(COLUMN) DK_STEP_COLUMNS(COLUMN) COLUMN(kLogVariance0, "r0") COLUMN(kLogVariance1, "r1")
+enum LearnedColumn : int { kLogVariance0 = kColumns, kLogVariance1, kLearnedColumns };  // behind those of the step
 
 // Beside the terms of the step: v is read.
 constexpr uint32_t kTermV = 1u << 19;

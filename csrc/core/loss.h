@@ -2,20 +2,28 @@
 //
 //   L_b = weight_b / N sum_i (pred_i - (u x0_i + v eps_i))^2,   dL_b/dpred_i = 2 weight_b / N (pred_i - target_i)
 //
-// The sum has one order, whatever the threads, the grid or the batch: blocks of kLossBlock consecutive elements are
-// folded (element i + element i + half, half = kLossBlock / 2, ..., 1; missing elements are 0), and the blocks' sums
-// of a sample are added by kLossLanes lanes (lane j takes blocks j, j + kLossLanes, ... in turn) and folded again.
+// The squares are added in the order of ordered_sum.h.
 #pragma once
 
 #include "noising.h"
+#include "ordered_sum.h"
 
 namespace dk {
 
-enum LossColumn : int { kLossX0, kLossEps, kLossWeight, kLossColumns };
-enum class Reduction : int32_t { none, mean, sum };
+#define DK_LOSS_COLUMNS(COLUMN) COLUMN(kLossX0, "u") COLUMN(kLossEps, "v") COLUMN(kLossWeight, "weight")
+enum LossColumn : int { DK_LOSS_COLUMNS(DK_COLUMN_NUMBER) kLossColumns };
 
-constexpr int kLossBlock = 1024;
-constexpr int kLossLanes = 256;
+struct LossArgs {
+  Space space;
+  View pred, x0, noise, grad;  // grad: may be absent
+  Rows rows;
+  Seeds seeds;
+  uint64_t stream;
+  Reduction reduction;
+  void* partials;  // [batch, sum_blocks(count)] float32 (float64 if x0 is)
+  void* value;     // [batch], or [1] after a reduction over the batch
+  void* samples;   // [batch] workspace of that reduction
+};
 
 template <class T>
 struct LossCoefficients {
@@ -30,6 +38,14 @@ DK_HD LossCoefficients<T> loss_coefficients(const double* row, int64_t count, in
   const double scale = row[kLossWeight] / (static_cast<double>(count) * static_cast<double>(batch));
   return {static_cast<T>(row[kLossX0]), static_cast<T>(row[kLossEps]), static_cast<T>(scale),
           static_cast<T>(2 * scale)};
+}
+
+namespace cpu {
+void loss(const LossArgs& args, int64_t begin, int64_t end);
+void loss_finish(const LossArgs& args);
+}  // namespace cpu
+namespace cuda {
+int loss(const LossArgs& args, void* stream);  // the whole loss: partials, samples and the batch
 }
 
 }  // namespace dk

@@ -1,18 +1,17 @@
 // Mean and unbiased standard deviation of each sample, in two passes: the sum, then the squares of what is left of the
-// mean. Both are added up in the order of core/loss.h, over positions in memory order where a sample has no gaps.
+// mean. Both are added up in the order of ordered_sum.h, over positions in memory order where a sample has no gaps.
 #pragma once
 
 #include "args.h"
+#include "ordered_sum.h"
 
 namespace dk {
-
-DK_HD double sqrt(double a) { DK_RN(__dsqrt_rn(a), __builtin_sqrt(a)); }
 
 struct MomentsArgs {
   Space space;
   View x;
   void* value;     // [batch, 2]: mean, standard deviation; float32 (float64 if x is)
-  void* partials;  // [batch, ceil(count / kLossBlock)] of the same
+  void* partials;  // [batch, sum_blocks(count)] of the same
 };
 
 template <class T>

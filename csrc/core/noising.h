@@ -1,11 +1,21 @@
 // Forward noising and the training target: x_t = s x0 + n eps, target = u x0 + v eps.
 #pragma once
 
-#include "arith.h"
+#include "args.h"
 
 namespace dk {
 
-enum NoisingColumn : int { kSignal, kNoise, kTargetX0, kTargetEps, kNoisingColumns };
+#define DK_NOISING_COLUMNS(COLUMN) \
+  COLUMN(kSignal, "s") COLUMN(kNoise, "n") COLUMN(kTargetX0, "u") COLUMN(kTargetEps, "v")
+enum NoisingColumn : int { DK_NOISING_COLUMNS(DK_COLUMN_NUMBER) kNoisingColumns };
+
+struct NoisingArgs {
+  Space space;
+  View x0, noise, out, target, eps;  // target, eps: may be absent
+  Rows rows;
+  Seeds seeds;
+  uint64_t stream;
+};
 
 template <class T>
 struct NoisingCoefficients {
@@ -22,6 +32,13 @@ DK_HD NoisingCoefficients<T> noising_coefficients(const double* row) {
 template <class T>
 DK_HD T affine(T a, T x0, T b, T eps) {
   return fma(b, eps, mul(a, x0));
+}
+
+namespace cpu {
+void noising(const NoisingArgs& args, int64_t begin, int64_t end);
+}
+namespace cuda {
+int noising(const NoisingArgs& args, void* stream);
 }
 
 }  // namespace dk

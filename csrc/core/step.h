@@ -9,36 +9,44 @@
 // A term whose coefficient is 0 is neither read nor drawn.
 #pragma once
 
-#include "arith.h"
+#include "args.h"
 
 namespace dk {
 
-// Columns of a row; diffkern/plan.py lists the same names in the same order.
-enum Column : int {
-  kW,
-  kP,
-  kQ,
-  kR,
-  kClip,
-  kA,
-  kB,
-  kD,
-  kE0,
-  kE1,
-  kE2,
-  kE3,
-  kG,
-  kSlopeA,
-  kSlopeB,
-  kSlopeD,
-  kNext,
-  kKnownS,
-  kKnownN,
-  kStream,
-  kKnownStream,
-  kColumns
-};
+#define DK_STEP_COLUMNS(COLUMN) \
+  COLUMN(kW, "w")               \
+  COLUMN(kP, "p")               \
+  COLUMN(kQ, "q")               \
+  COLUMN(kR, "r")               \
+  COLUMN(kClip, "clip")         \
+  COLUMN(kA, "a")               \
+  COLUMN(kB, "b")               \
+  COLUMN(kD, "d")               \
+  COLUMN(kE0, "e0")             \
+  COLUMN(kE1, "e1")             \
+  COLUMN(kE2, "e2")             \
+  COLUMN(kE3, "e3")             \
+  COLUMN(kG, "g")               \
+  COLUMN(kSlopeA, "A")          \
+  COLUMN(kSlopeB, "B")          \
+  COLUMN(kSlopeD, "D")          \
+  COLUMN(kNext, "k")            \
+  COLUMN(kKnownS, "known_s")    \
+  COLUMN(kKnownN, "known_n")    \
+  COLUMN(kStream, "stream")     \
+  COLUMN(kKnownStream, "known_stream")
+enum Column : int { DK_STEP_COLUMNS(DK_COLUMN_NUMBER) kColumns };
 constexpr int kHistories = 4;
+
+struct StepArgs {
+  Space space;
+  View x, u, c, h[kHistories], noise, mask, known;  // inputs, each may be absent
+  View out, x0, s, next, next2;                     // outputs; out is always there. next2: second half of a [2B] next
+  Dtype state;                                      // of x, h, noise, known, out, x0, s
+  Rows rows;
+  double row[kColumns];  // the row, if rows.table is nullptr
+  Seeds seeds;
+};
 
 // Which terms of a row are at work.
 enum Term : uint32_t {
@@ -209,6 +217,13 @@ DK_HD StepOutputs<T> step_element(const StepCoefficients<T>& k, uint32_t terms, 
   x = pick(terms & kTermG, fma(k.g, in.z, x), x);
   x = pick(terms & kTermMask, step_masked(k, terms, x, in.mask, in.known, in.z2), x);
   return {x, base.x0, base.s, mul(k.next, x)};
+}
+
+namespace cpu {
+void step(const StepArgs& args, int64_t begin, int64_t end);
+}
+namespace cuda {
+int step(const StepArgs& args, void* stream);
 }
 
 }  // namespace dk

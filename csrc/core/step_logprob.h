@@ -12,13 +12,12 @@
 //   energy = (scale (after - mean))^2 exp(-t) + variance t
 //
 // where all but the energies is float64: float32 rounds each element's own deviation, and nothing systematically.
-// g = 0 is a step without randomness: L_b = 0, gradient 0, nothing is read. The energies are added as the squares of
-// the loss are (core/loss.h).
+// g = 0 is a step without randomness: L_b = 0, gradient 0, nothing is read. The energies are added in the order
+// of ordered_sum.h.
 #pragma once
 
-#include "args.h"
-#include "gaussian.h"
 #include "learned_step.h"
+#include "ordered_sum.h"
 
 namespace dk {
 
@@ -30,7 +29,7 @@ struct StepLogprobArgs {
   Dtype state;                            // of after, x, h
   Rows rows;
   double row[kLearnedColumns];  // the row, if rows.table is nullptr
-  void* partials;               // [batch, ceil(count / kLossBlock)] float32 (float64 if the state is)
+  void* partials;               // [batch, sum_blocks(count)] float32 (float64 if the state is)
   void* value;                  // [batch] of the same dtype
 };
 

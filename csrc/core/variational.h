@@ -14,25 +14,37 @@
 #pragma once
 
 #include "gaussian.h"
-#include "loss.h"
+#include "noising.h"
+#include "ordered_sum.h"
 
 namespace dk {
 
-// Columns of a row; diffkern/ops/_variational.py lists the same names in the same order.
-enum VariationalColumn : int {
-  kBoundU,
-  kBoundV,
-  kBoundQ,
-  kBoundClip,
-  kBoundK2,
-  kBoundR0,
-  kBoundR1,
-  kBoundInvStd,
-  kBoundBin,
-  kBoundSquaresWeight,
-  kBoundWeight,
-  kBoundMeanWeight,
-  kBoundColumns
+#define DK_BOUND_COLUMNS(COLUMN)           \
+  COLUMN(kBoundU, "u")                     \
+  COLUMN(kBoundV, "v")                     \
+  COLUMN(kBoundQ, "q")                     \
+  COLUMN(kBoundClip, "clip")               \
+  COLUMN(kBoundK2, "k2")                   \
+  COLUMN(kBoundR0, "r0")                   \
+  COLUMN(kBoundR1, "r1")                   \
+  COLUMN(kBoundInvStd, "inv_std")          \
+  COLUMN(kBoundBin, "bin")                 \
+  COLUMN(kBoundSquaresWeight, "w_squares") \
+  COLUMN(kBoundWeight, "w_bound")          \
+  COLUMN(kBoundMeanWeight, "w_mean")
+enum VariationalColumn : int { DK_BOUND_COLUMNS(DK_COLUMN_NUMBER) kBoundColumns };
+
+struct VariationalArgs {
+  Space space;
+  View pred, w, x0, noise, grad, grad_w;  // w: second half of the channels, may be absent; grad, grad_w as pred, w
+  Rows rows;
+  Seeds seeds;
+  uint64_t stream;
+  Reduction reduction;
+  void* partials;  // [batch, sum_blocks(count), 2] float32 (float64 if x0 is): squares and nats
+  void* value;     // [batch], or [1] after a reduction over the batch
+  void* means;     // [batch, 2]: mean d^2, mean bound in bits
+  void* samples;   // [batch] workspace of that reduction
 };
 
 template <class T>
@@ -165,6 +177,14 @@ template <class T>
 DK_HD T weighted_bound(const VariationalCoefficients<T>& k, T squares, T nats) {
   const T first = k.weighted_squares != T(0) ? mul(k.weighted_squares, squares) : T(0);
   return k.weighted_bits != T(0) ? fma(k.weighted_bits, nats, first) : first;
+}
+
+namespace cpu {
+void variational(const VariationalArgs& args, int64_t begin, int64_t end);
+void variational_finish(const VariationalArgs& args);
+}  // namespace cpu
+namespace cuda {
+int variational(const VariationalArgs& args, void* stream);
 }
 
 }  // namespace dk

@@ -3,13 +3,13 @@
 #include <cmath>
 #include <limits>
 
+#include "../core/softmax.h"
 #include "attention_f64.h"
 #include "attention_pack.h"
 
 namespace dk::cpu {
 namespace {
 
-constexpr double kLog2E = 1.4426950408889634;
 constexpr int64_t kKeyTile = 2 * kTileDepth;  // even; logits of a tile stay in the L1 cache
 constexpr int64_t kGroupBytes = 512 << 10;    // of q and out of the query tiles that share a packed tile of keys
 constexpr int64_t kMaxGroup = 64;

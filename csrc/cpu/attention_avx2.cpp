@@ -2,7 +2,9 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#define DK_LANES_TARGET __attribute__((target("avx2,fma,f16c")))
+#include "targets.h"
+
+#define DK_LANES_TARGET DK_AVX2
 
 namespace dk::cpu {
 namespace {

@@ -3,11 +3,11 @@
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // g++ 12's own intrinsics (GCC bug 105593)
 #endif
-#define DK_LANES_TARGET \
-  __attribute__((target("avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl,prefer-vector-width=512")))
+#include "targets.h"
+
+#define DK_LANES_TARGET DK_AVX512
 
 #include "attention_avx512.h"
-
 #include "attention_grad_lanes.h"
 
 namespace dk::cpu {

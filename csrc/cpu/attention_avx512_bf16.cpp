@@ -4,8 +4,9 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // g++ 12's own intrinsics (GCC bug 105593)
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
-#define DK_LANES_TARGET \
-  __attribute__((target("avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,prefer-vector-width=512")))
+#include "targets.h"
+
+#define DK_LANES_TARGET DK_AVX512_BF16
 
 #include "attention_avx512.h"
 #include "attention_grad_lanes.h"
@@ -36,10 +37,9 @@ DK_LANES_TARGET inline __m512i pair_up(__m512 even, __m512 odd) {
 DK_LANES_TARGET inline V::Lanes weigh_pair(const SoftmaxTile& t, int64_t key, int64_t column, V::Lanes maximum,
                                            V::Lanes sum) {
   const float* s = t.logits + key * t.queries + column;
-  const V::Lanes scale = V::fill(t.scale);
-  const V::Lanes even = coarse_exp2(V::mul(V::sub(V::load(s), maximum), scale));
-  const V::Lanes odd =
-      key + 1 < t.keys ? coarse_exp2(V::mul(V::sub(V::load(s + t.queries), maximum), scale)) : V::fill(0.0f);
+  const CoarsePowers powers(t.scale);
+  const V::Lanes even = softmax_weight(powers, V::load(s), maximum);
+  const V::Lanes odd = key + 1 < t.keys ? softmax_weight(powers, V::load(s + t.queries), maximum) : V::fill(0.0f);
   const __m512i both = pair_up(even, odd);
   _mm512_store_si512(t.pairs + key / 2 * t.queries + column, both);
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(both),
@@ -56,7 +56,7 @@ DK_LANES_TARGET bool softmax_pairs(const SoftmaxTile& t) {
       sums[1] = weigh_pair(t, key + 2, column, maximum, sums[1]);
     }
     for (; key < t.keys; key += 2) sums[0] = weigh_pair(t, key, column, maximum, sums[0]);
-    softmax_sum(t, column, V::add(sums[0], sums[1]));
+    add_to_sum(t, column, V::add(sums[0], sums[1]));
   }
   return factors_differ(t);
 }
@@ -79,7 +79,7 @@ DK_LANES_TARGET inline void softmax_grad_block(const SoftmaxGradTile& t, int64_t
     for (int w = 0; w < Wide; ++w) {
       const int64_t at = (i + row) * t.keys + j + w * V::kWidth;
       p[row][w] = coarse_exp2(power_below(V::fma(V::load(t.logits + at), minus_scale, offset)));
-      ds[row][w] = V::mul(p[row][w], V::sub(V::load(t.dp + at), delta));
+      ds[row][w] = softmax_gradient(V(), p[row][w], V::load(t.dp + at), delta);
     }
     Pair* to = t.ds_rows + ((i + row) * t.keys + j) / 2;
     if constexpr (Wide == 2) {

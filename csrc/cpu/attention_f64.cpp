@@ -1,7 +1,5 @@
 #include "attention_f64.h"
 
-#include <algorithm>
-#include <cmath>
 #include <limits>
 
 namespace dk::cpu {
@@ -29,12 +27,12 @@ void query(const AttentionProblem& p, const Head& q, const Head& k, const Head& 
       logits[j] = dot * p.scale;
       top = std::max(top, logits[j]);
     }
-    const double factor = std::exp(maximum - top);
-    maximum = top;
+    double base;
+    const double factor = softmax_advance(DoublePowers{}, maximum, top, base);
     sum *= factor;
     for (int64_t c = 0; c < p.dim; ++c) sums[c] *= factor;
     for (int64_t j = 0; j < keys; ++j) {
-      const double weight = std::exp(logits[j] - maximum);
+      const double weight = softmax_weight(DoublePowers{}, logits[j], base);
       sum += weight;
       for (int64_t c = 0; c < p.dim; ++c) sums[c] += weight * v.at(first + j, c);
     }

@@ -9,13 +9,13 @@
 #include <cmath>
 #include <cstring>
 
+#include "../core/softmax.h"
 #include "attention_grad_f64.h"
 #include "attention_pack.h"
 
 namespace dk::cpu {
 namespace {
 
-constexpr double kLog2E = 1.4426950408889634;
 constexpr int64_t kTile = 2 * kTileDepth;  // queries and keys of a tile: sums of whole chains
 constexpr int64_t kLongestChunk = 9 * kTile, kShortestChunk = 3 * kTile;
 constexpr int64_t kTasks = 8;                 // of a phase and sample: with fewer, chunks are shorter

@@ -1,6 +1,6 @@
 #include "attention_grad_f64.h"
 
-#include <cmath>
+#include "attention_f64.h"
 
 namespace dk::cpu {
 namespace {
@@ -43,9 +43,11 @@ struct Operands {
         lse(static_cast<const double*>(a.lse) + head * p.queries),
         delta(static_cast<double*>(a.workspace) + head * p.queries) {}
 
-  double weight(int64_t i, int64_t j) const { return std::exp(p.scale * dot(q, i, k, j, p.dim) - lse[i]); }
+  double weight(int64_t i, int64_t j) const {
+    return softmax_weight(DoublePowers{}, p.scale * dot(q, i, k, j, p.dim), lse[i]);
+  }
   double logit_grad(int64_t i, int64_t j, double weight) const {
-    return p.scale * weight * (dot(grad, i, v, j, p.dim) - delta[i]);
+    return softmax_gradient(DoublePowers{}, p.scale * weight, dot(grad, i, v, j, p.dim), delta[i]);
   }
 
   void query(int64_t i) const {

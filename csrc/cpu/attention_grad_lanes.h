@@ -26,7 +26,7 @@ DK_LANES_TARGET void softmax_grad_float(const SoftmaxGradTile& t) {
       const V::Lanes p = weights(t, i, j);
       float* dp = t.dp + i * t.keys + j;
       V::store(t.logits + i * t.keys + j, p);
-      V::store(dp, V::mul(p, V::sub(V::load(dp), delta)));
+      V::store(dp, softmax_gradient(V(), p, V::load(dp), delta));
     }
   }
 }

@@ -9,6 +9,8 @@
 
 #include <limits>
 
+#define DK_SOFTMAX DK_LANES_TARGET inline
+#include "../core/softmax.h"
 #include "attention_tiles.h"
 
 namespace dk::cpu {
@@ -27,6 +29,28 @@ DK_LANES_TARGET inline V::Lanes exp2(V::Lanes x) {
   p = V::fma(p, f, V::fill(1.0f));
   return V::times_power(p, x);
 }
+
+// 2^x within 8.6e-5 of itself, exactly 1 for 0: for weights that are then rounded to bfloat16, 23 times as coarse.
+DK_LANES_TARGET inline V::Lanes coarse_exp2(V::Lanes x) {
+  const V::Lanes f = V::fraction(x);
+  V::Lanes p = V::fma(V::fill(0.07706772536039352f), f, V::fill(0.22764424979686737f));
+  p = V::fma(p, f, V::fill(0.6951169371604919f));
+  p = V::fma(p, f, V::fill(1.0f));
+  return V::times_power(p, x);
+}
+
+// The arithmetic of core/softmax.h. `scale`: of the logits, times log2(e). Maxima begin with the lowest float, so that
+// every one is finite.
+struct Powers : V {
+  V::Lanes scale;
+  DK_LANES_TARGET explicit Powers(float factor) : scale(V::fill(factor)) {}
+  DK_LANES_TARGET static V::Lanes base(V::Lanes maximum) { return maximum; }
+  DK_LANES_TARGET V::Lanes power(V::Lanes x) const { return exp2(V::mul(x, scale)); }
+};
+struct CoarsePowers : Powers {
+  using Powers::Powers;
+  DK_LANES_TARGET V::Lanes power(V::Lanes x) const { return coarse_exp2(V::mul(x, scale)); }
+};
 
 struct FloatProduct {
   using Element = float;
@@ -125,15 +149,6 @@ static_assert(V::kWide == 4 || (V::kWide == 2 && kTileLanes % (2 * V::kWidth) ==
 
 DK_LANES_TARGET void multiply(const TileProduct<float>& tile) { product<FloatProduct>(tile); }
 
-// 2^x within 8.6e-5 of itself, exactly 1 for 0: for weights that are then rounded to bfloat16, 23 times as coarse.
-DK_LANES_TARGET inline V::Lanes coarse_exp2(V::Lanes x) {
-  const V::Lanes f = V::fraction(x);
-  V::Lanes p = V::fma(V::fill(0.07706772536039352f), f, V::fill(0.22764424979686737f));
-  p = V::fma(p, f, V::fill(0.6951169371604919f));
-  p = V::fma(p, f, V::fill(1.0f));
-  return V::times_power(p, x);
-}
-
 // The running maximum of one vector of queries: sets `maximum` and `factor`, returns the former.
 DK_LANES_TARGET inline V::Lanes softmax_maximum(const SoftmaxTile& t, int64_t column) {
   const float* s = t.logits + column;
@@ -145,10 +160,9 @@ DK_LANES_TARGET inline V::Lanes softmax_maximum(const SoftmaxTile& t, int64_t co
   }
   for (; key < t.keys; ++key) top[0] = V::max(V::load(s + key * t.queries), top[0]);
   const V::Lanes here = V::max(V::max(top[0], top[1]), V::max(top[2], top[3]));
-  const V::Lanes before = V::load(t.maximum + column);
-  const V::Lanes now = V::max(here, before);
+  V::Lanes now = V::load(t.maximum + column), base;
+  V::store(t.factor + column, softmax_advance(Powers(t.scale), now, here, base));
   V::store(t.maximum + column, now);
-  V::store(t.factor + column, exp2(V::mul(V::sub(before, now), V::fill(t.scale))));
   return now;
 }
 
@@ -159,29 +173,30 @@ DK_LANES_TARGET bool factors_differ(const SoftmaxTile& t) {
 }
 
 // Adds the weights of a tile to the running sum of one vector of queries.
-DK_LANES_TARGET inline void softmax_sum(const SoftmaxTile& t, int64_t column, V::Lanes sum) {
+DK_LANES_TARGET inline void add_to_sum(const SoftmaxTile& t, int64_t column, V::Lanes sum) {
   float* at = t.sum + column;
-  V::store(at, V::fma(V::load(at), V::load(t.factor + column), sum));
+  V::store(at, softmax_sum(V(), V::load(at), V::load(t.factor + column), sum));
 }
 
 // The weight of one logit replaces it; returns the sum with it.
-DK_LANES_TARGET inline V::Lanes weigh(float* logit, V::Lanes maximum, V::Lanes scale, V::Lanes sum) {
-  const V::Lanes weight = exp2(V::mul(V::sub(V::load(logit), maximum), scale));
+DK_LANES_TARGET inline V::Lanes weigh(float* logit, const Powers& powers, V::Lanes maximum, V::Lanes sum) {
+  const V::Lanes weight = softmax_weight(powers, V::load(logit), maximum);
   V::store(logit, weight);
   return V::add(sum, weight);
 }
 
 DK_LANES_TARGET bool softmax_float(const SoftmaxTile& t) {
   for (int64_t column = 0; column < t.queries; column += V::kWidth) {
-    const V::Lanes maximum = softmax_maximum(t, column), scale = V::fill(t.scale);
+    const V::Lanes maximum = softmax_maximum(t, column);
+    const Powers powers(t.scale);
     float* s = t.logits + column;
     V::Lanes sums[4] = {V::fill(0.0f), V::fill(0.0f), V::fill(0.0f), V::fill(0.0f)};
     int64_t key = 0;
     for (; key + 4 <= t.keys; key += 4) {
-      for (int j = 0; j < 4; ++j) sums[j] = weigh(s + (key + j) * t.queries, maximum, scale, sums[j]);
+      for (int j = 0; j < 4; ++j) sums[j] = weigh(s + (key + j) * t.queries, powers, maximum, sums[j]);
     }
-    for (; key < t.keys; ++key) sums[0] = weigh(s + key * t.queries, maximum, scale, sums[0]);
-    softmax_sum(t, column, V::add(V::add(sums[0], sums[1]), V::add(sums[2], sums[3])));
+    for (; key < t.keys; ++key) sums[0] = weigh(s + key * t.queries, powers, maximum, sums[0]);
+    add_to_sum(t, column, V::add(V::add(sums[0], sums[1]), V::add(sums[2], sums[3])));
   }
   return factors_differ(t);
 }

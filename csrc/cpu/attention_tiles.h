@@ -70,7 +70,7 @@ struct AttentionTiles {
 
 const AttentionTiles& attention_tiles();  // of the level in use (isa.h)
 
-extern const AttentionTiles kPortableTiles;
+extern const AttentionTiles kScalarTiles;
 #if defined(__x86_64__)
 extern const AttentionTiles kAvx2Tiles, kAvx512Tiles, kAvx512Bf16Tiles;
 #endif

@@ -2,29 +2,48 @@
 
 #include <cstring>
 
+#include "../core/cpu.h"
+
 namespace dk::cpu {
 namespace {
 
 template <class From, class To>
-void convert(const void* in, To* out, int64_t n) {
-  const From* from = static_cast<const From*>(in);
+void convert(const From* from, To* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = static_cast<To>(from[i]);
+}
+
+// Stretches of a stored dtype to float32 and back: 16-bit ones by the instruction set in use.
+void widen_span(const double* in, float* out, int64_t n) { convert(in, out, n); }
+void widen_span(const float* in, float* out, int64_t n) {
+  std::memcpy(out, in, static_cast<size_t>(n) * sizeof(float));
+}
+void widen_span(const Half* in, float* out, int64_t n) { isa().widen_f16(in, out, n); }
+void widen_span(const Bfloat16* in, float* out, int64_t n) { isa().widen_bf16(in, out, n); }
+template <class S>
+void widen_span(const S* in, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = dk::widen(in[i]);
+}
+
+void narrow_span(const float* in, double* out, int64_t n) { convert(in, out, n); }
+void narrow_span(const float* in, float* out, int64_t n) { widen_span(in, out, n); }
+void narrow_span(const float* in, Half* out, int64_t n) { isa().narrow_f16(in, out, n); }
+void narrow_span(const float* in, Bfloat16* out, int64_t n) { isa().narrow_bf16(in, out, n); }
+template <class S>
+void narrow_span(const float* in, S* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) dk::narrow(in[i], out[i]);
 }
 
 // One element of any dtype, for strided access.
 template <class T>
 T widen_one(Dtype dtype, const void* in) {
   switch (dtype) {
-    case Dtype::f64:
-      return static_cast<T>(*static_cast<const double*>(in));
-    case Dtype::f32:
-      return static_cast<T>(*static_cast<const float*>(in));
-    case Dtype::f16:
-      return static_cast<T>(dk::widen(*static_cast<const Half*>(in)));
-    case Dtype::bf16:
-      return static_cast<T>(dk::widen(*static_cast<const Bfloat16*>(in)));
+#define DK_WIDEN(NAME, TYPE, TORCH) \
+  case Dtype::NAME:                 \
+    return static_cast<T>(dk::widen(*static_cast<const TYPE*>(in)));
+    DK_STORED_DTYPES(DK_WIDEN)
+#undef DK_WIDEN
     case Dtype::u8:
-      return *static_cast<const uint8_t*>(in) ? T(1) : T(0);
+      return static_cast<T>(dk::widen(*static_cast<const uint8_t*>(in)));
   }
   return T(0);
 }
@@ -32,18 +51,11 @@ T widen_one(Dtype dtype, const void* in) {
 template <class T>
 void narrow_one(T value, Dtype dtype, void* out) {
   switch (dtype) {
-    case Dtype::f64:
-      *static_cast<double*>(out) = value;
-      break;
-    case Dtype::f32:
-      *static_cast<float*>(out) = static_cast<float>(value);
-      break;
-    case Dtype::f16:
-      *static_cast<Half*>(out) = narrow_f16(static_cast<float>(value));
-      break;
-    case Dtype::bf16:
-      *static_cast<Bfloat16*>(out) = narrow_bf16(static_cast<float>(value));
-      break;
+#define DK_NARROW(NAME, TYPE, TORCH) \
+  case Dtype::NAME:                  \
+    return dk::narrow(value, *static_cast<TYPE*>(out));
+    DK_STORED_DTYPES(DK_NARROW)
+#undef DK_NARROW
     case Dtype::u8:
       break;  // masks are never written
   }
@@ -94,17 +106,13 @@ const float* draw_run(uint64_t seed, uint64_t stream, int64_t first, int64_t n, 
 
 void widen(Dtype dtype, const void* in, float* out, int64_t n) {
   switch (dtype) {
-    case Dtype::f64:
-      return convert<double>(in, out, n);
-    case Dtype::f32:
-      std::memcpy(out, in, static_cast<size_t>(n) * sizeof(float));
-      return;
-    case Dtype::f16:
-      return isa().widen_f16(static_cast<const Half*>(in), out, n);
-    case Dtype::bf16:
-      return isa().widen_bf16(static_cast<const Bfloat16*>(in), out, n);
+#define DK_WIDEN(NAME, TYPE, TORCH) \
+  case Dtype::NAME:                 \
+    return widen_span(static_cast<const TYPE*>(in), out, n);
+    DK_STORED_DTYPES(DK_WIDEN)
+#undef DK_WIDEN
     case Dtype::u8:
-      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<const uint8_t*>(in)[i] ? 1.0f : 0.0f;
+      return widen_span(static_cast<const uint8_t*>(in), out, n);
   }
 }
 
@@ -115,20 +123,16 @@ void widen(Dtype dtype, const void* in, double* out, int64_t n) {
   }
   float part[kBlock];
   widen(dtype, in, part, n);
-  convert<float>(part, out, n);
+  convert(part, out, n);
 }
 
 void narrow(const float* in, Dtype dtype, void* out, int64_t n) {
   switch (dtype) {
-    case Dtype::f64:
-      return convert<float>(in, static_cast<double*>(out), n);
-    case Dtype::f32:
-      std::memcpy(out, in, static_cast<size_t>(n) * sizeof(float));
-      return;
-    case Dtype::f16:
-      return isa().narrow_f16(in, static_cast<Half*>(out), n);
-    case Dtype::bf16:
-      return isa().narrow_bf16(in, static_cast<Bfloat16*>(out), n);
+#define DK_NARROW(NAME, TYPE, TORCH) \
+  case Dtype::NAME:                  \
+    return narrow_span(in, static_cast<TYPE*>(out), n);
+    DK_STORED_DTYPES(DK_NARROW)
+#undef DK_NARROW
     case Dtype::u8:
       return;  // masks are never written
   }
@@ -140,7 +144,7 @@ void narrow(const double* in, Dtype dtype, void* out, int64_t n) {
     return;
   }
   float part[kBlock];
-  convert<double>(in, part, n);
+  convert(in, part, n);
   narrow(part, dtype, out, n);
 }
 
@@ -175,7 +179,7 @@ const float* draw(const Space& space, const Block& block, uint64_t seed, uint64_
 
 const double* draw(const Space& space, const Block& block, uint64_t seed, uint64_t stream, double* buffer) {
   float part[kNoiseRoom];
-  convert<float>(draw(space, block, seed, stream, part), buffer, block.n);
+  convert(draw(space, block, seed, stream, part), buffer, block.n);
   return buffer;
 }
 

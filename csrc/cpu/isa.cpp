@@ -2,9 +2,11 @@
 #include "isa.h"
 
 #include <cstdlib>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
+#include "../core/cpu.h"
 #include "attention_tiles.h"
 
 namespace dk::cpu {
@@ -17,7 +19,7 @@ struct Level {
   const AttentionTiles* tiles;
 };
 constexpr Level kLevels[] = {
-    {"portable", &kPortable, &kPortableTiles},
+    {"scalar", &kScalar, &kScalarTiles},
 #if defined(__x86_64__)
     {"avx2", &kAvx2, &kAvx2Tiles},
     {"avx512", &kAvx512, &kAvx512Tiles},
@@ -46,13 +48,13 @@ const Level& choose() {
   const Level* top = best();
   if (wish == nullptr || *wish == '\0') return *top;
   const std::string name = wish;
-  if (name == "scalar") return kLevels[0];
+  std::string names;
   for (const Level* level = kLevels; level <= top; ++level) {
     if (name == level->name) return *level;
   }
-  throw std::runtime_error(
-      "DIFFKERN_ISA must be one of portable, avx2, avx512, avx512_bf16 and available on this machine (best: " +
-      std::string(top->name) + "), got '" + name + "'");
+  for (const Level& level : kLevels) names += (names.empty() ? "" : ", ") + std::string(level.name);
+  throw std::runtime_error("DIFFKERN_ISA must be one of " + names +
+                           " and available on this machine (best: " + top->name + "), got '" + name + "'");
 }
 
 const Level& chosen() {
@@ -66,5 +68,9 @@ const Isa& isa() { return *chosen().spans; }
 const AttentionTiles& attention_tiles() { return *chosen().tiles; }
 const char* isa_name() { return chosen().name; }
 const char* isa_best() { return best()->name; }
+
+const char* isa_level(int level) {
+  return level >= 0 && level < static_cast<int>(std::size(kLevels)) ? kLevels[level].name : nullptr;
+}
 
 }  // namespace dk::cpu

@@ -4,8 +4,6 @@
 
 #include "spans.h"
 
-#define DK_AVX2 __attribute__((target("avx2,fma,f16c")))
-
 namespace dk::cpu {
 namespace {
 
@@ -82,5 +80,5 @@ DK_AVX2 void narrow_f16_span(const float* in, Half* out, int64_t n) {
 }  // namespace
 }  // namespace dk::cpu
 
-DK_DEFINE_ISA(kAvx2, DK_AVX2, Avx2Noise, widen_f16_span, narrow_f16_span)
+DK_DEFINE_ISA(kAvx2, Loops::avx2, DK_AVX2, Avx2Noise, widen_f16_span, narrow_f16_span)
 #endif

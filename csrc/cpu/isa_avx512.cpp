@@ -7,8 +7,6 @@
 
 #include "spans.h"
 
-#define DK_AVX512 __attribute__((target("avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl,prefer-vector-width=512")))
-
 namespace dk::cpu {
 namespace {
 
@@ -84,5 +82,5 @@ DK_AVX512 void narrow_f16_span(const float* in, Half* out, int64_t n) {
 }  // namespace
 }  // namespace dk::cpu
 
-DK_DEFINE_ISA(kAvx512, DK_AVX512, Avx512Noise, widen_f16_span, narrow_f16_span)
+DK_DEFINE_ISA(kAvx512, Loops::avx512, DK_AVX512, Avx512Noise, widen_f16_span, narrow_f16_span)
 #endif

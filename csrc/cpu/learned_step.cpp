@@ -2,14 +2,21 @@
 #include "../core/learned_step.h"
 
 #include "blocks.h"
+#include "levels.h"
+#include "step_span.h"
 
 namespace dk::cpu {
 namespace {
 
-void scale_noise(const LearnedSpan<float>& s) { isa().learned_f32(s); }
-void scale_noise(const LearnedSpan<double>& s) { isa().learned_f64(s); }
-void span(const StepSpan<float>& s) { isa().step_f32(s); }
-void span(const StepSpan<double>& s) { isa().step_f64(s); }
+// z scaled to the learned standard deviation of every element; out may be z.
+struct ScaledNoise {
+  template <class T>
+  DK_BODY static void run(const LearnedDeviation<T>& deviation, const T* v, const T* z, T* out, int64_t n) {
+    const LearnedDeviation<T> k = deviation;
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) out[i] = learned_noise(k, v[i], z[i]);
+  }
+};
 
 template <class T>
 struct Buffers {
@@ -29,7 +36,7 @@ void run(const LearnedStepArgs& args, int64_t begin, int64_t end) {
   if (args.mask.data != nullptr) want |= kTermMask;
 
   StepSpan<T> s;
-  LearnedSpan<T> noise;
+  LearnedDeviation<T> deviation{};
   const double* row = nullptr;
   int64_t sample = -1;
   for (int64_t i = begin; i < end; ++i) {
@@ -39,7 +46,7 @@ void run(const LearnedStepArgs& args, int64_t begin, int64_t end) {
       row = args.rows.table != nullptr ? args.rows.table + row_number(args.rows, sample) * kLearnedColumns : args.row;
       s.k = step_coefficients<T>(row);
       s.terms = learned_step_terms(row, want);
-      noise.k = learned_deviation<T>(row);
+      deviation = learned_deviation<T>(row);
     }
     const uint32_t terms = s.terms;
     const auto input = [&](uint32_t readers, const View& view, T* buffer) {
@@ -47,14 +54,11 @@ void run(const LearnedStepArgs& args, int64_t begin, int64_t end) {
     };
     s.z = zeros;
     if (terms & kTermG) {
-      noise.z = args.noise.data != nullptr
-                    ? load(space, args.noise, block, buffers.z)
-                    : draw_ahead(space, block, seed_of(args.seeds, sample), static_cast<uint64_t>(row[kStream]),
-                                 buffers.z, {&args.x, &args.m, &args.v, &args.out});
-      noise.v = input(kTermV, args.v, buffers.v);
-      noise.out = buffers.z;
-      noise.n = block.n;
-      scale_noise(noise);
+      const T* z = args.noise.data != nullptr
+                       ? load(space, args.noise, block, buffers.z)
+                       : draw_ahead(space, block, seed_of(args.seeds, sample), static_cast<uint64_t>(row[kStream]),
+                                    buffers.z, {&args.x, &args.m, &args.v, &args.out});
+      at_level<ScaledNoise>(deviation, input(kTermV, args.v, buffers.v), z, buffers.z, block.n);
       s.z = buffers.z;
     }
     s.x = input(kTermP | kTermA, args.x, buffers.x);
@@ -74,7 +78,7 @@ void run(const LearnedStepArgs& args, int64_t begin, int64_t end) {
     s.s = buffers.s;
     s.guided = buffers.guided;
     s.n = block.n;
-    span(s);
+    step_span(s);
     store(space, args.out, block, s.out, buffers.out);
     store(space, args.x0, block, s.x0, buffers.x0);
     store(space, args.next, block, s.next, buffers.next);

@@ -1,12 +1,61 @@
 // Weighted squared error and its gradient; partial sums of blocks, then their sum in a fixed order.
+#include "../core/loss.h"
+
 #include "blocks.h"
+#include "levels.h"
 #include "ordered_sum.h"
 
 namespace dk::cpu {
 namespace {
 
-float span(const LossSpan<float>& s) { return isa().loss_f32(s); }
-double span(const LossSpan<double>& s) { return isa().loss_f64(s); }
+template <class T>
+struct LossSpan {
+  const T *pred, *x0, *z;
+  T* grad;     // may be null
+  T* squares;  // kBlock values of scratch
+  LossCoefficients<T> k;
+  int64_t n;
+};
+
+template <class T>
+DK_BODY T loss_element(const LossSpan<T>& span, const LossCoefficients<T>& k, int64_t i) {
+  const T difference = sub(span.pred[i], affine(k.u, span.x0[i], k.v, span.z[i]));
+  if (span.grad != nullptr) span.grad[i] = mul(k.gradient, difference);
+  return mul(difference, difference);
+}
+
+// The sum of the squares of a span, and its gradients.
+struct Squares {
+  template <class T>
+  DK_BODY static T run(const LossSpan<T>& span) {
+    const LossCoefficients<T> k = span.k;
+    T* squares = span.squares;
+    int64_t width = kSumBlock;
+    if (span.n == kSumBlock) {  // the first two folds at once, without storing what they fold
+      width = kSumBlock / 4;
+      const LossSpan<T> s = span;
+      if (s.grad != nullptr) {
+#pragma GCC ivdep
+        for (int64_t i = 0; i < width; ++i) {
+          const T even = add(loss_element(s, k, i), loss_element(s, k, i + 2 * width));
+          const T odd = add(loss_element(s, k, i + width), loss_element(s, k, i + 3 * width));
+          squares[i] = add(even, odd);
+        }
+      } else {
+#pragma GCC ivdep
+        for (int64_t i = 0; i < width; ++i) {
+          const T even = add(loss_element(s, k, i), loss_element(s, k, i + 2 * width));
+          const T odd = add(loss_element(s, k, i + width), loss_element(s, k, i + 3 * width));
+          squares[i] = add(even, odd);
+        }
+      }
+    } else {
+      for (int64_t i = 0; i < span.n; ++i) squares[i] = loss_element(span, k, i);
+      for (int64_t i = span.n; i < width; ++i) squares[i] = T(0);
+    }
+    return fold(squares, width);
+  }
+};
 
 template <class T>
 void run(const LossArgs& args, int64_t begin, int64_t end) {
@@ -30,7 +79,7 @@ void run(const LossArgs& args, int64_t begin, int64_t end) {
     s.grad = args.grad.data != nullptr ? target(space, args.grad, block, grad) : nullptr;
     s.squares = squares;
     s.n = block.n;
-    static_cast<T*>(args.partials)[i] = span(s);
+    static_cast<T*>(args.partials)[i] = at_level<Squares>(s);
     if (s.grad != nullptr) store(space, args.grad, block, s.grad, grad);
   }
 }

@@ -1,13 +1,56 @@
-// Mean and standard deviation: partial sums of blocks and their sum in the order of the loss, twice. A small sample is
-// one task; a large one takes phases over its blocks.
+// Mean and standard deviation: partial sums of blocks and their ordered sum, twice. A small sample is one task; a large
+// one takes phases over its blocks.
 #include "../core/moments.h"
 
 #include "blocks.h"
+#include "levels.h"
 #include "ordered_sum.h"
-#include "statistics.h"
 
 namespace dk::cpu {
 namespace {
+
+template <class T>
+struct Values {
+  const T* x;
+  DK_BODY T operator()(int64_t i) const { return x[i]; }
+};
+template <class T>
+struct Squares {
+  const T* x;
+  T mean;
+  DK_BODY T operator()(int64_t i) const { return square_from(x[i], mean); }
+};
+
+// The fold of n values: the first two folds of a whole block at once, without storing what they fold.
+template <class T, class Value>
+DK_BODY T folded(const Value& value, int64_t n, T* scratch) {
+  const Value v = value;
+  int64_t width = kSumBlock;
+  if (n == kSumBlock) {
+    width = kSumBlock / 4;
+#pragma GCC ivdep
+    for (int64_t i = 0; i < width; ++i) {
+      scratch[i] = add(add(v(i), v(i + 2 * width)), add(v(i + width), v(i + 3 * width)));
+    }
+  } else {
+    for (int64_t i = 0; i < n; ++i) scratch[i] = v(i);
+    for (int64_t i = n; i < width; ++i) scratch[i] = T(0);
+  }
+  return fold(scratch, width);
+}
+
+struct Sum {
+  template <class T>
+  DK_BODY static T run(const T* x, int64_t n, T* scratch) {
+    return folded(Values<T>{x}, n, scratch);
+  }
+};
+struct SquareSum {
+  template <class T>
+  DK_BODY static T run(const T* x, T mean, int64_t n, T* scratch) {
+    return folded(Squares<T>{x, mean}, n, scratch);
+  }
+};
 
 constexpr int64_t kWholeBlocks = 64;
 
@@ -18,8 +61,8 @@ T partial(const MomentsArgs& args, int64_t index, bool squares) {
   T buffer[kBlock], scratch[kBlock];
   const Block block = block_at(args.space, index);
   const T* x = load(args.space, args.x, block, buffer);
-  if (!squares) return statistics<T>().sum(x, block.n, scratch);
-  return statistics<T>().squares(x, static_cast<const T*>(args.value)[2 * block.sample], block.n, scratch);
+  if (!squares) return at_level<Sum>(x, block.n, scratch);
+  return at_level<SquareSum>(x, static_cast<const T*>(args.value)[2 * block.sample], block.n, scratch);
 }
 
 // The mean from the sums of a sample's blocks, or the deviation from their squares.

@@ -1,13 +1,13 @@
 // Forward noising: x_t, and the target and eps where they are asked for, in one pass.
+#include "../core/noising.h"
+
 #include <cstring>
 
+#include "affine.h"
 #include "blocks.h"
 
 namespace dk::cpu {
 namespace {
-
-void span(const NoisingSpan<float>& s) { isa().noising_f32(s); }
-void span(const NoisingSpan<double>& s) { isa().noising_f64(s); }
 
 template <class T>
 void run(const NoisingArgs& args, int64_t begin, int64_t end) {
@@ -31,7 +31,10 @@ void run(const NoisingArgs& args, int64_t begin, int64_t end) {
     }
     T* x_t = target(space, args.out, block, out);
     T* goal = args.target.data != nullptr ? target(space, args.target, block, target_buffer) : nullptr;
-    span(NoisingSpan<T>{load(space, args.x0, block, x0), eps, x_t, goal, k, block.n});
+    const T* clean = load(space, args.x0, block, x0);
+    // The target first: x_t may be written over x0.
+    if (goal != nullptr) at_level<Affine>(k.u, clean, k.v, eps, goal, block.n);
+    at_level<Affine>(k.s, clean, k.n, eps, x_t, block.n);
     store(space, args.out, block, x_t, out);
     if (goal != nullptr) store(space, args.target, block, goal, target_buffer);
   }

@@ -5,10 +5,56 @@
 #include <cstring>
 
 #include "blocks.h"
-#include "statistics.h"
+#include "levels.h"
 
 namespace dk::cpu {
 namespace {
+
+struct Keys {
+  template <class T>
+  DK_BODY static void run(const T* x, int64_t n, Key<T>* out) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) out[i] = key_of(x[i]);
+  }
+};
+
+// The keys whose digits above `shift` are one of two prefixes; returns how many. `out` has room for all. After the
+// first digit few elements are left: most stretches have none.
+struct Matching {
+  template <class T>
+  DK_BODY static int64_t run(const T* x, int64_t n, int shift, Key<T> lower, Key<T> upper, Key<T>* out) {
+    constexpr int64_t kStretch = 32;
+    int64_t found = 0, begin = 0;
+    for (; begin + kStretch <= n; begin += kStretch) {
+      const T* from = x + begin;
+      Key<T> any = 0;
+      for (int64_t i = 0; i < kStretch; ++i) {
+        const Key<T> top = key_of(from[i]) >> shift;
+        any |= static_cast<Key<T>>(top == lower) | static_cast<Key<T>>(top == upper);
+      }
+      if (any == 0) continue;
+      for (int64_t i = 0; i < kStretch; ++i) {
+        const Key<T> key = key_of(from[i]), top = key >> shift;
+        out[found] = key;
+        found += (top == lower) | (top == upper);
+      }
+    }
+    for (; begin < n; ++begin) {
+      const Key<T> key = key_of(x[begin]), top = key >> shift;
+      out[found] = key;
+      found += (top == lower) | (top == upper);
+    }
+    return found;
+  }
+};
+
+struct Thresholded {
+  template <class T>
+  DK_BODY static void run(const T* x, T s, T* out, int64_t n) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) out[i] = thresholded(x[i], s);
+  }
+};
 
 constexpr int64_t kPartBlocks = kQuantilePart / kBlock;
 
@@ -28,7 +74,7 @@ void count_first(const QuantileArgs& args, int64_t sample, int64_t begin, int64_
   uint32_t copies[kCopies][kBins] = {};
   for (int64_t i = begin; i < end; ++i) {
     const Block block = block_of(args.space, sample, i);
-    statistics<T>().keys(load(args.space, args.x, block, buffer), block.n, keys);
+    at_level<Keys>(load(args.space, args.x, block, buffer), block.n, keys);
     int64_t at = 0;
     for (; at + kCopies <= block.n; at += kCopies) {
       for (int k = 0; k < kCopies; ++k) ++copies[k][keys[at + k] >> kShift];
@@ -55,7 +101,7 @@ void count_matching(const QuantileArgs& args, int64_t sample, int64_t begin, int
   for (int64_t i = begin; i < end; ++i) {
     const Block block = block_of(args.space, sample, i);
     const T* x = load(args.space, args.x, block, buffer);
-    const int64_t found = statistics<T>().matching(x, block.n, before, lower, upper, keys);
+    const int64_t found = at_level<Matching>(x, block.n, before, lower, upper, keys);
     for (int64_t at = 0; at < found; ++at) {
       const Key<T> key = keys[at];
       ++counts[((key >> before) == lower ? 0 : kSecond) + ((key >> shift) & mask)];
@@ -105,7 +151,7 @@ void apply(const QuantileArgs& args, int64_t sample, int64_t number) {
   const T s = threshold_of(static_cast<const T*>(args.value)[sample], static_cast<T>(args.maximum));
   const T* x = load(args.space, args.x, block, in);
   T* to = target(args.space, args.out, block, out);
-  statistics<T>().threshold(x, s, to, block.n);
+  at_level<Thresholded>(x, s, to, block.n);
   store(args.space, args.out, block, to, out);
 }
 

@@ -1,4 +1,6 @@
 // Standard normals by address.
+#include "../core/randn.h"
+
 #include <cstring>
 
 #include "blocks.h"

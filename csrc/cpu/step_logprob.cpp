@@ -1,14 +1,61 @@
-// The log-density of a sampler step and its gradient; partial sums of blocks, then their sum in the order of the loss.
+// The log-density of a sampler step and its gradient; partial sums of blocks, then their ordered sum.
 #include "../core/step_logprob.h"
 
 #include "blocks.h"
+#include "levels.h"
 #include "ordered_sum.h"
+#include "step_span.h"
 
 namespace dk::cpu {
 namespace {
 
-float span(const LogprobSpan<float>& s) { return isa().step_logprob_f32(s); }
-double span(const LogprobSpan<double>& s) { return isa().step_logprob_f64(s); }
+// Absent operands read zeros, gradients nobody wants are scratch.
+template <class T>
+struct LogprobSpan {
+  StepSpan<T> mean;  // gives the mean in `out`, and x0
+  const T *after, *v, *x0;
+  T *grad_u, *grad_c, *grad_v, *energies;  // energies: kBlock values of scratch
+  LogprobRow<T> row;
+  bool learned, wants, splits;  // wants: gradients; splits: those of u and c apart
+};
+
+template <bool learned, bool wants, class T>
+DK_BODY void logprob_loop(const LogprobSpan<T>& span) {
+  const LogprobSpan<T> s = span;
+  const T* mean = s.mean.out;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < s.mean.n; ++i) {
+    const auto element = logprob_element<learned>(s.row, s.after[i], mean[i], s.x0[i], s.v[i]);
+    s.energies[i] = element.energy;
+    if (wants) s.grad_u[i] = element.by_m;
+    if (wants && learned) s.grad_v[i] = element.by_v;
+  }
+}
+
+// The energies of a span whose mean is there, their sum, and the gradients.
+struct Energies {
+  template <class T>
+  DK_BODY static T run(const LogprobSpan<T>& span) {
+    if (span.learned) {
+      span.wants ? logprob_loop<true, true>(span) : logprob_loop<true, false>(span);
+    } else {
+      span.wants ? logprob_loop<false, true>(span) : logprob_loop<false, false>(span);
+    }
+    const int64_t n = span.mean.n;
+    if (span.wants && span.splits) {
+      const LogprobRow<T> row = span.row;
+      T *grad_u = span.grad_u, *grad_c = span.grad_c;
+#pragma GCC ivdep
+      for (int64_t i = 0; i < n; ++i) {
+        const GuidedGradient<T> parts = guided_gradient(row, grad_u[i]);
+        grad_u[i] = parts.u;
+        grad_c[i] = parts.c;
+      }
+    }
+    for (int64_t i = n; i < kSumBlock; ++i) span.energies[i] = T(0);
+    return fold(span.energies, kSumBlock);
+  }
+};
 
 template <class T>
 struct Buffers {
@@ -70,7 +117,8 @@ void run(const StepLogprobArgs& args, int64_t begin, int64_t end) {
       s.wants = wants;
       s.splits = args.grad_c.data != nullptr;
       mean.n = block.n;
-      *partial = span(s);
+      step_span(mean);
+      *partial = at_level<Energies>(s);
     } else {
       *partial = T(0);
       for (T* grad : {s.grad_u, s.grad_c, s.grad_v}) std::fill(grad, grad + block.n, T(0));

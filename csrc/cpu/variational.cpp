@@ -1,12 +1,48 @@
-// The variational bound and its gradient; partial sums of blocks, then their sum in the order of the loss.
+// The variational bound and its gradient; partial sums of blocks, then their ordered sum.
+#include "../core/variational.h"
+
 #include "blocks.h"
+#include "levels.h"
 #include "ordered_sum.h"
 
 namespace dk::cpu {
 namespace {
 
-VariationalSums<float> span(const VariationalSpan<float>& s) { return isa().variational_f32(s); }
-VariationalSums<double> span(const VariationalSpan<double>& s) { return isa().variational_f64(s); }
+// Absent operands read zeros, outputs nobody wants are scratch.
+template <class T>
+struct VariationalSpan {
+  const T *pred, *w, *x0, *z;
+  T *grad, *grad_w, *squares, *nats;  // squares, nats: kBlock values of scratch
+  VariationalCoefficients<T> k;
+  int64_t n;
+};
+
+template <class T>
+struct VariationalSums {
+  T squares, nats;
+};
+
+template <bool decodes, class T>
+DK_BODY void variational_loop(const VariationalSpan<T>& span) {
+  const VariationalSpan<T> s = span;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < s.n; ++i) {
+    const auto element = variational_element<decodes>(s.k, s.pred[i], s.w[i], s.x0[i], s.z[i]);
+    s.squares[i] = element.square;
+    s.nats[i] = element.nats;
+    s.grad[i] = element.by_pred;
+    s.grad_w[i] = element.by_w;
+  }
+}
+
+struct Bounds {
+  template <class T>
+  DK_BODY static VariationalSums<T> run(const VariationalSpan<T>& span) {
+    span.k.decodes ? variational_loop<true>(span) : variational_loop<false>(span);
+    for (int64_t i = span.n; i < kSumBlock; ++i) span.squares[i] = span.nats[i] = T(0);
+    return {fold(span.squares, kSumBlock), fold(span.nats, kSumBlock)};
+  }
+};
 
 template <class T>
 VariationalCoefficients<T> coefficients(const VariationalArgs& args, int64_t sample) {
@@ -38,7 +74,7 @@ void run(const VariationalArgs& args, int64_t begin, int64_t end) {
     s.squares = squares;
     s.nats = nats;
     s.n = block.n;
-    const VariationalSums<T> sums = span(s);
+    const VariationalSums<T> sums = at_level<Bounds>(s);
     T* partial = static_cast<T*>(args.partials) + 2 * i;
     partial[0] = sums.squares;
     partial[1] = sums.nats;

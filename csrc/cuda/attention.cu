@@ -35,14 +35,14 @@ __global__ void __launch_bounds__(kTile* kCombineRows) attention_combine_kernel(
     const int64_t row = index * p.queries + first_query + i;
     float maximum = -INFINITY, total = 0, value = 0;
     for (int64_t s = 0; s < p.splits; ++s) maximum = fmaxf(maximum, p.partials.max[s * all + row]);
-    const float shift = maximum == -INFINITY ? 0.0f : maximum;
+    const float base = ExactPowers::base(maximum);
     for (int64_t s = 0; s < p.splits; ++s) {
-      const float weight = exp2f(p.partials.max[s * all + row] - shift);
+      const float weight = softmax_weight(ExactPowers{}, p.partials.max[s * all + row], base);
       total = fmaf(weight, p.partials.sum[s * all + row], total);
       if (channel < p.dim) value = fmaf(weight, p.partials.out[(s * all + row) * p.dim + channel], value);
     }
     tile[i][x] = __fdiv_rn(value, total);
-    if (channel == 0) p.lse[row] = fmaf(maximum, kLn2, logf(total));
+    if (channel == 0) p.lse[row] = log_sum_exp(maximum, total);
   }
   __syncthreads();
   // Neighbouring threads write along the axis that is contiguous.
@@ -130,11 +130,9 @@ int attention(const AttentionArgs& args, void* stream) {
       return run<Half>(attention_mma_f16, args, on);
     case Dtype::bf16:
       return run<Bfloat16>(attention_mma_bf16, args, on);
-    case Dtype::f64:
-    case Dtype::u8:
-      break;
+    default:
+      return cudaErrorInvalidValue;
   }
-  return cudaErrorInvalidValue;
 }
 
 }  // namespace dk::cuda

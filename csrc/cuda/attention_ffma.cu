@@ -89,15 +89,14 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks) attention_forward(con
       for (int j = 0; j < kColumns; ++j) most = fmaxf(most, s[r][j]);
 #pragma unroll
       for (int lane = 1; lane < T::kX; lane *= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, lane));
-      most = fmaxf(most, max[r]);
-      const float shift = most == -INFINITY ? 0.0f : most, factor = exp2_fast(max[r] - shift);
-      max[r] = most;
+      float base;
+      const float factor = softmax_advance(FastPowers{}, max[r], most, base);
       sum[r] *= factor;
 #pragma unroll
       for (int j = 0; j < 4 * T::kChannelGroups; ++j) acc[r][j] *= factor;
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
-        s[r][j] = exp2_fast(s[r][j] - shift);
+        s[r][j] = softmax_weight(FastPowers{}, s[r][j], base);
         sum[r] += s[r][j];
       }
     }
@@ -138,7 +137,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks) attention_forward(con
     float* lse = params.lse + unit * params.queries + start;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      if (me.x == 0 && start + r < params.queries) lse[r] = fma(max[r], kLn2, logf(sum[r]));
+      if (me.x == 0 && start + r < params.queries) lse[r] = log_sum_exp(max[r], sum[r]);
     }
   } else {
     const int64_t at = (static_cast<int64_t>(split) * (gridDim.x / tiles / splits) + unit) * params.queries;

@@ -239,13 +239,6 @@ __device__ __forceinline__ void store_rows(const Place& me, const Matrix& to, in
   }
 }
 
-// ---------------------------------------------------------------------------------------------------- exponentials
-__device__ __forceinline__ float exp2_fast(float v) {  // 2 ulp; subnormal results are 0
-  float r;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
-  return r;
-}
-
 // ---------------------------------------------------------------------------------------------------------- launch
 // One block a tile of rows of a head, heads of all samples one after the other.
 template <class T, class Params>

@@ -179,7 +179,10 @@ __global__ void __launch_bounds__(T::kThreads, (kGradBlocks<T, kFirst && kSecond
       for (int r = 0; r < kRows; ++r) ps[r] = load_4(p + (kRows * me.y + r) * T::kPStride + 4 * me.x);
       for_each_query<T, float>(
           me, params.by_row, params.delta + query, rows, columns, [](float delta) { return delta; },
-          [&](int r, int j, float v, float delta) { return mul(get(ps[r], j), sub(v, delta)); }, s);
+          [&](int r, int j, float v, float delta) {
+            return softmax_gradient(SoftmaxScalars{}, get(ps[r], j), v, delta);
+          },
+          s);
       __syncwarp();
       write_p<T>(me, p, 0, s);
       __syncwarp();

@@ -6,7 +6,7 @@
 namespace dk::cuda::grad {
 
 template <class S, int kDim, bool kRowsByToken, bool kColumnsByToken, Role role>
-int launch_role(const AttentionGradArgs& args, const QueryTerms& terms, int capability, cudaStream_t stream) {
+int launch_role(const AttentionGradArgs& args, const QueryTerms& terms, cudaStream_t stream) {
   using C = Config<kDim, role>;
   const AttentionProblem& problem = args.problem;
   constexpr bool by_query = C::kByQuery;
@@ -38,7 +38,7 @@ int launch_role(const AttentionGradArgs& args, const QueryTerms& terms, int capa
   p.heads = static_cast<unsigned>(problem.heads), p.tiles = static_cast<unsigned>(tiles);
 
   const auto function = reinterpret_cast<const void*>(kernel<S, kDim, kRowsByToken, kColumnsByToken, role>);
-  const size_t bytes = static_cast<size_t>(C::shared_bytes(capability >= 80));
+  const size_t bytes = static_cast<size_t>(C::shared_bytes(args.capability >= 80));
   cudaError_t status =
       cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (status == cudaSuccess) {
@@ -51,44 +51,37 @@ int launch_role(const AttentionGradArgs& args, const QueryTerms& terms, int capa
 
 // The sums of both dk and dv for more than 128 channels do not fit in registers at once.
 template <class S, int kDim, bool kQueriesByToken, bool kKeysByToken>
-int launch_roles(const AttentionGradArgs& args, const QueryTerms& terms, int capability, cudaStream_t stream) {
-  int status = launch_role<S, kDim, kQueriesByToken, kKeysByToken, Role::dq>(args, terms, capability, stream);
+int launch_roles(const AttentionGradArgs& args, const QueryTerms& terms, cudaStream_t stream) {
+  int status = launch_role<S, kDim, kQueriesByToken, kKeysByToken, Role::dq>(args, terms, stream);
   if (status != cudaSuccess) return status;
   if constexpr (kDim <= 128) {
-    return launch_role<S, kDim, kKeysByToken, kQueriesByToken, Role::dk_dv>(args, terms, capability, stream);
+    return launch_role<S, kDim, kKeysByToken, kQueriesByToken, Role::dk_dv>(args, terms, stream);
   } else {
-    status = launch_role<S, kDim, kKeysByToken, kQueriesByToken, Role::dk>(args, terms, capability, stream);
+    status = launch_role<S, kDim, kKeysByToken, kQueriesByToken, Role::dk>(args, terms, stream);
     if (status != cudaSuccess) return status;
-    return launch_role<S, kDim, kKeysByToken, kQueriesByToken, Role::dv>(args, terms, capability, stream);
+    return launch_role<S, kDim, kKeysByToken, kQueriesByToken, Role::dv>(args, terms, stream);
   }
 }
 
 // The order of q and the order of k; where grad_out or v has another one, it is transposed on its way into shared
 // memory.
 template <class S, int kDim>
-int launch_orders(const AttentionGradArgs& args, const QueryTerms& terms, int capability, cudaStream_t stream) {
+int launch_orders(const AttentionGradArgs& args, const QueryTerms& terms, cudaStream_t stream) {
   const bool queries_by_token = args.problem.q.channel != 1, keys_by_token = args.problem.k.channel != 1;
   const auto function = queries_by_token
                             ? keys_by_token ? launch_roles<S, kDim, true, true> : launch_roles<S, kDim, true, false>
                         : keys_by_token ? launch_roles<S, kDim, false, true>
                                         : launch_roles<S, kDim, false, false>;
-  return function(args, terms, capability, stream);
+  return function(args, terms, stream);
 }
 
 template <class S>
 int launch(const AttentionGradArgs& args, const QueryTerms& terms, cudaStream_t stream) {
-  int device = 0, major = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (status != cudaSuccess) {
-    cudaGetLastError();
-    return status;
-  }
   const int64_t dim = args.problem.dim;
-  if (dim <= 64) return launch_orders<S, 64>(args, terms, 10 * major, stream);
-  if (dim <= 128) return launch_orders<S, 128>(args, terms, 10 * major, stream);
-  if (dim <= 256) return launch_orders<S, 256>(args, terms, 10 * major, stream);
-  if (dim <= 512) return launch_orders<S, 512>(args, terms, 10 * major, stream);
+  if (dim <= 64) return launch_orders<S, 64>(args, terms, stream);
+  if (dim <= 128) return launch_orders<S, 128>(args, terms, stream);
+  if (dim <= 256) return launch_orders<S, 256>(args, terms, stream);
+  if (dim <= 512) return launch_orders<S, 512>(args, terms, stream);
   return cudaErrorNotSupported;
 }
 

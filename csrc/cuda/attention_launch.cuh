@@ -3,12 +3,31 @@
 #pragma once
 
 #include "../core/attention.h"
+#define DK_SOFTMAX __device__ __forceinline__
+#include "../core/softmax.h"
 #include "launch.cuh"
 
 namespace dk::cuda {
 
-constexpr double kLog2E = 1.4426950408889634;
-constexpr float kLn2 = 0.69314718055994531f;
+__device__ __forceinline__ float exp2_fast(float x) {  // 2 ulp; subnormal results are 0
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// The arithmetic of core/softmax.h: logits times scale log2(e).
+struct FastPowers : SoftmaxScalars {
+  static __device__ __forceinline__ float max(float a, float b) { return fmaxf(a, b); }
+  static __device__ __forceinline__ float sub(float a, float b) { return a - b; }
+  static __device__ __forceinline__ float power(float x) { return exp2_fast(x); }
+  static __device__ __forceinline__ float base(float maximum) { return maximum == -INFINITY ? 0.0f : maximum; }
+};
+struct ExactPowers : FastPowers {
+  static __device__ __forceinline__ float power(float x) { return exp2f(x); }
+};
+
+// The log-sum-exp of a row from its maximum and sum, in one rounding more than the logarithm's.
+__device__ __forceinline__ float log_sum_exp(float maximum, float sum) { return fma(maximum, kLn2, logf(sum)); }
 
 // A head with few queries and many keys is cut into `splits` ranges of keys, each a task of its own. The workspace then
 // holds, for split s, head h of all batch * heads (batch-major), query i:

@@ -94,7 +94,7 @@ __device__ __forceinline__ float largest(const float (&s)[kN][4], int half) {
   return row_max(m);
 }
 
-// Logits of a row to exp2(factor s - base); returns the sum of this lane's.
+// Logits of a row to their weights, exp2(factor s - base) in one rounding; returns the sum of this lane's.
 template <int kN>
 __device__ __forceinline__ float exponentiate(float (&s)[kN][4], int half, float factor, float base) {
   float sum = 0;
@@ -107,15 +107,6 @@ __device__ __forceinline__ float exponentiate(float (&s)[kN][4], int half, float
     }
   }
   return sum;
-}
-
-// The running maximum of a row takes in `seen`. base: what to subtract in exponents (finite where all logits are -inf);
-// returns the factor of everything summed so far.
-__device__ __forceinline__ float advance(float& maximum, float seen, float& base) {
-  const float before = maximum;
-  maximum = fmaxf(before, seen);
-  base = maximum == -INFINITY ? 0.0f : maximum;
-  return exp2_fast(before - base);
 }
 
 // Row `query` of the head is done, up to the products with v.

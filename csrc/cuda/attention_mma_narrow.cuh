@@ -147,8 +147,8 @@ __global__ void __launch_bounds__(128, 2) attention_narrow_kernel(const __grid_c
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float shift;
-          fade[half] = advance(maximum[i][half], largest(s[i], half) * factor, shift);
-          sum[i][half] = fmaf(sum[i][half], fade[half], exponentiate(s[i], half, factor, shift));
+          fade[half] = softmax_advance(FastPowers{}, maximum[i][half], largest(s[i], half) * factor, shift);
+          sum[i][half] = softmax_sum(FastPowers{}, sum[i][half], fade[half], exponentiate(s[i], half, factor, shift));
         }
         // Not when no maximum has changed, which is most of the time.
         if (!__all_sync(0xffffffffu, fade[0] == 1 && fade[1] == 1)) {

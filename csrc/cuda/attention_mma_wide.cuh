@@ -192,13 +192,13 @@ __global__ void __launch_bounds__(Wide::kGroups* Wide::kGroupThreads, 1)
       for (int half = 0; half < 2; ++half) {
         const int row = group_row + 16 * i + 8 * half + lane / 4;
         const float seen = fmaxf(load_shared_float(exchanged(row, 0)), load_shared_float(exchanged(row, 1)));
-        fade[i][half] = advance(maximum[i][half], seen * factor, shift[i][half]);
+        fade[i][half] = softmax_advance(FastPowers{}, maximum[i][half], seen * factor, shift[i][half]);
       }
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float mine = exponentiate(s, half, factor, row_half ? shift[1][half] : shift[0][half]);
-      sum[half] = fmaf(sum[half], row_half ? fade[1][half] : fade[0][half], mine);
+      sum[half] = softmax_sum(FastPowers{}, sum[half], row_half ? fade[1][half] : fade[0][half], mine);
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
         const int row = logit_row + 8 * half + lane / 4, column = 32 * key_half + 8 * n + 2 * (lane & 3);

@@ -331,11 +331,6 @@ __device__ __forceinline__ void as_operand(uint32_t (&a)[4], const float (&left)
 }
 
 // ------------------------------------------------------------------------------------------------------ softmax
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 // Over the four lanes that hold one row of c.
 __device__ __forceinline__ float row_max(float v) {
   v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, 1));

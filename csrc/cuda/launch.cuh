@@ -3,6 +3,9 @@
 
 #include <cuda_runtime.h>
 
+#include <initializer_list>
+#include <type_traits>
+
 #include "../core/args.h"
 
 namespace dk::cuda {
@@ -30,6 +33,42 @@ constexpr int kChunks = access == Access::scalar ? 4 : 1;
 // Sample of this block; may be >= batch in the last slice of the grid.
 __device__ __forceinline__ int64_t block_sample() { return static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y; }
 
+// ------------------------------------------------------------------------------- choices that make a kernel's types
+// use(s) with a value of the type in which a dtype is stored. Masks have no kernels of their own.
+template <class Use>
+int for_dtype(Dtype dtype, const Use& use) {
+  switch (dtype) {
+#define DK_USE(NAME, TYPE, TORCH) \
+  case Dtype::NAME:               \
+    return use(TYPE{});
+    DK_STORED_DTYPES(DK_USE)
+#undef DK_USE
+    case Dtype::u8:
+      break;
+  }
+  return cudaErrorInvalidValue;
+}
+
+// use(way) with the access as a type, decltype(way)::value. Two doubles are no quad of noise: float64 has no direct
+// access. Without noise nothing else is staged.
+template <class S, bool kNoise, class Use>
+int for_access(Access access, const Use& use) {
+  if (access == Access::scalar) return use(std::integral_constant<Access, Access::scalar>{});
+  if constexpr (sizeof(S) != 8) {
+    if (!kNoise || access == Access::direct) return use(std::integral_constant<Access, Access::direct>{});
+  }
+  if constexpr (sizeof(S) == 8 || kNoise) return use(std::integral_constant<Access, Access::staged>{});
+}
+
+// Have all operands that are there this dtype?
+inline bool all_are(Dtype dtype, std::initializer_list<const View*> views) {
+  for (const View* view : views) {
+    if (view->data != nullptr && view->dtype != dtype) return false;
+  }
+  return true;
+}
+
+// ------------------------------------------------------------------------------------------------------- launches
 struct Shape {
   dim3 grid;
   unsigned threads;
@@ -76,6 +115,15 @@ int launch(void (*kernel)(Params), const Shape& shape, void* stream, const Param
                                               arguments, 0, static_cast<cudaStream_t>(stream));
   if (status != cudaSuccess) cudaGetLastError();
   return status;
+}
+
+// One launch over all elements; kernel_of(way) is the kernel of an access (for_access).
+template <class S, class Params, class KernelOf>
+int launch_elements(const Space& space, Access access, void* stream, const Params& params, const KernelOf& kernel_of) {
+  Shape shape;
+  const int per_thread = access == Access::scalar ? kChunks<S, Access::scalar> : kWidth<S, Access::direct>;
+  if (!make_shape(space.batch, space.count, per_thread, kThreads, shape)) return cudaErrorInvalidConfiguration;
+  return for_access<S, true>(access, [&](auto way) { return launch(kernel_of(way), shape, stream, params); });
 }
 
 }  // namespace dk::cuda

@@ -131,20 +131,9 @@ __global__ void __launch_bounds__(kThreads, kMasked || access != Access::direct 
   }
 }
 
-template <class S, bool kMasked>
-int run_as(Access access, const Shape& shape, void* stream, const LearnedParams<Arithmetic<S>>& params) {
-  if (access == Access::scalar) return launch(learned_step_kernel<S, Access::scalar, kMasked>, shape, stream, params);
-  if constexpr (sizeof(S) != 8) {
-    if (access == Access::direct) return launch(learned_step_kernel<S, Access::direct, kMasked>, shape, stream, params);
-  }
-  return launch(learned_step_kernel<S, Access::staged, kMasked>, shape, stream, params);
-}
-
 template <class S>
 int run(const LearnedStepArgs& args, void* stream) {
-  for (const View* view : {&args.x, &args.noise, &args.known, &args.out, &args.x0}) {
-    if (view->data != nullptr && view->dtype != args.state) return cudaErrorInvalidValue;
-  }
+  if (!all_are(args.state, {&args.x, &args.noise, &args.known, &args.out, &args.x0})) return cudaErrorInvalidValue;
   LearnedParams<Arithmetic<S>> params{args, 0, {}};
   if (args.x0.data != nullptr) params.want |= kWantX0;
   if (args.next.data != nullptr) params.want |= kWantNext;
@@ -157,31 +146,18 @@ int run(const LearnedStepArgs& args, void* stream) {
   }
   const Access access = choose_access<S>(args.space, draws, args.x, args.m, args.v, args.noise, args.mask, args.known,
                                          args.out, args.x0, args.next, args.next2);
-  Shape shape;
-  const int per_thread = access == Access::scalar ? kChunks<S, Access::scalar> : kWidth<S, Access::direct>;
-  if (!make_shape(args.space.batch, args.space.count, per_thread, kThreads, shape))
-    return cudaErrorInvalidConfiguration;
-  return args.mask.data != nullptr ? run_as<S, true>(access, shape, stream, params)
-                                   : run_as<S, false>(access, shape, stream, params);
+  const bool masked = args.mask.data != nullptr;
+  return launch_elements<S>(args.space, access, stream, params, [masked](auto way) {
+    return masked ? learned_step_kernel<S, decltype(way)::value, true>
+                  : learned_step_kernel<S, decltype(way)::value, false>;
+  });
 }
 
 }  // namespace
 
 int learned_step(const LearnedStepArgs& args, void* stream) {
   if (args.space.batch == 0 || args.space.count == 0) return cudaSuccess;
-  switch (args.state) {
-    case Dtype::f64:
-      return run<double>(args, stream);
-    case Dtype::f32:
-      return run<float>(args, stream);
-    case Dtype::f16:
-      return run<Half>(args, stream);
-    case Dtype::bf16:
-      return run<Bfloat16>(args, stream);
-    case Dtype::u8:
-      break;
-  }
-  return cudaErrorInvalidValue;
+  return for_dtype(args.state, [&](auto s) { return run<decltype(s)>(args, stream); });
 }
 
 }  // namespace dk::cuda

@@ -1,5 +1,7 @@
-// Weighted squared error and its gradient. One block of threads makes one partial sum (a block of kLossBlock
-// elements, as core/loss.h orders them), then a block a sample adds the partials, then one block adds the samples.
+// Weighted squared error and its gradient. One block of threads makes one partial sum (a block of kSumBlock
+// elements, as core/ordered_sum.h orders them), then a block a sample adds the partials, then one block adds the
+// samples.
+#include "../core/loss.h"
 #include "noise.cuh"
 #include "ordered_sum.cuh"
 
@@ -30,25 +32,25 @@ __device__ LossRow<T> find_row(const LossArgs& args, int64_t b) {
 }
 
 template <class S, Access access>
-__global__ void __launch_bounds__(kLossThreads<S, access>, kMinBlocks) partial_kernel(const LossArgs args) {
+__global__ void __launch_bounds__(kSumThreads<S, access>, kMinBlocks) partial_kernel(const LossArgs args) {
   using T = Arithmetic<S>;
   constexpr int W = kWidth<S, access>;
-  __shared__ __align__(16) float staged[access == Access::direct ? 4 : kLossBlock];
-  __shared__ __align__(16) T squares[kLossBlock];
+  __shared__ __align__(16) float staged[access == Access::direct ? 4 : kSumBlock];
+  __shared__ __align__(16) T squares[kSumBlock];
   __shared__ LossRow<T> shared_row;
   const int64_t b = block_sample();
   if (b >= args.space.batch) return;
-  const int64_t begin = static_cast<int64_t>(blockIdx.x) * kLossBlock, left = args.space.count - begin;
+  const int64_t begin = static_cast<int64_t>(blockIdx.x) * kSumBlock, left = args.space.count - begin;
   if (threadIdx.x == 0) shared_row = find_row<T>(args, b);
   __syncthreads();
   const LossRow<T> row = shared_row;
   if (access != Access::direct && row.draws) {
-    stage_noise(args.space, row.seed, args.stream, begin, left < kLossBlock ? static_cast<int>(left) : kLossBlock,
+    stage_noise(args.space, row.seed, args.stream, begin, left < kSumBlock ? static_cast<int>(left) : kSumBlock,
                 staged);
   }
 #pragma unroll 1
   for (int k = 0; k < kHeld<S, access>; ++k) {
-    const int local = (k * kLossThreads<S, access> + static_cast<int>(threadIdx.x)) * W;
+    const int local = (k * kSumThreads<S, access> + static_cast<int>(threadIdx.x)) * W;
     const Place<access> place(args.space, b, begin + local, W);
     T pred[W] = {}, x0[W] = {}, z[W] = {}, grad[W], square[W];
     if (place.n > 0) {
@@ -71,30 +73,23 @@ __global__ void __launch_bounds__(kLossThreads<S, access>, kMinBlocks) partial_k
   }
   __syncthreads();
   if (threadIdx.x < 32) {
-    const T sum = fold_warp(fold<kLossBlock, 32>(squares + threadIdx.x));
+    const T sum = fold_warp(fold<kSumBlock, 32>(squares + threadIdx.x));
     if (threadIdx.x == 0) static_cast<T*>(args.partials)[b * gridDim.x + blockIdx.x] = sum;
   }
 }
 
 template <class T>
-__global__ void __launch_bounds__(kLossLanes) samples_kernel(const LossArgs args) {
-  __shared__ T lanes[kLossLanes];
+__global__ void __launch_bounds__(kSumLanes) samples_kernel(const LossArgs args) {
+  __shared__ T lanes[kSumLanes];
   const int64_t b = block_sample();
   if (b >= args.space.batch) return;
-  const int64_t blocks = (args.space.count + kLossBlock - 1) / kLossBlock;
+  const int64_t blocks = sum_blocks(args.space.count);
   const T sum = ordered_sum(static_cast<const T*>(args.partials) + b * blocks, blocks, lanes);
   if (threadIdx.x == 0) {
     const LossRow<T> row = find_row<T>(args, b);
     T* samples = static_cast<T*>(args.reduction == Reduction::none ? args.value : args.samples);
     samples[b] = row.invalid ? not_a_number<T>() : mul(row.k.value, sum);
   }
-}
-
-template <class S, Access access>
-int run_partials(const LossArgs& args, void* stream) {
-  Shape shape;
-  if (!partial_shape<S, access>(args.space, shape)) return cudaErrorInvalidConfiguration;
-  return launch(partial_kernel<S, access>, shape, stream, args);
 }
 
 template <class S>
@@ -106,13 +101,8 @@ int run(const LossArgs& args, void* stream) {
   if (space.batch > 0 && space.count > 0) {
     const Access access =
         choose_access<S>(space, args.seeds.data != nullptr, args.pred, args.x0, args.noise, args.grad);
-    if (access == Access::scalar) {
-      status = run_partials<S, Access::scalar>(args, stream);
-    } else if (access == Access::staged || sizeof(S) == 8) {
-      status = run_partials<S, Access::staged>(args, stream);
-    } else if constexpr (sizeof(S) != 8) {
-      status = run_partials<S, Access::direct>(args, stream);
-    }
+    status = launch_partials<S, true>(space, access, stream, args,
+                                      [](auto way) { return partial_kernel<S, decltype(way)::value>; });
   }
   return status == cudaSuccess ? finish_sums<T>(samples_kernel<T>, args, stream) : status;
 }
@@ -120,19 +110,7 @@ int run(const LossArgs& args, void* stream) {
 }  // namespace
 
 int loss(const LossArgs& args, void* stream) {
-  switch (args.x0.dtype) {
-    case Dtype::f64:
-      return run<double>(args, stream);
-    case Dtype::f32:
-      return run<float>(args, stream);
-    case Dtype::f16:
-      return run<Half>(args, stream);
-    case Dtype::bf16:
-      return run<Bfloat16>(args, stream);
-    case Dtype::u8:
-      break;
-  }
-  return cudaErrorInvalidValue;
+  return for_dtype(args.x0.dtype, [&](auto s) { return run<decltype(s)>(args, stream); });
 }
 
 }  // namespace dk::cuda

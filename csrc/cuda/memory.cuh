@@ -17,30 +17,19 @@ namespace dk::cuda {
 template <class S>
 using Arithmetic = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
-template <class S>
-constexpr Dtype kDtypeOf = std::is_same_v<S, double>     ? Dtype::f64
-                           : std::is_same_v<S, float>    ? Dtype::f32
-                           : std::is_same_v<S, Half>     ? Dtype::f16
-                           : std::is_same_v<S, Bfloat16> ? Dtype::bf16
-                                                         : Dtype::u8;
-
 // ------------------------------------------------------------------------------------------------ one element
-__device__ __forceinline__ float decode(float v) { return v; }
-__device__ __forceinline__ double decode(double v) { return v; }
+// As core/dtype.h has it, by instructions where the device has them.
+template <class S>
+__device__ __forceinline__ auto decode(S v) {
+  return widen(v);
+}
 __device__ __forceinline__ float decode(Half v) { return __half2float(__ushort_as_half(v.bits)); }
-__device__ __forceinline__ float decode(Bfloat16 v) { return widen(v); }
-__device__ __forceinline__ float decode(uint8_t v) { return v ? 1.0f : 0.0f; }
 
-// double -> 16 bits rounds twice, through float, on every device.
 __device__ __forceinline__ float to_f32(float v) { return v; }
 __device__ __forceinline__ float to_f32(double v) { return __double2float_rn(v); }
-template <class T>
-__device__ __forceinline__ void encode(T v, float& out) {
-  out = to_f32(v);
-}
-template <class T>
-__device__ __forceinline__ void encode(T v, double& out) {
-  out = v;
+template <class T, class S>
+__device__ __forceinline__ void encode(T v, S& out) {
+  narrow(v, out);
 }
 template <class T>
 __device__ __forceinline__ void encode(T v, Half& out) {
@@ -190,14 +179,11 @@ __device__ __forceinline__ void store_as(void* data, int64_t offset, int n, cons
 template <class T, int W>
 __device__ __forceinline__ void load_any(const View& view, int64_t offset, int n, T (&v)[W]) {
   switch (view.dtype) {
-    case Dtype::f64:
-      return load_as<double>(view.data, offset, n, v);
-    case Dtype::f32:
-      return load_as<float>(view.data, offset, n, v);
-    case Dtype::f16:
-      return load_as<Half>(view.data, offset, n, v);
-    case Dtype::bf16:
-      return load_as<Bfloat16>(view.data, offset, n, v);
+#define DK_LOAD(NAME, TYPE, TORCH) \
+  case Dtype::NAME:                \
+    return load_as<TYPE>(view.data, offset, n, v);
+    DK_STORED_DTYPES(DK_LOAD)
+#undef DK_LOAD
     case Dtype::u8:
       return load_as<uint8_t>(view.data, offset, n, v);
   }
@@ -206,14 +192,11 @@ __device__ __forceinline__ void load_any(const View& view, int64_t offset, int n
 template <class T, int W>
 __device__ __forceinline__ void store_any(const View& view, int64_t offset, int n, const T (&v)[W]) {
   switch (view.dtype) {
-    case Dtype::f64:
-      return store_as<double>(view.data, offset, n, v);
-    case Dtype::f32:
-      return store_as<float>(view.data, offset, n, v);
-    case Dtype::f16:
-      return store_as<Half>(view.data, offset, n, v);
-    case Dtype::bf16:
-      return store_as<Bfloat16>(view.data, offset, n, v);
+#define DK_STORE(NAME, TYPE, TORCH) \
+  case Dtype::NAME:                 \
+    return store_as<TYPE>(view.data, offset, n, v);
+    DK_STORED_DTYPES(DK_STORE)
+#undef DK_STORE
     case Dtype::u8:
       return;  // masks are never written
   }

@@ -75,34 +75,15 @@ int run(const NoiseSumArgs& args, void* stream) {
     params.terms.weight[j] = static_cast<Arithmetic<S>>(args.terms.weight[j]);
   }
   const Access access = choose_access<S>(args.space, true, args.out);
-  Shape shape;
-  const int per_thread = access == Access::scalar ? kChunks<S, Access::scalar> : kWidth<S, Access::direct>;
-  if (!make_shape(args.space.batch, args.space.count, per_thread, kThreads, shape))
-    return cudaErrorInvalidConfiguration;
-  if (access == Access::scalar) return launch(noise_sum_kernel<S, Access::scalar>, shape, stream, params);
-  if constexpr (sizeof(S) != 8) {
-    if (access == Access::direct) return launch(noise_sum_kernel<S, Access::direct>, shape, stream, params);
-  }
-  return launch(noise_sum_kernel<S, Access::staged>, shape, stream, params);
+  return launch_elements<S>(args.space, access, stream, params,
+                            [](auto way) { return noise_sum_kernel<S, decltype(way)::value>; });
 }
 
 }  // namespace
 
 int noise_sum(const NoiseSumArgs& args, void* stream) {
   if (args.space.batch == 0 || args.space.count == 0) return cudaSuccess;
-  switch (args.out.dtype) {
-    case Dtype::f64:
-      return run<double>(args, stream);
-    case Dtype::f32:
-      return run<float>(args, stream);
-    case Dtype::f16:
-      return run<Half>(args, stream);
-    case Dtype::bf16:
-      return run<Bfloat16>(args, stream);
-    case Dtype::u8:
-      break;
-  }
-  return cudaErrorInvalidValue;
+  return for_dtype(args.out.dtype, [&](auto s) { return run<decltype(s)>(args, stream); });
 }
 
 }  // namespace dk::cuda

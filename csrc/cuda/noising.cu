@@ -78,39 +78,18 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) noising_kernel(const Noi
 
 template <class S>
 int run(const NoisingArgs& args, void* stream) {
-  for (const View* view : {&args.noise, &args.out, &args.target, &args.eps}) {
-    if (view->data != nullptr && view->dtype != args.x0.dtype) return cudaErrorInvalidValue;
-  }
+  if (!all_are(args.x0.dtype, {&args.noise, &args.out, &args.target, &args.eps})) return cudaErrorInvalidValue;
   const Access access =
       choose_access<S>(args.space, args.seeds.data != nullptr, args.x0, args.noise, args.out, args.target, args.eps);
-  Shape shape;
-  const int per_thread = access == Access::scalar ? kChunks<S, Access::scalar> : kWidth<S, Access::direct>;
-  if (!make_shape(args.space.batch, args.space.count, per_thread, kThreads, shape))
-    return cudaErrorInvalidConfiguration;
-  if (access == Access::scalar) return launch(noising_kernel<S, Access::scalar>, shape, stream, args);
-  if constexpr (sizeof(S) != 8) {
-    if (access == Access::direct) return launch(noising_kernel<S, Access::direct>, shape, stream, args);
-  }
-  return launch(noising_kernel<S, Access::staged>, shape, stream, args);
+  return launch_elements<S>(args.space, access, stream, args,
+                            [](auto way) { return noising_kernel<S, decltype(way)::value>; });
 }
 
 }  // namespace
 
 int noising(const NoisingArgs& args, void* stream) {
   if (args.space.batch == 0 || args.space.count == 0) return cudaSuccess;
-  switch (args.x0.dtype) {
-    case Dtype::f64:
-      return run<double>(args, stream);
-    case Dtype::f32:
-      return run<float>(args, stream);
-    case Dtype::f16:
-      return run<Half>(args, stream);
-    case Dtype::bf16:
-      return run<Bfloat16>(args, stream);
-    case Dtype::u8:
-      break;
-  }
-  return cudaErrorInvalidValue;
+  return for_dtype(args.x0.dtype, [&](auto s) { return run<decltype(s)>(args, stream); });
 }
 
 }  // namespace dk::cuda

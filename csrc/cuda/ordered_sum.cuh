@@ -1,8 +1,8 @@
-// Sums in the order of core/loss.h: blocks of kLossBlock elements folded by one block of threads, the blocks of a
-// sample by kLossLanes lanes, the samples likewise. Shared by the loss and the variational bound.
+// Sums in the order of core/ordered_sum.h: blocks of kSumBlock elements folded by one block of threads, the blocks of a
+// sample by kSumLanes lanes, the samples likewise. Shared by the loss and the variational bound.
 #pragma once
 
-#include "../core/loss.h"
+#include "../core/ordered_sum.h"
 #include "memory.cuh"
 
 namespace dk::cuda {
@@ -40,32 +40,33 @@ __device__ __forceinline__ void store_squares(T* squares, int local, const T (&v
   } else if constexpr (W == 2) {
     *reinterpret_cast<double2*>(squares + local) = make_double2(v[0], v[1]);
   } else {
+    static_assert(W == 1, "a chunk is 8, 4 or 2 values, or one element");
     squares[local] = v[0];
   }
 }
 
-// Chunks that a thread of a partial kernel holds, and how many threads make one loss block.
+// Chunks that a thread of a partial kernel holds, and how many threads make one block of the sum.
 template <class S, Access access>
 constexpr int kHeld = sizeof(S) == 8 && access != Access::scalar ? 2 : kChunks<S, access>;
 template <class S, Access access>
-constexpr int kLossThreads = kLossBlock / (kHeld<S, access> * kWidth<S, access>);
+constexpr int kSumThreads = kSumBlock / (kHeld<S, access> * kWidth<S, access>);
 
-// Values 0, every, 2 every, ...: `count` of them, summed by kLossLanes lanes, then folded; valid in thread 0. One block
-// of kLossLanes threads.
+// Values 0, every, 2 every, ...: `count` of them, summed by kSumLanes lanes, then folded; valid in thread 0. One block
+// of kSumLanes threads.
 template <class T>
 __device__ __forceinline__ T ordered_sum(const T* values, int64_t count, T* lanes, int64_t every = 1) {
   const int lane = static_cast<int>(threadIdx.x);
   T sum = T(0);
-  for (int64_t i = lane; i < count; i += kLossLanes) sum = add(sum, values[i * every]);
+  for (int64_t i = lane; i < count; i += kSumLanes) sum = add(sum, values[i * every]);
   lanes[lane] = sum;
   __syncthreads();
-  return lane < 32 ? fold_warp(fold<kLossLanes, 32>(lanes + lane)) : T(0);
+  return lane < 32 ? fold_warp(fold<kSumLanes, 32>(lanes + lane)) : T(0);
 }
 
 // The sum or mean of the samples' losses; `samples` hold what is left to add.
 template <class T, class Args>
-__global__ void __launch_bounds__(kLossLanes) batch_kernel(const Args args) {
-  __shared__ T lanes[kLossLanes];
+__global__ void __launch_bounds__(kSumLanes) batch_kernel(const Args args) {
+  __shared__ T lanes[kSumLanes];
   const T sum = ordered_sum(static_cast<const T*>(args.samples), args.space.batch, lanes);
   const bool mean_of_nothing = args.reduction == Reduction::mean && args.space.batch == 0;
   if (threadIdx.x == 0) *static_cast<T*>(args.value) = mean_of_nothing ? not_a_number<T>() : sum;
@@ -76,25 +77,39 @@ template <class S, Access access>
 bool partial_shape(const Space& space, Shape& shape) {
   constexpr int per_thread = kHeld<S, access> * kWidth<S, access>;
   if (!make_shape(space.batch, space.count, per_thread, 1, shape)) return false;
-  const int64_t blocks = (space.count + kLossBlock - 1) / kLossBlock;
+  const int64_t blocks = sum_blocks(space.count);
   if (blocks > 0x7fffffff) return false;
-  shape.threads = kLossThreads<S, access>;
+  shape.threads = kSumThreads<S, access>;
   shape.grid.x = static_cast<unsigned>(blocks);
   return true;
 }
 
-// After the partial sums: a block of lanes a sample, then one for the batch.
+// The partial sums; kernel_of(way) is the kernel of an access (for_access).
+template <class S, bool kNoise, class Params, class KernelOf>
+int launch_partials(const Space& space, Access access, void* stream, const Params& params, const KernelOf& kernel_of) {
+  return for_access<S, kNoise>(access, [&](auto way) -> int {
+    Shape shape;
+    if (!partial_shape<S, decltype(way)::value>(space, shape)) return cudaErrorInvalidConfiguration;
+    return launch(kernel_of(way), shape, stream, params);
+  });
+}
+
+// What makes a value a sample of the partial sums: a block of lanes each.
+template <class Params>
+int launch_samples(void (*kernel)(Params), int64_t batch, void* stream, const Params& params) {
+  Shape shape;
+  if (!make_shape(batch, 1, 1, kSumLanes, shape)) return cudaErrorInvalidConfiguration;
+  shape.threads = kSumLanes;
+  return launch(kernel, shape, stream, params);
+}
+
+// After the partial sums: the samples, then a block of lanes for the batch.
 template <class T, class Args>
 int finish_sums(void (*samples_kernel)(Args), const Args& args, void* stream) {
   int status = cudaSuccess;
-  if (args.space.batch > 0) {
-    Shape shape;
-    if (!make_shape(args.space.batch, 1, 1, kLossLanes, shape)) return cudaErrorInvalidConfiguration;
-    shape.threads = kLossLanes;
-    status = launch(samples_kernel, shape, stream, args);
-  }
+  if (args.space.batch > 0) status = launch_samples(samples_kernel, args.space.batch, stream, args);
   if (status == cudaSuccess && args.reduction != Reduction::none) {
-    status = launch(batch_kernel<T, Args>, Shape{dim3(1), kLossLanes}, stream, args);
+    status = launch(batch_kernel<T, Args>, Shape{dim3(1), kSumLanes}, stream, args);
   }
   return status;
 }

@@ -1,4 +1,5 @@
 // Standard normals by address.
+#include "../core/randn.h"
 #include "noise.cuh"
 
 namespace dk::cuda {
@@ -31,34 +32,15 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) randn_kernel(const Randn
 template <class S>
 int run(const RandnArgs& args, void* stream) {
   const Access access = choose_access<S>(args.space, true, args.out);
-  Shape shape;
-  const int per_thread = access == Access::scalar ? kChunks<S, Access::scalar> : kWidth<S, Access::direct>;
-  if (!make_shape(args.space.batch, args.space.count, per_thread, kThreads, shape))
-    return cudaErrorInvalidConfiguration;
-  if (access == Access::scalar) return launch(randn_kernel<S, Access::scalar>, shape, stream, args);
-  if constexpr (sizeof(S) != 8) {
-    if (access == Access::direct) return launch(randn_kernel<S, Access::direct>, shape, stream, args);
-  }
-  return launch(randn_kernel<S, Access::staged>, shape, stream, args);
+  return launch_elements<S>(args.space, access, stream, args,
+                            [](auto way) { return randn_kernel<S, decltype(way)::value>; });
 }
 
 }  // namespace
 
 int randn(const RandnArgs& args, void* stream) {
   if (args.space.batch == 0 || args.space.count == 0) return cudaSuccess;
-  switch (args.out.dtype) {
-    case Dtype::f64:
-      return run<double>(args, stream);
-    case Dtype::f32:
-      return run<float>(args, stream);
-    case Dtype::f16:
-      return run<Half>(args, stream);
-    case Dtype::bf16:
-      return run<Bfloat16>(args, stream);
-    case Dtype::u8:
-      break;
-  }
-  return cudaErrorInvalidValue;
+  return for_dtype(args.out.dtype, [&](auto s) { return run<decltype(s)>(args, stream); });
 }
 
 }  // namespace dk::cuda

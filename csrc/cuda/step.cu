@@ -135,20 +135,11 @@ __global__ void __launch_bounds__(kThreads, kFull || access != Access::direct ? 
   }
 }
 
-template <class S, bool kFull>
-int run_as(Access access, const Shape& shape, void* stream, const StepParams<Arithmetic<S>>& params) {
-  if (access == Access::scalar) return launch(step_kernel<S, Access::scalar, kFull>, shape, stream, params);
-  if constexpr (sizeof(S) != 8) {
-    if (access == Access::direct) return launch(step_kernel<S, Access::direct, kFull>, shape, stream, params);
-  }
-  return launch(step_kernel<S, Access::staged, kFull>, shape, stream, params);
-}
-
 template <class S>
 int run(const StepArgs& args, void* stream) {
-  for (const View* view : {&args.x, &args.h[0], &args.h[1], &args.h[2], &args.h[3], &args.noise, &args.known, &args.out,
-                           &args.x0, &args.s}) {
-    if (view->data != nullptr && view->dtype != args.state) return cudaErrorInvalidValue;
+  if (!all_are(args.state, {&args.x, &args.h[0], &args.h[1], &args.h[2], &args.h[3], &args.noise, &args.known,
+                            &args.out, &args.x0, &args.s})) {
+    return cudaErrorInvalidValue;
   }
   StepParams<Arithmetic<S>> params{args, 0, {}};
   if (args.x0.data != nullptr) params.want |= kWantX0;
@@ -164,32 +155,18 @@ int run(const StepArgs& args, void* stream) {
   const Access access =
       choose_access<S>(args.space, draws, args.x, args.u, args.c, args.h[0], args.h[1], args.h[2], args.h[3],
                        args.noise, args.mask, args.known, args.out, args.x0, args.s, args.next, args.next2);
-  Shape shape;
-  const int per_thread = access == Access::scalar ? kChunks<S, Access::scalar> : kWidth<S, Access::direct>;
-  if (!make_shape(args.space.batch, args.space.count, per_thread, kThreads, shape))
-    return cudaErrorInvalidConfiguration;
   bool full = args.mask.data != nullptr;
   for (const View& history : args.h) full = full || history.data != nullptr;
-  return full ? run_as<S, true>(access, shape, stream, params) : run_as<S, false>(access, shape, stream, params);
+  return launch_elements<S>(args.space, access, stream, params, [full](auto way) {
+    return full ? step_kernel<S, decltype(way)::value, true> : step_kernel<S, decltype(way)::value, false>;
+  });
 }
 
 }  // namespace
 
 int step(const StepArgs& args, void* stream) {
   if (args.space.batch == 0 || args.space.count == 0) return cudaSuccess;
-  switch (args.state) {
-    case Dtype::f64:
-      return run<double>(args, stream);
-    case Dtype::f32:
-      return run<float>(args, stream);
-    case Dtype::f16:
-      return run<Half>(args, stream);
-    case Dtype::bf16:
-      return run<Bfloat16>(args, stream);
-    case Dtype::u8:
-      break;
-  }
-  return cudaErrorInvalidValue;
+  return for_dtype(args.state, [&](auto s) { return run<decltype(s)>(args, stream); });
 }
 
 }  // namespace dk::cuda

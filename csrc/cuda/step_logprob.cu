@@ -1,5 +1,5 @@
-// The log-density of a sampler step and its gradient, summed as the loss is: one block of threads makes the partial sum
-// of kLossBlock elements.
+// The log-density of a sampler step and its gradient, summed in the order of core/ordered_sum.h: one block of
+// threads makes the partial sum of kSumBlock elements.
 #include "../core/step_logprob.h"
 #include "ordered_sum.cuh"
 
@@ -53,17 +53,17 @@ enum class Form {
 };
 
 template <class S, Access access, Form form>
-__global__ void __launch_bounds__(kLossThreads<S, access>, form == Form::full ? kMinBlocks : 3)
+__global__ void __launch_bounds__(kSumThreads<S, access>, form == Form::full ? kMinBlocks : 3)
     density_kernel(const DensityParams<Arithmetic<S>> params) {
   using T = Arithmetic<S>;
   constexpr int W = kWidth<S, access>;
   constexpr bool learned = form == Form::learned, kFull = form == Form::full;
   const StepLogprobArgs& args = params.args;
-  __shared__ __align__(16) T energies[kLossBlock];
+  __shared__ __align__(16) T energies[kSumBlock];
   __shared__ DensityRow<T> shared_row;
   const int64_t b = block_sample();
   if (b >= args.space.batch) return;
-  const int64_t begin = static_cast<int64_t>(blockIdx.x) * kLossBlock;
+  const int64_t begin = static_cast<int64_t>(blockIdx.x) * kSumBlock;
   const bool by_value = args.rows.table == nullptr;
   if (!by_value) {
     if (threadIdx.x == 0) find_row(args, b, shared_row);
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kLossThreads<S, access>, form == Form::full ? 
   const bool reads = row.k.random && !row.invalid;
 #pragma unroll 1
   for (int c = 0; c < kHeld<S, access>; ++c) {
-    const int local = (c * kLossThreads<S, access> + static_cast<int>(threadIdx.x)) * W;
+    const int local = (c * kSumThreads<S, access> + static_cast<int>(threadIdx.x)) * W;
     const Place<access> place(args.space, b, begin + local, W);
     T after[W] = {}, x[W] = {}, u[W] = {}, cond[W] = {}, v[W] = {}, h[kHistories][W] = {}, energy[W];
     if (place.n > 0) {
@@ -113,18 +113,18 @@ __global__ void __launch_bounds__(kLossThreads<S, access>, form == Form::full ? 
   }
   __syncthreads();
   if (threadIdx.x < 32) {
-    const T sum = fold_warp(fold<kLossBlock, 32>(energies + threadIdx.x));
+    const T sum = fold_warp(fold<kSumBlock, 32>(energies + threadIdx.x));
     if (threadIdx.x == 0) static_cast<T*>(args.partials)[b * gridDim.x + blockIdx.x] = sum;
   }
 }
 
 template <class T>
-__global__ void __launch_bounds__(kLossLanes) density_samples_kernel(const DensityParams<T> params) {
-  __shared__ T lanes[kLossLanes];
+__global__ void __launch_bounds__(kSumLanes) density_samples_kernel(const DensityParams<T> params) {
+  __shared__ T lanes[kSumLanes];
   const StepLogprobArgs& args = params.args;
   const int64_t b = block_sample();
   if (b >= args.space.batch) return;
-  const int64_t blocks = (args.space.count + kLossBlock - 1) / kLossBlock;
+  const int64_t blocks = sum_blocks(args.space.count);
   const T energies = ordered_sum(static_cast<const T*>(args.partials) + b * blocks, blocks, lanes);
   if (threadIdx.x == 0) {
     DensityRow<T> row = params.row;
@@ -133,22 +133,11 @@ __global__ void __launch_bounds__(kLossLanes) density_samples_kernel(const Densi
   }
 }
 
-template <class S, Access access>
-int run_partials(const DensityParams<Arithmetic<S>>& params, void* stream) {
-  Shape shape;
-  if (!partial_shape<S, access>(params.args.space, shape)) return cudaErrorInvalidConfiguration;
-  if (params.args.learned) return launch(density_kernel<S, access, Form::learned>, shape, stream, params);
-  bool full = false;
-  for (const View& history : params.args.h) full = full || history.data != nullptr;
-  return full ? launch(density_kernel<S, access, Form::full>, shape, stream, params)
-              : launch(density_kernel<S, access, Form::plain>, shape, stream, params);
-}
-
 template <class S>
 int run(const StepLogprobArgs& args, void* stream) {
   using T = Arithmetic<S>;
-  for (const View* view : {&args.after, &args.x, &args.h[0], &args.h[1], &args.h[2], &args.h[3]}) {
-    if (view->data != nullptr && view->dtype != args.state) return cudaErrorInvalidValue;
+  if (!all_are(args.state, {&args.after, &args.x, &args.h[0], &args.h[1], &args.h[2], &args.h[3]})) {
+    return cudaErrorInvalidValue;
   }
   const Space& space = args.space;
   if (space.batch == 0) return cudaSuccess;
@@ -158,33 +147,22 @@ int run(const StepLogprobArgs& args, void* stream) {
   if (space.count > 0) {
     const Access access = choose_access<S>(space, false, args.after, args.x, args.u, args.c, args.v, args.h[0],
                                            args.h[1], args.h[2], args.h[3], args.grad_u, args.grad_c, args.grad_v);
-    constexpr Access vector = sizeof(S) == 8 ? Access::staged : Access::direct;  // no noise: never staged otherwise
-    status = access == Access::scalar ? run_partials<S, Access::scalar>(params, stream)
-                                      : run_partials<S, vector>(params, stream);
+    bool full = false;
+    for (const View& history : args.h) full = full || history.data != nullptr;
+    status = launch_partials<S, false>(space, access, stream, params, [&](auto way) {
+      constexpr Access kWay = decltype(way)::value;
+      return args.learned ? density_kernel<S, kWay, Form::learned>
+             : full       ? density_kernel<S, kWay, Form::full>
+                          : density_kernel<S, kWay, Form::plain>;
+    });
   }
-  Shape shape;
-  if (status != cudaSuccess) return status;
-  if (!make_shape(space.batch, 1, 1, kLossLanes, shape)) return cudaErrorInvalidConfiguration;
-  shape.threads = kLossLanes;
-  return launch(density_samples_kernel<T>, shape, stream, params);
+  return status == cudaSuccess ? launch_samples(density_samples_kernel<T>, space.batch, stream, params) : status;
 }
 
 }  // namespace
 
 int step_logprob(const StepLogprobArgs& args, void* stream) {
-  switch (args.state) {
-    case Dtype::f64:
-      return run<double>(args, stream);
-    case Dtype::f32:
-      return run<float>(args, stream);
-    case Dtype::f16:
-      return run<Half>(args, stream);
-    case Dtype::bf16:
-      return run<Bfloat16>(args, stream);
-    case Dtype::u8:
-      break;
-  }
-  return cudaErrorInvalidValue;
+  return for_dtype(args.state, [&](auto s) { return run<decltype(s)>(args, stream); });
 }
 
 }  // namespace dk::cuda

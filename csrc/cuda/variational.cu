@@ -1,5 +1,5 @@
-// The variational bound of a reverse step and its gradient, summed as the loss is: one block of threads makes the two
-// partial sums (squares and nats) of a block of kLossBlock elements.
+// The variational bound of a reverse step and its gradient, summed in the order of core/ordered_sum.h: one block
+// of threads makes the two partial sums (squares and nats) of a block of kSumBlock elements.
 #include "../core/variational.h"
 #include "noise.cuh"
 #include "ordered_sum.cuh"
@@ -44,26 +44,26 @@ __device__ __forceinline__ void elements(const VariationalCoefficients<T>& k, in
 }
 
 template <class S, Access access>
-__global__ void __launch_bounds__(kLossThreads<S, access>, kMinBlocks) bound_kernel(const VariationalArgs args) {
+__global__ void __launch_bounds__(kSumThreads<S, access>, kMinBlocks) bound_kernel(const VariationalArgs args) {
   using T = Arithmetic<S>;
   constexpr int W = kWidth<S, access>;
-  __shared__ __align__(16) float staged[access == Access::direct ? 4 : kLossBlock];
-  __shared__ __align__(16) T squares[kLossBlock];
-  __shared__ __align__(16) T all_nats[kLossBlock];
+  __shared__ __align__(16) float staged[access == Access::direct ? 4 : kSumBlock];
+  __shared__ __align__(16) T squares[kSumBlock];
+  __shared__ __align__(16) T all_nats[kSumBlock];
   __shared__ VariationalRow<T> shared_row;
   const int64_t b = block_sample();
   if (b >= args.space.batch) return;
-  const int64_t begin = static_cast<int64_t>(blockIdx.x) * kLossBlock, left = args.space.count - begin;
+  const int64_t begin = static_cast<int64_t>(blockIdx.x) * kSumBlock, left = args.space.count - begin;
   if (threadIdx.x == 0) shared_row = find_row<T>(args, b);
   __syncthreads();
   const VariationalRow<T>& row = shared_row;
   if (access != Access::direct && row.draws) {
-    stage_noise(args.space, row.seed, args.stream, begin, left < kLossBlock ? static_cast<int>(left) : kLossBlock,
+    stage_noise(args.space, row.seed, args.stream, begin, left < kSumBlock ? static_cast<int>(left) : kSumBlock,
                 staged);
   }
 #pragma unroll 1
   for (int c = 0; c < kHeld<S, access>; ++c) {
-    const int local = (c * kLossThreads<S, access> + static_cast<int>(threadIdx.x)) * W;
+    const int local = (c * kSumThreads<S, access> + static_cast<int>(threadIdx.x)) * W;
     const Place<access> place(args.space, b, begin + local, W);
     T pred[W] = {}, w[W] = {}, x0[W] = {}, z[W] = {}, square[W], nats[W];
     if (place.n > 0) {
@@ -90,8 +90,8 @@ __global__ void __launch_bounds__(kLossThreads<S, access>, kMinBlocks) bound_ker
   }
   __syncthreads();
   if (threadIdx.x < 32) {
-    const T sum = fold_warp(fold<kLossBlock, 32>(squares + threadIdx.x));
-    const T sum_nats = fold_warp(fold<kLossBlock, 32>(all_nats + threadIdx.x));
+    const T sum = fold_warp(fold<kSumBlock, 32>(squares + threadIdx.x));
+    const T sum_nats = fold_warp(fold<kSumBlock, 32>(all_nats + threadIdx.x));
     if (threadIdx.x == 0) {
       T* partial = static_cast<T*>(args.partials) + 2 * (b * gridDim.x + blockIdx.x);
       partial[0] = sum;
@@ -101,11 +101,11 @@ __global__ void __launch_bounds__(kLossThreads<S, access>, kMinBlocks) bound_ker
 }
 
 template <class T>
-__global__ void __launch_bounds__(kLossLanes) samples_kernel(const VariationalArgs args) {
-  __shared__ T lanes[2][kLossLanes];
+__global__ void __launch_bounds__(kSumLanes) samples_kernel(const VariationalArgs args) {
+  __shared__ T lanes[2][kSumLanes];
   const int64_t b = block_sample();
   if (b >= args.space.batch) return;
-  const int64_t blocks = (args.space.count + kLossBlock - 1) / kLossBlock;
+  const int64_t blocks = sum_blocks(args.space.count);
   const T* partials = static_cast<const T*>(args.partials) + 2 * b * blocks;
   const T squares = ordered_sum(partials, blocks, lanes[0], 2), nats = ordered_sum(partials + 1, blocks, lanes[1], 2);
   if (threadIdx.x == 0) {
@@ -118,13 +118,6 @@ __global__ void __launch_bounds__(kLossLanes) samples_kernel(const VariationalAr
   }
 }
 
-template <class S, Access access>
-int run_partials(const VariationalArgs& args, void* stream) {
-  Shape shape;
-  if (!partial_shape<S, access>(args.space, shape)) return cudaErrorInvalidConfiguration;
-  return launch(bound_kernel<S, access>, shape, stream, args);
-}
-
 template <class S>
 int run(const VariationalArgs& args, void* stream) {
   using T = Arithmetic<S>;
@@ -134,13 +127,8 @@ int run(const VariationalArgs& args, void* stream) {
   if (space.batch > 0 && space.count > 0) {
     const Access access = choose_access<S>(space, args.seeds.data != nullptr, args.pred, args.w, args.x0, args.noise,
                                            args.grad, args.grad_w);
-    if (access == Access::scalar) {
-      status = run_partials<S, Access::scalar>(args, stream);
-    } else if (access == Access::staged || sizeof(S) == 8) {
-      status = run_partials<S, Access::staged>(args, stream);
-    } else if constexpr (sizeof(S) != 8) {
-      status = run_partials<S, Access::direct>(args, stream);
-    }
+    status = launch_partials<S, true>(space, access, stream, args,
+                                      [](auto way) { return bound_kernel<S, decltype(way)::value>; });
   }
   return status == cudaSuccess ? finish_sums<T>(samples_kernel<T>, args, stream) : status;
 }
@@ -148,19 +136,7 @@ int run(const VariationalArgs& args, void* stream) {
 }  // namespace
 
 int variational(const VariationalArgs& args, void* stream) {
-  switch (args.x0.dtype) {
-    case Dtype::f64:
-      return run<double>(args, stream);
-    case Dtype::f32:
-      return run<float>(args, stream);
-    case Dtype::f16:
-      return run<Half>(args, stream);
-    case Dtype::bf16:
-      return run<Bfloat16>(args, stream);
-    case Dtype::u8:
-      break;
-  }
-  return cudaErrorInvalidValue;
+  return for_dtype(args.x0.dtype, [&](auto s) { return run<decltype(s)>(args, stream); });
 }
 
 }  // namespace dk::cuda

@@ -1,1 +1,1 @@
-"""The commands of `python -m diffkern`, a module each."""
+"""The commands of ``python -m diffkern``: `info`, `plan`, and in `demo` those of the demo, demo and sample."""

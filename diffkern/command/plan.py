@@ -19,7 +19,7 @@ from typing import Any
 
 from diffkern.plan import Plan, Row
 from diffkern.samplers import SAMPLERS, get_sampler
-from diffkern.schedules import SCHEDULES
+from diffkern.schedules.makers import SCHEDULES
 
 __all__ = ["add_command", "differences", "read"]
 

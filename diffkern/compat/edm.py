@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffkern import ops, samplers, schedules
-from diffkern.compat.kit import loop as _loop
+from diffkern import ops
+from diffkern.compat.kit import loop
 from diffkern.plan import Plan
 from diffkern.samplers.nodes import Coordinates, Node, grid
-from diffkern.samplers.runge_kutta import HEUN, _plan
+from diffkern.samplers.runge_kutta import heun, tableau_plan
 from diffkern.schedules import grids
+from diffkern.schedules.makers import edm
+from diffkern.tableaus import HEUN
 
 __all__ = ["EDMLoss", "edm_sampler"]
 
@@ -51,7 +53,7 @@ def edm_sampler(
     low, high = max(float(sigma_min), float(net.sigma_min)), min(float(sigma_max), float(net.sigma_max))
     sigmas = grids.karras_sigmas(num_steps, low, high, float(rho))[:-1]
     levels = (*_rounded(net, sigmas.tolist(), latents), 0.0)
-    churn: Churn = (*_loop.churn_within(float(S_churn), float(S_min), float(S_max)), float(S_noise))
+    churn: Churn = (*loop.churn_within(float(S_churn), float(S_min), float(S_max)), float(S_noise))
     plan = _heun(levels, churn)
     hats = [plan.rows[rows.start].time for rows in plan.steps]
     known = _rounded(net, hats, latents)
@@ -69,8 +71,8 @@ def edm_sampler(
         return randn_like(first) if rows[i].ends_step and i + 1 < len(rows) else None
 
     first = latents.to(torch.float64) * levels[0]
-    x = _loop.added(first, randn_like(first), _loop.churn_before_start(plan, levels[0]))
-    return _loop.run(plan, x, call, noise)
+    x = loop.added(first, randn_like(first), loop.churn_before_start(plan, levels[0]))
+    return loop.run(loop.of_plan(plan), x, call, noise)
 
 
 def _rounded(net: Any, levels: list[float], like: Tensor) -> list[float]:
@@ -81,9 +83,7 @@ def _rounded(net: Any, levels: list[float], like: Tensor) -> list[float]:
 
 @lru_cache(maxsize=64)
 def _heun(levels: Levels, churn: Churn) -> Plan:
-    return samplers.heun(
-        schedules.edm(), sigmas=levels, prediction="x0", churn=churn[0], churn_range=churn[1], churn_noise=churn[2]
-    )
+    return heun(edm(), sigmas=levels, prediction="x0", churn=churn[0], churn_range=churn[1], churn_noise=churn[2])
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,9 @@ class _Rounding(Coordinates):
 
 @lru_cache(maxsize=64)
 def _rounded_heun(levels: Levels, churn: Churn, known: tuple[tuple[float, float], ...]) -> Plan:
-    space, nodes, end = grid("heun", schedules.edm(), None, "x0", levels, None, "linspace", None)
+    space, nodes, end = grid("heun", edm(), None, "x0", levels, None, "linspace", None)
     own = _Rounding(space.schedule, space.prediction, space.clip, space.in_time, known)
-    return _plan("heun", HEUN, own, nodes, end, churn, end_stage=False)
+    return tableau_plan("heun", HEUN, own, nodes, end, churn, end_stage=False)
 
 
 class EDMLoss:

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from diffkern import ops
+from diffkern.compat.kit.rows import of_samples, table_of
 from diffkern.compat.kit.transforms import transformed
 from diffkern.compat.kit.transport import OTPlanSampler
-from diffkern.plan import COLUMNS
 
 __all__ = [
     "ConditionalFlowMatcher",
@@ -37,7 +37,6 @@ __all__ = [
     "pad_t_like_x",
 ]
 
-_AT = {name: i for i, name in enumerate(COLUMNS)}
 _HOOKS = {"compute_mu_t", "compute_sigma_t", "sample_xt", "compute_conditional_flow"}
 
 
@@ -47,15 +46,6 @@ def pad_t_like_x(t: Any, x: Tensor) -> Any:
 
 
 # ------------------------------------------------------------------------------------------------------ the fused op
-def _row(**columns: float) -> Tensor:
-    """A step's row with these columns, float64."""
-    row = torch.zeros(len(COLUMNS), dtype=torch.float64, device="cpu")
-    row[_AT["clip"]], row[_AT["k"]] = math.inf, 1.0
-    for name, value in columns.items():
-        row[_AT[name]] = value
-    return row
-
-
 @lru_cache(maxsize=256)
 def _weights(cls: Any, sigma: float) -> tuple[Tensor, Tensor]:
     """(constant [columns], weights [features, columns]): x_t and u_t are linear in the features of a time."""
@@ -63,7 +53,7 @@ def _weights(cls: Any, sigma: float) -> tuple[Tensor, Tensor]:
     def at(*features: float) -> Tensor:
         a, d, b = cls._location(sigma, *features)
         A, D, B = cls._field(sigma, *features)
-        return _row(r=1.0, a=a, d=d, b=b, A=A, D=D, B=B)
+        return table_of(1, r=1.0, a=a, d=d, b=b, A=A, D=D, B=B)[0]
 
     count = len(cls._features(torch.tensor([0.5], device="cpu")))
     constant = at(*(0.0,) * count)
@@ -104,12 +94,7 @@ def _step(x: Tensor, m: Tensor, z: Tensor | None, table: Tensor, want_s: bool = 
 def _combined(x: Tensor, m: Tensor, z: Tensor | None, **columns: Any) -> Tensor:
     """x' of a step with these columns, numbers or float64 [B]."""
     device = next((c.device for c in columns.values() if isinstance(c, Tensor)), x.device)
-    table = _row(**{name: c for name, c in columns.items() if not isinstance(c, Tensor)}).to(device)
-    table = table.repeat(x.shape[0], 1)
-    for name, c in columns.items():
-        if isinstance(c, Tensor):
-            table[:, _AT[name]] = c
-    return _step(x, m, z, table)[0]
+    return _step(x, m, z, of_samples(x.shape[0], device, **columns))[0]
 
 
 def _time(t: Any) -> Tensor:

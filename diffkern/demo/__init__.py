@@ -1,9 +1,10 @@
-"""The demo: a small class-conditional diffusion model of handwritten digits, trained and sampled with the fused
-operations.
- `data` the digits · `train` the training loop · `checkpoint` the file it leaves · `generate` images from a sampler's
-name · `evaluate` the classifier and the Frechet distance · `pictures` the PNGs · `run` the whole job · `cli` its two
-commands.
- What it needs beyond torch (scikit-learn, matplotlib, Pillow, safetensors, tqdm) is the extra ``diffkern[demo]``,
+"""The demo: a small class-conditional diffusion model of handwritten digits, trained and sampled with the fused ops.
+
+`data` the digits · `train` the training loop · `checkpoint` the file it leaves · `generate` images from a sampler's
+name · `evaluate` the classifier and the Frechet distance · `pictures` the PNGs · `run` the whole job; its commands:
+`diffkern.command.demo`.
+
+What it needs beyond torch (scikit-learn, matplotlib, Pillow, safetensors, tqdm) is the extra ``diffkern[demo]``,
 imported where it is used.
 """
 

@@ -13,7 +13,7 @@ import torch
 from diffkern import schedules
 from diffkern.demo import need
 from diffkern.nn import UNet, UNetConfig
-from diffkern.schedules import DiscreteSchedule
+from diffkern.schedules.discrete import DiscreteSchedule
 
 _KEY = "diffkern_demo"
 _FORMAT = 1

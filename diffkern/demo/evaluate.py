@@ -1,6 +1,6 @@
-"""How good are the generated digits: agreement with the asked-for class, and the Frechet distance, both by a
-classifier of real digits.
- The classifier is a small convolutional network trained on the real digits in some seconds; its last hidden layer
+"""How good the generated digits are, by a classifier of real ones: agreement with the class, and Frechet distance.
+
+The classifier is a small convolutional network trained on the real digits in some seconds; its last hidden layer
 gives the features. The Frechet distance is that of Heusel et al. 2017 (lecture 002) with these features in the place
 of Inception's: numbers compare with each other inside this demo, not with published FIDs.
 """

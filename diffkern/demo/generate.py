@@ -1,5 +1,6 @@
 """Images from a sampler's name: the plans of the demo, and a job of many images cut into micro-batches.
- Image j of a job with seed s starts from the noise of ``diffkern.seeds(s, 1, first=j)``. Noise and updates are the
+
+Image j of a job with seed s starts from the noise of ``diffkern.seeds(s, 1, first=j)``. Noise and updates are the
 same bits however the job is cut; the network's own convolutions are not, so the bits of an image belong to its
 micro-batch: with a micro-batch of 1 an image depends on its number, class and seed alone.
 """
@@ -13,11 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffkern import ops, samplers, sampling
+from diffkern import ops
 from diffkern.demo import need
 from diffkern.nn import UNet
 from diffkern.plan import Plan
-from diffkern.schedules import DiscreteSchedule, karras_sigmas
+from diffkern.samplers import get_sampler
+from diffkern.sampling.runner import initial, sample
+from diffkern.schedules.discrete import DiscreteSchedule
+from diffkern.schedules.spacings import karras_sigmas
 
 DEFAULT_STEPS = {
     **{"ddpm": 250, "ddim": 50, "euler": 30, "heun": 15, "midpoint": 15, "rk4": 8, "rk4_38": 8},
@@ -45,7 +49,7 @@ def make_plan(
     """
     if sampler not in DEFAULT_STEPS:
         raise ValueError(f"sampler must be one of {', '.join(DEFAULT_STEPS)}, got {sampler!r}")
-    make = samplers.get_sampler(sampler)
+    make = get_sampler(sampler)
     if steps is None:
         steps = DEFAULT_STEPS[sampler]
     if eta is not None and sampler != "ddim":
@@ -136,9 +140,9 @@ def generate(
         for chunk, own in chunks:
             cond, own = chunk.to(device), own.to(device)
             shape = (len(chunk), config.in_channels, config.image_size, config.image_size)
-            x = sampling.initial(plan, shape, own, device=device)
+            x = initial(plan, shape, own, device=device)
             none = torch.full_like(cond, model.null_class)
-            out = sampling.sample(timed, x, plan, seeds=own, cond=cond, uncond=none, guidance=guidance)
+            out = sample(timed, x, plan, seeds=own, cond=cond, uncond=none, guidance=guidance)
             images.append(out.cpu())
     total = time.perf_counter() - start
     return Generated(torch.cat(images), plan.model_calls, timed.seconds, total - timed.seconds)

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffkern import ops, sampling, streams
+from diffkern import ops, streams
 from diffkern.demo import need
 from diffkern.nn import UNet
 from diffkern.plan import Plan
-from diffkern.schedules import DiscreteSchedule
+from diffkern.sampling.runner import initial, sample
+from diffkern.schedules.discrete import DiscreteSchedule
 
 SCALE = 8  # an image of 8 x 8 becomes a tile of 80 x 80 with its margin
 MARGIN = 1  # pixels of background around an image, before enlarging
@@ -112,11 +113,9 @@ def trajectory_strip(
     device = next(model.parameters()).device
     config = model.config
     seeds, cond = ops.seeds(seed, len(classes)).to(device), classes.to(device)
-    x = sampling.initial(
-        plan, (len(classes), config.in_channels, config.image_size, config.image_size), seeds, device=device
-    )
+    x = initial(plan, (len(classes), config.in_channels, config.image_size, config.image_size), seeds, device=device)
     none = torch.full_like(cond, model.null_class)
-    run = sampling.sample(model, x, plan, seeds=seeds, cond=cond, uncond=none, guidance=guidance, trajectory=True)
+    run = sample(model, x, plan, seeds=seeds, cond=cond, uncond=none, guidance=guidance, trajectory=True)
     assert run.trajectory is not None
     states = run.trajectory.cpu()
     shown = [round((len(states) - 1) * c / (columns - 1)) for c in range(columns)]

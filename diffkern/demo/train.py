@@ -1,6 +1,6 @@
-"""The training loop: fused noising and loss, condition dropout for classifier-free guidance, an exponential moving
-average.
- One iteration is Algorithm 1 of Ho et al. 2020 (lectures 000, 001, 002): draw images, times and one int64 seed a
+"""The training loop: fused noising and loss, dropout of conditions for guidance, an exponential moving average.
+
+One iteration is Algorithm 1 of Ho et al. 2020 (lectures 000, 001, 002): draw images, times and one int64 seed a
 sample; x_t and, later, the target are made from the seeds inside the fused operations, so the noise is never stored.
 With probability `drop` a sample loses its class (Ho and Salimans 2022), so one network learns eps(x_t, t, class) and
 eps(x_t, t).
@@ -19,7 +19,7 @@ from diffkern.demo import need
 from diffkern.demo.data import Digits
 from diffkern.nn import UNet, UNetConfig
 from diffkern.objectives import losses
-from diffkern.schedules import DiscreteSchedule
+from diffkern.schedules.discrete import DiscreteSchedule
 
 
 @dataclasses.dataclass(frozen=True)

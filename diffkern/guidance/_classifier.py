@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from diffkern import ops
+from diffkern.checks import must_return, returned
 from diffkern.guidance._conditions import batch_times
 from diffkern.guidance._guided import Model
 from diffkern.plan import COLUMNS
-from diffkern.schedules import DiscreteSchedule, Schedule
+from diffkern.schedules.base import Schedule
+from diffkern.schedules.discrete import DiscreteSchedule
 from diffkern.schedules.predictions import check_prediction, target_coefficients
 
 Gradient = Callable[..., Tensor]
@@ -23,7 +25,7 @@ Gradient = Callable[..., Tensor]
 def classifier_gradient(classifier: Model, y: Tensor | int, scale: float | Tensor = 1.0) -> Gradient:
     """fn(x, t) = scale grad_x log p(y given x_t), log p = log_softmax(classifier(x, t)) at y; shaped like x.
 
-    Lecture 002, algorithm 1; Dhariwal and Nichol, arXiv 2105.05233. ``classifier`` is any differentiable torch module
+    Dhariwal and Nichol, arXiv 2105.05233, algorithm 1; lecture 002. ``classifier`` is any differentiable torch module
     or function that returns logits [B, K]; ``y`` a class or int64 [B]; ``scale`` a number or one a sample [B]. The
     result is what `classifier_guided` (score shift) and ``sample(mean_shift=)`` (mean shift) take. Works under
     no_grad and inference_mode. Raises ValueError if the logits do not depend on x differentiably.
@@ -38,8 +40,7 @@ def classifier_gradient(classifier: Model, y: Tensor | int, scale: float | Tenso
         logits = classifier(x, t, *args, **kwargs)
         batch = x.shape[0]
         if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch:
-            got = f"shape {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"classifier must return logits of shape [{batch}, K], got {got}")
+            raise ValueError(must_return(logits, f"logits of shape [{batch}, K]", "classifier"))
         label = torch.as_tensor(y, dtype=torch.int64, device=logits.device)
         if label.ndim and label.shape[0] != batch:
             raise ValueError(f"y must have one class a sample ({batch}), got shape {list(label.shape)}")
@@ -71,8 +72,7 @@ def _gradient(log_prob: Callable[..., Tensor], scale: float | Tensor, name: str)
             t = t.clone() if isinstance(t, Tensor) and t.is_inference() else t
             value = log_prob(x, t, *args, **kwargs)
             if not isinstance(value, Tensor) or value.shape != x.shape[:1]:
-                got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"{name} must return one value a sample [{x.shape[0]}], got {got}")
+                raise ValueError(must_return(value, f"one value a sample [{x.shape[0]}]", name))
             found = None
             if value.requires_grad:
                 weighted = value * (scale.to(value) if isinstance(scale, Tensor) else scale)
@@ -126,9 +126,7 @@ class ClassifierGuided:
         t = batch_times(t, len(x))
         m = self.model(x, t, *args, **kwargs)
         learned = x.ndim > 1 and isinstance(m, Tensor) and m.shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:])
-        if not isinstance(m, Tensor) or (m.shape != x.shape and not learned):
-            got = f"shape {list(m.shape)}" if isinstance(m, Tensor) else type(m).__name__
-            raise ValueError(f"model must return a tensor of shape {list(x.shape)}, got {got}")
+        m = m if learned else returned(m, x.shape)
         time = t if isinstance(t, Tensor) else torch.tensor(t, device=x.device)
         time = self._time(time.to(x.device))
         if self.prediction == "edm":
@@ -137,9 +135,7 @@ class ClassifierGuided:
             found = self.gradient(clean, time.to(t.dtype if isinstance(t, Tensor) else torch.float32))
         else:
             found = self.gradient(x, t)
-        if not isinstance(found, Tensor) or found.shape != x.shape:
-            got = f"shape {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-            raise ValueError(f"gradient must return a tensor of shape {list(x.shape)}, got {got}")
+        found = returned(found, x.shape, "gradient")
         table, index = self._rows(time, x)
         first = m[:, : x.shape[1]] if learned else m
         found = found.to(torch.promote_types(m.dtype, found.dtype))  # the op's result has the dtype of its history

@@ -10,7 +10,7 @@ from torch import Tensor
 from diffkern.guidance._guided import Branch, Guided, Model, Weight
 from diffkern.guidance._spans import time_span
 from diffkern.plan import Plan
-from diffkern.schedules import Schedule
+from diffkern.schedules.base import Schedule
 
 FORMS = ("scale", "paper")
 
@@ -33,7 +33,7 @@ def classifier_free(
 ) -> Guided:
     """Classifier-free guidance: u + w (c - u), u = model(x, t, uncond), c = model(x, t, cond).
 
-    Lectures 000 and 002; Ho and Salimans, arXiv 2207.12598. With a prompt to stay away from as ``uncond`` it is the
+    Ho and Salimans, arXiv 2207.12598; lectures 000 and 002. With a prompt to stay away from as ``uncond`` it is the
     negative prompt. The weights of c and u add up to 1, so in every prediction (eps, x0, v, score, velocity, mu, edm)
     it is the same guided score s_u + w (s_c - s_u), that of p(x) p(y given x)^w.
 
@@ -164,7 +164,7 @@ def autoguidance(
     schedule: Schedule | None = None,
     prediction: str | None = None,
 ) -> Guided:
-    """Guidance by a worse model of the same thing: m_weak + w (m - m_weak) (Karras et al., arXiv 2406.02070).
+    """Guidance by a worse model of the same thing: m_weak + w (m - m_weak) (Karras et al., arXiv 2406.02507).
 
     Both are called as model(x, t, ...) with the arguments the guided model is given, such as the ``cond`` of `sample`.
     The rest as in `classifier_free`.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffkern import ops
+from diffkern.checks import must_return
 from diffkern.guidance._conditions import batch_times, check_alike, check_batch, expanded, learned, repeated, stacked
 from diffkern.guidance._spans import Locator, TimeSpan
 from diffkern.plan import COLUMNS, SLOTS
@@ -364,5 +365,4 @@ def _check_prediction(m: Any, x: Tensor, copies: int) -> None:
     plain = [copies * x.shape[0], *x.shape[1:]]
     learned = [plain[0], 2 * x.shape[1], *x.shape[2:]] if x.ndim > 1 else plain
     if not isinstance(m, Tensor) or list(m.shape) != learned:
-        got = f"shape {list(m.shape)}" if isinstance(m, Tensor) else type(m).__name__
-        raise ValueError(f"model must return a tensor of shape {plain} (or {learned}: learned variance), got {got}")
+        raise ValueError(must_return(m, f"a tensor of shape {plain} (or {learned}: learned variance)"))

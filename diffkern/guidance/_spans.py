@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from diffkern.plan import Plan
-from diffkern.schedules import DiscreteSchedule, Schedule
+from diffkern.schedules.base import Schedule
+from diffkern.schedules.discrete import DiscreteSchedule
 
 
 @dataclass(frozen=True)

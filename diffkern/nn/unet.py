@@ -1,10 +1,12 @@
 """A small class-conditional UNet and the blocks it is made of.
- The network of the lectures (000 and 002, sections on the UNet) and of Ho et al. 2020, Nichol and Dhariwal 2021:
+
+The network of Ho et al. 2020, Nichol and Dhariwal 2021, and of lectures 000 and 002 (sections on the UNet):
 residual blocks in pre-activation order (GroupNorm, SiLU, convolution), the sinusoidal embedding of the time brought
 into every one of them, self-attention over the 2-D grid at the low resolutions, skip connections from the way down to
 the way up. The blocks know nothing of the network around them, so that larger members of the family can be put
 together from the same parts; `UNetConfig` says which network is meant, as plain data, and is what a checkpoint stores.
- Nothing here depends on the noise schedule: the time is a number, an integer step or a real one, and the network
+
+Nothing here depends on the noise schedule: the time is a number, an integer step or a real one, and the network
 embeds it.
 """
 
@@ -122,8 +124,8 @@ def group_norm(channels: int, most_groups: int = 8) -> nn.GroupNorm:
 
 
 def _zeroed(module: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
-    """The module with weights and bias 0: a residual branch that starts as the identity (lecture 002; Ho et al.
-    2020)."""
+    """The module with weights and bias 0: a residual branch that starts as the identity (Ho et al. 2020;
+    lecture 002)."""
     nn.init.zeros_(module.weight)
     if module.bias is not None:
         nn.init.zeros_(module.bias)

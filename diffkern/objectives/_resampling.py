@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from diffkern.objectives._time_sampler import TimeSampler, require
-from diffkern.schedules import DiscreteSchedule, Schedule
+from diffkern.schedules.base import Schedule
+from diffkern.schedules.discrete import DiscreteSchedule
 
 
 class LossSecondMoment(TimeSampler):

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
 
-from diffkern import ops, streams
-from diffkern.schedules import DiscreteSchedule, EDMSchedule, Schedule
-
-
-def uniform_by_address(seeds: Tensor, stream: int) -> Tensor:
-    """One u in (0, 1) a seed, float64: Phi of the address's normal."""
-    z = ops.randn([seeds.shape[0], 1], seeds, stream)[:, 0].to(torch.float64)
-    return 0.5 * torch.erfc(-z / math.sqrt(2.0))
+from diffkern import streams
+from diffkern.schedules.base import Schedule
+from diffkern.schedules.discrete import DiscreteSchedule
+from diffkern.schedules.exploding import EDMSchedule
 
 
 class TimeSampler(ABC):
@@ -72,6 +67,8 @@ class TimeSampler(ABC):
         device: torch.device | str | None = None,
     ) -> Tensor:
         """The uniform numbers in (0, 1) behind `sample`, [n] float64."""
+        from diffkern.draws import uniform_by_address  # with the ops, which densities do without
+
         if isinstance(n, bool) or not isinstance(n, int) or n < 0:
             raise ValueError(f"n must be an integer of at least 0, got {n!r}")
         if seeds is not None and generator is not None:

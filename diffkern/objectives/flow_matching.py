@@ -16,16 +16,18 @@ lectures 000 and 003, and for the diffusion paths from data to noise, where the 
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from diffkern import ops, streams
-from diffkern.objectives.losses import Model, Weight, draw_seeds, simple_loss
-from diffkern.objectives.time_sampling import TimeSampler, get_time_sampler
-from diffkern.schedules import Schedule, as_time, flow, predictions
+from diffkern.draws import draw_seeds
+from diffkern.objectives._time_sampler import TimeSampler
+from diffkern.objectives.losses import Model, Weight, simple_loss
+from diffkern.objectives.marginals import log_joint, marginal_prediction
+from diffkern.objectives.time_sampling import get_time_sampler
+from diffkern.objectives.transport import ot_permutation, ot_seeds
+from diffkern.schedules.base import Schedule
+from diffkern.schedules.makers import flow
 
 __all__ = ["flow_matching_loss", "log_joint", "marginal_prediction", "ot_permutation", "ot_seeds"]
 
@@ -47,7 +49,7 @@ def flow_matching_loss(
     reduction: str = "mean",
     **model_kwargs: Any,
 ) -> Tensor:
-    """Conditional flow matching (lectures 000, 003; Lipman et al. 2023, arXiv 2210.02747).
+    """Conditional flow matching (Lipman et al. 2023, arXiv 2210.02747; lectures 000, 003).
 
         x_t = alpha_t x1 + sigma_t eps,    L = mean |model(x_t, t) - (alpha_dot_t x1 + sigma_dot_t eps)|^2
 
@@ -83,92 +85,3 @@ def flow_matching_loss(
         reduction=reduction,
         **model_kwargs,
     )
-
-
-def ot_permutation(noise: Tensor, x1: Tensor) -> Tensor:
-    """perm [B] int64 with the least sum_b |noise[perm[b]] - x1[b]|^2: exact optimal transport between two batches.
-
-    The coupling of Tong et al. and Pooladian et al. (2023, arXiv 2302.00482, 2304.14772), solved on the CPU in float64
-    by POT, the package behind the extra ``ot``. Between two batches of B samples a plan of least cost is a permutation,
-    so that nothing has to be drawn from it. A loss calls it once a batch: O(B^2) memory, about O(B^3) time.
-    """
-    if noise.shape != x1.shape or noise.ndim == 0:
-        raise ValueError(f"noise and x1 must have one shape [B, ...], got {list(noise.shape)} and {list(x1.shape)}")
-    ot = _pot()
-    left, right = (x.detach().flatten(1).to(torch.float64) for x in (x1, noise))
-    if len(left) == 0:
-        return torch.zeros(0, dtype=torch.int64, device=x1.device)
-    cost = torch.cdist(left, right, compute_mode="donot_use_mm_for_euclid_dist") ** 2
-    if not bool(torch.isfinite(cost).all()):
-        raise ValueError("noise and x1 must be finite for an optimal-transport coupling, got a distance that is not")
-    plan = torch.from_numpy(ot.emd([], [], cost.cpu().numpy(), numItermax=10_000_000))
-    perm = plan.argmax(1)
-    if len(perm.unique()) != len(perm):  # a vertex of the polytope is a permutation; anything else is no optimum
-        raise RuntimeError(f"optimal transport of {len(perm)} samples did not converge")
-    return perm.to(x1.device)
-
-
-def ot_seeds(x1: Tensor, seeds: Tensor, stream: int = streams.TRAINING) -> Tensor:
-    """The batch's seeds [B], permuted so that their noise is paired with x1 by optimal transport (`ot_permutation`).
-
-    Noise is an address, so this is all that a coupling has to change: `noised` and `prediction_loss` with these seeds
-    see the coupled noise, and none is stored. The noise itself is drawn here once, to compare it with the data.
-    """
-    if seeds.shape != (x1.shape[0],):
-        raise ValueError(f"seeds must have shape [{x1.shape[0]}] (one a sample), got {list(seeds.shape)}")
-    return seeds[ot_permutation(ops.randn(x1.shape, seeds, stream, dtype=x1.dtype), x1).to(seeds.device)]
-
-
-def _pot() -> Any:
-    try:
-        import ot
-    except ImportError:
-        raise ImportError(
-            "an optimal-transport coupling needs the package POT, which is not installed: pip install 'diffkern[ot]'"
-        ) from None
-    return ot
-
-
-def marginal_prediction(
-    data: Tensor, x: Tensor, t: Tensor, schedule: Schedule, prediction: str = "velocity", weights: Tensor | None = None
-) -> Tensor:
-    """E[target given x_t = x] where the data are the N given points: the exact minimiser of the losses, for checks.
-
-        u_t(x) = sum_z u_t(x given z) p_t(x given z) p(z) / p_t(x),    p_t(x given z) = N(x; alpha_t z, sigma_t^2 I)
-
-    (lecture 003, "marginalization trick"). data [N, ...], x [B, ...], t [] or [B]; `weights` [N] are p(z), equal if not
-    given. float64 [B, ...]. Of order B N D work and memory; sigma must be positive, as the fields have no density else.
-    """
-    share = torch.softmax(log_joint(data, x, t, schedule, weights), dim=1)
-    t = as_time(t)
-    alpha, sigma = (rate.reshape(-1, 1).to(x.device) for rate in (schedule.alpha(t), schedule.sigma(t)))
-    u, v = (c.reshape(-1, 1).to(x.device) for c in predictions.target_coefficients(schedule, prediction, t))
-    points, state = data.flatten(1).to(torch.float64), x.flatten(1).to(torch.float64)
-    x0 = share @ points
-    eps = (state - alpha * x0) / sigma
-    return (u * x0 + v * eps).reshape(x.shape)
-
-
-def log_joint(data: Tensor, x: Tensor, t: Tensor, schedule: Schedule, weights: Tensor | None = None) -> Tensor:
-    """ln p(z) p_t(x given z) of every x [B, ...] and every point z of data [N, ...]: [B, N] float64, in nats.
-
-    Its softmax over the points is the posterior of z given x, its logsumexp the marginal density ln p_t(x); arguments
-    as in `marginal_prediction`, where sums of weights other than 1 are scaled.
-    """
-    if data.shape[1:] != x.shape[1:] or x.ndim == 0:
-        raise ValueError(
-            f"data [N, ...] and x [B, ...] must have one sample shape, got {list(data.shape)} and {list(x.shape)}"
-        )
-    prior = torch.ones(len(data), dtype=torch.float64) if weights is None else weights.to(torch.float64)
-    if prior.shape != (len(data),):
-        raise ValueError(f"weights must have shape [{len(data)}], got {list(prior.shape)}")
-    t = as_time(t)
-    if t.ndim > 1 or (t.ndim == 1 and len(t) != len(x)):
-        raise ValueError(f"t must have shape [] or [{len(x)}] (one time a sample), got {list(t.shape)}")
-    alpha, sigma = (rate.reshape(-1, 1).to(x.device) for rate in (schedule.alpha(t), schedule.sigma(t)))
-    if x.device.type == "cpu" and not bool((sigma > 0).all()):
-        raise ValueError(f"sigma must be positive for a marginal prediction, got {sigma.min().item()}")
-    points, state = data.flatten(1).to(torch.float64), x.flatten(1).to(torch.float64)
-    gap = state[:, None] - alpha[..., None] * points  # [B, N, D]
-    log_p = (prior / prior.sum()).log().to(x.device) - 0.5 * (gap / sigma[..., None]).square().sum(-1)
-    return log_p - points.shape[1] * (0.5 * math.log(2.0 * math.pi) + sigma.log())

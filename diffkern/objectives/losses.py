@@ -21,9 +21,14 @@ import torch
 from torch import Tensor
 
 from diffkern import ops, streams
-from diffkern.objectives.time_sampling import LogNormal, Uniform
-from diffkern.objectives.weightings import WEIGHTINGS, WeightFunction, Weighting, get_weighting
-from diffkern.schedules import DiscreteSchedule, EDMSchedule, Schedule, edm
+from diffkern.draws import draw_seeds
+from diffkern.objectives._densities import LogNormal, Uniform
+from diffkern.objectives._weighting import WeightFunction, Weighting
+from diffkern.objectives.weightings import WEIGHTINGS, get_weighting
+from diffkern.schedules.base import Schedule
+from diffkern.schedules.discrete import DiscreteSchedule
+from diffkern.schedules.exploding import EDMSchedule
+from diffkern.schedules.makers import edm
 
 __all__ = [
     "draw_seeds",
@@ -41,12 +46,6 @@ Weight = str | Weighting | WeightFunction | Tensor
 
 UNIFORM = WEIGHTINGS["uniform"]
 _IMMUTABLE = {type(weighting) for weighting in WEIGHTINGS.values()}
-
-
-def draw_seeds(n: int, generator: torch.Generator | None = None, device: torch.device | str | None = None) -> Tensor:
-    """n int64 seeds from torch's generator, for one training iteration: the run repeats under torch.manual_seed."""
-    device = generator.device if device is None and generator is not None else device
-    return torch.randint(-(2**63), 2**63 - 1, (n,), dtype=torch.int64, device=device, generator=generator)
 
 
 def uniform_times(
@@ -181,8 +180,8 @@ def prediction_loss(
 
     `weight`: a name or a `Weighting` of `weightings`, the same loss whatever the prediction and the target; a
     function weight(log_snr, prediction) or float64 numbers, [T] for a discrete schedule (indexed by t) or [B], which
-    multiply the error in the target's space. None means 1, for ``eps`` the L_simple of lectures 000, 001, 002 (Ho et
-    al. 2020, eq. 14). On the CPU a weight that is not finite at one of the times raises ValueError.
+    multiply the error in the target's space. None means 1, for ``eps`` the L_simple of Ho et al. 2020, eq. 14
+    (lectures 000, 001, 002). On the CPU a weight that is not finite at one of the times raises ValueError.
 
     `reduction`: "none" [B], "mean", "sum". Differentiable in pred. One fused pass each way, whatever the options.
     """
@@ -204,7 +203,7 @@ def simple_loss(
     reduction: str = "mean",
     **model_kwargs: Any,
 ) -> Tensor:
-    """L_simple: noise, call ``model(x_t, t, **model_kwargs)``, compare (lecture 002, Algorithm 1; arXiv 2006.11239).
+    """L_simple: noise, call ``model(x_t, t, **model_kwargs)``, compare (arXiv 2006.11239; lecture 002, Algorithm 1).
 
     With `target` and `weight` (see `prediction_loss`) any weighted L_t. Without `seeds` and `noise`, fresh seeds are
     drawn from torch's generator. The model gets the schedule's model time (t itself, c_noise for `edm`) in float32, or

@@ -25,12 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffkern import ops, streams
-from diffkern.objectives.losses import Weight, draw_seeds, simple_loss
-from diffkern.objectives.time_sampling import TimeSampler, get_time_sampler
+from diffkern.draws import draw_seeds, projections
+from diffkern.objectives._time_sampler import TimeSampler
+from diffkern.objectives.losses import Weight, simple_loss
+from diffkern.objectives.time_sampling import get_time_sampler
 from diffkern.objectives.weightings import UniformIn
-from diffkern.schedules import Schedule, edm
-from diffkern.schedules.grids import exponential_sigmas
+from diffkern.schedules.base import Schedule
+from diffkern.schedules.makers import edm
+from diffkern.schedules.spacings import exponential_sigmas
 
 __all__ = [
     "denoising_score_matching_loss",
@@ -44,7 +46,6 @@ __all__ = [
 Score = Callable[..., Tensor]
 SIGMA_SQUARED = UniformIn("eps")
 """lambda = sigma^2 of the score's error: the error of sigma s as a prediction of -eps."""
-PROJECTIONS = ("rademacher", "gaussian")
 
 
 def denoising_score_matching_loss(
@@ -75,7 +76,7 @@ def denoising_score_matching_loss(
 
 
 def geometric_sigmas(L: int, sigma_1: float, sigma_L: float) -> Tensor:
-    """sigma_i = sigma_1 (sigma_L/sigma_1)^((i-1)/(L-1)), i = 1..L, float64 (lecture 001; arXiv 1907.05600).
+    """sigma_i = sigma_1 (sigma_L/sigma_1)^((i-1)/(L-1)), i = 1..L, float64 (arXiv 1907.05600; lecture 001).
 
     Rising or falling: the lecture counts from the smallest, the paper from the largest.
     """
@@ -97,7 +98,7 @@ def ncsn_loss(
     reduction: str = "mean",
     **model_kwargs: Any,
 ) -> Tensor:
-    """Noise-conditional score matching (lecture 001; Song and Ermon 2019, arXiv 1907.05600, eq. 5 and 6).
+    """Noise-conditional score matching (Song and Ermon 2019, arXiv 1907.05600, eq. 5 and 6; lecture 001).
 
         x = x0 + sigma_i eps,    L = lambda(sigma_i) mean |score(x, sigma_i) + eps/sigma_i|^2
 
@@ -176,23 +177,6 @@ def sliced_score_matching_loss(
             term = (_gradient(along.sum(), x, keep) * v).sum(1)
             loss = loss + (term if variance_reduced else term + 0.5 * along.square()) / n_projections
     return _reduce(loss if keep else loss.detach(), reduction)
-
-
-def projections(
-    shape: torch.Size | tuple[int, ...],
-    seeds: Tensor,
-    k: int = 0,
-    kind: str = "rademacher",
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """The k-th random direction of each sample, [B, ...] with E[v v^T] = I, by address (stream HUTCHINSON + k).
-
-    ``gaussian``: standard normals; ``rademacher``: their signs, whose trace estimate varies least.
-    """
-    if kind not in PROJECTIONS:
-        raise ValueError(f"projection must be one of {', '.join(PROJECTIONS)}, got {kind!r}")
-    z = ops.randn(shape, seeds, streams.HUTCHINSON + k, dtype=dtype)
-    return z if kind == "gaussian" else torch.where(z < 0, -1.0, 1.0).to(dtype)
 
 
 def _score(score: Score, x: Tensor, t: Tensor | None, model_kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:

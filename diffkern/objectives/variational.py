@@ -9,8 +9,8 @@
     L_0 = -ln P(bin of x0 | N(mean, variance)),  t = 0                   `decoder_bits`, and the three above
 
 Data are uint8 images scaled by x / 127.5 - 1, so bins are 2/255 wide, the first and the last of them open; bits are
-those of the integers, and no dequantisation is needed. Lectures 000, 001, 002; Ho et al. 2020 (arXiv 2006.11239),
-eq. 5 to 13; Nichol and Dhariwal 2021 (arXiv 2102.09672), eq. 15 and 16. The index t here is the papers' t - 1.
+those of the integers, and no dequantisation is needed. Ho et al. 2020 (arXiv 2006.11239), eq. 5 to 13; Nichol and
+Dhariwal 2021 (arXiv 2102.09672), eq. 15 and 16; lectures 000, 001, 002. The index t here is the papers' t - 1.
 
 A learned variance is exp(v ln beta_t + (1 - v) ln beta_tilde_t) with v = (w + 1) / 2 of the network's second half of
 channels w. Lecture 002 writes v for the output itself, in [0, 1]; the networks of the paper put out w in [-1, 1].
@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 
 from diffkern import ops, streams
-from diffkern.ops import VARIATIONAL_COLUMNS
-from diffkern.schedules import DiscreteSchedule, predictions
+from diffkern.ops import HALF_BIN, VARIATIONAL_COLUMNS
+from diffkern.schedules import predictions
+from diffkern.schedules.discrete import DiscreteSchedule
 
 __all__ = [
     "BitsPerDim",
@@ -43,7 +44,6 @@ __all__ = [
     "vlb_loss",
 ]
 
-HALF_BIN = 1.0 / 255.0
 Variance = str | float
 Model = Callable[..., Tensor]
 
@@ -67,7 +67,7 @@ def log_variances(schedule: DiscreteSchedule) -> tuple[Tensor, Tensor]:
 def learned_log_variance(w: Tensor, t: Tensor, schedule: DiscreteSchedule) -> Tensor:
     """ln of the learned variance for the network's output w in [-1, 1], [B, ...]; t [B] or [].
 
-    v ln beta_t + (1 - v) ln beta_tilde_t, v = (w + 1) / 2. Lecture 002; arXiv 2102.09672, eq. 15.
+    v ln beta_t + (1 - v) ln beta_tilde_t, v = (w + 1) / 2. arXiv 2102.09672, eq. 15; lecture 002.
     """
     lower, upper = (
         bound.to(w.device)[t].to(torch.promote_types(w.dtype, torch.float32)) for bound in log_variances(schedule)
@@ -190,7 +190,7 @@ def hybrid_loss(
 
     For uniform t, T L_t estimates sum_t L_t in bits per dimension. The mean inside L_t is held constant (its gradient
     stopped), so L_vlb trains the variance only. vlb_weight 0.001 is the paper's lambda (guided-diffusion's
-    RESCALED_MSE). The eps is that of `noised` at the same seeds and stream. Lecture 002; arXiv 2102.09672, eq. 16.
+    RESCALED_MSE). The eps is that of `noised` at the same seeds and stream. arXiv 2102.09672, eq. 16; lecture 002.
     """
     _check(pred, x0, t, schedule, "learned")
     table = _table(schedule, prediction, "learned", math.inf, 1.0, vlb_weight * schedule.T, False, x0.device)
@@ -215,7 +215,7 @@ def vlb_loss(
     """T L_t in bits per dimension: for uniform t an unbiased estimate of L_vlb - L_T, differentiable in pred.
 
     pred is [B, 2C, ...] for variance "learned", else [B, C, ...] (see `variational_table`). For t drawn with other
-    probabilities p_t multiply by 1 / (T p_t). Lectures 000, 001, 002; arXiv 2006.11239, eq. 5.
+    probabilities p_t multiply by 1 / (T p_t). arXiv 2006.11239, eq. 5; lectures 000, 001, 002.
     """
     _check(pred, x0, t, schedule, variance)
     table = _table(schedule, prediction, variance, math.inf, 0.0, float(schedule.T), True, x0.device)
@@ -235,7 +235,7 @@ def decoder_bits(x0: Tensor, mean: Tensor, std: float, half_bin: float = HALF_BI
     """-log2 P(bin of x0 | N(mean, std^2)) averaged over the dimensions, [B]; differentiable in mean.
 
     The bin of x0 in (-1, 1) is [x0 - half_bin, x0 + half_bin]; the first reaches to -inf and the last to inf.
-    Lecture 000; arXiv 2006.11239, eq. 13.
+    arXiv 2006.11239, eq. 13; lecture 000.
     """
     if not std > 0:
         raise ValueError(f"std must be positive, got {std}")
@@ -274,7 +274,7 @@ def bits_per_dim(
 
     x0 [B, C, ...] in [-1, 1]; the noise of step t is that of the sample's seed on stream TRAINING + t, so a result does
     not depend on the batch. `progress` wraps the loop over t (``tqdm.tqdm``). `clip` bounds the predicted x0 (inf: not
-    at all), as samplers do. Lectures 000, 001, 002; arXiv 2006.11239, eq. 5; arXiv 2102.09672.
+    at all), as samplers do. arXiv 2006.11239, eq. 5; arXiv 2102.09672; lectures 000, 001, 002.
     """
     table = _table(schedule, prediction, variance, clip, 1.0, 1.0, True, x0.device)
     terms, errors = [], []

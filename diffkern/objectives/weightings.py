@@ -23,22 +23,21 @@ network at zero SNR) are inf, and a loss that meets one says so.
 | ``p2`` | snr/(k + snr)^gamma, k = 1, gamma = 1 | arXiv 2204.00227 |
 | ``edm`` | snr + 1/sigma_data^2, sigma_data = 0.5 | arXiv 2206.00364 |
 | ``likelihood`` | snr g^2/sigma^2 (g^2 for ``score``) | arXiv 2101.09258 |
-| ``vlb`` | (snr(t-1) - snr(t))/2; in continuous time snr g^2/(2 sigma^2) | lecture 001, L_t; arXiv 2107.00630 |
+| ``vlb`` | (snr(t-1) - snr(t))/2; in continuous time snr g^2/(2 sigma^2) | arXiv 2107.00630; lecture 001, L_t |
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffkern.schedules import DiscreteSchedule, Schedule, Time
-from diffkern.schedules.predictions import check_prediction, target_coefficients
+from diffkern.objectives._weighting import Forms, WeightFunction, Weighting, check_positive, fold, scale
+from diffkern.schedules.base import Schedule, Time
+from diffkern.schedules.discrete import DiscreteSchedule
+from diffkern.schedules.predictions import check_prediction
 
 __all__ = [
     "EDM",
@@ -57,95 +56,6 @@ __all__ = [
     "fold",
     "get_weighting",
 ]
-
-WeightFunction = Callable[[Tensor, str], Tensor]
-"""weight(log_snr, prediction): float64 weights, shaped like log_snr, of the squared error of that prediction."""
-
-
-def _check_positive(**values: float) -> None:
-    for argument, value in values.items():
-        if not 0.0 < value < math.inf:
-            raise ValueError(f"{argument} must be positive and finite, got {value}")
-
-
-class Forms(NamedTuple):
-    """One weighting as weights of the errors in eps, in x0, and in v where alpha^2 + sigma^2 = 1."""
-
-    eps: Tensor
-    x0: Tensor
-    v: Tensor
-
-
-class Weighting(ABC):
-    """lambda(log_snr, prediction): what the squared error of a network's own prediction is multiplied by."""
-
-    name: str
-
-    @abstractmethod
-    def forms(self, a: Tensor, b: Tensor) -> Forms:
-        """The weights at snr = a/b, a + b = 1, each in a form that holds at a = 0 and at b = 0."""
-
-    def __call__(self, log_snr: Time, prediction: str = "eps") -> Tensor:
-        """Weight, float64 in the shape of `log_snr` (-inf and +inf included), where alpha^2 + sigma^2 = 1.
-
-        For ``eps``, ``x0``, ``v`` and ``score``; the other predictions depend on more of a schedule than its SNR: `at`.
-        """
-        value = torch.as_tensor(log_snr, dtype=torch.float64)
-        a, b = torch.sigmoid(value), torch.sigmoid(-value)
-        forms = self.forms(a, b)
-        if check_prediction(prediction) == "score":
-            return forms.eps * b
-        if prediction not in Forms._fields:
-            raise ValueError(f"the weight of prediction {prediction!r} depends on the schedule: use at(schedule, ...)")
-        return {"eps": forms.eps, "x0": forms.x0, "v": forms.v}[prediction]
-
-    def at(self, schedule: Schedule, prediction: str, t: Time, target: str | None = None) -> Tensor:
-        """Weight of the squared error of `prediction` at the times `t`, float64 in the shape of `t`.
-
-        `target` is where the loss is measured; it changes nothing but for ``uniform`` and for functions.
-        """
-        del target
-        log_snr = schedule.log_snr(t)
-        return _in_prediction(self.forms(torch.sigmoid(log_snr), torch.sigmoid(-log_snr)), schedule, prediction, t)
-
-
-def _scale(schedule: Schedule, prediction: str, t: Time) -> tuple[str, Tensor]:
-    """(base, c): the error of the prediction is c times that of eps or of x0, or (base "") c is |det| itself.
-
-    Apart from the base, so that eps and score (both blind where alpha is 0) still compare there, as do x0 and mu.
-    """
-    check_prediction(prediction)
-    if prediction in ("eps", "x0"):
-        return prediction, torch.ones_like(schedule.alpha(t))
-    if prediction == "score":
-        return "eps", 1.0 / schedule.sigma(t)
-    if prediction == "mu":
-        return "x0", schedule.posterior_mean_coefficients(t)[0]
-    if prediction == "edm":  # sigma/c_out = 1/sqrt(c_skip), which is also right at sigma = 0
-        return "", schedule.preconditioning(t)[0].rsqrt()
-    u, v = target_coefficients(schedule, prediction, t)
-    return "", (schedule.alpha(t) * v - schedule.sigma(t) * u).abs()
-
-
-def _in_prediction(forms: Forms, schedule: Schedule, prediction: str, t: Time) -> Tensor:
-    base, c = _scale(schedule, prediction, t)
-    if base:
-        return (forms.eps if base == "eps" else forms.x0) / c**2
-    return forms.v * (schedule.alpha(t) ** 2 + schedule.sigma(t) ** 2) / c**2
-
-
-def fold(schedule: Schedule, prediction: str, target: str, t: Time) -> Tensor:
-    """(det_target / det_prediction)^2, float64: |error in target|^2 for an error of 1 in the network's prediction.
-
-    inf where the prediction does not determine the target (``eps`` to ``x0`` where alpha is 0).
-    """
-    if prediction == target:
-        return torch.ones_like(schedule.alpha(t))
-    source, sink = _scale(schedule, prediction, t), _scale(schedule, target, t)
-    rates = {"eps": schedule.alpha(t), "x0": schedule.sigma(t), "": torch.ones_like(schedule.alpha(t))}
-    same = torch.ones_like(rates[""])
-    rate = same if source[0] == sink[0] else rates[sink[0]] / rates[source[0]]
-    return (sink[1] / source[1] * rate) ** 2
 
 
 @dataclass(frozen=True)
@@ -224,7 +134,7 @@ class MinSNR(Weighting):
     name = "min_snr"
 
     def __post_init__(self) -> None:
-        _check_positive(gamma=self.gamma)
+        check_positive(gamma=self.gamma)
 
     def forms(self, a: Tensor, b: Tensor) -> Forms:
         """min(1, gamma b/a), min(a/b, gamma), min(a, gamma b)."""
@@ -241,7 +151,7 @@ class SoftMinSNR(Weighting):
     name = "soft_min_snr"
 
     def __post_init__(self) -> None:
-        _check_positive(gamma=self.gamma)
+        check_positive(gamma=self.gamma)
 
     def forms(self, a: Tensor, b: Tensor) -> Forms:
         """gamma/(a + gamma b) times b, a, a b."""
@@ -258,7 +168,7 @@ class P2(Weighting):
     name = "p2"
 
     def __post_init__(self) -> None:
-        _check_positive(k=self.k)
+        check_positive(k=self.k)
         if not 0.0 <= self.gamma < math.inf:
             raise ValueError(f"gamma must be finite and not negative, got {self.gamma}")
 
@@ -277,7 +187,7 @@ class EDM(Weighting):
     name = "edm"
 
     def __post_init__(self) -> None:
-        _check_positive(sigma_data=self.sigma_data)
+        check_positive(sigma_data=self.sigma_data)
 
     def forms(self, a: Tensor, b: Tensor) -> Forms:
         """1 + b/(a sd^2), a/b + 1/sd^2, a + b/sd^2."""
@@ -301,7 +211,7 @@ class Likelihood(Weighting):
     def at(self, schedule: Schedule, prediction: str, t: Time, target: str | None = None) -> Tensor:
         """g^2 (det_score / det_prediction)^2."""
         del target
-        base, c = _scale(schedule, prediction, t)
+        base, c = scale(schedule, prediction, t)
         alpha, sigma, g2 = schedule.alpha(t), schedule.sigma(t), schedule.diffusion_squared(t)
         if prediction == "score":
             return g2
@@ -318,8 +228,8 @@ class Likelihood(Weighting):
 class VLB(Weighting):
     """The weight of L_t in the variational bound, per element and in nats: |mean error|^2 / (2 variance).
 
-    For a discrete schedule that is beta^2/(2 variance alpha_t (1 - abar_t)) in eps (lectures 001, 002; arXiv
-    2006.11239, eq. 12) and (snr(t-1) - snr(t))/2 in x0 for the variance ``beta_tilde``; the other choice is ``beta``.
+    For a discrete schedule that is beta^2/(2 variance alpha_t (1 - abar_t)) in eps (arXiv 2006.11239, eq. 12;
+    lectures 001, 002) and (snr(t-1) - snr(t))/2 in x0 for the variance ``beta_tilde``; the other choice is ``beta``.
     beta_tilde is 0 at t = 0, whose term L_0 is a decoder's: there it is that of t = 1, as the field clips it (beta if
     that is 0 as well). In continuous time it is half of `Likelihood` (Kingma et al. 2021, arXiv 2107.00630).
     """

@@ -11,23 +11,24 @@ Noise is an address: element i of a sample is a fixed function of (seed of the s
 
 from __future__ import annotations
 
+from diffkern import _load  # noqa: F401  (registers the ops, before the modules below speak of them)
 from diffkern.ops._attention import attention, spatial_attention
-from diffkern.ops._bound_step import BoundStep, BoundStepOut, Stepped, bound_step, bound_step_out
+from diffkern.ops._bound_step import BoundStep as BoundStep
+from diffkern.ops._bound_step import BoundStepOut as BoundStepOut
+from diffkern.ops._bound_step import Stepped as Stepped
+from diffkern.ops._bound_step import bound_step, bound_step_out
 from diffkern.ops._learned_step import learned_step, learned_step_out
 from diffkern.ops._noise import noise_sum, noise_sum_out, randn, seeds
 from diffkern.ops._statistics import dynamic_threshold, dynamic_threshold_out, moments, quantile
 from diffkern.ops._step import step, step_out, step_raw
 from diffkern.ops._step_logprob import step_logprob
 from diffkern.ops._training import loss, noising, noising_out
-from diffkern.ops._variational import VARIATIONAL_COLUMNS, variational
-from diffkern.plan import LEARNED_COLUMNS
+from diffkern.ops._variational import HALF_BIN as HALF_BIN
+from diffkern.ops._variational import VARIATIONAL_COLUMNS as VARIATIONAL_COLUMNS
+from diffkern.ops._variational import variational
+from diffkern.plan import LEARNED_COLUMNS as LEARNED_COLUMNS
 
 __all__ = [
-    "LEARNED_COLUMNS",
-    "VARIATIONAL_COLUMNS",
-    "BoundStep",
-    "BoundStepOut",
-    "Stepped",
     "attention",
     "bound_step",
     "bound_step_out",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffkern.ops._common import native, one_device, refuse_tangents
 
-# Numbers as in csrc/bind/attention.h.
+# Numbers as in csrc/bind/attention_views.h.
 _ORDERS = {"new": 0, "legacy": 1, "edm": 2}
 
 

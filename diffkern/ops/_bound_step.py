@@ -7,8 +7,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from diffkern.ops._common import native
+from diffkern.ops._common import native, refuse_tangents
 
 
 class Stepped(NamedTuple):
@@ -86,10 +87,9 @@ def bound_step(
 ) -> BoundStep:
     """`step` on a fixed table, with fixed outputs: ``bound(x, m, row)`` returns a `Stepped`.
 
-    Not differentiable, and it does not look: the caller knows that no operand requires grad or carries a tangent.
-    An index outside the table gives NaN on CUDA, also with DIFFKERN_CHECK=1.
+    Not differentiable, and it does not look: the caller knows that no operand requires grad. An index outside the
+    table gives NaN on CUDA, also with DIFFKERN_CHECK=1. Raises NotImplementedError for an operand with a tangent.
     """
-
     copies, dtype = next_copies, next_dtype
 
     def step(
@@ -106,6 +106,8 @@ def bound_step(
         noise: Tensor | None = None,
         seeds: Tensor | None = None,
     ) -> Stepped:
+        if forward_ad._current_level >= 0:
+            refuse_tangents("step", x, m, m2, h0, h1, h2, h3, noise)
         found = _step(
             x, m, m2, h0, h1, h2, h3, table, row, index, seeds, noise, None, None, want_x0, want_s, copies, dtype
         )
@@ -140,6 +142,8 @@ def bound_step_out(table: Tensor) -> BoundStepOut:
         mask: Tensor | None = None,
         known: Tensor | None = None,
     ) -> None:
+        if forward_ad._current_level >= 0:
+            refuse_tangents("step", x, m, m2, h0, h1, h2, h3, noise, known)
         _step_out(x, m, m2, h0, h1, h2, h3, table, row, index, seeds, noise, mask, known, out, x0, s, next)
 
     return step_out

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from diffkern import _load  # noqa: F401  (registers the ops)
-
 native = torch.ops.diffkern
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _CHECKED = os.environ.get("DIFFKERN_CHECK", "") not in ("", "0")
@@ -109,15 +107,15 @@ def wrote(*outputs: Tensor | None) -> None:
     torch.autograd.graph.increment_version([t for t in outputs if t is not None])
 
 
-_ROW_BY_VALUE = ("step", "learned_step", "step_logprob")  # their table may stay on the CPU
+def one_device(op: str, *, row_by_value: bool = False, **tensors: Tensor | None) -> None:
+    """For the fakes: a mix of meta and real tensors comes here, and must not pass for a result.
 
-
-def one_device(op: str, **tensors: Tensor | None) -> None:
-    """For the fakes: a mix of meta and real tensors comes here, and must not pass for a result."""
+    row_by_value: the table may stay on the CPU, as its row travels in the arguments.
+    """
     given = {name: t for name, t in tensors.items() if t is not None}
     first = next(iter(given))
     for name, t in given.items():
-        if t.device != given[first].device and not (op in _ROW_BY_VALUE and name == "table" and t.is_cpu):
+        if t.device != given[first].device and not (row_by_value and name == "table" and t.is_cpu):
             raise RuntimeError(
                 f"diffkern.{op}: {name} must be on the device of {first} ({given[first].device}), got {t.device}"
             )

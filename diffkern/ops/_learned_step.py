@@ -89,7 +89,7 @@ def _(
     next_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     others = {"m": m, "table": table, "index": index, "seeds": seeds, "noise": noise, "mask": mask, "known": known}
-    one_device("learned_step", x=x, **others)
+    one_device("learned_step", row_by_value=True, x=x, **others)
     dtype = next_dtype if next_dtype is not None else (x if m is None else m).dtype
     return (
         empty_like(x),
@@ -102,4 +102,4 @@ def _(
 def _(*args: Any) -> None:
     x, m, table, _, index, seeds, noise, mask, known, out, x0, next_ = args
     inputs = {"x": x, "m": m, "table": table, "index": index, "seeds": seeds, "noise": noise, "mask": mask}
-    one_device("learned_step", out=out, **inputs, known=known, x0=x0, next=next_)
+    one_device("learned_step", row_by_value=True, out=out, **inputs, known=known, x0=x0, next=next_)

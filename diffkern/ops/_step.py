@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffkern._load import layout
 from diffkern.ops._common import (
     as_dtype_of,
     check_on_device,
@@ -19,7 +20,8 @@ from diffkern.ops._common import (
     times,
     wrote,
 )
-from diffkern.plan import COLUMNS
+
+_COLUMNS: tuple[str, ...] = tuple(layout()["columns"]["step"])
 
 
 def step(
@@ -126,9 +128,8 @@ def _step_fake(
     next_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     like = next(t for t in (x, h0, h1, h2, h3, noise, known, m) if t is not None)
-    one_device(
-        "step", like=like, m=m, m2=m2, table=table, index=index, seeds=seeds, noise=noise, mask=mask, known=known
-    )
+    others = {"seeds": seeds, "noise": noise, "mask": mask, "known": known}
+    one_device("step", row_by_value=True, like=like, m=m, m2=m2, table=table, index=index, **others)
     dtype = next_dtype if next_dtype is not None else (m if m is not None else like).dtype
     return (
         empty_like(like),
@@ -147,7 +148,7 @@ def _(*args: Any) -> None:
     x, m, m2, h0, h1, h2, h3, table, _, index, seeds, noise, mask, known, out, x0, s, next_ = args
     inputs = {"x": x, "m": m, "m2": m2, "h0": h0, "h1": h1, "h2": h2, "h3": h3, "table": table, "index": index}
     others = {"seeds": seeds, "noise": noise, "mask": mask, "known": known, "x0": x0, "s": s, "next": next_}
-    one_device("step", out=out, **inputs, **others)
+    one_device("step", row_by_value=True, out=out, **inputs, **others)
 
 
 def _step_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -164,7 +165,7 @@ def _step_backward(
     state = g_out
     rows = table[ctx.row].reshape(1, -1) if index is None else gather(table, index)
     rows = rows.to(state.device).reshape(*rows.shape, *(1,) * (state.dim() - 1))
-    c = dict(zip(COLUMNS, rows.unbind(1), strict=True))
+    c = dict(zip(_COLUMNS, rows.unbind(1), strict=True))
     if g_next is not None:
         wide = g_next.to(torch.float64 if state.dtype == torch.float64 else torch.float32)
         halves = wide[: ctx.batch] + wide[ctx.batch :] if ctx.copies == 2 else wide

@@ -43,8 +43,8 @@ def step_logprob(
     have in common are float64. Differentiable once, in m and m2 (both halves of the channels); the gradient is made in
     the same pass. On CUDA an index outside the table, and a row that is not such a Gaussian, give NaN.
 
-    Lectures 000, 002: the transition kernels of the reverse process. Sohl-Dickstein et al. 2015 (arXiv 1503.03585);
-    used as the policy's log-probability by Black et al. 2023 (DDPO, arXiv 2305.13301).
+    The transition kernels of the reverse process: Sohl-Dickstein et al. 2015 (arXiv 1503.03585); used as the policy's
+    log-probability by Black et al. 2023 (DDPO, arXiv 2305.13301); lectures 000, 002.
     """
     check_on_device("step_logprob", index, table)
     refuse_tangents("step_logprob", after, x, m, m2, h0, h1, h2, h3)
@@ -76,7 +76,7 @@ def _(
     want_grad: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     histories = {"h0": h0, "h1": h1, "h2": h2, "h3": h3}
-    one_device("step_logprob", after=after, x=x, m=m, m2=m2, table=table, index=index, **histories)
+    one_device("step_logprob", row_by_value=True, after=after, x=x, m=m, m2=m2, table=table, index=index, **histories)
     dtype = torch.float64 if after.dtype == torch.float64 else torch.float32
     grad, grad2 = (empty_like(t) if want_grad and t is not None else None for t in (m, m2))
     return after.new_empty([after.shape[0]], dtype=dtype), grad, grad2

@@ -35,7 +35,7 @@ def noising(
     want_target: bool = False,
     want_eps: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Forward noising and the training target in one pass (lecture 000, 001, 002; Ho et al. 2020, arXiv 2006.11239).
+    """Forward noising and the training target in one pass (Ho et al. 2020, arXiv 2006.11239; lectures 000, 001, 002).
 
         x_t = s x0 + n eps,    target = u x0 + v eps
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffkern._load import layout
 from diffkern.ops._common import (
     REDUCTIONS,
     check_on_device,
@@ -17,8 +18,11 @@ from diffkern.ops._common import (
     scaled_gradient,
 )
 
-VARIATIONAL_COLUMNS = ("u", "v", "q", "clip", "k2", "r0", "r1", "inv_std", "bin", "w_squares", "w_bound", "w_mean")
-"""The columns of the table of `variational`, in order (csrc/core/variational.h has the same list)."""
+VARIATIONAL_COLUMNS: tuple[str, ...] = layout()["columns"]["variational"]
+"""The columns of the table of `variational`, in order: u, v, q, clip, k2, r0, r1, inv_std, bin, w_squares, w_bound,
+w_mean."""
+HALF_BIN = 1.0 / 255.0
+"""Half a bin of 8-bit data scaled to [-1, 1], for the column ``bin``."""
 
 
 def variational(
@@ -47,7 +51,7 @@ def variational(
     [x0 - bin, x0 + bin], the outermost ones of [-1, 1] open. Returns (L reduced as in `loss`, [B, 2]: mean d^2 and
     mean bound in bits); only L is differentiable, in pred.
 
-    Lectures 000, 001, 002; Ho et al. 2020 (arXiv 2006.11239), eq. 5, 8 and 13; Nichol and Dhariwal 2021 (2102.09672).
+    Ho et al. 2020 (arXiv 2006.11239), eq. 5, 8 and 13; Nichol and Dhariwal 2021 (2102.09672); lectures 000, 001, 002.
     x_t drops out, as both means hold the same multiple of it. The normal distribution is exact to float32, where
     guided-diffusion's tanh formula is off by up to 2e-4 and stops at 1e-12.
     """

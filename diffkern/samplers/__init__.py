@@ -46,7 +46,7 @@ from diffkern.samplers.repaint import repaint
 from diffkern.samplers.runge_kutta import euler, heun, midpoint, rk4, rk4_38
 from diffkern.samplers.sde import annealed_langevin, euler_maruyama, flow_sde, langevin
 from diffkern.samplers.unipc import unipc
-from diffkern.schedules.grids import spaced_timesteps
+from diffkern.schedules.timesteps import spaced_timesteps
 
 __all__ = [
     "SAMPLERS",

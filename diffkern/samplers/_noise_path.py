@@ -9,12 +9,16 @@ steps; k-diffusion's runs in sigma, or what its ``transform`` makes of it, betwe
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from diffkern import brownian
-from diffkern.samplers.nodes import Node, choice
+from diffkern.samplers.arguments import choice
+
+if TYPE_CHECKING:
+    from diffkern.samplers.nodes import Node
 
 Span = tuple[float, float] | None
-Clock = Callable[[Node, Node, float], Span]
+Clock = Callable[["Node", "Node", float], Span]
 
 
 def clock(noise_path: str) -> Clock:

@@ -12,13 +12,19 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from diffkern import streams
 from diffkern.plan import Plan, Row
 from diffkern.samplers._noise_path import clock
-from diffkern.samplers.nodes import bound, chain, grid, need_discrete, need_schedule, not_negative, row
-from diffkern.schedules import DiscreteSchedule, Schedule, predictions
-from diffkern.schedules.grids import Numbers, table_times
+from diffkern.samplers.arguments import bound, need_discrete, need_schedule, not_negative
+from diffkern.samplers.nodes import GridOptions, chain, grid, row
+from diffkern.schedules import predictions
+from diffkern.schedules.base import Schedule
+from diffkern.schedules.discrete import DiscreteSchedule
+from diffkern.schedules.grids import table_times
+from diffkern.schedules.timesteps import Numbers
+from diffkern.signatures import shows_arguments_of
 
 
 def ddpm(
@@ -38,7 +44,7 @@ def ddpm(
     "beta_tilde", or v in [0, 1] for exp(v ln beta + (1-v) ln beta_tilde); the lectures that print mu~ + beta~ z, or
     sigma_t = beta~, mean sqrt(beta~). "learned" is that formula with v = (o + 1)/2, o the second half of the channels
     that the model returns, element by element (arXiv 2102.09672, eq. 15).
-    ``clip`` clamps x0 to [-clip, clip]. Lectures 000, 001, 002; arXiv 2006.11239, arXiv 2102.09672.
+    ``clip`` clamps x0 to [-clip, clip]. arXiv 2006.11239, arXiv 2102.09672; lectures 000, 001, 002.
     """
     need_discrete("ddpm", schedule)
     if steps is None and timesteps is None:
@@ -80,7 +86,7 @@ def ddim(
     clip].
     ``eps_from`` says which eps points the direction: "x0" derives it from the (clipped) x0, "model" takes the model's
     own; the default is "x0" with a clip and "model" without one, where both are equal but for rounding.
-    Lecture 000; arXiv 2010.02502, eq. 12 and 16.
+    arXiv 2010.02502, eq. 12 and 16; lecture 000.
     """
     need_discrete("ddim", schedule)
     if steps is None and timesteps is None:
@@ -116,6 +122,7 @@ def ddim(
     return _vp_plan("ddim", schedule, times, prediction, most, p=p, q=q, a=a, b=b, d=d, g=g)
 
 
+@shows_arguments_of(grid)
 def euler_ancestral(
     schedule: Schedule,
     steps: int | None = None,
@@ -123,11 +130,7 @@ def euler_ancestral(
     eta: float = 1.0,
     noise: float = 1.0,
     noise_path: str = "independent",
-    prediction: str | None = None,
-    sigmas: Numbers | None = None,
-    timesteps: Numbers | None = None,
-    spacing: str = "linspace",
-    clip: float | None = None,
+    **options: Unpack[GridOptions],
 ) -> Plan:
     """Euler to a lower level and noise back up: x' = alpha' x0 + sigma_down eps + noise sigma_up z, order 1 as an SDE.
 
@@ -142,7 +145,7 @@ def euler_ancestral(
     not_negative("eta", eta)
     not_negative("noise", noise)
     path = clock(noise_path)
-    space, nodes, end = grid("euler_ancestral", schedule, steps, prediction, sigmas, timesteps, spacing, clip)
+    space, nodes, end = grid("euler_ancestral", schedule, steps, **options)
     rows = []
     for i, (node, to) in enumerate(zip(nodes, [*nodes[1:], end], strict=True)):
         ratio = node.alpha * to.sigma / (to.alpha * node.sigma)

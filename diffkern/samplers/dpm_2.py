@@ -8,25 +8,25 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from typing_extensions import Unpack
+
 from diffkern.plan import Plan, Row
-from diffkern.samplers.nodes import Coordinates, Node, chain, grid, not_negative, row
-from diffkern.samplers.runge_kutta import _churned
-from diffkern.schedules import Schedule
-from diffkern.schedules.grids import Numbers
+from diffkern.samplers.arguments import not_negative
+from diffkern.samplers.nodes import Coordinates, GridOptions, Node, chain, grid, row
+from diffkern.samplers.runge_kutta import churned_nodes
+from diffkern.schedules.base import Schedule
+from diffkern.signatures import shows_arguments_of
 
 
+@shows_arguments_of(grid)
 def dpm_2(
     schedule: Schedule,
     steps: int | None = None,
     *,
-    prediction: str | None = None,
-    sigmas: Numbers | None = None,
-    timesteps: Numbers | None = None,
-    spacing: str = "linspace",
-    clip: float | None = None,
     churn: float = 0.0,
     churn_range: tuple[float, float] = (0.0, math.inf),
     churn_noise: float = 1.0,
+    **options: Unpack[GridOptions],
 ) -> Plan:
     """DPM-Solver-2 as in k-diffusion: x_m = x + (sigma_m - sigma) slope(x), x' = x + (sigma' - sigma) slope(x_m).
 
@@ -34,8 +34,8 @@ def dpm_2(
     sigma = 0 is an Euler step. Grid, churn and other arguments as for `euler`; not for flows. arXiv 2206.00927 (its
     algorithm 1 keeps the exponential form); arXiv 2206.00364.
     """
-    space, nodes, end = _grid("dpm_2", schedule, steps, prediction, sigmas, timesteps, spacing, clip)
-    churned, noises = _churned(space, nodes, churn, churn_range, churn_noise)
+    space, nodes, end = _grid("dpm_2", schedule, steps, **options)
+    churned, noises = churned_nodes(space, nodes, churn, churn_range, churn_noise)
     rows: list[Row] = []
     at: list[Node] = []
     for j, node in enumerate(churned):
@@ -45,17 +45,14 @@ def dpm_2(
     return chain("dpm_2", space, rows, at, math.hypot(nodes[0].sigma, noises[0]))
 
 
+@shows_arguments_of(grid)
 def dpm_2_ancestral(
     schedule: Schedule,
     steps: int | None = None,
     *,
     eta: float = 1.0,
     noise: float = 1.0,
-    prediction: str | None = None,
-    sigmas: Numbers | None = None,
-    timesteps: Numbers | None = None,
-    spacing: str = "linspace",
-    clip: float | None = None,
+    **options: Unpack[GridOptions],
 ) -> Plan:
     """`dpm_2` to a lower level and noise back up: to sigma_down, then + noise sigma_up z, as `euler_ancestral`.
 
@@ -65,26 +62,23 @@ def dpm_2_ancestral(
     """
     not_negative("eta", eta)
     not_negative("noise", noise)
-    space, nodes, end = _grid("dpm_2_ancestral", schedule, steps, prediction, sigmas, timesteps, spacing, clip)
+    space, nodes, end = _grid("dpm_2_ancestral", schedule, steps, **options)
     rows: list[Row] = []
     at: list[Node] = []
     for node, to in zip(nodes, [*nodes[1:], end], strict=True):
-        down, up = _ancestral(node.sigma, to.sigma, eta)
+        down, up = ancestral_levels(node.sigma, to.sigma, eta)
         _two_slopes(rows, at, space, node, down, to, noise * up)
     return chain("dpm_2_ancestral", space, rows, at)
 
 
+@shows_arguments_of(grid)
 def dpmpp_2s_ancestral(
     schedule: Schedule,
     steps: int | None = None,
     *,
     eta: float = 1.0,
     noise: float = 1.0,
-    prediction: str | None = None,
-    sigmas: Numbers | None = None,
-    timesteps: Numbers | None = None,
-    spacing: str = "linspace",
-    clip: float | None = None,
+    **options: Unpack[GridOptions],
 ) -> Plan:
     """DPM-Solver++(2S) to a lower level and noise back up.
 
@@ -98,11 +92,11 @@ def dpmpp_2s_ancestral(
     """
     not_negative("eta", eta)
     not_negative("noise", noise)
-    space, nodes, end = _grid("dpmpp_2s_ancestral", schedule, steps, prediction, sigmas, timesteps, spacing, clip)
+    space, nodes, end = _grid("dpmpp_2s_ancestral", schedule, steps, **options)
     rows: list[Row] = []
     at: list[Node] = []
     for node, to in zip(nodes, [*nodes[1:], end], strict=True):
-        down, up = _ancestral(node.sigma, to.sigma, eta)
+        down, up = ancestral_levels(node.sigma, to.sigma, eta)
         if down == 0.0:
             rows.append(row(len(rows), node, to, b=1.0, g=noise * up))
             at.append(node)
@@ -137,8 +131,8 @@ def _first(made: Row) -> Row:
     return replace(made, saves=((0, "x"),), ends_step=False)
 
 
-def _ancestral(sigma: float, to: float, eta: float) -> tuple[float, float]:
-    """(sigma_down, sigma_up)."""
+def ancestral_levels(sigma: float, to: float, eta: float) -> tuple[float, float]:
+    """(sigma_down, sigma_up) of an ancestral step from the level ``sigma`` to ``to``; see `dpm_2_ancestral`."""
     up = min(to, eta * to * math.sqrt(max(0.0, 1.0 - (to / sigma) ** 2)))
     return math.sqrt(to * to - up * up), up
 
@@ -147,13 +141,9 @@ def _grid(
     sampler: str,
     schedule: Schedule,
     steps: int | None,
-    prediction: str | None,
-    sigmas: Numbers | None,
-    timesteps: Numbers | None,
-    spacing: str,
-    clip: float | None,
+    **options: Unpack[GridOptions],
 ) -> tuple[Coordinates, list[Node], Node]:
-    space, nodes, end = grid(sampler, schedule, steps, prediction, sigmas, timesteps, spacing, clip)
+    space, nodes, end = grid(sampler, schedule, steps, **options)
     if space.in_time:
         raise ValueError(f"{sampler} needs a schedule that is integrated in sigma, got {schedule.name}")
     return space, nodes, end

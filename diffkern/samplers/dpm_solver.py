@@ -17,47 +17,18 @@ import math
 from dataclasses import replace
 from typing import Any
 
+from typing_extensions import Unpack
+
 from diffkern.plan import Plan, Row
+from diffkern.samplers._jump import Jump
 from diffkern.samplers._noise_path import Clock, clock
-from diffkern.samplers._phi import phi
-from diffkern.samplers.nodes import (
-    Coordinates,
-    Node,
-    chain,
-    choice,
-    ends_on_x0,
-    grid,
-    native_scale,
-    not_negative,
-    row,
-)
-from diffkern.schedules import Schedule
-from diffkern.schedules.grids import Numbers
+from diffkern.samplers.arguments import choice, not_negative
+from diffkern.samplers.nodes import Coordinates, GridOptions, Node, chain, ends_on_x0, grid, native_scale, row
+from diffkern.schedules.base import Schedule
+from diffkern.signatures import shows_arguments_of
 
 
-class Jump:
-    """One exponential step from a point to another: x' = a x + alpha' (sum of weights times estimates of x0) + g z.
-
-    ``weight(n)`` is k h int_0^1 e^(-(1-u) k h) u^n du, with k = 1 + eta.
-    """
-
-    def __init__(self, node: Node, to: Node, eta: float = 0.0) -> None:
-        self.alpha, self.sharp = to.alpha, node.alpha == 0.0 or to.sigma == 0.0
-        # e^-h, which is 0 where alpha is 0 before the step (pure noise) or sigma is 0 after it.
-        self.decay = node.alpha * to.sigma / (to.alpha * node.sigma)
-        self.h = math.inf if self.decay == 0.0 else -math.log(self.decay)
-        again = self.decay**eta if eta > 0.0 else 1.0
-        self.a = to.sigma / node.sigma * again
-        self.g = to.sigma * math.sqrt(max(0.0, 1.0 - again * again))
-        self.rate = (1.0 + eta) * self.h
-
-    def weight(self, n: int) -> float:
-        """See the class; at n = 0 it is 1 - e^(-k h)."""
-        if self.rate == math.inf:
-            return 1.0  # all weight at u = 1
-        return self.rate * math.factorial(n) * phi(n + 1, -self.rate)
-
-
+@shows_arguments_of(grid)
 def dpmpp_1s(
     schedule: Schedule,
     steps: int | None = None,
@@ -65,11 +36,7 @@ def dpmpp_1s(
     eta: float = 0.0,
     noise: float = 1.0,
     noise_path: str = "independent",
-    prediction: str | None = None,
-    sigmas: Numbers | None = None,
-    timesteps: Numbers | None = None,
-    spacing: str = "linspace",
-    clip: float | None = None,
+    **options: Unpack[GridOptions],
 ) -> Plan:
     """DPM-Solver++ of first order: x' = (sigma'/sigma) e^(-eta h) x + alpha' (1 - e^(-(1 + eta) h)) x0 + noise.
 
@@ -77,10 +44,11 @@ def dpmpp_1s(
     state is the schedule's own, alpha x0 + sigma eps; grid and arguments as for `euler`. arXiv 2211.01095, eq. 9 and
     18.
     """
-    space, nodes, end = grid("dpmpp_1s", schedule, steps, prediction, sigmas, timesteps, spacing, clip)
+    space, nodes, end = grid("dpmpp_1s", schedule, steps, **options)
     return _multistep("dpmpp_1s", 1, space, nodes, end, eta, noise, noise_path, "midpoint", False, False)
 
 
+@shows_arguments_of(grid)
 def dpmpp_2m(
     schedule: Schedule,
     steps: int | None = None,
@@ -90,11 +58,7 @@ def dpmpp_2m(
     noise_path: str = "independent",
     solver: str = "midpoint",
     lower_order_final: bool = False,
-    prediction: str | None = None,
-    sigmas: Numbers | None = None,
-    timesteps: Numbers | None = None,
-    spacing: str = "linspace",
-    clip: float | None = None,
+    **options: Unpack[GridOptions],
 ) -> Plan:
     """DPM-Solver++(2M): the line through this and the last estimate of x0; one model call a step, order 2.
 
@@ -103,15 +67,17 @@ def dpmpp_2m(
     ends at sigma = 0, are of first order; ``lower_order_final`` makes the last one so at every level (diffusers does
     below 15 steps). The state is the schedule's own; grid and arguments as for `euler`. arXiv 2211.01095, algorithm 2.
     """
-    space, nodes, end = grid("dpmpp_2m", schedule, steps, prediction, sigmas, timesteps, spacing, clip)
+    space, nodes, end = grid("dpmpp_2m", schedule, steps, **options)
     return _multistep("dpmpp_2m", 2, space, nodes, end, eta, noise, noise_path, solver, lower_order_final, False)
 
 
+@shows_arguments_of(dpmpp_2m)
 def dpmpp_2m_sde(schedule: Schedule, steps: int | None = None, *, eta: float = 1.0, **options: Any) -> Plan:
     """`dpmpp_2m` with eta = 1: the reverse SDE, new noise each step; other arguments are `dpmpp_2m`'s."""
     return replace(dpmpp_2m(schedule, steps, eta=eta, **options), name="dpmpp_2m_sde")
 
 
+@shows_arguments_of(grid)
 def dpmpp_3m(
     schedule: Schedule,
     steps: int | None = None,
@@ -122,11 +88,7 @@ def dpmpp_3m(
     solver: str = "heun",
     lower_order_final: bool = False,
     compat: bool = False,
-    prediction: str | None = None,
-    sigmas: Numbers | None = None,
-    timesteps: Numbers | None = None,
-    spacing: str = "linspace",
-    clip: float | None = None,
+    **options: Unpack[GridOptions],
 ) -> Plan:
     """DPM-Solver++(3M): the parabola through the last three estimates of x0, integrated exactly; order 3.
 
@@ -137,15 +99,17 @@ def dpmpp_3m(
     second-order steps. eta = 1 is `dpmpp_3m_sde` (diffusers' sde form of order 3 has the curvature with the wrong sign
     and size and is not offered). State, grid and arguments as for `dpmpp_2m`.
     """
-    space, nodes, end = grid("dpmpp_3m", schedule, steps, prediction, sigmas, timesteps, spacing, clip)
+    space, nodes, end = grid("dpmpp_3m", schedule, steps, **options)
     return _multistep("dpmpp_3m", 3, space, nodes, end, eta, noise, noise_path, solver, lower_order_final, compat)
 
 
+@shows_arguments_of(dpmpp_3m)
 def dpmpp_3m_sde(schedule: Schedule, steps: int | None = None, *, eta: float = 1.0, **options: Any) -> Plan:
     """`dpmpp_3m` with eta = 1: the reverse SDE, new noise each step; other arguments are `dpmpp_3m`'s."""
     return replace(dpmpp_3m(schedule, steps, eta=eta, **options), name="dpmpp_3m_sde")
 
 
+@shows_arguments_of(grid)
 def dpmpp_2s(
     schedule: Schedule,
     steps: int | None = None,
@@ -154,11 +118,7 @@ def dpmpp_2s(
     eta: float = 0.0,
     noise: float = 1.0,
     noise_path: str = "independent",
-    prediction: str | None = None,
-    sigmas: Numbers | None = None,
-    timesteps: Numbers | None = None,
-    spacing: str = "linspace",
-    clip: float | None = None,
+    **options: Unpack[GridOptions],
 ) -> Plan:
     """DPM-Solver++(2S): a first-order step to lambda + r h, then the whole one with the x0 extrapolated through both.
 
@@ -168,7 +128,7 @@ def dpmpp_2s(
     are independent, or with ``noise_path="brownian"`` of one path over nested intervals, as with k-diffusion's
     BrownianTreeNoiseSampler. State, grid and arguments as for `dpmpp_2m`. arXiv 2211.01095, algorithm 1.
     """
-    space, nodes, end = grid("dpmpp_2s", schedule, steps, prediction, sigmas, timesteps, spacing, clip)
+    space, nodes, end = grid("dpmpp_2s", schedule, steps, **options)
     _check(eta, noise)
     path = clock(noise_path)
     if not 0.0 < r <= 1.0:
@@ -197,6 +157,7 @@ def dpmpp_2s(
     return chain("dpmpp_2s", space, rows, at, native_scale(space, points[0]))
 
 
+@shows_arguments_of(dpmpp_2s)
 def dpmpp_sde(schedule: Schedule, steps: int | None = None, *, eta: float = 1.0, **options: Any) -> Plan:
     """`dpmpp_2s` with eta = 1: the reverse SDE, two model calls a step; other arguments are `dpmpp_2s`'s."""
     return replace(dpmpp_2s(schedule, steps, eta=eta, **options), name="dpmpp_sde")

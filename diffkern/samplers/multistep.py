@@ -5,23 +5,23 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from typing_extensions import Unpack
+
 from diffkern.plan import SLOTS, Plan, Row
 from diffkern.samplers._phi import exponential_weights
-from diffkern.samplers.nodes import Node, chain, ends_on_x0, grid, order_in, row
-from diffkern.schedules import Schedule
-from diffkern.schedules.grids import Numbers
+from diffkern.samplers.arguments import order_in
+from diffkern.samplers.nodes import GridOptions, Node, chain, ends_on_x0, grid, row
+from diffkern.schedules.base import Schedule
+from diffkern.signatures import shows_arguments_of
 
 
+@shows_arguments_of(grid)
 def lms(
     schedule: Schedule,
     steps: int | None = None,
     *,
     order: int = 4,
-    prediction: str | None = None,
-    sigmas: Numbers | None = None,
-    timesteps: Numbers | None = None,
-    spacing: str = "linspace",
-    clip: float | None = None,
+    **options: Unpack[GridOptions],
 ) -> Plan:
     """Adams-Bashforth on any grid: x' = x + int_v^v' P with P the polynomial through the last ``order`` slopes.
 
@@ -31,20 +31,17 @@ def lms(
     are of lower order, so the order of the whole is min(order, 2) unless they are small.
     """
     order_in(order, SLOTS + 1)
-    space, nodes, end = grid("lms", schedule, steps, prediction, sigmas, timesteps, spacing, clip)
+    space, nodes, end = grid("lms", schedule, steps, **options)
     return chain("lms", space, _rows(nodes, end, order, exponential=False), nodes)
 
 
+@shows_arguments_of(grid)
 def deis(
     schedule: Schedule,
     steps: int | None = None,
     *,
     order: int = 3,
-    prediction: str | None = None,
-    sigmas: Numbers | None = None,
-    timesteps: Numbers | None = None,
-    spacing: str = "linspace",
-    clip: float | None = None,
+    **options: Unpack[GridOptions],
 ) -> Plan:
     """DEIS in log rho: as `lms`, with the slope eps interpolated by a polynomial in ln sigma (arXiv 2204.13902).
 
@@ -53,7 +50,7 @@ def deis(
     `euler`.
     """
     order_in(order, SLOTS + 1)
-    space, nodes, end = grid("deis", schedule, steps, prediction, sigmas, timesteps, spacing, clip)
+    space, nodes, end = grid("deis", schedule, steps, **options)
     if space.in_time:
         raise ValueError(f"deis needs a schedule that is integrated in sigma, got {schedule.name}")
     return chain("deis", space, _rows(nodes, end, order, exponential=True), nodes)

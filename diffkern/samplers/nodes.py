@@ -10,13 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 from diffkern import streams
 from diffkern.plan import Plan, Row
-from diffkern.schedules import DiscreteSchedule, EDMSchedule, FlowSchedule, PathSchedule, Schedule, predictions
-from diffkern.schedules.grids import LEVELS, Numbers, check_spacing, check_steps, levels, linspace, spaced_timesteps
-from diffkern.schedules.timesteps import monotone, noise_levels
+from diffkern.samplers.arguments import bound, need_schedule
+from diffkern.schedules import predictions
+from diffkern.schedules.base import Schedule
+from diffkern.schedules.discrete import DiscreteSchedule
+from diffkern.schedules.exploding import EDMSchedule
+from diffkern.schedules.grids import LEVELS, check_spacing, levels
+from diffkern.schedules.paths import FlowSchedule, PathSchedule
+from diffkern.schedules.timesteps import Numbers, check_steps, linspace, monotone, noise_levels, spaced_timesteps
 
 
 class Node(NamedTuple):
@@ -140,15 +145,25 @@ def coordinates(schedule: Schedule, prediction: str | None, clip: float | None) 
     return Coordinates(schedule, chosen, bound(clip), isinstance(schedule, FlowSchedule | PathSchedule))
 
 
+class GridOptions(TypedDict, total=False):
+    """Arguments of every sampler that makes its points by `grid`, which has their defaults; `euler` explains them."""
+
+    prediction: str | None
+    sigmas: Numbers | None
+    timesteps: Numbers | None
+    spacing: str
+    clip: float | None
+
+
 def grid(
     sampler: str,
     schedule: Schedule,
     steps: int | None,
-    prediction: str | None,
-    sigmas: Numbers | None,
-    timesteps: Numbers | None,
-    spacing: str,
-    clip: float | None,
+    prediction: str | None = None,
+    sigmas: Numbers | None = None,
+    timesteps: Numbers | None = None,
+    spacing: str = "linspace",
+    clip: float | None = None,
 ) -> tuple[Coordinates, list[Node], Node]:
     """The points where the model is called, from noise to data, and the point where the sampler ends."""
     need_schedule(schedule)
@@ -176,7 +191,7 @@ def grid(
     if sigmas is not None:
         listed = noise_levels(sigmas)
         return space, [space.node(sigma) for sigma in listed[:-1]], space.end(listed[-1])
-    times = _table_times(schedule, steps, timesteps, spacing)
+    times = call_times(schedule, steps, timesteps, spacing)
     return space, [space.node(float(schedule.sigma_ve(t)), t) for t in times], space.end(0.0)
 
 
@@ -192,7 +207,8 @@ def _given_times(schedule: Schedule, timesteps: Numbers, least: int) -> list[flo
     return monotone("timesteps", timesteps, rising=schedule.direction < 0, least=least)
 
 
-def _table_times(schedule: Schedule, steps: int | None, timesteps: Numbers | None, spacing: str) -> list[float]:
+def call_times(schedule: Schedule, steps: int | None, timesteps: Numbers | None, spacing: str) -> list[float]:
+    """The times of the model calls, from noise to data, for a sampler that ends on clean data after the last."""
     if not isinstance(schedule, DiscreteSchedule):
         if timesteps is not None:
             return _given_times(schedule, timesteps, least=1)
@@ -303,47 +319,3 @@ def native_scale(space: Coordinates, first: Node) -> float:
 def ends_on_x0(to: Node) -> bool:
     """Whether the point is clean data: sigma = 0 and alpha = 1."""
     return to.sigma == 0.0 and to.alpha == 1.0
-
-
-def bound(clip: float | None) -> float:
-    """A clip as the table's entry, inf for None."""
-    if clip is None:
-        return math.inf
-    if not clip > 0:
-        raise ValueError(f"clip must be positive, or None for no clip, got {clip}")
-    return float(clip)
-
-
-def not_negative(argument: str, value: float) -> float:
-    """``value``; raises ValueError unless it is a finite number >= 0."""
-    if not 0.0 <= value < math.inf:
-        raise ValueError(f"{argument} must be a finite number >= 0, got {value}")
-    return float(value)
-
-
-def choice(argument: str, value: str, allowed: Sequence[str]) -> str:
-    """``value``; raises ValueError unless it is one of ``allowed``."""
-    if value not in allowed:
-        raise ValueError(f"{argument} must be {' or '.join(map(repr, allowed))}, got {value!r}")
-    return value
-
-
-def order_in(value: int, most: int) -> int:
-    """``value``; raises ValueError unless it is an integer in 1..most."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise ValueError(f"order must be an integer in 1..{most}, got {value!r}")
-    return value
-
-
-def need_schedule(schedule: object) -> None:
-    """Raise ValueError unless it is a schedule."""
-    if not isinstance(schedule, Schedule):
-        raise ValueError(f"schedule must be a diffkern Schedule, got {type(schedule).__name__}")
-
-
-def need_discrete(sampler: str, schedule: object) -> None:
-    """Raise ValueError unless it is a table."""
-    if not isinstance(schedule, DiscreteSchedule):
-        raise ValueError(
-            f"{sampler} needs a discrete schedule (a table of alphas_cumprod), got {type(schedule).__name__}"
-        )

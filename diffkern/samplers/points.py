@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from diffkern.samplers.nodes import Coordinates
-from diffkern.schedules import DiscreteSchedule, EDMSchedule, predictions
+from diffkern.schedules import predictions
+from diffkern.schedules.discrete import DiscreteSchedule
+from diffkern.schedules.exploding import EDMSchedule
 
 _LANES = 16
 

@@ -7,18 +7,11 @@ import math
 
 from diffkern import streams
 from diffkern.plan import Plan, Row
-from diffkern.samplers.nodes import (
-    Node,
-    chain,
-    ends_on_x0,
-    grid,
-    native_scale,
-    need_schedule,
-    not_negative,
-    row,
-)
-from diffkern.schedules import DiscreteSchedule, Schedule
-from diffkern.schedules.grids import Numbers
+from diffkern.samplers.arguments import need_schedule, not_negative
+from diffkern.samplers.nodes import Node, chain, ends_on_x0, grid, native_scale, row
+from diffkern.schedules.base import Schedule
+from diffkern.schedules.discrete import DiscreteSchedule
+from diffkern.schedules.timesteps import Numbers
 
 
 def repaint(

@@ -10,46 +10,32 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any, NamedTuple
+from typing import Any
+
+from typing_extensions import Unpack
 
 from diffkern.plan import Plan, Row
-from diffkern.samplers.nodes import Coordinates, Node, chain, ends_on_x0, grid, not_negative, row
-from diffkern.schedules import Schedule
-from diffkern.schedules.grids import Numbers
+from diffkern.samplers.arguments import not_negative
+from diffkern.samplers.nodes import Coordinates, GridOptions, Node, chain, ends_on_x0, grid, row
+from diffkern.schedules.base import Schedule
+from diffkern.signatures import shows_arguments_of
+from diffkern.tableaus import EULER, HEUN, MIDPOINT, RK4, RK4_38, Tableau
 
 
-class Tableau(NamedTuple):
-    """Nodes c, rows A of the stages after the first, weights b."""
-
-    c: tuple[float, ...]
-    A: tuple[tuple[float, ...], ...]
-    b: tuple[float, ...]
-
-
-EULER = Tableau((0.0,), (), (1.0,))
-HEUN = Tableau((0.0, 1.0), ((1.0,),), (0.5, 0.5))
-MIDPOINT = Tableau((0.0, 0.5), ((0.5,),), (0.0, 1.0))
-RK4 = Tableau((0.0, 0.5, 0.5, 1.0), ((0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6))
-RK4_38 = Tableau((0.0, 1 / 3, 2 / 3, 1.0), ((1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)), (1 / 8, 3 / 8, 3 / 8, 1 / 8))
-
-
+@shows_arguments_of(grid)
 def euler(
     schedule: Schedule,
     steps: int | None = None,
     *,
-    prediction: str | None = None,
-    sigmas: Numbers | None = None,
-    timesteps: Numbers | None = None,
-    spacing: str = "linspace",
-    clip: float | None = None,
     churn: float = 0.0,
     churn_range: tuple[float, float] = (0.0, math.inf),
     churn_noise: float = 1.0,
+    **options: Unpack[GridOptions],
 ) -> Plan:
     """Euler's method on the probability-flow ODE: x' = x + (v' - v) slope(x), one model call a step, order 1.
 
     Discrete, EDM and continuous diffusion schedules integrate the state x0 + sigma eps over v = sigma with slope
-    eps = (x - x0)/sigma (lecture 001; arXiv 2011.13456, 2206.00364). The noise levels are, from noise to data,
+    eps = (x - x0)/sigma (arXiv 2011.13456, 2206.00364; lecture 001). The noise levels are, from noise to data,
 
     - discrete: of ``steps`` times (``spacing`` "linspace": evenly spaced in [0, T-1], fractional; or "leading",
       "trailing" as for `ddim`) or of the ``timesteps`` given (fractional ones allowed), and then 0;
@@ -59,8 +45,8 @@ def euler(
     - all: `schedules.grids.levels` for the spacings "karras", "log_snr", "exponential", "polyexponential", "beta"; or
       ``sigmas``, every level including the one to end at, which is usually 0.
 
-    Flow schedules and user paths integrate alpha x0 + sigma eps over v = t with slope dx/dt (lectures 000, 003; arXiv
-    2210.02747), on ``steps`` even steps from noise to data or on ``timesteps``, every point including the last.
+    Flow schedules and user paths integrate alpha x0 + sigma eps over v = t with slope dx/dt (arXiv 2210.02747;
+    lectures 000, 003), on ``steps`` even steps from noise to data or on ``timesteps``, every point including the last.
     ``prediction`` defaults to the schedule's: eps, edm or velocity. With a ``clip`` the slope follows the clipped x0.
 
     ``churn`` is S_churn of EDM's stochastic sampler (arXiv 2206.00364, algorithm 2): before a step from a level in
@@ -68,22 +54,19 @@ def euler(
     in n steps, with std sqrt(sigma^^2 - sigma^2) times ``churn_noise`` (S_noise). The row before does that, in the same
     op (the initial noise before the first step), so states in between are those after the noise.
     """
-    space, nodes, end = grid("euler", schedule, steps, prediction, sigmas, timesteps, spacing, clip)
-    return _plan("euler", EULER, space, nodes, end, (churn, churn_range, churn_noise), end_stage=False)
+    space, nodes, end = grid("euler", schedule, steps, **options)
+    return tableau_plan("euler", EULER, space, nodes, end, (churn, churn_range, churn_noise), end_stage=False)
 
 
+@shows_arguments_of(grid)
 def heun(
     schedule: Schedule,
     steps: int | None = None,
     *,
-    prediction: str | None = None,
-    sigmas: Numbers | None = None,
-    timesteps: Numbers | None = None,
-    spacing: str = "linspace",
-    clip: float | None = None,
     churn: float = 0.0,
     churn_range: tuple[float, float] = (0.0, math.inf),
     churn_noise: float = 1.0,
+    **options: Unpack[GridOptions],
 ) -> Plan:
     """Heun's method: an Euler step to x~, then x' = x + (v' - v)/2 (slope(x) + slope(x~)); arguments as for `euler`.
 
@@ -91,38 +74,30 @@ def heun(
     2 steps - 1 calls; the global error is still of second order. The first row saves x + (v' - v)/2 slope(x), so the
     second reads one history. arXiv 2206.00364, algorithm 1, and 2 with ``churn``; lecture 001.
     """
-    space, nodes, end = grid("heun", schedule, steps, prediction, sigmas, timesteps, spacing, clip)
-    return _plan("heun", HEUN, space, nodes, end, (churn, churn_range, churn_noise), end_stage=False)
+    space, nodes, end = grid("heun", schedule, steps, **options)
+    return tableau_plan("heun", HEUN, space, nodes, end, (churn, churn_range, churn_noise), end_stage=False)
 
 
+@shows_arguments_of(grid)
 def midpoint(
     schedule: Schedule,
     steps: int | None = None,
-    *,
-    prediction: str | None = None,
-    sigmas: Numbers | None = None,
-    timesteps: Numbers | None = None,
-    spacing: str = "linspace",
-    clip: float | None = None,
+    **options: Unpack[GridOptions],
 ) -> Plan:
     """The midpoint rule: x' = x + h slope(x + h/2 slope(x)) with h = v' - v; arguments as for `euler`, order 2.
 
     Two model calls a step; a step in sigma that ends at 0 is an Euler step. (k-diffusion's dpm_2 takes the geometric
     middle of two levels, this the arithmetic one.)
     """
-    space, nodes, end = grid("midpoint", schedule, steps, prediction, sigmas, timesteps, spacing, clip)
-    return _plan("midpoint", MIDPOINT, space, nodes, end)
+    space, nodes, end = grid("midpoint", schedule, steps, **options)
+    return tableau_plan("midpoint", MIDPOINT, space, nodes, end)
 
 
+@shows_arguments_of(grid)
 def rk4(
     schedule: Schedule,
     steps: int | None = None,
-    *,
-    prediction: str | None = None,
-    sigmas: Numbers | None = None,
-    timesteps: Numbers | None = None,
-    spacing: str = "linspace",
-    clip: float | None = None,
+    **options: Unpack[GridOptions],
 ) -> Plan:
     """The classic Runge-Kutta method, slopes at v, v + h/2 twice and v + h; arguments as for `euler`, order 4.
 
@@ -130,26 +105,22 @@ def rk4(
     only for predictions other than the velocity or with a clip. There the order is that of the Euler step's own error,
     2; for the full order end at a level > 0.
     """
-    space, nodes, end = grid("rk4", schedule, steps, prediction, sigmas, timesteps, spacing, clip)
-    return _plan("rk4", RK4, space, nodes, end)
+    space, nodes, end = grid("rk4", schedule, steps, **options)
+    return tableau_plan("rk4", RK4, space, nodes, end)
 
 
+@shows_arguments_of(grid)
 def rk4_38(
     schedule: Schedule,
     steps: int | None = None,
-    *,
-    prediction: str | None = None,
-    sigmas: Numbers | None = None,
-    timesteps: Numbers | None = None,
-    spacing: str = "linspace",
-    clip: float | None = None,
+    **options: Unpack[GridOptions],
 ) -> Plan:
     """The 3/8 rule, slopes at v, v + h/3, v + 2h/3 and v + h: what torchdiffeq calls rk4; otherwise as `rk4`."""
-    space, nodes, end = grid("rk4_38", schedule, steps, prediction, sigmas, timesteps, spacing, clip)
-    return _plan("rk4_38", RK4_38, space, nodes, end)
+    space, nodes, end = grid("rk4_38", schedule, steps, **options)
+    return tableau_plan("rk4_38", RK4_38, space, nodes, end)
 
 
-def _plan(
+def tableau_plan(
     name: str,
     tableau: Tableau,
     space: Coordinates,
@@ -158,8 +129,13 @@ def _plan(
     churn: tuple[float, tuple[float, float], float] = (0.0, (0.0, math.inf), 1.0),
     end_stage: bool = True,
 ) -> Plan:
-    """All steps; ``end_stage`` says whether the last one may call the model at its end."""
-    churned, noises = _churned(space, nodes, *churn)
+    """The plan of a tableau over these points: how a method of one's own is made.
+
+    ``nodes`` are the points before each step, ``end`` that after the last (`diffkern.samplers.nodes.grid` makes both),
+    ``churn`` is (S_churn, its range, S_noise) of `euler`, ``end_stage`` whether the last step may call the model at its
+    end. Raises ValueError for a churn that is negative or in a time.
+    """
+    churned, noises = churned_nodes(space, nodes, *churn)
     rows: list[Row] = []
     at: list[Node] = []
     for j, node in enumerate(churned):
@@ -173,7 +149,7 @@ def _plan(
     return chain(name, space, rows, at, math.hypot(nodes[0].sigma, noises[0]))
 
 
-def _churned(
+def churned_nodes(
     space: Coordinates, nodes: list[Node], churn: float, limits: tuple[float, float], noise: float
 ) -> tuple[list[Node], list[float]]:
     """The points after the noise of the churn, and the std of that noise before each step."""
@@ -201,10 +177,10 @@ def _stages(
     direct = space.prediction == "velocity" and space.clip == math.inf and space.in_time
     if to.sigma == 0.0 and not (direct and end_stage):
         return [node]
-    if tableau.c[-1] == 1.0 and not end_stage:
+    if tableau.nodes[-1] == 1.0 and not end_stage:
         return [node]
     points = [node]
-    for before, c in itertools.pairwise(tableau.c):
+    for before, c in itertools.pairwise(tableau.nodes):
         if c == before:
             points.append(points[-1])
         elif c == 1.0:
@@ -220,7 +196,7 @@ def _step(tableau: Tableau, stages: list[Node], to: Node, reached: Node, g: floa
     count = len(stages)
     if count == 1 and ends_on_x0(to) and stages[0].alpha == 1.0:
         return [row(first, stages[0], reached, b=1.0)]  # sigma = 0: the step ends on x0 exactly
-    weights = [*tableau.A, tableau.b]
+    weights = [*tableau.coupling[1:], tableau.weights]
     # Row j leaves the state with weights[j]; what it reads of the rows before are x and the slopes 0..j-1.
     base = {w[0] for w in weights[1:]}
     shared = len(base) == 1  # x + h w k_0 with one w is all that is read of the first row

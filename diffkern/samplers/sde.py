@@ -9,19 +9,13 @@ from dataclasses import replace
 
 from diffkern.plan import Plan, Row
 from diffkern.samplers._noise_path import clock
-from diffkern.samplers.nodes import (
-    Coordinates,
-    Node,
-    bound,
-    chain,
-    need_schedule,
-    not_negative,
-    row,
-    time_grid,
-)
-from diffkern.schedules import DiscreteSchedule, EDMSchedule, Schedule, predictions
-from diffkern.schedules.grids import Numbers, check_steps, linspace
-from diffkern.schedules.timesteps import monotone
+from diffkern.samplers.arguments import need_schedule, not_negative
+from diffkern.samplers.nodes import Node, row, time_grid
+from diffkern.samplers.walk import Walk
+from diffkern.schedules.base import Schedule
+from diffkern.schedules.discrete import DiscreteSchedule
+from diffkern.schedules.exploding import EDMSchedule
+from diffkern.schedules.timesteps import Numbers, check_steps, linspace, monotone
 
 
 def euler_maruyama(
@@ -45,12 +39,12 @@ def euler_maruyama(
     point including the last. f and g are infinite where alpha is 0 (a flow's noise end): start after it.
     ``noise_path="brownian"``: z is the increment of one Brownian path a sample, the same for every number of steps, and
     the sampler converges path by path (strong order 1); "independent" noise agrees in law alone.
-    Lectures 001, 003; arXiv 2011.13456, eq. 6. (score_sde steps 1/N on a grid whose points are (1 - eps)/(N - 1)
+    arXiv 2011.13456, eq. 6; lectures 001, 003. (score_sde steps 1/N on a grid whose points are (1 - eps)/(N - 1)
     apart.)
     """
     not_negative("eta", eta)
     path = clock(noise_path)
-    walk = _Walk("euler_maruyama", schedule, prediction, clip)
+    walk = Walk("euler_maruyama", schedule, prediction, clip)
     times = _times("euler_maruyama", schedule, steps, timesteps)
     rows, at = [], [walk.node(t) for t in times[:-1]]
     for i, (t, s) in enumerate(itertools.pairwise(times)):
@@ -85,9 +79,9 @@ def flow_sde(
     ``sigma_t`` is a number or a function of the schedule's time; 0 is Euler's method on the flow. Flows, user paths and
     continuous diffusion schedules, whose time runs the other way (dt < 0). One model call a step, weak order 1; no
     noise in the last step. Grid as for `euler_maruyama`. A large sigma_t where sigma is small needs small steps: |dt|
-    sigma_t^2/2 should stay below sigma^2. Lecture 003; arXiv 2209.15571, 2401.08740.
+    sigma_t^2/2 should stay below sigma^2. arXiv 2209.15571, 2401.08740; lecture 003.
     """
-    walk = _Walk("flow_sde", schedule, prediction, clip)
+    walk = Walk("flow_sde", schedule, prediction, clip)
     if isinstance(schedule, DiscreteSchedule | EDMSchedule):
         raise ValueError(f"flow_sde needs a continuous schedule of t in [0, 1], got {schedule.name}")
     times = _times("flow_sde", schedule, steps, timesteps)
@@ -162,7 +156,7 @@ def _langevin(
 ) -> Plan:
     if not 0.0 < size < math.inf:
         raise ValueError(f"step_size must be positive, got {size}")
-    walk = _Walk(name, schedule, prediction, None)
+    walk = Walk(name, schedule, prediction, None)
     points = [walk.node(t) for t in times]
     rows: list[Row] = []
     at: list[Node] = []
@@ -175,61 +169,6 @@ def _langevin(
         rows.append(row(len(rows), points[-1], Node(0.0, 1.0, 0.0), b=1.0))
         at.append(points[-1])
     return walk.plan(rows, at)
-
-
-class _Walk:
-    """Rows of a schedule's own state in its own time."""
-
-    def __init__(self, name: str, schedule: Schedule, prediction: str | None, clip: float | None) -> None:
-        need_schedule(schedule)
-        chosen = predictions.check_prediction(schedule.default_prediction if prediction is None else prediction)
-        self.name, self.schedule, self.prediction, self.clip = name, schedule, chosen, bound(clip)
-
-    def node(self, t: float) -> Node:
-        schedule = self.schedule
-        when = int(t) if isinstance(schedule, DiscreteSchedule) and t == int(t) else t
-        alpha, sigma = float(schedule.alpha(when)), float(schedule.sigma(when))
-        if sigma == 0.0:
-            raise ValueError(f"{self.name} needs sigma > 0 at each model call, got 0 at t={t:g} ({schedule.name})")
-        p, q, P, Q = (float(c) for c in predictions.to_x0_eps(schedule, self.prediction, when))
-        time, k = (float(f(self.prediction, when)) for f in (schedule.model_time, schedule.input_scale))
-        return Node(t, alpha, sigma, time, k, p, q, P, Q, self.clip)
-
-    def end(self, t: float) -> Node:
-        when = int(t) if isinstance(self.schedule, DiscreteSchedule) and t == int(t) else t
-        return Node(t, float(self.schedule.alpha(when)), float(self.schedule.sigma(when)))
-
-    def row(self, i: int, node: Node, to: Node, *, keep: float, pull: float, g: float) -> Row:
-        """x' = keep x + pull score + g z."""
-        a, b, d = self._eps(node)
-        weight = -pull / node.sigma
-        return row(i, node, to, a=keep + weight * a, b=weight * b, d=weight * d, g=g)
-
-    def flow_row(self, i: int, node: Node, to: Node, t: float, dt: float, pull: float, g: float) -> Row:
-        """x' = x + dt (alpha_dot x0 + sigma_dot eps) + pull score + g z."""
-        schedule = self.schedule
-        alpha_dot, sigma_dot = float(schedule.alpha_dot(t)), float(schedule.sigma_dot(t))
-        a, b, d = self._eps(node)
-        weight = dt * sigma_dot - pull / node.sigma
-        if self.clip < math.inf:
-            return row(i, node, to, a=1.0 + weight * a, b=dt * alpha_dot + weight * b, g=g)
-        if self.prediction == "velocity":
-            weight = -pull / node.sigma
-            return row(i, node, to, a=1.0 + weight * a, d=dt + weight * d, g=g)
-        return row(
-            i, node, to, a=1.0 + dt * alpha_dot * node.p + weight * a, d=dt * alpha_dot * node.q + weight * d, g=g
-        )
-
-    def _eps(self, node: Node) -> tuple[float, float, float]:
-        """eps as weights of x, x0 and m; of the clipped x0 where there is a clip."""
-        if self.clip < math.inf:
-            return 1.0 / node.sigma, -node.alpha / node.sigma, 0.0
-        return node.P, 0.0, node.Q
-
-    def plan(self, rows: list[Row], at: list[Node]) -> Plan:
-        first = at[0]
-        start = 1.0 if isinstance(self.schedule, DiscreteSchedule) else first.sigma
-        return chain(self.name, Coordinates(self.schedule, self.prediction, self.clip, False), rows, at, start)
 
 
 def _times(sampler: str, schedule: Schedule, steps: int | None, timesteps: Numbers | None) -> list[float]:

@@ -7,15 +7,18 @@ import math
 from dataclasses import replace
 
 import numpy as np
+from typing_extensions import Unpack
 
 from diffkern.plan import Plan, Row
+from diffkern.samplers._jump import Jump
 from diffkern.samplers._phi import phi
-from diffkern.samplers.dpm_solver import Jump
-from diffkern.samplers.nodes import Node, chain, choice, ends_on_x0, grid, native_scale, order_in, row
-from diffkern.schedules import Schedule
-from diffkern.schedules.grids import Numbers
+from diffkern.samplers.arguments import choice, order_in
+from diffkern.samplers.nodes import GridOptions, Node, chain, ends_on_x0, grid, native_scale, row
+from diffkern.schedules.base import Schedule
+from diffkern.signatures import shows_arguments_of
 
 
+@shows_arguments_of(grid)
 def unipc(
     schedule: Schedule,
     steps: int | None = None,
@@ -24,11 +27,7 @@ def unipc(
     variant: str = "bh2",
     corrector: bool = True,
     lower_order_final: bool = True,
-    prediction: str | None = None,
-    sigmas: Numbers | None = None,
-    timesteps: Numbers | None = None,
-    spacing: str = "linspace",
-    clip: float | None = None,
+    **options: Unpack[GridOptions],
 ) -> Plan:
     """UniPC-p in the x0 form: UniP-p predicts, UniC-p corrects with the model output that the next step needs anyway.
 
@@ -46,7 +45,7 @@ def unipc(
     """
     order_in(order, 3)
     choice("variant", variant, ("bh1", "bh2"))
-    space, nodes, end = grid("unipc", schedule, steps, prediction, sigmas, timesteps, spacing, clip)
+    space, nodes, end = grid("unipc", schedule, steps, **options)
     points = [space.native(node) for node in (*nodes, end)]
     count = len(nodes)
     rows: list[Row] = []

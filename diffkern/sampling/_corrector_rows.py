@@ -7,10 +7,14 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from diffkern.plan import Plan, Row
-from diffkern.samplers.nodes import Node, _table_times, choice, need_schedule, time_grid
-from diffkern.samplers.sde import _Walk
-from diffkern.schedules import DiscreteSchedule, EDMSchedule, FlowSchedule, PathSchedule, Schedule
-from diffkern.schedules.grids import Numbers, check_steps
+from diffkern.samplers.arguments import choice, need_schedule
+from diffkern.samplers.nodes import Node, call_times, time_grid
+from diffkern.samplers.walk import Walk
+from diffkern.schedules.base import Schedule
+from diffkern.schedules.discrete import DiscreteSchedule
+from diffkern.schedules.exploding import EDMSchedule
+from diffkern.schedules.paths import FlowSchedule, PathSchedule
+from diffkern.schedules.timesteps import Numbers, check_steps
 
 PREDICTORS = ("reverse_diffusion", "ancestral", "euler_maruyama", "none")
 CORRECTORS = ("langevin", "ald", "none")
@@ -33,16 +37,17 @@ class Score(NamedTuple):
 def rows_of(
     schedule: Schedule,
     steps: int | None,
-    timesteps: Numbers | None,
-    spacing: str,
-    prediction: str | None,
-    predictor: str,
+    *,
     corrector: str,
-    corrector_steps: int,
-    snr: float,
-    variance: str | None,
-    dt: float | None,
-    denoise: bool,
+    predictor: str = "reverse_diffusion",
+    corrector_steps: int = 1,
+    snr: float = 0.16,
+    variance: str | None = None,
+    dt: float | None = None,
+    denoise: bool = True,
+    prediction: str | None = None,
+    timesteps: Numbers | None = None,
+    spacing: str = "linspace",
 ) -> tuple[Plan, dict[int, Score]]:
     """All rows, and what the langevin rows still need."""
     need_schedule(schedule)
@@ -63,7 +68,7 @@ def rows_of(
             raise ValueError(f"dt belongs to the euler_maruyama predictor, got it for {predictor!r}")
         if not 0.0 < dt < math.inf:
             raise ValueError(f"dt must be positive, got {dt}")
-    walk = _Walk("predictor_corrector", schedule, prediction, None)
+    walk = Walk("predictor_corrector", schedule, prediction, None)
     times = _times(schedule, steps, timesteps, spacing)
     nodes = [walk.node(t) for t in times]
     rows: list[Row] = []
@@ -116,4 +121,4 @@ def _times(schedule: Schedule, steps: int | None, timesteps: Numbers | None, spa
             return [float(sigma) for sigma in schedule.sigmas(steps)[:-1]]
         if isinstance(schedule, FlowSchedule | PathSchedule):
             return time_grid(schedule, steps)[:-1]
-    return _table_times(schedule, steps, timesteps, spacing)
+    return call_times(schedule, steps, timesteps, spacing)

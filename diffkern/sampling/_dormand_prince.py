@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from diffkern import ops, tableaus
+from diffkern.checks import returned
 from diffkern.plan import COLUMNS
 from diffkern.samplers.nodes import Coordinates
 from diffkern.samplers.points import Points, points
-from diffkern.sampling._run import Model
+from diffkern.sampling.options import Model
 
 _PAIR = tableaus.DORMAND_PRINCE
 C = (*_PAIR.nodes[1:], 1.0)
@@ -26,12 +27,6 @@ A = (*_PAIR.coupling[1:], _PAIR.weights)
 """Weights of the slopes in stages 2..7; the last row is b."""
 E = _PAIR.error
 """b minus the weights of order 4."""
-_SHAMPINE = (1951 / 21600, 0.0, 22642 / 50085, 451 / 720, -12231 / 42400, 649 / 6300)
-SHAMPINE = (
-    *(b - lower for b, lower in zip(A[5], _SHAMPINE, strict=True)),
-    -1 / 60,
-)
-"""The same with the weights of order 4 of Shampine 1986, which torchdiffeq has: about 3/2 of the estimate."""
 
 _STAGES = len(C)
 _POINT_OF = torch.tensor([0, 1, 2, 3, 4, 4], device="cpu")
@@ -60,7 +55,7 @@ class Solver:
     ) -> None:
         self.model, self.space, self.cond, self.batch_norm = model, space, cond, batch_norm
         self.batch, self.count, self.calls = x.shape[0], 1 if batch_norm else x.shape[0], 0
-        self._error = SHAMPINE if batch_norm else E
+        self._error = tableaus.SHAMPINE_ERROR if batch_norm else E
         # Weights of the slope made by a row at stages 2..7, and of its histories: x or the base (_ONES), and slopes.
         self._own = _host([*(A[j + 1][j + 1] for j in range(5)), self._error[6]])
         six = [new - old for new, old in zip(A[4][:4], A[3], strict=True)]
@@ -95,10 +90,7 @@ class Solver:
     def _call(self, x: Tensor, t: Tensor) -> Tensor:
         self.calls += 1
         m = self.model(x, t) if self.cond is None else self.model(x, t, self.cond)
-        if not isinstance(m, Tensor) or m.shape != self.x.shape:
-            got = f"shape {list(m.shape)}" if isinstance(m, Tensor) else type(m).__name__
-            raise ValueError(f"model must return a tensor of shape {list(self.x.shape)}, got {got}")
-        return m
+        return returned(m, self.x.shape)
 
     def _times(self, at: Tensor) -> Tensor:
         """[..., B] float32 on the device, from one time or one a sample."""

@@ -1,22 +1,54 @@
-"""What every loop is given in the same way: seeds or noise tensors, and a progress bar."""
+"""What every loop is given in the same way, checked: the state, a mask, seeds or noise tensors, a progress bar."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from diffkern import ops
+from diffkern.draws import draw_seeds
 
-Seeds = int | Tensor
+if TYPE_CHECKING:
+    from diffkern.plan import Row
+    from diffkern.sampling.options import Seeds
+
+
+def check_state(x: Tensor, mask: Tensor | None = None, known: Tensor | None = None) -> None:
+    """Raise ValueError unless x is a state, and mask and known are both absent or fit it."""
+    if not x.is_floating_point() or x.ndim < 1:
+        raise ValueError(f"x must be a floating point tensor [B, ...], got {x.dtype} of shape {list(x.shape)}")
+    if (mask is None) != (known is None):
+        raise ValueError(f"mask and known must be given together, got only {'known' if mask is None else 'mask'}")
+    rules: dict[str, tuple[Any, str, tuple[torch.dtype, ...]]] = {
+        "mask": (mask, f"bool, uint8 or {x.dtype}", (torch.bool, torch.uint8, x.dtype)),
+        "known": (known, f"{x.dtype}", (x.dtype,)),
+    }
+    for argument, (value, rule, dtypes) in rules.items():
+        if value is None:
+            continue
+        if not isinstance(value, Tensor) or value.shape != x.shape or value.dtype not in dtypes:
+            got = f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{argument} must be {rule} of the shape of x {list(x.shape)}, got {got}")
+
+
+def seeds_for(
+    rows: Sequence[Row], x: Tensor, seeds: Seeds | None, noise: Iterable[Tensor] | None, mask: Tensor | None
+) -> Tensor | None:
+    """The seeds that a run of ``rows`` draws by, int64 [B]; None where none are given and none are needed."""
+    masked = mask is not None and any(row.known_n for row in rows)
+    if noise is not None and seeds is not None and not masked:
+        raise ValueError("give seeds or noise, not both, got both")
+    needed = masked or (noise is None and any(row.draws for row in rows))
+    return seeds_of(seeds, x.shape[0], x.device) if needed or seeds is not None else None
 
 
 def seeds_of(seeds: Seeds | None, batch: int, device: torch.device) -> Tensor:
     """int64 [B] on ``device`` from an integer, a tensor, or (None) torch's default generator."""
     if seeds is None:
-        return torch.randint(-(2**63), 2**63 - 1, (batch,), dtype=torch.int64).to(device)
+        return draw_seeds(batch).to(device)
     if isinstance(seeds, Tensor):
         if seeds.dtype != torch.int64 or seeds.ndim != 1 or seeds.shape[0] != batch:
             raise ValueError(

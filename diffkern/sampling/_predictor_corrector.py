@@ -18,7 +18,7 @@ sigma^2 - r^2 sigma'^2, the kernel x_t = r x_s + sqrt(v) z (on a table r^2 = 1 -
 
 Algorithms 2 to 5 and appendices E to G of the paper. Each model call is one fused step; ``langevin`` adds two fused
 sums of squares (`ops.loss`) and [B]-sized arithmetic on the device, from which the step writes rows of its own for each
-sample: nothing is read back.
+sample: nothing is read back. That is why it has a loop beside `sample`'s, whose rows are known before.
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from diffkern import ops
+from diffkern.checks import returned
 from diffkern.plan import COLUMNS, Plan
-from diffkern.samplers.nodes import choice
+from diffkern.samplers.arguments import choice
 from diffkern.sampling._corrector_rows import Score, rows_of
-from diffkern.sampling._inputs import Seeds, next_noise, progress_bar, seeds_of
-from diffkern.sampling._run import Model, check_mask
-from diffkern.sampling.runner import Sampled, StepInfo
-from diffkern.schedules import Schedule
-from diffkern.schedules.grids import Numbers
+from diffkern.sampling._inputs import check_state, next_noise, progress_bar, seeds_for
+from diffkern.sampling.options import Model, PredictorCorrectorOptions, RowOptions, Sampled, Seeds, StepInfo
+from diffkern.schedules.base import Schedule
+from diffkern.signatures import shows_arguments_of
 
 NORMS = ("sample", "batch")
 _A, _D, _G = (COLUMNS.index(name) for name in ("a", "d", "g"))
@@ -50,27 +51,8 @@ def predictor_corrector(
     schedule: Schedule,
     steps: int | None = ...,
     *,
-    predictor: str = ...,
-    corrector: str = ...,
-    corrector_steps: int = ...,
-    snr: float = ...,
-    norm: str = ...,
-    variance: str | None = ...,
-    dt: float | None = ...,
-    denoise: bool = ...,
-    prediction: str | None = ...,
-    timesteps: Numbers | None = ...,
-    spacing: str = ...,
-    seeds: Seeds | None = ...,
-    cond: Any = ...,
-    noise: Iterable[Tensor] | None = ...,
-    mask: Tensor | None = ...,
-    known: Tensor | None = ...,
-    callback: Callable[[StepInfo], object] | None = ...,
     trajectory: Literal[False] = ...,
-    progress: bool | str = ...,
-    out_dtype: torch.dtype | None = ...,
-    model_dtype: torch.dtype | None = ...,
+    **options: Unpack[PredictorCorrectorOptions],
 ) -> Tensor: ...
 
 
@@ -81,30 +63,12 @@ def predictor_corrector(
     schedule: Schedule,
     steps: int | None = ...,
     *,
-    predictor: str = ...,
-    corrector: str = ...,
-    corrector_steps: int = ...,
-    snr: float = ...,
-    norm: str = ...,
-    variance: str | None = ...,
-    dt: float | None = ...,
-    denoise: bool = ...,
-    prediction: str | None = ...,
-    timesteps: Numbers | None = ...,
-    spacing: str = ...,
-    seeds: Seeds | None = ...,
-    cond: Any = ...,
-    noise: Iterable[Tensor] | None = ...,
-    mask: Tensor | None = ...,
-    known: Tensor | None = ...,
-    callback: Callable[[StepInfo], object] | None = ...,
     trajectory: Literal[True],
-    progress: bool | str = ...,
-    out_dtype: torch.dtype | None = ...,
-    model_dtype: torch.dtype | None = ...,
+    **options: Unpack[PredictorCorrectorOptions],
 ) -> Sampled: ...
 
 
+@shows_arguments_of(rows_of)
 @torch.no_grad()
 def predictor_corrector(
     model: Model,
@@ -112,17 +76,8 @@ def predictor_corrector(
     schedule: Schedule,
     steps: int | None = None,
     *,
-    predictor: str = "reverse_diffusion",
     corrector: str = "langevin",
-    corrector_steps: int = 1,
-    snr: float = 0.16,
     norm: str = "sample",
-    variance: str | None = None,
-    dt: float | None = None,
-    denoise: bool = True,
-    prediction: str | None = None,
-    timesteps: Numbers | None = None,
-    spacing: str = "linspace",
     seeds: Seeds | None = None,
     cond: Any = None,
     noise: Iterable[Tensor] | None = None,
@@ -133,6 +88,7 @@ def predictor_corrector(
     progress: bool | str = False,
     out_dtype: torch.dtype | None = None,
     model_dtype: torch.dtype | None = None,
+    **options: Unpack[RowOptions],
 ) -> Tensor | Sampled:
     """Sample from ``x`` at the noise end, alpha x0 + sigma eps, by predictor and corrector; returns the state [B, ...].
 
@@ -156,27 +112,12 @@ def predictor_corrector(
     states, one more for a callback's x0, model inputs where they differ from the state. No device is waited for.
     Raises ValueError, naming argument, rule and value, for input that does not fit.
     """
-    plan, scores = rows_of(
-        schedule,
-        steps,
-        timesteps,
-        spacing,
-        prediction,
-        predictor,
-        corrector,
-        corrector_steps,
-        snr,
-        variance,
-        dt,
-        denoise,
-    )
-    run = _Run(plan, scores, x, model_dtype or x.dtype, cond, mask, known, choice("norm", norm, NORMS))
+    plan, scores = rows_of(schedule, steps, corrector=corrector, **options)
+    choice("norm", norm, NORMS)
+    check_state(x, mask, known)
+    drawn = seeds_for(plan.rows, x, seeds, noise, mask)
+    run = _Run(plan, scores, x, model_dtype or x.dtype, cond, mask, known, norm, drawn)
     noises: Iterator[Tensor] | None = None if noise is None else iter(noise)
-    masked = mask is not None and any(row.known_n for row in plan.rows)
-    if noise is not None and seeds is not None and not masked:
-        raise ValueError("give seeds or noise, not both, got both")
-    if seeds is not None or masked or (noises is None and not plan.deterministic):
-        run.seeds = seeds_of(seeds, x.shape[0], x.device)
     states = torch.empty((len(plan.steps) + 1, *x.shape), dtype=x.dtype, device=x.device) if trajectory else None
     if states is not None:
         states[0] = x
@@ -199,20 +140,9 @@ def predictor_corrector(
     return out if states is None else Sampled(out, states)
 
 
+@shows_arguments_of(rows_of)
 def pc_plan(
-    schedule: Schedule,
-    steps: int | None = None,
-    *,
-    predictor: str = "reverse_diffusion",
-    corrector: str = "ald",
-    corrector_steps: int = 1,
-    snr: float = 0.16,
-    variance: str | None = None,
-    dt: float | None = None,
-    denoise: bool = True,
-    prediction: str | None = None,
-    timesteps: Numbers | None = None,
-    spacing: str = "linspace",
+    schedule: Schedule, steps: int | None = None, *, corrector: str = "ald", **options: Unpack[RowOptions]
 ) -> Plan:
     """`predictor_corrector` as a `Plan` for `sample`: correctors ald and none, whose coefficients are known before.
 
@@ -221,20 +151,7 @@ def pc_plan(
     """
     if corrector == "langevin":
         raise ValueError("corrector must be 'ald' or 'none' in a plan, got 'langevin': its step size needs the score")
-    return rows_of(
-        schedule,
-        steps,
-        timesteps,
-        spacing,
-        prediction,
-        predictor,
-        corrector,
-        corrector_steps,
-        snr,
-        variance,
-        dt,
-        denoise,
-    )[0]
+    return rows_of(schedule, steps, corrector=corrector, **options)[0]
 
 
 class _Run:
@@ -250,13 +167,11 @@ class _Run:
         mask: Tensor | None,
         known: Tensor | None,
         norm: str,
+        seeds: Tensor | None,
     ) -> None:
-        if not x.is_floating_point() or x.ndim < 1:
-            raise ValueError(f"x must be a floating point tensor [B, ...], got {x.dtype} of shape {list(x.shape)}")
-        check_mask(x, mask, known)
         self.plan, self.scores, self.state, self.norm = plan, scores, x, norm
         self.cond, self.mask, self.known = cond, mask, known
-        self.seeds: Tensor | None = None
+        self.seeds = seeds
         self.x0: Tensor | None = None
         batch, device = x.shape[0], x.device
         times = torch.tensor([row.time for row in plan.rows], dtype=getattr(torch, plan.time_dtype), device="cpu")
@@ -288,9 +203,7 @@ class _Run:
         row, x = self.plan.rows[i], self.state
         t = self._times[i]
         m = model(self._input, t) if self.cond is None else model(self._input, t, self.cond)
-        if not isinstance(m, Tensor) or m.shape != x.shape:
-            got = f"shape {list(m.shape)}" if isinstance(m, Tensor) else type(m).__name__
-            raise ValueError(f"model must return a tensor of shape {list(x.shape)}, got {got} at row {i}")
+        m = returned(m, x.shape, row=i)
         table, index = self.plan.table, None
         if i in self.scores:
             table, index = self._langevin(i, m, noise), self._index

@@ -7,19 +7,20 @@ says it once, and the loop only looks it up.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffkern import brownian, ops
-from diffkern.ops._common import refuse_tangents
+from diffkern.checks import returned
 from diffkern.plan import COLUMNS, SLOTS, Plan, Row
 
-Model = Callable[..., Tensor]
-Shift = Callable[[Tensor, Tensor], Tensor]
+if TYPE_CHECKING:
+    from diffkern.sampling.options import Model, Shift
+
 _W = COLUMNS.index("w")
 
 
@@ -79,20 +80,16 @@ def allocate(
     return calls
 
 
-def check_mask(x: Tensor, mask: Tensor | None, known: Tensor | None) -> None:
-    """Raise ValueError unless mask and known are both absent, or fit the state x."""
-    if (mask is None) != (known is None):
-        raise ValueError(f"mask and known must be given together, got only {'known' if mask is None else 'mask'}")
-    rules: dict[str, tuple[Any, str, tuple[torch.dtype, ...]]] = {
-        "mask": (mask, f"bool, uint8 or {x.dtype}", (torch.bool, torch.uint8, x.dtype)),
-        "known": (known, f"{x.dtype}", (x.dtype,)),
-    }
-    for argument, (value, rule, dtypes) in rules.items():
-        if value is None:
-            continue
-        if not isinstance(value, Tensor) or value.shape != x.shape or value.dtype not in dtypes:
-            got = f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{argument} must be {rule} of the shape of x {list(x.shape)}, got {got}")
+class _Operands(NamedTuple):
+    """What a row was made of, as `ops.step_logprob` takes it."""
+
+    x: Tensor
+    m: Tensor | None
+    m2: Tensor | None
+    histories: tuple[Tensor | None, ...]
+    row: int
+    rows: Tensor | None
+    """The index, where samples wait."""
 
 
 class Run:
@@ -108,47 +105,44 @@ class Run:
         guided: bool,
         cond: Any,
         uncond: Any,
-        mask: Tensor | None,
-        known: Tensor | None,
-        starts: Tensor | None,
-        mean_shift: Shift | None,
-        want_x0: bool,
+        mask: Tensor | None = None,
+        known: Tensor | None = None,
+        seeds: Tensor | None = None,
+        starts: Tensor | None = None,
+        mean_shift: Shift | None = None,
+        want_x0: bool = False,
+        want_logprob: bool = False,
     ) -> None:
-        if not x.is_floating_point() or x.ndim < 1:
-            raise ValueError(f"x must be a floating point tensor [B, ...], got {x.dtype} of shape {list(x.shape)}")
-        check_mask(x, mask, known)
         if plan.learned_variance and x.ndim < 2:
             raise ValueError(f"learned variance needs x of shape [B, C, ...], got {list(x.shape)}")
-        self.plan, self.first, self.model_dtype = plan, first, model_dtype
-        self.mask, self.known, self.cond, self.uncond = mask, known, cond, uncond
-        self.guided, self.shift = guided, mean_shift
-        self.seeds: Tensor | None = None
-        self.keeps_operands = False
-        """Whether `logprob` will be asked for."""
+        if not guided and uncond is not None:
+            raise ValueError("uncond is used with guidance only, got uncond without guidance")
+        self.plan, self.model_dtype, self.seeds = plan, model_dtype, seeds
+        self.mask, self.known, self.shift, self.want_logprob = mask, known, mean_shift, want_logprob
         self.state, self.batch = x, x.shape[0]
         self.x0: Tensor | None = None
-        self.pair: Tensor | None = None
-        if guided:
-            self._prepare_guidance(x.shape[0])
-        elif uncond is not None:
-            raise ValueError("uncond is used with guidance only, got uncond without guidance")
-        self.copies = [2 if guided and row.w not in (0.0, 1.0) else 1 for row in plan.rows]
+        self._before: _Operands | None = None  # of the last row, where logprob will be asked for
+        self.guided, self.cond, self.uncond = guided, cond, uncond
+        self._pair = _pair(cond, uncond, self.batch) if guided else None
+        self._copies = [2 if guided and row.w not in (0.0, 1.0) else 1 for row in plan.rows]
         key = (first, want_x0, mask is not None, model_dtype != x.dtype, guided)
         if key not in plan.cache:
             plan.cache[key] = allocate(
-                plan, first, self.copies, want_x0=want_x0, masked=mask is not None, converts=model_dtype != x.dtype
+                plan, first, self._copies, want_x0=want_x0, masked=mask is not None, converts=model_dtype != x.dtype
             )
-        self.calls: list[Call] = plan.cache[key]
-        most = max(buffer for call in self.calls[first:] for buffer in call[:4])
+        self._calls: list[Call] = plan.cache[key]
+        most = max(buffer for call in self._calls[first:] for buffer in call[:4])
         # The list ends in None, so that number -1 is "none".
-        self.buffers: list[Tensor | None] = [x, *(torch.empty_like(x) for _ in range(most)), None]
+        self._buffers: list[Tensor | None] = [x, *(torch.empty_like(x) for _ in range(most)), None]
         self._inputs: list[Tensor] = []
         self._spare: dict[str, Tensor] = {}
         channels = 2 * x.shape[1] if plan.learned_variance else x.shape[1] if x.ndim > 1 else None
         tail = [] if channels is None else [channels, *x.shape[2:]]
         self._want = [torch.Size([copies * x.shape[0], *tail]) for copies in (1, 2)]
-        self.table = self._tables(plan, starts)
-        self.index: Sequence[Tensor] | None = None
+        self.table = _table(plan, shifts=mean_shift is not None, waits=starts is not None, guided=guided)
+        self._estimates = _estimates(plan, guided) if plan.threshold is not None else None
+        self._index: Sequence[Tensor] | None = None
+        self._waits: Tensor | None = None
         self._all_run = 0  # the first row that no sample waits for
         if starts is not None:
             self.table = self.table.to(x.device)
@@ -156,82 +150,42 @@ class Run:
             number = torch.arange(len(plan.rows), device="cpu")[:, None]
             waits = (number < begin).to(x.device)
             number = number.to(x.device)
-            self.index = torch.where(waits, number + len(plan.rows), number).unbind(0)
+            self._index = torch.where(waits, number + len(plan.rows), number).unbind(0)
             self._waits = waits.reshape(*waits.shape, *(1,) * (x.ndim - 1))
             self._all_run = int(begin.max())
         self._step = ops.bound_step_out(self.table)
-        self._prepare_inputs()
+        self._times = _times(plan, self._copies, self.batch, x.device)
+        self._input = self._first_input(first)
 
-    def _prepare_guidance(self, batch: int) -> None:
-        for argument, value in (("cond", self.cond), ("uncond", self.uncond)):
-            if not isinstance(value, Tensor):
-                raise ValueError(f"guidance needs cond and uncond as tensors, got {argument} = {type(value).__name__}")
-            if value.ndim == 0 or value.shape[0] != batch:
-                raise ValueError(f"{argument} must have one entry a sample ({batch}), got shape {list(value.shape)}")
-        if self.cond.shape != self.uncond.shape or self.cond.dtype != self.uncond.dtype:
-            raise ValueError(
-                f"cond and uncond must have one shape and dtype, got {list(self.cond.shape)} {self.cond.dtype} "
-                f"and {list(self.uncond.shape)} {self.uncond.dtype}"
-            )
-        self.pair = torch.cat([self.uncond, self.cond])
-
-    def _tables(self, plan: Plan, starts: Tensor | None) -> Tensor:
-        """The table of the rows; after them the rows that leave a waiting sample as it is, where samples wait."""
-        if plan.threshold is None and self.shift is None and starts is None and not self.guided:
-            return plan.learned_table if plan.learned_variance else plan.table
-        rows = list(plan.rows)
-        if plan.threshold is not None:
-            # The op is given the thresholded x0 in the place of m.
-            rows = [replace(row, w=0.0, p=0.0, q=1.0) if row.calls_model else row for row in rows]
-            self.estimates = torch.tensor(
-                [Row(w=row.w, p=row.p, q=row.q, b=1.0).coefficients() for row in plan.rows],
-                dtype=torch.float64,
-                device="cpu",
-            )
-            if self.guided:
-                self.estimates[self.estimates[:, _W] == 1.0, _W] = 0.0
-        if self.shift is not None and not plan.learned_variance:
-            rows = [replace(row, e3=row.g * row.g) if row.draws else row for row in rows]
-        if starts is not None:
-            rows += [Row(a=1.0, k=row.k) for row in plan.rows]
-        if plan.learned_variance:
-            return replace(plan, rows=tuple(rows), threshold=None).learned_table
-        table = torch.tensor([row.coefficients() for row in rows], dtype=torch.float64, device="cpu")
-        if self.guided:  # a row of weight 1 calls the conditional model alone, so its op takes m as it is
-            table[table[:, _W] == 1.0, _W] = 0.0
-        return table
-
-    def _prepare_inputs(self) -> None:
-        """Times on the device, and the model input of the first row."""
-        x, plan, first = self.state, self.plan, self.first
-        times = torch.tensor([row.time for row in plan.rows], dtype=getattr(torch, plan.time_dtype), device="cpu")
-        self._times = list(times.to(x.device)[:, None].repeat(1, max(self.copies) * self.batch).unbind(0))
-        if max(self.copies) != min(self.copies):
-            self._times = [t[: copies * self.batch] for t, copies in zip(self._times, self.copies, strict=True)]
+    def _first_input(self, first: int) -> Tensor:
+        """The model input of the first row."""
+        x, plan = self.state, self.plan
         k = plan.first_k if first == 0 else plan.rows[first - 1].k
-        self.input = x
-        if k != 1.0 or self.copies[first] != 1 or self.model_dtype != x.dtype:
-            work = torch.promote_types(x.dtype, torch.float32)
-            self.input = self._input_buffer(self.copies[first], avoid=None)
-            scaled = (x.to(work) * k).to(self.model_dtype)
-            for copy in self.input.split(self.batch) if self.batch else ():
-                copy.copy_(scaled)
+        if k == 1.0 and self._copies[first] == 1 and self.model_dtype == x.dtype:
+            return x
+        work = torch.promote_types(x.dtype, torch.float32)
+        made = self._input_buffer(self._copies[first], avoid=None)
+        scaled = (x.to(work) * k).to(self.model_dtype)
+        for copy in made.split(self.batch) if self.batch else ():
+            copy.copy_(scaled)
+        return made
 
     def row(self, model: Model, i: int, noise: Tensor | None) -> None:
         """Call the model if row i does, then make the row's outputs."""
-        row, call, buffers = self.plan.rows[i], self.calls[i], self.buffers
+        row, call, buffers = self.plan.rows[i], self._calls[i], self._buffers
         m = self.call(model, i) if row.calls_model else None
         into = self._input_buffer(call.next, avoid=m) if call.next else None
-        m2 = m if self.batch == 0 and self.copies[i] == 2 else None  # two halves of an empty batch
+        m2 = m if self.batch == 0 and self._copies[i] == 2 else None  # two halves of an empty batch
         if self.plan.threshold is not None and m is not None:
             m, m2 = self._thresholded(i, m, m2), None
         if row.path is not None and noise is None and row.draws:
             noise = self._increment(row.path)
-        refuse_tangents("step", self.state, m, noise, self.known)
-        index = None if self.index is None else self.index[i]
+        index = None if self._index is None else self._index[i]
         seeds = self.seeds if call.seeded and (noise is None or self.mask is not None) else None
         mask = self.mask
-        if mask is not None and i < self._all_run:  # what a waiting sample starts from is its own
+        if (
+            mask is not None and self._waits is not None and i < self._all_run
+        ):  # what a waiting sample starts from is its own
             mask = torch.where(self._waits[i], torch.ones((), dtype=mask.dtype, device=mask.device), mask)
         out, x0 = buffers[call.out], buffers[call.x0]
         assert out is not None
@@ -268,34 +222,32 @@ class Run:
                 mask=mask,
                 known=self.known,
             )
-        if self.keeps_operands:
-            self.operands = (self.state, m, m2, h0, h1, h2, h3, i, index)
+        if self.want_logprob:
+            self._before = _Operands(self.state, m, m2, (h0, h1, h2, h3), i, index)
         self.state = out
         if row.makes_x0:
             self.x0 = x0
-        self.input = out if into is None else into
+        self._input = out if into is None else into
 
     def logprob(self) -> Tensor:
         """ln p(new state given the one before) of the row that has just run, [B]."""
-        x, m, m2, h0, h1, h2, h3, i, index = self.operands
-        return ops.step_logprob(self.state, x, m, m2, h0, h1, h2, h3, table=self.table, row=i, index=index)
+        assert self._before is not None
+        x, m, m2, histories, row, index = self._before
+        return ops.step_logprob(self.state, x, m, m2, *histories, table=self.table, row=row, index=index)
 
     def call(self, model: Model, i: int) -> Tensor:
         """The model's output at row i, checked."""
-        copies = self.copies[i]
+        copies = self._copies[i]
         cond = self.cond
         if self.guided:
-            cond = self.pair if copies == 2 else cond if self.plan.rows[i].w == 1.0 else self.uncond
-        m = model(self.input, self._times[i]) if cond is None else model(self.input, self._times[i], cond)
-        want = self._want[copies - 1]
-        if not isinstance(m, Tensor) or m.shape != want:
-            got = f"shape {list(m.shape)}" if isinstance(m, Tensor) else type(m).__name__
-            raise ValueError(f"model must return a tensor of shape {list(want)}, got {got} at row {i}")
-        return m
+            cond = self._pair if copies == 2 else cond if self.plan.rows[i].w == 1.0 else self.uncond
+        m = model(self._input, self._times[i]) if cond is None else model(self._input, self._times[i], cond)
+        return returned(m, self._want[copies - 1], row=i)
 
     def _thresholded(self, i: int, m: Tensor, m2: Tensor | None) -> Tensor:
         """The thresholded x0; before the variance in a model of learned variance."""
         assert self.plan.threshold is not None
+        assert self._estimates is not None
         quantile, maximum = self.plan.threshold
         room = self._room("m", m) if self.plan.learned_variance else self._room("threshold", self.state)
         x0, values = room, m
@@ -303,7 +255,7 @@ class Run:
             channels = self.state.shape[1]
             room[:, channels:] = m[:, channels:]
             x0, values = room[:, :channels], m[:, :channels]
-        ops.step_out(self.state, values, m2, table=self.estimates, row=i, out=x0)
+        ops.step_out(self.state, values, m2, table=self._estimates, row=i, out=x0)
         if x0.numel():
             ops.dynamic_threshold_out(x0, quantile, float("inf") if maximum is None else maximum, out=x0)
         return room
@@ -318,10 +270,7 @@ class Run:
         assert self.shift is not None
         state = self.state
         given = self.shift(state, self._times[i][: self.batch])
-        if not isinstance(given, Tensor) or given.shape != state.shape:
-            got = f"shape {list(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
-            raise ValueError(f"mean_shift must return a tensor of shape {list(state.shape)}, got {got} at row {i}")
-        return given.to(state.dtype)
+        return returned(given, state.shape, "mean_shift", i).to(state.dtype)
 
     def _learned_shift(self, i: int, m: Tensor, noise: Tensor | None) -> Tensor:
         """z + std gradient, which the learned std turns into std z + variance gradient."""
@@ -351,6 +300,59 @@ class Run:
                 break
         else:
             like = torch.empty_like(self.state, dtype=self.model_dtype)
-            buffer = like if max(self.copies) == 1 else torch.empty_like(torch.cat([like, like]))
+            buffer = like if max(self._copies) == 1 else torch.empty_like(torch.cat([like, like]))
             self._inputs.append(buffer)
         return buffer if buffer.shape[0] == copies * self.batch else buffer[: copies * self.batch]
+
+
+def _pair(cond: Any, uncond: Any, batch: int) -> Tensor:
+    """cat([uncond, cond]), checked."""
+    for argument, value in (("cond", cond), ("uncond", uncond)):
+        if not isinstance(value, Tensor):
+            raise ValueError(f"guidance needs cond and uncond as tensors, got {argument} = {type(value).__name__}")
+        if value.ndim == 0 or value.shape[0] != batch:
+            raise ValueError(f"{argument} must have one entry a sample ({batch}), got shape {list(value.shape)}")
+    if cond.shape != uncond.shape or cond.dtype != uncond.dtype:
+        raise ValueError(
+            f"cond and uncond must have one shape and dtype, got {list(cond.shape)} {cond.dtype} "
+            f"and {list(uncond.shape)} {uncond.dtype}"
+        )
+    return torch.cat([uncond, cond])
+
+
+def _table(plan: Plan, *, shifts: bool, waits: bool, guided: bool) -> Tensor:
+    """The table of the rows; after them the rows that leave a waiting sample as it is, where samples wait."""
+    if not (shifts or waits or guided) and plan.threshold is None:
+        return plan.learned_table if plan.learned_variance else plan.table
+    rows = list(plan.rows)
+    if plan.threshold is not None:
+        # The op is given the thresholded x0 in the place of m.
+        rows = [replace(row, w=0.0, p=0.0, q=1.0) if row.calls_model else row for row in rows]
+    if shifts and not plan.learned_variance:
+        rows = [replace(row, e3=row.g * row.g) if row.draws else row for row in rows]
+    if waits:
+        rows += [Row(a=1.0, k=row.k) for row in plan.rows]
+    if plan.learned_variance:
+        return replace(plan, rows=tuple(rows), threshold=None).learned_table
+    return _of_rows(rows, guided)
+
+
+def _estimates(plan: Plan, guided: bool) -> Tensor:
+    """The rows that make the x0 alone, which is thresholded before the step takes it."""
+    return _of_rows([Row(w=row.w, p=row.p, q=row.q, b=1.0) for row in plan.rows], guided)
+
+
+def _of_rows(rows: Sequence[Row], guided: bool) -> Tensor:
+    table = torch.tensor([row.coefficients() for row in rows], dtype=torch.float64, device="cpu")
+    if guided:  # a row of weight 1 calls the conditional model alone, so its op takes m as it is
+        table[table[:, _W] == 1.0, _W] = 0.0
+    return table
+
+
+def _times(plan: Plan, copies: Sequence[int], batch: int, device: torch.device) -> list[Tensor]:
+    """What the model is given at each row, on the device."""
+    times = torch.tensor([row.time for row in plan.rows], dtype=getattr(torch, plan.time_dtype), device="cpu")
+    found = list(times.to(device)[:, None].repeat(1, max(copies) * batch).unbind(0))
+    if max(copies) == min(copies):
+        return found
+    return [t[: count * batch] for t, count in zip(found, copies, strict=True)]

@@ -9,7 +9,7 @@ whose slope is k_7 and the next step's k_1; its error is estimated as e = h sum_
 solved as if it were alone. Its norms are root mean squares over its elements, of e and of x. The coordinate is u = ln
 sigma, in which steps stay of one size (a third fewer model calls than in sigma), or the time of a flow. Dormand and
 Prince 1980; Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, section II.4, for the control and
-the first step.
+the first step. No plan can say these steps before the run: the loop is one of its own beside `sample`'s.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ import torch
 from torch import Tensor
 
 from diffkern import ops
-from diffkern.samplers.nodes import Coordinates, choice, coordinates
+from diffkern.samplers.arguments import choice
+from diffkern.samplers.nodes import Coordinates, coordinates
 from diffkern.sampling._dormand_prince import Solver, in_tolerances
-from diffkern.sampling._run import Model
-from diffkern.schedules import DiscreteSchedule, Schedule
+from diffkern.sampling.options import Model
+from diffkern.schedules.base import Schedule
+from diffkern.schedules.discrete import DiscreteSchedule
 
 NORMS = ("sample", "batch")
 

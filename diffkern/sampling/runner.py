@@ -10,40 +10,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple, TypedDict, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from diffkern import ops, streams
 from diffkern.plan import SLOTS, Plan
-from diffkern.sampling._inputs import Seeds, next_noise, progress_bar, seeds_of
-from diffkern.sampling._run import Model, Run, Shift
-
-
-class StepInfo(TypedDict):
-    """What a callback is given after each step; the tensors are reused, so clone what you keep."""
-
-    i: int
-    """Index of the step, from ``start``."""
-    t: float
-    """Time the model was given in the step's first call."""
-    x: Tensor
-    """The state after the step."""
-    x0: Tensor | None
-    """The x0 estimate of the step's last model call; 0 for a sample that waits for its start."""
-
-
-class Sampled(NamedTuple):
-    """Result of ``sample(..., trajectory=True)`` or ``sample(..., logprob=True)``."""
-
-    x: Tensor
-    """The final state, [B, ...]."""
-    trajectory: Tensor | None = None
-    """The state before the first step and after each step, [steps + 1, B, ...]."""
-    logprob: Tensor | None = None
-    """ln of the density of each step's new state given the one before, in nats, [steps, B]; 0 for a step that draws
-    nothing. float32, float64 for float64 states."""
+from diffkern.sampling._inputs import check_state, next_noise, progress_bar, seeds_for, seeds_of
+from diffkern.sampling._run import Run
+from diffkern.sampling.options import Model, Sampled, SampleOptions, Seeds, Shift, StepInfo
 
 
 def initial(
@@ -84,21 +61,9 @@ def sample(
     x: Tensor,
     plan: Plan,
     *,
-    seeds: Seeds | None = ...,
-    cond: Any = ...,
-    uncond: Any = ...,
-    guidance: float | Sequence[float] | None = ...,
-    mean_shift: Shift | None = ...,
-    noise: Iterable[Tensor] | None = ...,
-    mask: Tensor | None = ...,
-    known: Tensor | None = ...,
-    start: int | Tensor = ...,
-    callback: Callable[[StepInfo], object] | None = ...,
     trajectory: Literal[False] = ...,
     logprob: Literal[False] = ...,
-    progress: bool | str = ...,
-    out_dtype: torch.dtype | None = ...,
-    model_dtype: torch.dtype | None = ...,
+    **options: Unpack[SampleOptions],
 ) -> Tensor: ...
 
 
@@ -108,21 +73,9 @@ def sample(
     x: Tensor,
     plan: Plan,
     *,
-    seeds: Seeds | None = ...,
-    cond: Any = ...,
-    uncond: Any = ...,
-    guidance: float | Sequence[float] | None = ...,
-    mean_shift: Shift | None = ...,
-    noise: Iterable[Tensor] | None = ...,
-    mask: Tensor | None = ...,
-    known: Tensor | None = ...,
-    start: int | Tensor = ...,
-    callback: Callable[[StepInfo], object] | None = ...,
     trajectory: Literal[True],
     logprob: bool = ...,
-    progress: bool | str = ...,
-    out_dtype: torch.dtype | None = ...,
-    model_dtype: torch.dtype | None = ...,
+    **options: Unpack[SampleOptions],
 ) -> Sampled: ...
 
 
@@ -132,21 +85,9 @@ def sample(
     x: Tensor,
     plan: Plan,
     *,
-    seeds: Seeds | None = ...,
-    cond: Any = ...,
-    uncond: Any = ...,
-    guidance: float | Sequence[float] | None = ...,
-    mean_shift: Shift | None = ...,
-    noise: Iterable[Tensor] | None = ...,
-    mask: Tensor | None = ...,
-    known: Tensor | None = ...,
-    start: int | Tensor = ...,
-    callback: Callable[[StepInfo], object] | None = ...,
     trajectory: bool = ...,
     logprob: Literal[True],
-    progress: bool | str = ...,
-    out_dtype: torch.dtype | None = ...,
-    model_dtype: torch.dtype | None = ...,
+    **options: Unpack[SampleOptions],
 ) -> Sampled: ...
 
 
@@ -211,6 +152,11 @@ def sample(
         raise ValueError(f"mean_shift needs a plan that leaves history {SLOTS - 1} free, got {plan.name}")
     if logprob:
         _check_logprob(plan, mask, mean_shift)
+    check_state(x, mask, known)
+    drawing = sum(row.draws for row in rows)
+    if isinstance(noise, list | tuple) and len(noise) != drawing:
+        raise ValueError(f"noise must hold one tensor for each row that draws ({drawing}), got {len(noise)}")
+    noises: Iterator[Tensor] | None = None if noise is None else iter(noise)
     run = Run(
         plan,
         x,
@@ -221,27 +167,17 @@ def sample(
         uncond=uncond,
         mask=mask,
         known=known,
+        seeds=seeds_for(rows, x, seeds, noise, mask),
         starts=torch.tensor(starts) if len(set(starts)) > 1 else None,
         mean_shift=mean_shift,
         want_x0=callback is not None,
+        want_logprob=logprob,
     )
-    noises: Iterator[Tensor] | None = None if noise is None else iter(noise)
-    drawing = sum(row.draws for row in rows)
-    if isinstance(noise, list | tuple) and len(noise) != drawing:
-        raise ValueError(f"noise must hold one tensor for each row that draws ({drawing}), got {len(noise)}")
-    masked = mask is not None and any(row.known_n for row in rows)
-    if noise is not None and seeds is not None and not masked:
-        raise ValueError("give seeds or noise, not both, got both")
-    if masked or (noises is None and any(row.draws for row in rows)):
-        run.seeds = seeds_of(seeds, x.shape[0], x.device)
-    elif seeds is not None:
-        seeds_of(seeds, x.shape[0], x.device)  # not needed, but a wrong one is still an error
     states = torch.empty((len(steps) + 1, *x.shape), dtype=x.dtype, device=x.device) if trajectory else None
     if states is not None:
         states[0] = x
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     densities = torch.zeros((len(steps), x.shape[0]), dtype=dtype, device=x.device) if logprob else None
-    run.keeps_operands = logprob
     bar = progress_bar(progress, plan.name, len(steps))
     try:
         for i, step in enumerate(steps):
@@ -295,6 +231,7 @@ def transition_logprob(
             f"step must be one row that reads no history, of a plan without a threshold, got step {step} of {plan.name}"
         )
     _check_logprob(plan, None, None)
+    check_state(x)
     run = Run(
         plan,
         x.detach(),
@@ -303,11 +240,6 @@ def transition_logprob(
         guided=guidance is not None or any(row.w != 0 for row in plan.rows),
         cond=cond,
         uncond=uncond,
-        mask=None,
-        known=None,
-        starts=None,
-        mean_shift=None,
-        want_x0=False,
     )
     m = run.call(model, number)
     return ops.step_logprob(after.detach(), x.detach(), m, table=run.table, row=number)

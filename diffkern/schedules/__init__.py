@@ -23,8 +23,8 @@ data; score_sde counts t as VP and VE do here; flow_matching runs VP and cosine 
 
 The lectures count diffusion steps 1..T; index t here is their step t+1, so t = 0 already holds one step of noise.
 
-Sources: lectures 000, 001, 002 (DDPM, arXiv 2006.11239; cosine, arXiv 2102.09672), 001 and 003 (SDEs, arXiv
-2011.13456), 000 and 003 (flow matching, arXiv 2210.02747), EDM (arXiv 2206.00364). Lecture 000 prints a last linear
+Sources: DDPM (arXiv 2006.11239) and cosine (arXiv 2102.09672), lectures 000, 001, 002; SDEs (arXiv 2011.13456), 001 and
+003; flow matching (arXiv 2210.02747), 000 and 003; EDM (arXiv 2206.00364). Lecture 000 prints a last linear
 beta of 0.04; the paper and every other implementation use 0.02, as here.
 
 A time may be a Python number or a tensor; results are float64 tensors of its shape on its device. On the CPU a time
@@ -33,89 +33,19 @@ libraries are float32: a relative 3.6e-7 (linear) to 1.3e-5 (cosine) from these 
 t = 0; `from_alphas_cumprod` takes theirs as they are.
 """
 
-from diffkern.schedules import grids, predictions
-from diffkern.schedules.base import Schedule, Time, as_time
-from diffkern.schedules.continuous import (
-    CosineSchedule,
-    LaplaceSchedule,
-    LinearLogSNRSchedule,
-    SubVPSchedule,
-    UnitTime,
-    VPSchedule,
-)
-from diffkern.schedules.discrete import DiscreteSchedule
-from diffkern.schedules.exploding import EDMSchedule, ExponentialVESchedule, VESchedule
-from diffkern.schedules.makers import (
-    SCHEDULES,
-    cosine,
-    cosine_arc,
-    cosine_vp,
-    discretise,
-    edm,
-    exponential,
-    flow,
-    from_alphas_cumprod,
-    from_betas,
-    laplace,
-    laplace_vp,
-    linear,
-    linear_log_snr,
-    log_snr_path,
-    path,
-    rectified_flow,
-    scaled_linear,
-    sigmoid,
-    sub_vp,
-    ve,
-    ve_exponential,
-    vp,
-    zero_terminal_snr,
-)
-from diffkern.schedules.paths import FlowSchedule, LogSNRSchedule, PathSchedule
+from diffkern.schedules import continuous, discrete, exploding, grids, makers, paths, predictions
+from diffkern.schedules.base import Schedule, Time, UnitTime, as_time
+from diffkern.schedules.continuous import *
+from diffkern.schedules.discrete import *
+from diffkern.schedules.exploding import *
+from diffkern.schedules.makers import *
+from diffkern.schedules.paths import *
 from diffkern.schedules.spacings import karras_sigmas
 
-__all__ = [
-    "SCHEDULES",
-    "CosineSchedule",
-    "DiscreteSchedule",
-    "EDMSchedule",
-    "ExponentialVESchedule",
-    "FlowSchedule",
-    "LaplaceSchedule",
-    "LinearLogSNRSchedule",
-    "LogSNRSchedule",
-    "PathSchedule",
-    "Schedule",
-    "SubVPSchedule",
-    "Time",
-    "UnitTime",
-    "VESchedule",
-    "VPSchedule",
-    "as_time",
-    "cosine",
-    "cosine_arc",
-    "cosine_vp",
-    "discretise",
-    "edm",
-    "exponential",
-    "flow",
-    "from_alphas_cumprod",
-    "from_betas",
-    "grids",
-    "karras_sigmas",
-    "laplace",
-    "laplace_vp",
-    "linear",
-    "linear_log_snr",
-    "log_snr_path",
-    "path",
-    "predictions",
-    "rectified_flow",
-    "scaled_linear",
-    "sigmoid",
-    "sub_vp",
-    "ve",
-    "ve_exponential",
-    "vp",
-    "zero_terminal_snr",
-]
+__all__ = ["Schedule", "Time", "UnitTime", "as_time", "grids", "karras_sigmas", "predictions"]
+# What these modules list.
+__all__ += continuous.__all__
+__all__ += discrete.__all__
+__all__ += exploding.__all__
+__all__ += makers.__all__
+__all__ += paths.__all__

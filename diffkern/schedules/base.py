@@ -8,8 +8,6 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from diffkern.schedules import predictions
-
 Time = int | float | Tensor
 
 
@@ -67,7 +65,7 @@ class Schedule(ABC):
         f = direction d ln(alpha)/dt          (`drift`, <= 0 wherever the signal shrinks)
         g^2 = d sigma^2/dtau - 2 f sigma^2 = -direction sigma^2 d log_snr/dt          (`diffusion`, `diffusion_squared`)
 
-    so that for every path, with the score s of its marginals (lectures 001, 003; arXiv 2011.13456, 2107.00630):
+    so that for every path, with the score s of its marginals (arXiv 2011.13456, 2107.00630; lectures 001, 003):
 
         reverse SDE, dtau < 0:         dx = (f x - g^2 s) dtau + g dw
         probability-flow ODE:          dx = (f x - g^2/2 s) dtau
@@ -208,6 +206,8 @@ class Schedule(ABC):
 
     def coefficients(self, prediction: str, t: Time) -> Tensor:
         """Rows for the noising op, [..., 4] float64: (s, n, u, v) with x_t = s x0 + n eps and target = u x0 + v eps."""
+        from diffkern.schedules import predictions  # which imports of schedules as arguments
+
         u, v = predictions.target_coefficients(self, prediction, t)
         return torch.stack([self.alpha(t), self.sigma(t), u, v], dim=-1)
 
@@ -230,3 +230,80 @@ class Schedule(ABC):
         """(c_skip, c_out, c_in, c_noise), for the prediction ``edm``; EDM schedules only."""
         del t
         raise ValueError(f"prediction 'edm' needs an EDM schedule, got {self.name}")
+
+
+class UnitTime(Schedule):
+    """A schedule of t in [0, 1], by default with data at 0 and noise at 1."""
+
+    noise_end = 1.0
+    data_end = 0.0
+
+    def _times(self, t: Time) -> Tensor:
+        t = as_time(t).to(torch.float64)
+        ends = "0 is data, 1 is noise" if self.data_end == 0 else "0 is noise, 1 is data"
+        return torch.where(check_times((t >= 0) & (t <= 1), t, f"lie in [0, 1] ({ends})"), t, torch.nan)
+
+    def _log_snrs(self, log_snr: Time, lowest: float = -math.inf, highest: float = math.inf) -> Tensor:
+        """``log_snr`` as a tensor, checked: NaN outside the range on a device, and moved onto it where it rounds."""
+        value = as_log_snr(log_snr)
+        return torch.where(check_log_snrs(value, lowest, highest), value.clamp(lowest, highest), torch.nan)
+
+
+class VariancePreserving(UnitTime):
+    """alpha^2 + sigma^2 = 1, so that g^2 = -2 f and unit-variance data keep their variance."""
+
+    time_eps = 1e-3
+
+    def beta(self, t: Time) -> Tensor:
+        """beta(t) of the SDE dx = -beta/2 x dt + sqrt(beta) dw."""
+        return self.diffusion_squared(t)
+
+    def diffusion_squared(self, t: Time) -> Tensor:
+        """-2 f."""
+        return -2.0 * self.drift(t)
+
+    @property
+    def prior_std(self) -> float:
+        """1: unit-variance data keep their variance."""
+        return 1.0
+
+
+class LogSNRDefined(VariancePreserving):
+    """A variance-preserving path given by its log-SNR: alpha^2 = sigmoid(log_snr), sigma^2 = sigmoid(-log_snr).
+
+    The log-SNR is finite at both ends, so alpha and sigma are never 0 (arXiv 2107.00630, section 3).
+    """
+
+    time_eps = 0.0
+
+    @abstractmethod
+    def log_snr(self, t: Time) -> Tensor:
+        """What defines the schedule."""
+
+    @abstractmethod
+    def log_snr_dot(self, t: Time) -> Tensor:
+        """d log_snr/dt."""
+
+    def alpha(self, t: Time) -> Tensor:
+        """sqrt(sigmoid(log_snr))."""
+        return torch.sigmoid(self.log_snr(t)).sqrt()
+
+    def sigma(self, t: Time) -> Tensor:
+        """sqrt(sigmoid(-log_snr))."""
+        return torch.sigmoid(-self.log_snr(t)).sqrt()
+
+    def alpha_dot(self, t: Time) -> Tensor:
+        """alpha sigma^2 log_snr_dot/2."""
+        return 0.5 * self.alpha(t) * self.sigma(t) ** 2 * self.log_snr_dot(t)
+
+    def sigma_dot(self, t: Time) -> Tensor:
+        """-sigma alpha^2 log_snr_dot/2."""
+        return -0.5 * self.sigma(t) * self.alpha(t) ** 2 * self.log_snr_dot(t)
+
+    def drift(self, t: Time) -> Tensor:
+        """sigma^2 log_snr_dot/2, in noising time."""
+        return 0.5 * self.direction * self.sigma(t) ** 2 * self.log_snr_dot(t)
+
+    def sigma_ve(self, t: Time) -> Tensor:
+        """e^(-log_snr/2)."""
+        return (-0.5 * self.log_snr(t)).exp()

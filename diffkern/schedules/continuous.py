@@ -3,49 +3,19 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from diffkern.schedules.base import Schedule, Time, as_log_snr, as_time, check_log_snrs, check_times
+from diffkern.schedules.base import (
+    LogSNRDefined,
+    Time,
+    UnitTime,
+    VariancePreserving,
+)
 
-
-class UnitTime(Schedule):
-    """A schedule of t in [0, 1], by default with data at 0 and noise at 1."""
-
-    noise_end = 1.0
-    data_end = 0.0
-
-    def _times(self, t: Time) -> Tensor:
-        t = as_time(t).to(torch.float64)
-        ends = "0 is data, 1 is noise" if self.data_end == 0 else "0 is noise, 1 is data"
-        return torch.where(check_times((t >= 0) & (t <= 1), t, f"lie in [0, 1] ({ends})"), t, torch.nan)
-
-    def _log_snrs(self, log_snr: Time, lowest: float = -math.inf, highest: float = math.inf) -> Tensor:
-        """``log_snr`` as a tensor, checked: NaN outside the range on a device, and moved onto it where it rounds."""
-        value = as_log_snr(log_snr)
-        return torch.where(check_log_snrs(value, lowest, highest), value.clamp(lowest, highest), torch.nan)
-
-
-class VariancePreserving(UnitTime):
-    """alpha^2 + sigma^2 = 1, so that g^2 = -2 f and unit-variance data keep their variance."""
-
-    time_eps = 1e-3
-
-    def beta(self, t: Time) -> Tensor:
-        """beta(t) of the SDE dx = -beta/2 x dt + sqrt(beta) dw."""
-        return self.diffusion_squared(t)
-
-    def diffusion_squared(self, t: Time) -> Tensor:
-        """-2 f."""
-        return -2.0 * self.drift(t)
-
-    @property
-    def prior_std(self) -> float:
-        """1: unit-variance data keep their variance."""
-        return 1.0
+__all__ = ["CosineSchedule", "LaplaceSchedule", "LinearLogSNRSchedule", "SubVPSchedule", "VPSchedule"]
 
 
 @dataclass(frozen=True)
@@ -99,7 +69,7 @@ class LinearBeta(UnitTime):
 class VPSchedule(LinearBeta):
     """VP SDE dx = -beta/2 x dt + sqrt(beta) dw with beta(t) linear: alpha = e^(-B/2), sigma = sqrt(1 - e^-B).
 
-    Lecture 001; arXiv 2011.13456, eq. 11 and 33. The discrete `linear` schedule of T steps with betas
+    arXiv 2011.13456, eq. 11 and 33; lecture 001. The discrete `linear` schedule of T steps with betas
     beta(i/T)/T tends to it (T = 1000, beta 0.0001 .. 0.02). Samplers and training stay above t = 1e-3.
     """
 
@@ -176,9 +146,9 @@ class SubVPSchedule(LinearBeta):
 class CosineSchedule(VariancePreserving):
     """abar = cos^2(theta)/cos^2(theta_0), theta = (t+s)/(1+s) pi/2, theta_0 = s/(1+s) pi/2: continuous cosine.
 
-    Lectures 000 and 002; arXiv 2102.09672, eq. 17, without its bound on beta: alpha is 0 at t = 1. With s = 0 (default)
-    alpha = cos(pi t/2) and sigma = sin(pi t/2), which is lecture 000's abar = (cos(pi t) + 1)/2 without its bounds, and
-    with time reversed the cosine path of flow matching. The discrete `cosine` schedule has s = 0.008.
+    arXiv 2102.09672, eq. 17, and lectures 000 and 002, without the bound on beta: alpha is 0 at t = 1. With s = 0
+    (default) alpha = cos(pi t/2) and sigma = sin(pi t/2), which is lecture 000's abar = (cos(pi t) + 1)/2 without its
+    bounds, and with time reversed the cosine path of flow matching. The discrete `cosine` schedule has s = 0.008.
     """
 
     s: float = 0.0
@@ -245,47 +215,6 @@ class CosineSchedule(VariancePreserving):
         total = sin * cos0 + cos * sin0
         moved = torch.where(total > 0, cos0**2 * sigma**2 / total, 0.0)
         return (torch.atan2(moved, cos * cos0 + sin * sin0) / self._speed).clamp(0.0, 1.0)
-
-
-class LogSNRDefined(VariancePreserving):
-    """A variance-preserving path given by its log-SNR: alpha^2 = sigmoid(log_snr), sigma^2 = sigmoid(-log_snr).
-
-    The log-SNR is finite at both ends, so alpha and sigma are never 0 (arXiv 2107.00630, section 3).
-    """
-
-    time_eps = 0.0
-
-    @abstractmethod
-    def log_snr(self, t: Time) -> Tensor:
-        """What defines the schedule."""
-
-    @abstractmethod
-    def log_snr_dot(self, t: Time) -> Tensor:
-        """d log_snr/dt."""
-
-    def alpha(self, t: Time) -> Tensor:
-        """sqrt(sigmoid(log_snr))."""
-        return torch.sigmoid(self.log_snr(t)).sqrt()
-
-    def sigma(self, t: Time) -> Tensor:
-        """sqrt(sigmoid(-log_snr))."""
-        return torch.sigmoid(-self.log_snr(t)).sqrt()
-
-    def alpha_dot(self, t: Time) -> Tensor:
-        """alpha sigma^2 log_snr_dot/2."""
-        return 0.5 * self.alpha(t) * self.sigma(t) ** 2 * self.log_snr_dot(t)
-
-    def sigma_dot(self, t: Time) -> Tensor:
-        """-sigma alpha^2 log_snr_dot/2."""
-        return -0.5 * self.sigma(t) * self.alpha(t) ** 2 * self.log_snr_dot(t)
-
-    def drift(self, t: Time) -> Tensor:
-        """sigma^2 log_snr_dot/2, in noising time."""
-        return 0.5 * self.direction * self.sigma(t) ** 2 * self.log_snr_dot(t)
-
-    def sigma_ve(self, t: Time) -> Tensor:
-        """e^(-log_snr/2)."""
-        return (-0.5 * self.log_snr(t)).exp()
 
 
 @dataclass(frozen=True)

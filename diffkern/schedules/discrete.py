@@ -10,6 +10,8 @@ from torch import Tensor
 
 from diffkern.schedules.base import Schedule, Time, as_log_snr, as_time, check_log_snrs, check_times
 
+__all__ = ["DiscreteSchedule"]
+
 
 class DiscreteSchedule(Schedule):
     """A table of T noise levels, given by its alphas_cumprod (abar): alpha = sqrt(abar_t), sigma = sqrt(1 - abar_t).
@@ -75,7 +77,7 @@ class DiscreteSchedule(Schedule):
 
         Its betas are 1 - abar_i/abar_(the kept one before), so that its chain has the marginals of this one at the
         kept times. `model_time` and `kept` give the numbers that the network was trained with.
-        Lecture 002; arXiv 2010.02502, section 4.2; arXiv 2102.09672, section 4.
+        arXiv 2010.02502, section 4.2; arXiv 2102.09672, section 4; lecture 002.
         """
         listed = times.tolist() if isinstance(times, Tensor) else list(times)
         for t in listed:
@@ -160,8 +162,8 @@ class DiscreteSchedule(Schedule):
     def drift(self, t: Time) -> Tensor:
         """f of dx = f x dt + g dw, time in steps, where g^2 = -2 f because alpha^2 + sigma^2 = 1.
 
-        At whole t in 0..T-1, -beta_t/2: the VP SDE that the chain with these betas is a discretisation of (lecture 001;
-        arXiv 2011.13456, section 3.4). At fractional t, the derivative of the interpolation that `abar` uses:
+        At whole t in 0..T-1, -beta_t/2: the VP SDE that the chain with these betas is a discretisation of (arXiv
+        2011.13456, section 3.4; lecture 001). At fractional t, the derivative of the interpolation that `abar` uses:
         -(r dr/dt) alpha^2 with r = sigma/alpha linear in t, whose integral from one whole t to the next is exactly the
         table's. There is none in the last step of a table that ends on zero SNR, where r is infinite.
         """
@@ -212,7 +214,7 @@ class DiscreteSchedule(Schedule):
 
         coef_x0 = sqrt(abar_s) beta/(1-abar_t), coef_xt = sqrt(abar_t/abar_s) (1-abar_s)/(1-abar_t),
         beta_tilde = (1-abar_s)/(1-abar_t) beta with beta = 1 - abar_t/abar_s and s = t - 1 by default.
-        Lectures 000, 001, 002; arXiv 2006.11239, eq. 6 and 7.
+        arXiv 2006.11239, eq. 6 and 7; lectures 000, 001, 002.
         """
         abar_t, abar_s = self._pair(t, s)
         beta = (abar_s - abar_t) / abar_s
@@ -226,8 +228,8 @@ class DiscreteSchedule(Schedule):
     def variance(self, t: Time, s: Time | None = None, kind: str | float = "beta_tilde") -> Tensor:
         """Variance of the reverse step t -> s: ``"beta"``, ``"beta_tilde"``, or a number v in [0, 1] between them.
 
-        A number mixes the logarithms, exp(v ln beta + (1-v) ln beta_tilde): lecture 002; arXiv 2102.09672, eq. 15
-        (networks there put out 2v - 1). It is 0 where beta_tilde is 0 and v < 1.
+        A number mixes the logarithms, exp(v ln beta + (1-v) ln beta_tilde): arXiv 2102.09672, eq. 15; lecture
+        002 (the paper's networks put out 2v - 1). It is 0 where beta_tilde is 0 and v < 1.
         """
         if kind == "beta":
             return self.beta(t, s)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffkern.schedules.base import Schedule, Time, as_log_snr, as_time, check_log_snrs, check_times
-from diffkern.schedules.continuous import UnitTime
+from diffkern.schedules.base import Schedule, Time, UnitTime, as_log_snr, as_time, check_log_snrs, check_times
 from diffkern.schedules.spacings import karras_sigmas
+
+__all__ = ["EDMSchedule", "ExponentialVESchedule", "VESchedule"]
 
 
 class _Exploding(UnitTime):
@@ -43,7 +44,7 @@ class _Exploding(UnitTime):
 class VESchedule(_Exploding):
     """VE SDE with geometric noise: sigma = sigma_min (sigma_max/sigma_min)^t, dx = sigma sqrt(2 ln(max/min)) dw.
 
-    Lectures 001, 003; NCSN's geometric sigma_1..sigma_L with t for the index (arXiv 1907.05600, 2011.13456, eq. 30).
+    NCSN's geometric sigma_1..sigma_L with t for the index: arXiv 1907.05600; 2011.13456, eq. 30; lectures 001, 003.
     Data at t = 0 hold noise of sigma_min already; the SDE started from clean data at t = 0 would have variance
     sigma^2 - sigma_min^2. The prior is N(0, sigma_max^2 I). Samplers and training stay above t = 1e-5.
     """

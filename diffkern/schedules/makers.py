@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from diffkern.schedules.base import Schedule
+from diffkern.schedules.base import Schedule, UnitTime
 from diffkern.schedules.continuous import (
     CosineSchedule,
     LaplaceSchedule,
     LinearLogSNRSchedule,
     SubVPSchedule,
-    UnitTime,
     VPSchedule,
 )
 from diffkern.schedules.discrete import DiscreteSchedule, float64_vector
@@ -67,7 +66,7 @@ def from_betas(betas: Tensor | Iterable[float], name: str = "from_betas") -> Dis
 
 
 def linear(T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> DiscreteSchedule:
-    """Betas evenly spaced from beta_start to beta_end (lectures 000, 002; arXiv 2006.11239)."""
+    """Betas evenly spaced from beta_start to beta_end (arXiv 2006.11239; lectures 000, 002)."""
     return from_betas(torch.linspace(beta_start, beta_end, _steps(T), dtype=torch.float64), "linear")
 
 
@@ -83,7 +82,7 @@ def scaled_linear(T: int = 1000, beta_start: float = 0.00085, beta_end: float = 
 def cosine(T: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> DiscreteSchedule:
     """beta_i = min(1 - f((i+1)/T)/f(i/T), max_beta) with f(t) = cos^2((t+s)/(1+s) pi/2).
 
-    Lecture 002; arXiv 2102.09672, eq. 17.
+    arXiv 2102.09672, eq. 17; lecture 002.
     """
     if not 0.0 <= s < math.inf:
         raise ValueError(f"s must be >= 0, got {s}")

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from diffkern.schedules.base import Schedule, Time
-from diffkern.schedules.continuous import LogSNRDefined, UnitTime
+from diffkern.schedules.base import LogSNRDefined, Schedule, Time, UnitTime
+
+__all__ = ["FlowSchedule", "LogSNRSchedule", "PathSchedule"]
 
 Function = Callable[[Tensor], Tensor]
 """A function of time: float64 times of any shape in, one value a time out, by torch operations."""
@@ -20,7 +21,7 @@ Function = Callable[[Tensor], Tensor]
 class FlowSchedule(UnitTime):
     """Optimal-transport path: alpha = t, sigma = 1 - (1 - sigma_min) t, t in [0, 1], noise at 0 and data at 1.
 
-    Its velocity is data - (1 - sigma_min) noise. Lectures 000 and 003; arXiv 2210.02747, eq. 20-23. With sigma_min = 0
+    Its velocity is data - (1 - sigma_min) noise. arXiv 2210.02747, eq. 20-23; lectures 000 and 003. With sigma_min = 0
     it is the rectified flow (arXiv 2209.03003). Time runs from noise to data as in lectures 000 and 003, against that
     of the diffusion schedules; its SDE is therefore in noising time 1 - t, and its ends have f = -inf (t = 0).
     """
@@ -124,7 +125,7 @@ class PathSchedule(UnitTime):
     signal-to-noise ratio is the data end: lecture 003 has alpha_0 = beta_1 = 0 and alpha_1 = beta_0 = 1, noise at 0.
 
     The log-SNR need not be monotone; its inverse and the diffusion need that and raise ValueError otherwise.
-    Lectures 000, 003; arXiv 2210.02747, section 4; arXiv 2303.08797.
+    arXiv 2210.02747, section 4; arXiv 2303.08797; lectures 000, 003.
     """
 
     alpha_function: Function

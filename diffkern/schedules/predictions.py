@@ -8,11 +8,11 @@ so one 2x2 system, with determinant alpha v - sigma u, turns any prediction into
 
 | prediction | u | v | schedules | source |
 |---|---|---|---|---|
-| ``eps`` | 0 | 1 | all | lectures 000, 001, 002; arXiv 2006.11239 |
-| ``x0`` | 1 | 0 | all | lecture 001; arXiv 2006.11239 |
+| ``eps`` | 0 | 1 | all | arXiv 2006.11239; lectures 000, 001, 002 |
+| ``x0`` | 1 | 0 | all | arXiv 2006.11239; lecture 001 |
 | ``v`` | -sigma | alpha | all | arXiv 2202.00512 |
-| ``score`` | 0 | -1/sigma | all | lectures 000, 001, 003; arXiv 2011.13456: the conditional score of q(x_t given x0) |
-| ``velocity`` | d alpha/dt | d sigma/dt | all | lectures 000, 003; arXiv 2210.02747 |
+| ``score`` | 0 | -1/sigma | all | arXiv 2011.13456; lectures 000, 001, 003: the conditional score of q(x_t given x0) |
+| ``velocity`` | d alpha/dt | d sigma/dt | all | arXiv 2210.02747; lectures 000, 003 |
 | ``mu`` | c0 + ct alpha | ct sigma | discrete | lectures 000, 001, 002: posterior mean c0 x0 + ct x_t, t -> t-1 |
 | ``edm`` | (1 - c_skip)/c_out | -c_skip sigma/c_out | EDM | arXiv 2206.00364: the preconditioned network's F |
 """
@@ -130,7 +130,7 @@ def posterior(
     """Mean [B, ...] and variance (beta-tilde, float64, shape of ``t``) of q(x_s given x_t, x0), s = t-1 by default.
 
     mean = sqrt(abar_s) beta/(1-abar_t) x0 + sqrt(abar_t/abar_s) (1-abar_s)/(1-abar_t) x_t, beta = 1 - abar_t/abar_s
-    (lectures 000, 001, 002; arXiv 2006.11239, eq. 7). The mean has the dtype of ``x``.
+    (arXiv 2006.11239, eq. 7; lectures 000, 001, 002). The mean has the dtype of ``x``.
     """
     if x0.shape != x.shape:
         raise ValueError(f"x0 and x must have one shape, got {tuple(x0.shape)} and {tuple(x.shape)}")

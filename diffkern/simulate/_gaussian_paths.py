@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from diffkern import streams
-from diffkern.objectives._time_sampler import uniform_by_address
-from diffkern.objectives.flow_matching import log_joint, marginal_prediction
+from diffkern.draws import uniform_by_address
 from diffkern.objectives.losses import noised
-from diffkern.schedules import Schedule, predictions
-from diffkern.schedules.base import Time, as_time
+from diffkern.objectives.marginals import log_joint, marginal_prediction
+from diffkern.schedules import predictions
+from diffkern.schedules.base import Schedule, Time, as_time
 from diffkern.simulate._process import column
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffkern.schedules import Schedule, predictions
+from diffkern.schedules import predictions
+from diffkern.schedules.base import Schedule
 
 Field = Callable[[Tensor, Tensor], Tensor]
 """A function of the state x [B, ...] and the time t, [] or [B], in the shape of x: a vector field, a score."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diffkern.schedules import Schedule
+from diffkern.schedules.base import Schedule
 from diffkern.simulate._process import ODE, SDE, Field, checked, column, shaped
 
 Rate = float | Callable[[Tensor], Tensor]
@@ -56,7 +56,7 @@ class OrnsteinUhlenbeck(SDE):
 
 
 class ForwardSDE(SDE):
-    """dx = f x dtau + g dw, the SDE that carries data along a schedule's marginals (lecture 001; arXiv 2011.13456).
+    """dx = f x dtau + g dw, the SDE that carries data along a schedule's marginals (arXiv 2011.13456; lecture 001).
 
     VP, sub-VP and VE are the schedules `vp()`, `sub_vp()`, `ve()`, and any other works. Time is the schedule's own and
     runs from its `data_end` to its `noise_end` (`time_direction`); tau is noising time, see `Schedule`. Of a table
@@ -126,7 +126,7 @@ class ExtendedSDE(SDE):
 
 
 class ReverseSDE(ExtendedSDE):
-    """dx = (f x - g^2 s) dtau + g dw with dtau < 0: from noise back to data (lecture 001; Anderson 1982).
+    """dx = (f x - g^2 s) dtau + g dw with dtau < 0: from noise back to data (Anderson 1982; lecture 001).
 
     Built as what it is, the probability-flow ODE and Langevin dynamics of strength g. `churn`, a number or a function
     of t, replaces that strength: dx = (f x - (g^2 + c^2)/2 s) dtau + c dw has the same marginals for every c >= 0, and

@@ -3,7 +3,7 @@
     found = log_likelihood(network, x, diffkern.vp(), "eps", seeds=seeds)       # x [B, ...], found.nats [B]
     bits = bits_per_dim(found.nats, x[0].numel())                               # x = dequantise(images, seeds=seeds)
 
-Along dx/dt = u_t(x) a density changes by its divergence (lecture 001; arXiv 1806.07366, 2011.13456 appendix D):
+Along dx/dt = u_t(x) a density changes by its divergence (arXiv 1806.07366, 2011.13456 appendix D; lecture 001):
 
     ln p(x) at the data = ln prior(x at the noise) + int_data^noise div u_t(x_t) dt
 
@@ -38,13 +38,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffkern import ops, streams, tableaus
-from diffkern.objectives.losses import draw_seeds
-from diffkern.objectives.score_matching import PROJECTIONS, projections
+from diffkern import tableaus
 from diffkern.plan import Plan
-from diffkern.schedules import DiscreteSchedule, Schedule
-from diffkern.simulate import ODE, SDE, VectorField, from_model
-from diffkern.simulate._process import column, shaped
+from diffkern.schedules.base import Schedule
+from diffkern.schedules.discrete import DiscreteSchedule
+from diffkern.simulate._adaptive import dormand_prince
+from diffkern.simulate._dequantise import bits_per_dim, dequantise
+from diffkern.simulate._divergence import drawn_directions, given_directions, pairwise_sum, with_divergence
+from diffkern.simulate._process import ODE, SDE, VectorField, column, from_model
 
 __all__ = ["LogLikelihood", "bits_per_dim", "dequantise", "log_likelihood", "ode_log_likelihood"]
 
@@ -56,7 +57,6 @@ FIXED = {
     "rk4_38": tableaus.RK4_38,
 }
 SOLVERS = (*FIXED, "rk45")
-DIVERGENCES = ("exact", "hutchinson")
 Prior = Callable[[Tensor], Tensor]
 """ln of a density in nats, [B], of the state at the noise end [B, ...]."""
 
@@ -178,16 +178,16 @@ def ode_log_likelihood(
     if t_data == t_noise or not math.isfinite(t_data) or not math.isfinite(t_noise):
         raise ValueError(f"t_data and t_noise must be two finite times, got {t_data:g} and {t_noise:g}")
     if directions is None:
-        directions = _directions(x, divergence, probes, probe, seeds)
+        directions = drawn_directions(x, divergence, probes, probe, seeds)
     else:
-        directions = _given(x, divergence, seeds, directions)
+        directions = given_directions(x, divergence, seeds, directions)
     evaluations = 0
 
     def slope(state: Tensor, t: Tensor) -> Tensor:
         nonlocal evaluations
         evaluations += 1
         at = state[:, :-1].reshape(x.shape)
-        u, trace = _with_divergence(ode, at, t, directions)
+        u, trace = with_divergence(ode, at, t, directions)
         return torch.cat([u.flatten(1), trace[:, None]], dim=1)
 
     with torch.no_grad():
@@ -195,7 +195,7 @@ def ode_log_likelihood(
             [x.to(torch.float64).flatten(1), torch.zeros_like(x.flatten(1)[:, :1], dtype=torch.float64)], 1
         )
         if solver == "rk45":
-            state = _adaptive(slope, state, t_data, t_noise, rtol, atol)
+            state = dormand_prince(slope, state, t_data, t_noise, rtol, atol)
         else:
             assert steps is not None
             h = torch.full(x.shape[:1], (t_noise - t_data) / steps, dtype=torch.float64, device=x.device)
@@ -206,149 +206,11 @@ def ode_log_likelihood(
         return LogLikelihood(prior(latent) + state[:, -1], latent, evaluations)
 
 
-def dequantise(
-    images: Tensor, *, seeds: Tensor | None = None, levels: int = 256, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """Integers 0..levels-1 with uniform noise, scaled to [-1, 1]: 2 (images + u)/levels - 1, u in (0, 1), [B, ...].
-
-    E[-ln p(images + u)] bounds -ln P(images) from above (arXiv 1511.01844). u by address: Phi of the normal of the
-    element on stream DEQUANTISATION; of torch's generator without `seeds`. `bits_per_dim` has the offset that belongs
-    to it.
-    """
-    if images.dtype not in (torch.uint8, torch.int16, torch.int32, torch.int64) or images.ndim == 0:
-        raise ValueError(f"images must be integers [B, ...], got {images.dtype} of shape {list(images.shape)}")
-    _check_levels(levels)
-    if images.device.type == "cpu" and images.numel() and not 0 <= int(images.min()) <= int(images.max()) < levels:
-        raise ValueError(f"images must lie in 0..{levels - 1}, got {int(images.min())}..{int(images.max())}")
-    if seeds is None:
-        u = torch.rand(images.shape, dtype=torch.float64, device=images.device)
-    else:
-        z = ops.randn(images.shape, seeds, streams.DEQUANTISATION).to(torch.float64)
-        u = 0.5 * torch.erfc(-z / math.sqrt(2.0))
-    return (2.0 * (images + u) / levels - 1.0).to(dtype)
-
-
-def bits_per_dim(nats: Tensor, dims: int, *, levels: int = 256, low: float = -1.0, high: float = 1.0) -> Tensor:
-    """-nats/(dims ln 2) + log2(levels/(high - low)): bits a dimension of integers 0..levels-1 scaled to [low, high].
-
-    `dims` is the number of elements a sample. The offset is ln of the bins' width: 7 bits for 256 levels on [-1, 1], 8
-    on [0, 1]. Without it the number would be that of the scaled, continuous data.
-    """
-    _check_levels(levels)
-    if isinstance(dims, bool) or not isinstance(dims, int) or dims < 1:
-        raise ValueError(f"dims must be an integer of at least 1, got {dims!r}")
-    if not -math.inf < low < high < math.inf:
-        raise ValueError(f"low and high must be finite, low < high, got {low} and {high}")
-    return -nats / (dims * math.log(2.0)) + math.log2(levels / (high - low))
-
-
-def _with_divergence(ode: ODE, x: Tensor, t: Tensor, directions: Sequence[Tensor] | None) -> tuple[Tensor, Tensor]:
-    """(u, its divergence [B]); exact without directions."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        u = shaped("drift_coefficient", ode.drift_coefficient(x, t), x)
-        if not u.requires_grad:
-            raise ValueError("the drift must be differentiable in x, got one without a gradient (no_grad or detach?)")
-        flat, parts = u.flatten(1), []
-        if directions is None:
-            for d in range(flat.shape[1]):
-                parts.append(_derivative(flat[:, d], x)[:, d])
-            return u.detach(), _sum(torch.stack(parts, 1))
-        for v in directions:
-            parts.append(_sum(_derivative((flat * v).sum(), x) * v))
-    return u.detach(), _sum(torch.stack(parts, 1)) / len(parts)
-
-
-def _derivative(value: Tensor, x: Tensor) -> Tensor:
-    (gradient,) = torch.autograd.grad(value.sum(), x, retain_graph=True, allow_unused=True)
-    return torch.zeros_like(x).flatten(1) if gradient is None else gradient.flatten(1)
-
-
-def _directions(x: Tensor, divergence: str, probes: int, probe: str, seeds: Tensor | None) -> list[Tensor] | None:
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {divergence!r}")
-    if isinstance(probes, bool) or not isinstance(probes, int) or probes < 1:
-        raise ValueError(f"probes must be an integer of at least 1, got {probes!r}")
-    if probe not in PROJECTIONS:
-        raise ValueError(f"probe must be one of {', '.join(PROJECTIONS)}, got {probe!r}")
-    if seeds is not None and seeds.shape != x.shape[:1]:
-        raise ValueError(f"seeds must have shape [{len(x)}] (one a sample), got {list(seeds.shape)}")
-    if divergence == "exact":
-        return None
-    seeds = draw_seeds(len(x), device=x.device) if seeds is None else seeds
-    return [projections(x.shape, seeds, k, probe, torch.float64).flatten(1) for k in range(probes)]
-
-
-def _given(x: Tensor, divergence: str, seeds: Tensor | None, directions: Sequence[Tensor]) -> list[Tensor]:
-    if divergence != "hutchinson":
-        raise ValueError(f"directions belong to the divergence 'hutchinson', got them for {divergence!r}")
-    if seeds is not None:
-        raise ValueError("give seeds or directions, not both, got both")
-    if not directions or any(v.shape != x.shape for v in directions):
-        shapes = [list(v.shape) for v in directions]
-        raise ValueError(f"directions must be one or more tensors of shape {list(x.shape)}, got {shapes}")
-    return [v.to(torch.float64).flatten(1) for v in directions]
-
-
-def _adaptive(
-    slope: Callable[[Tensor, Tensor], Tensor], y: Tensor, start: float, end: float, rtol: float, atol: float
-) -> Tensor:
-    """Dormand-Prince from start to end with a step size for each row of y [B, D + 1]; a row that is there waits."""
-    pair = tableaus.DORMAND_PRINCE
-    span = end - start
-    t = torch.full(y.shape[:1], start, dtype=torch.float64, device=y.device)
-    first = slope(y, t)
-    scale = atol + rtol * y.abs()
-    # Hairer, Norsett and Wanner, section II.4: a step in which the state moves by 1% of its size.
-    size, speed = _norm(y / scale), _norm(first / scale)
-    h = torch.where((size > 1e-5) & (speed > 1e-5), 0.01 * size / speed, 1e-6 * abs(span)).clamp(max=abs(span))
-    h = math.copysign(1.0, span) * h
-    for _ in range(MAX_ROUNDS):
-        left = end - t
-        last = h.abs() >= left.abs()
-        h = torch.where(last, left, h)
-        wide = h[:, None]
-        ks = tableaus.stages(slope, y, t, h, wide, pair, first)
-        new = y + wide * tableaus.combine(pair.weights, ks)
-        ks.append(slope(new, torch.where(last, end, t + h)))
-        error = wide * tableaus.combine(pair.error, ks) / (atol + rtol * torch.maximum(y.abs(), new.abs()))
-        norm = _norm(error)
-        accepted = norm <= 1.0  # False for NaN: the step is made smaller, until it is too small
-        y = torch.where(accepted[:, None], new, y)
-        first = torch.where(accepted[:, None], ks[-1], first)
-        t = torch.where(accepted, torch.where(last, end, t + h), t)
-        if bool((t == end).all()):
-            return y
-        factor = (0.9 * norm.clamp(min=1e-10) ** -0.2).clamp(0.2, 10.0)
-        h = h * torch.where(accepted, factor, torch.where(norm.isfinite(), factor.clamp(max=1.0), 0.2))
-        if bool(((h.abs() < 1e-12 * abs(span)) & (t != end)).any()):
-            break
-    raise RuntimeError(f"rk45 did not reach t = {end:g} with rtol = {rtol:g}: the drift is too steep or not finite")
-
-
-MAX_ROUNDS = 10_000
-
-
-def _norm(scaled: Tensor) -> Tensor:
-    """The larger of the root mean square over a sample's elements and the size of its integral, [B]."""
-    elements = scaled[:, :-1]
-    return torch.maximum((_sum(elements.square()) / max(elements.shape[1], 1)).sqrt(), scaled[:, -1].abs())
-
-
-def _sum(values: Tensor) -> Tensor:
-    """The sum over the columns of [B, D] in an order that does not depend on B: pairs, then pairs of pairs."""
-    while values.shape[1] > 1:
-        half = values.shape[1] // 2
-        pairs = values[:, :half] + values[:, half : 2 * half]
-        values = torch.cat([pairs, values[:, 2 * half :]], 1) if values.shape[1] % 2 else pairs
-    return values.sum(1)
-
-
 def _gaussian_prior(schedule: Schedule) -> Prior:
-    """The schedule's prior, summed over the elements in `_sum`'s order."""
+    """The schedule's prior, summed over the elements in `pairwise_sum`'s order."""
 
     def prior(x: Tensor) -> Tensor:
-        return _sum(schedule.prior_log_density(x.reshape(-1, 1)).reshape(len(x), -1))
+        return pairwise_sum(schedule.prior_log_density(x.reshape(-1, 1)).reshape(len(x), -1))
 
     return prior
 
@@ -395,8 +257,3 @@ def _check_solver(solver: str, steps: int | None, rtol: float, atol: float) -> N
                 raise ValueError(f"{name} must be positive, got {value}")
     elif isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be an integer of at least 1 for {solver}, got {steps!r}")
-
-
-def _check_levels(levels: int) -> None:
-    if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:
-        raise ValueError(f"levels must be an integer of at least 2, got {levels!r}")

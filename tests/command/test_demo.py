@@ -11,22 +11,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.lazy import needs
+from helpers.suites import few
 from torch import Tensor, nn
 
 from diffkern import ops, schedules, streams
 from diffkern.__main__ import main
-from diffkern.demo import MissingExtra, checkpoint, cli, need, pictures
+from diffkern.command import demo as command
+from diffkern.demo import MissingExtra, checkpoint, need
 from diffkern.demo.checkpoint import Recipe
 from diffkern.demo.data import Digits, load_digits
 from diffkern.demo.evaluate import Judge, frechet_distance, train_judge
 from diffkern.demo.generate import DEFAULT_STEPS, class_rows, generate, make_plan
-from diffkern.demo.run import DemoConfig, Line, markdown, run_demo
+from diffkern.demo.run import DemoConfig, markdown, run_demo
 from diffkern.demo.train import TrainConfig, train
 from diffkern.nn import UNet, UNetConfig
 from diffkern.objectives import losses
 
-for _module in ("sklearn", "matplotlib", "PIL", "safetensors", "tqdm"):
-    pytest.importorskip(_module)
+pytestmark = needs("sklearn", "matplotlib", "PIL", "safetensors", "tqdm")
 
 TINY = UNetConfig(channels=8, blocks=1, heads=2, embedding=16)
 SCHEDULE = schedules.cosine(100)
@@ -88,6 +90,7 @@ def test_frechet_distance_in_closed_form() -> None:
     assert frechet_distance(half, turned[0], half, turned[0]) == pytest.approx(0.0, abs=1e-9)
 
 
+@pytest.mark.full
 def test_judge_reads_real_digits_and_not_noise(digits: Digits, judge: Judge) -> None:
     real = judge.measure(digits.held_out_images, digits.held_out_labels)
     assert real.agreement > 0.95
@@ -245,7 +248,7 @@ def sample(model_file: Path, *arguments: object) -> int:
     return main(["sample", "--checkpoint", str(model_file), "--quiet", *map(str, arguments)])
 
 
-@pytest.mark.parametrize("sampler", DEFAULT_STEPS)
+@pytest.mark.parametrize("sampler", few(DEFAULT_STEPS, "ddpm", "dpmpp_2m"))
 def test_sample_repeats_bit_for_bit(model_file: Path, tmp_path: Path, sampler: str) -> None:
     for name in ("a.png", "b.png"):
         assert sample(model_file, "--sampler", sampler, "--steps", 5, "--classes", "0-4", "--out", tmp_path / name) == 0
@@ -316,7 +319,7 @@ def test_bad_files_are_one_sentence(model_file: Path, tmp_path: Path, capsys: py
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the sentence is for machines without a GPU")
 def test_cuda_where_there_is_none() -> None:
     with pytest.raises(ValueError, match=r"--device cuda cannot be used: .+"):
-        cli.check_device("cuda")
+        command.check_device("cuda")
 
 
 def test_a_missing_package_is_named(
@@ -334,42 +337,7 @@ def test_a_missing_package_is_named(
 
 @pytest.mark.parametrize(("text", "classes"), [("3", [3]), ("0,1,7", [0, 1, 7]), ("8-9, 0-2", [8, 9, 0, 1, 2])])
 def test_classes_in_words(text: str, classes: list[int]) -> None:
-    assert cli.parse_classes(text, 10) == classes
-
-
-# ------------------------------------------------------------------------------------------------------------- pictures
-def test_tiles_and_grids(tmp_path: Path) -> None:
-    image = torch.full((1, 8, 8), -1.0)
-    assert set(np.asarray(pictures.tile(image)).reshape(-1).tolist()) == {255}
-    image[0, 2:6, 2:6] = 1.0
-    tile = np.asarray(pictures.tile(image, scale=4))
-    assert tile.shape == (40, 40)
-    assert tile[20, 20] < 40
-    assert tile[0, 0] == 255
-    picture = pictures.class_grid(image.expand(6, 1, 8, 8), class_rows(3, 2), "words above", columns=3)
-    pictures.write(picture, tmp_path / "new" / "grid.png")
-    assert (tmp_path / "new" / "grid.png").stat().st_size > 0
-    assert picture.size[0] > 3 * 80
-    assert picture.size[1] > 2 * 80
-    with pytest.raises(ValueError, match=r"image must have shape \(1, H, W\)"):
-        pictures.tile(torch.zeros(3, 8, 8))
-    with pytest.raises(ValueError, match="at least one image"):
-        pictures.grid([])
-
-
-def test_table_reads_as_markdown() -> None:
-    lines = [Line("real digits", None, None, None, None, 0.9889, 1.3), Line("heun", 15, 29, 3.2, 0.0456, 0.995, 2.345)]
-    rows = markdown(lines).splitlines()
-    assert [cell.strip() for cell in rows[-1].split("|")[1:-1]] == [
-        "heun",
-        "15",
-        "29",
-        "3.20",
-        "0.046",
-        "0.995",
-        "2.35",
-    ]
-    assert len({len(row) for row in rows}) == 1
+    assert command.parse_classes(text, 10) == classes
 
 
 # -------------------------------------------------------------------------------------------------------- the whole job

@@ -11,17 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.lazy import Lazy, exported, needs
+from helpers.op_counter import CountOps
 from torch import Tensor, nn
 
-pytest.importorskip("diffusers")
-import diffusers
-from diffusers.models.attention_processor import AttnAddedKVProcessor2_0, AttnProcessor2_0
-from helpers.op_counter import CountOps
-
-from diffkern.compat import diffusers as ours
-from diffkern.compat.diffusers import DiffkernAttnProcessor, accelerate, restore
-
-OURS = [name for name in ours.__all__ if name.endswith("Scheduler")]
+pytestmark = needs("diffusers")
+diffusers, ours = Lazy("diffusers"), Lazy("diffkern.compat.diffusers")
+processors = Lazy("diffusers.models.attention_processor")
+OURS = [name for name in exported("diffkern.compat.diffusers") if name.endswith("Scheduler")]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +56,7 @@ def contents(pipe: Any) -> list[Any]:
 
 def test_a_pipeline_gives_the_same_image(latent: Any) -> None:
     before, there = run(latent), contents(latent)
-    report = accelerate(latent)
+    report = ours.accelerate(latent)
     with CountOps((1, 4, 4, 4)) as count:
         after = run(latent)
     assert len(report.swapped) == len(report) == len(there) == 17
@@ -69,7 +66,7 @@ def test_a_pipeline_gives_the_same_image(latent: Any) -> None:
     assert not torch.equal(after, before)
     assert type(latent.scheduler) is ours.EulerDiscreteScheduler
     assert not report.fallbacks
-    assert len(restore(latent).swapped) == 17
+    assert len(ours.restore(latent).swapped) == 17
     assert all(a is b for a, b in zip(contents(latent), there, strict=True))
     assert torch.equal(run(latent), before)
 
@@ -80,11 +77,11 @@ def test_an_unconditional_pipeline(examples: Any) -> None:
     if "DDPMScheduler" not in OURS:
         pipe.scheduler = diffusers.DDIMScheduler()
     before = module["sample"](pipe, 2, 4)
-    report = accelerate(pipe)
+    report = ours.accelerate(pipe)
     assert not report.kept
     assert {swap.component for swap in report} == {"unet", "scheduler"}
     assert (module["sample"](pipe, 2, 4) - before).abs().max() < 1e-4
-    restore(pipe)
+    ours.restore(pipe)
     assert torch.equal(module["sample"](pipe, 2, 4), before)
 
 
@@ -98,7 +95,7 @@ def test_every_scheduler_is_swapped_with_its_state(name: str) -> None:
         ),
         original,
     )
-    report = accelerate(pipe, rng="counter", exact=True)
+    report = ours.accelerate(pipe, rng="counter", exact=True)
     new = pipe.scheduler
     assert type(new) is getattr(ours, name)
     assert [(s.before.split(".")[0], s.after.split(".")[0]) for s in report.swapped if s.layer is None] == [
@@ -110,17 +107,17 @@ def test_every_scheduler_is_swapped_with_its_state(name: str) -> None:
     assert new._engine.exact is True
     new.set_timesteps(3)
     assert len(original.timesteps) >= 7, "the original's state is its own"
-    restore(pipe)
+    ours.restore(pipe)
     assert pipe.scheduler is original
 
 
 def test_a_saved_pipeline_loads_without_diffkern(latent: Any, tmp_path: Path) -> None:
-    accelerate(latent)
+    ours.accelerate(latent)
     latent.save_pretrained(tmp_path)
     assert "diffkern" not in (tmp_path / "model_index.json").read_text()
     loaded = type(latent).from_pretrained(tmp_path)
     assert type(loaded.scheduler) is diffusers.EulerDiscreteScheduler
-    assert all(type(p) is AttnProcessor2_0 for p in loaded.unet.attn_processors.values())
+    assert all(type(p) is processors.AttnProcessor2_0 for p in loaded.unet.attn_processors.values())
     assert torch.equal(run(loaded), run(restored(latent)))
 
 
@@ -131,47 +128,47 @@ def test_a_scheduler_put_there_by_hand_is_saved_and_loaded(latent: Any, tmp_path
     loaded = type(latent).from_pretrained(tmp_path)
     assert type(loaded.scheduler) is ours.DDIMScheduler
     assert loaded.scheduler.config.clip_sample is False
-    for name in (name for name in ours.__all__ if name.endswith("Scheduler")):  # where diffusers looks when it loads
+    for name in OURS:  # where diffusers looks when it loads
         module = sys.modules[getattr(ours, name).__module__]
         assert module.SchedulerMixin is diffusers.SchedulerMixin
 
 
 def restored(pipe: Any) -> Any:
-    restore(pipe)
+    ours.restore(pipe)
     return pipe
 
 
 def test_twice_is_once_and_restore_without_it_does_nothing(latent: Any) -> None:
     there = contents(latent)
-    assert not restore(latent)
-    accelerate(latent)
-    again = accelerate(latent)
+    assert not ours.restore(latent)
+    ours.accelerate(latent)
+    again = ours.accelerate(latent)
     assert not again.swapped
     assert {swap.reason for swap in again} == {"it is diffkern's already"}
-    restore(latent)
+    ours.restore(latent)
     assert all(a is b for a, b in zip(contents(latent), there, strict=True))
 
 
 def test_parts_can_be_chosen(latent: Any) -> None:
-    assert {swap.component for swap in accelerate(latent, attention=False)} == {"scheduler"}
-    assert {swap.component for swap in accelerate(latent, schedulers=False)} == {"unet", "vae"}
-    restore(latent)
-    report = accelerate(latent.unet)
+    assert {swap.component for swap in ours.accelerate(latent, attention=False)} == {"scheduler"}
+    assert {swap.component for swap in ours.accelerate(latent, schedulers=False)} == {"unet", "vae"}
+    ours.restore(latent)
+    report = ours.accelerate(latent.unet)
     assert len(report.swapped) == 14
     assert {swap.component for swap in report} == {"UNet2DConditionModel"}
-    assert len(restore(latent.unet).swapped) == 14
+    assert len(ours.restore(latent.unet).swapped) == 14
 
 
 def test_what_stays_says_why(latent: Any) -> None:
     class Mine(diffusers.EulerDiscreteScheduler):
         pass
 
-    class MyProcessor(AttnProcessor2_0):
+    class MyProcessor(processors.AttnProcessor2_0):
         pass
 
     names = list(latent.unet.attn_processors)
     latent.unet.set_attn_processor(
-        {name: MyProcessor() if i == 0 else AttnProcessor2_0() for i, name in enumerate(names)}
+        {name: MyProcessor() if i == 0 else processors.AttnProcessor2_0() for i, name in enumerate(names)}
     )
     for scheduler, reason in (
         (diffusers.PNDMScheduler(), "diffkern has no scheduler of this name"),
@@ -180,7 +177,7 @@ def test_what_stays_says_why(latent: Any) -> None:
         (ours.EulerDiscreteScheduler(), "it is diffkern's already"),
     ):
         latent.scheduler = scheduler
-        report = accelerate(latent)
+        report = ours.accelerate(latent)
         kept = {swap.layer: swap for swap in report.kept}
         assert kept[None].reason == reason
         assert latent.scheduler is scheduler
@@ -188,7 +185,7 @@ def test_what_stays_says_why(latent: Any) -> None:
         assert first.reason == "MyProcessor computes something else than softmax(Q K^T) V of the layer's projections"
         assert "1 attention layer" in str(report) or "it is diffkern's already in 15" in str(report)
         assert reason in str(report)
-        back = restore(latent)
+        back = ours.restore(latent)
         assert [swap.reason for swap in back.kept] == (
             ["it was not put there by accelerate"] if reason == "it is diffkern's already" else []
         )
@@ -200,7 +197,7 @@ def test_unfit_heads_stay(latent: Any) -> None:
         block_out_channels=(32, 32), attention_head_dim=4, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"), layers_per_block=1,
     )  # fmt: skip
-    report = accelerate(unet)
+    report = ours.accelerate(unet)
     assert not report.swapped
     assert {swap.reason for swap in report} == {
         "the channels of a head must be a multiple of 8 up to 256, or 512, got 4"
@@ -211,10 +208,10 @@ def test_unfit_heads_stay(latent: Any) -> None:
         up_block_types=("SimpleCrossAttnUpBlock2D", "UpBlock2D"), mid_block_type="UNetMidBlock2DSimpleCrossAttn",
         addition_embed_type_num_heads=2,
     )  # fmt: skip
-    report = accelerate(deep)
+    report = ours.accelerate(deep)
     assert not report.swapped
     assert all("AddedKVProcessor" in str(swap.reason) for swap in report)
-    assert AttnAddedKVProcessor2_0.__name__ in str(report)
+    assert processors.AttnAddedKVProcessor2_0.__name__ in str(report)
 
 
 @torch.no_grad()
@@ -223,7 +220,7 @@ def test_masks_fall_back_and_are_counted(latent: Any) -> None:
     mask = torch.ones(2, 7)
     mask[:, 4:] = 0
     before = latent.unet(x, 5, context, encoder_attention_mask=mask).sample
-    report = accelerate(latent.unet)
+    report = ours.accelerate(latent.unet)
     after = latent.unet(x, 5, context, encoder_attention_mask=mask).sample
     assert (after - before).abs().max() < 1e-5 * before.abs().max()
     cross = {name for name in latent.unet.attn_processors if "attn2" in name}
@@ -233,23 +230,24 @@ def test_masks_fall_back_and_are_counted(latent: Any) -> None:
 
 
 def test_copies_can_be_restored(latent: Any) -> None:
-    accelerate(latent)
+    ours.accelerate(latent)
     other = copy.deepcopy(latent)
-    restore(other)
+    ours.restore(other)
     assert type(other.scheduler) is diffusers.EulerDiscreteScheduler
     assert type(latent.scheduler) is ours.EulerDiscreteScheduler
-    assert isinstance(next(iter(latent.unet.attn_processors.values())), DiffkernAttnProcessor)
-    assert not isinstance(next(iter(other.unet.attn_processors.values())), DiffkernAttnProcessor)
+    assert isinstance(next(iter(latent.unet.attn_processors.values())), ours.DiffkernAttnProcessor)
+    assert not isinstance(next(iter(other.unet.attn_processors.values())), ours.DiffkernAttnProcessor)
 
 
 def test_only_pipelines_and_models_are_taken() -> None:
     for wrong in (3, None, diffusers.DDIMScheduler()):
         with pytest.raises(TypeError, match="pipeline must be a diffusers pipeline or a model, got "):
-            accelerate(wrong)
-    assert str(accelerate(nn.Linear(1, 1))) == "nothing to swap: no scheduler and no attention layer of diffusers"
+            ours.accelerate(wrong)
+    assert str(ours.accelerate(nn.Linear(1, 1))) == "nothing to swap: no scheduler and no attention layer of diffusers"
 
 
 @pytest.mark.parametrize("arguments", [["diffusers_ddpm.py", "--size", "16"], ["diffusers_latent.py", "--size", "32"]])
+@pytest.mark.full
 def test_examples_run(root: Path, arguments: list[str]) -> None:
     command = [sys.executable, str(root / "examples" / arguments[0]), *arguments[1:], "--steps", "3"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, env={"PYTHONPATH": str(root)}, check=True)

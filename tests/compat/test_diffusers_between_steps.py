@@ -11,9 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
-pytest.importorskip("diffusers")
 from helpers.diffusers_peers import (
     EDM,
     EULER,
@@ -29,6 +26,10 @@ from helpers.diffusers_peers import (
     scaled,
 )
 from helpers.diffusers_peers import start as started
+from helpers.lazy import needs
+from torch import Tensor
+
+pytestmark = needs("diffusers")
 
 KARRAS = [name for name in SIGMA_NAMES if name not in (FLOW, FLOW_HEUN)]
 UNIPC, DPM, DDIM = "UniPCMultistepScheduler", "DPMSolverMultistepScheduler", "DDIMScheduler"

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from helpers.diffusers_runs import SHAPE, Dispatched, check_runs, outputs, pair, run
+from helpers.lazy import Lazy, needs
 from torch import Tensor
 
 import diffkern
 
-diffusers = pytest.importorskip("diffusers")
-drop_ins = pytest.importorskip("diffkern.compat.diffusers")
+pytestmark = needs("diffusers")
+diffusers, drop_ins = Lazy("diffusers"), Lazy("diffkern.compat.diffusers")
+
 
 # Name, options of the constructor and of step; how torch's generator is asked for each step.
 RUNS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [

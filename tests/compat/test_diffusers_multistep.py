@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from helpers.diffusers_runs import SHAPE, Dispatched, check_runs, outputs, pair, run, same_error
+from helpers.lazy import needs
 from torch import Tensor
 
 import diffkern
 
-pytest.importorskip("diffusers")
+pytestmark = needs("diffusers")
+
 
 DPM, UNIPC, DEIS = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler"
 PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow_prediction")

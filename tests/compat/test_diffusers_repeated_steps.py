@@ -8,9 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
-pytest.importorskip("diffusers")
 from helpers.diffusers_peers import (
     EULER,
     FLOW,
@@ -25,6 +22,10 @@ from helpers.diffusers_peers import (
     scaled,
     start,
 )
+from helpers.lazy import needs
+from torch import Tensor
+
+pytestmark = needs("diffusers")
 
 KARRAS = [name for name in SIGMA_NAMES if name not in (FLOW, FLOW_HEUN)]
 TIMES = ("DDIMScheduler", "DDIMInverseScheduler", "DPMSolverMultistepScheduler", "DEISMultistepScheduler")

@@ -7,9 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("diffusers")
-import diffusers
 from helpers.diffusers_peers import (
     ANCESTRAL,
     EDM,
@@ -28,9 +25,12 @@ from helpers.diffusers_peers import (
     scaled,
     start,
 )
+from helpers.lazy import Lazy, needs
 from helpers.tolerances import check
 
-from diffkern.compat import diffusers as ours
+pytestmark = needs("diffusers")
+diffusers, ours = Lazy("diffusers"), Lazy("diffkern.compat.diffusers")
+
 
 WITH_BETAS = (EULER, ANCESTRAL, HEUN, LMS)
 CHURN = {"s_churn": 3.0, "s_tmin": 0.1, "s_tmax": 50.0, "s_noise": 1.01}

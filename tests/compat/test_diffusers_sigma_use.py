@@ -9,10 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
-pytest.importorskip("diffusers")
-import diffusers
 from helpers.diffusers_peers import (
     ANCESTRAL,
     EDM,
@@ -30,9 +26,13 @@ from helpers.diffusers_peers import (
     scaled,
     start,
 )
+from helpers.lazy import Lazy, needs
+from torch import Tensor
 
 import diffkern
-from diffkern.compat import diffusers as ours
+
+pytestmark = needs("diffusers")
+diffusers, ours = Lazy("diffusers"), Lazy("diffkern.compat.diffusers")
 
 NAMES = SIGMA_NAMES
 MINIMAL = {FLOW: {"shift": 2.0}, FLOW_HEUN: {"shift": 2.0}}
@@ -95,7 +95,7 @@ def test_a_timestep_for_every_sample(name: str, call: dict[str, Any]) -> None:
     together = mine.step(m, t, x, return_dict=False, **call)[0]
     assert mine.step_index is None
     for b, i in enumerate(at):
-        alone = ours.__dict__[name]().diffkern(rng="counter", seeds=torch.tensor([5 + b]))
+        alone = getattr(ours, name)().diffkern(rng="counter", seeds=torch.tensor([5 + b]))
         alone.set_timesteps(6)
         one = slice(b, b + 1)
         assert torch.equal(scaled(alone, x[one], alone.timesteps[i]), shown[one])

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 from helpers.diffusers_runs import SHAPE, Dispatched, check_runs, outputs, pair, run
+from helpers.lazy import needs
 from torch import Tensor
 
 import diffkern
 
-pytest.importorskip("diffusers")
-pytest.importorskip("diffkern.compat.diffusers")
+pytestmark = needs("diffusers")
+
 
 DPM, CLIPPED = "DPMSolverMultistepScheduler", {"use_clipped_model_output": True}
 # Name, options of the constructor and of step.

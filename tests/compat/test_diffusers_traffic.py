@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.diffusers_peers import pair, scaled
+from helpers.lazy import needs
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-pytest.importorskip("diffusers")
-from helpers.diffusers_peers import pair, scaled
+pytestmark = needs("diffusers")
 
 SHAPE = (1, 4, 64, 64)
 STATE = 4 * 64 * 64

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from helpers.diffusers_runs import SHAPE, Dispatched, check_runs, outputs, pair, run, same_error
+from helpers.lazy import needs
 
 import diffkern
 
-pytest.importorskip("diffusers")
+pytestmark = needs("diffusers")
+
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 TABLES: list[dict[str, Any]] = [

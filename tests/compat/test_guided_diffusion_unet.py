@@ -84,6 +84,7 @@ def test_one_op(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dim", [16, 12])
+@pytest.mark.full
 def test_compiled(kind: str, dim: int) -> None:
     """One graph, with and without a kernel for the heads."""
     x = qkv_of((2, 2, dim, 6))

@@ -138,6 +138,7 @@ def test_noise_that_is_not_used_is_not_drawn() -> None:
 
 
 @pytest.mark.parametrize("name", ["dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde"])
+@pytest.mark.full
 def test_more_steps_converge_along_the_path(name: str) -> None:
     """The same path with twice the steps comes closer to that of many steps, element by element."""
     function = getattr(k_diffusion, f"sample_{name}")

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from helpers import k_diffusion_oracle
+from helpers.lazy import needs
 from helpers.op_counter import EveryOp
 from torch import Tensor, nn
 
 from diffkern.compat import k_diffusion as ours
 
-theirs = k_diffusion_oracle.load()
+pytestmark = needs(*k_diffusion_oracle.NEEDED)
+theirs = k_diffusion_oracle.Peer()
 
 
 class Inner(nn.Module):

@@ -13,6 +13,7 @@ from helpers import flow_matching_oracle, k_diffusion_oracle
 import diffkern
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("name", "options", "lines", "limit"),
     [

@@ -10,8 +10,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from helpers.lazy import needs
 
-pytest.importorskip("diffusers")
+pytestmark = needs("diffusers")
 TOOL = Path(__file__).parent.parent.parent / "tools" / "peer_tests.py"
 
 CLASSES = """
@@ -72,6 +73,7 @@ def counts(printed: str, name: str) -> list[list[int]]:
     return [[int(n) for n in line.split()[1:]] for line in printed.splitlines() if re.match(rf"{name} +\d", line)]
 
 
+@pytest.mark.full
 def test_both_runs_are_compared_test_by_test(tmp_path: Path) -> None:
     """The classes are replaced, and only without --original; a failing test and a skipped one are counted as such."""
     ran = tool(str(package(tmp_path)), "--compare")
@@ -86,6 +88,7 @@ def test_both_runs_are_compared_test_by_test(tmp_path: Path) -> None:
     assert ran.returncode == 1
 
 
+@pytest.mark.full
 def test_a_file_that_can_not_be_read_fails_and_arguments_reach_pytest(tmp_path: Path) -> None:
     folder = package(tmp_path, **{"test_scheduler_broken.py": BROKEN})
     ran = tool(str(folder), "-k", "test_step or broken")

@@ -6,14 +6,16 @@ import inspect
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
+from helpers.lazy import Lazy, needs
 from torch import Tensor
 
-np = pytest.importorskip("numpy")
-theirs = pytest.importorskip("torchcfm.conditional_flow_matching")
+from diffkern.compat import torchcfm as ours
 
-from diffkern.compat import torchcfm as ours  # noqa: E402
+pytestmark = needs("torchcfm")
+theirs = Lazy("torchcfm.conditional_flow_matching")
 
 SHAPES = [(5, 2), (4, 3, 5, 6), (3, 2, 4, 4, 4), (6,)]
 

@@ -1,5 +1,5 @@
-// The CPU attention kernels behind C functions of flat int64 arrays, for kernels.py.
-#include <core/args.h>
+// The CPU attention kernels behind C functions of flat int64 arrays, for helpers/cpu_kernels.py.
+#include <core/cpu.h>
 #include <core/attention.h>
 
 #include <thread>

@@ -7,8 +7,8 @@ from helpers.cpu_kernels import LEVELS, Kernels, build, supported
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("cpu"))
+def library() -> Path:
+    return build()
 
 
 @pytest.fixture(scope="session", params=LEVELS)

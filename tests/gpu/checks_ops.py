@@ -39,12 +39,14 @@ from gpu.calls import (
     variational_calls,
 )
 from gpu.harness import HOST, Target, assert_same
+from helpers.lazy import Lazy
 from helpers.op_cases import ROWS, SHAPES, table, values
 from torch import Tensor
-from torch._dynamo.utils import counters
 
 import diffkern
 from diffkern import _C, ops
+
+dynamo = Lazy("torch._dynamo.utils")
 
 POISON = 0xA5
 
@@ -378,7 +380,7 @@ def check_compile(target: Target, **options: Any) -> None:
     steps = table(*({**ROWS["x0 clip noise"], "a": 0.5 + 0.01 * k, "stream": 2.0**41 + k} for k in range(8)))
     inputs = (values(shape, 1), values(shape, 2), torch.arange(4) % len(NOISING), seeds_of(4), NOISING, LOSS)
     torch._dynamo.reset()
-    counters.clear()
+    dynamo.counters.clear()
     compiled: Any = torch.compile(all_ops, fullgraph=True, **options)
     try:
         with torch.no_grad():
@@ -388,7 +390,7 @@ def check_compile(target: Target, **options: Any) -> None:
                     got = [target.fetch(t) for t in compiled(*there, given, row)]
                     for k, (a, b) in enumerate(zip(got, all_ops(*inputs, steps, row), strict=True)):
                         assert_same(a, b, f"output {k} of row {row}, compiled with {options}")
-        graphs = counters["stats"]["unique_graphs"]
+        graphs = dynamo.counters["stats"]["unique_graphs"]
         assert graphs <= (4 if target.is_gpu else 2), f"{graphs} graphs: torch.compile started again for a row"
     finally:
         torch._dynamo.reset()

@@ -92,7 +92,7 @@ def test_training(gpu: Target) -> None:
     checks_runs.check_training(gpu)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_more_than_2_to_the_31_elements(gpu: Target) -> None:
     count = 2**31 + 1021
     free = torch.cuda.mem_get_info(gpu.device)[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu import checks_runs as checks
+from gpu import checks_graphs as checks
 from gpu.harness import Target, assert_same
 from helpers.op_cases import ROWS, table, values
 

@@ -6,7 +6,7 @@ import ctypes
 import math
 import os
 import shutil
-import subprocess
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,25 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-FILES = ("isa", "isa_portable", "isa_avx2", "isa_avx512", "blocks", "attention", "attention_f64", "attention_grad")
-FILES += ("attention_grad_f64", "attention_pack", "attention_portable", "attention_avx2", "attention_avx512")
-FILES += ("attention_avx512_bf16",)
-FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
-CODES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
-
-LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
+from helpers import build_description
+from helpers.native_layout import CODES, LEVELS
 
 Grads = tuple[Tensor, Tensor, Tensor]
 
 
-def build(folder: Path, extra: Sequence[str] = ()) -> Path:
-    """The shared library in `folder`."""
-    path = folder / "attention_cpu.so"
-    sources = [ROOT / "tests" / "cpu" / "attention.cpp", *(ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in FILES)]
-    flags = [*FLAGS, *extra, "-shared", "-fPIC", "-pthread", f"-I{ROOT / 'csrc'}"]
-    subprocess.run(["g++", *flags, *map(str, sources), "-o", str(path)], check=True)
-    return path
+def build() -> Path:
+    """The shared library."""
+    return build_description.cpu_library(build_description.ROOT / "tests" / "cpu" / "attention.cpp")
 
 
 def supported(library: Path, level: str) -> bool:
@@ -89,9 +79,9 @@ class Kernels:
         """`level`: what DIFFKERN_ISA shall say; each level is a copy of the library, as a library chooses but once."""
         before = os.environ.get("DIFFKERN_ISA")
         if level:
-            path = Path(shutil.copy(path, path.with_suffix(f".{level}.so")))
             os.environ["DIFFKERN_ISA"] = level
-        self.lib = ctypes.CDLL(str(path))
+        with tempfile.TemporaryDirectory() as folder:
+            self.lib = ctypes.CDLL(shutil.copy(path, folder))
         self.lib.dk_isa.restype = ctypes.c_char_p
         self.lib.dk_attention_grad_workspace.restype = ctypes.c_int64
         self.isa: str = self.lib.dk_isa().decode()

@@ -9,12 +9,14 @@ from collections import Counter
 from typing import Any
 from unittest import mock
 
-import diffusers
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffkern.compat import diffusers as ours
+from helpers.lazy import Lazy
+
+diffusers, ours = Lazy("diffusers"), Lazy("diffkern.compat.diffusers")
+
 
 EULER, ANCESTRAL, HEUN = "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"
 EDM, LMS = "EDMEulerScheduler", "LMSDiscreteScheduler"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import sys
@@ -9,7 +10,7 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
-NEEDED = ("torchdiffeq", "torchsde", "scipy", "einops")
+NEEDED = ("k_diffusion", "torchdiffeq", "torchsde", "scipy", "einops")
 
 
 def _stub(name: str) -> ModuleType:
@@ -21,16 +22,16 @@ def _stub(name: str) -> ModuleType:
 
 def missing() -> list[str]:
     """What is not installed of k-diffusion and of what its samplers need."""
-    return [name for name in ("k_diffusion", *NEEDED) if importlib.util.find_spec(name) is None]
+    return [name for name in NEEDED if importlib.util.find_spec(name) is None]
 
 
-def load() -> Any:
-    """`modules`; in a test file that has it not, the whole file is skipped."""
-    if missing():
-        import pytest
+class Peer:
+    """`modules`, loaded at the first question for one of them."""
 
-        pytest.skip(f"needs {', '.join(missing())}", allow_module_level=True)
-    return modules()
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # asked for by pytest of all names of a test module
+            raise AttributeError(name)
+        return getattr(modules(), name)
 
 
 def sampling() -> Any:
@@ -42,6 +43,7 @@ def sampling() -> Any:
     return modules().sampling
 
 
+@functools.cache
 def modules() -> Any:
     """An object with k-diffusion's modules sampling, external and layers."""
     spec = importlib.util.find_spec("k_diffusion")

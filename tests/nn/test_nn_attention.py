@@ -252,6 +252,7 @@ def test_against_diffusers(cross: bool, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 # ----------------------------------------------------------------------------------------------- compile and bad input
+@pytest.mark.full
 def test_compiled_in_one_graph() -> None:
     own, cross = awake(SpatialSelfAttention(64, 2)), awake(SpatialCrossAttention(64, 24, 2))
     x, context = values((2, 64, 6, 5), 1), values((2, 7, 24), 2)

@@ -187,6 +187,7 @@ def test_every_weighted_loss_is_two_fused_ops(schedule: Schedule, prediction: st
             assert sum(count.large.values()) <= 1, count.large
 
 
+@pytest.mark.full
 def test_losses_of_continuous_paths_stay_on_their_device() -> None:
     """On fake CUDA tensors, which refuse to mix devices and to be read: no copy to the host, no wait for the device."""
     paths = [schedules.vp(), schedules.sub_vp(), schedules.ve(), schedules.flow(0.1), schedules.edm()]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers.attention_cases import ALL_LAYOUTS, DIMS, DTYPES, LAYOUTS, check_error, inputs, plain
 from helpers.op_cases import check_sentence, same_bits, threads
+from helpers.suites import few
 from helpers.tolerances import check
 from torch import Tensor
 
@@ -45,7 +46,7 @@ def test_sizes(dim: int, dtype: torch.dtype) -> None:
 
 
 @dtypes
-@pytest.mark.parametrize(("n", "dim"), [(1000, 40), (1000, 160), (4096, 64), (4096, 512)])
+@pytest.mark.parametrize(("n", "dim"), few([(1000, 40), (1000, 160), (4096, 64), (4096, 512)], "1000-40"))
 def test_many_tokens(n: int, dim: int, dtype: torch.dtype) -> None:
     layouts = ("bhnd", "bhdn", "bhdn") if dim % 16 else ("bhdn", "bhdn", "bhnd")
     compare(*inputs((1, 1, n, n, dim), dtype, layouts), f"N {n}, D {dim}")
@@ -228,6 +229,7 @@ for dtype in (torch.float32, torch.bfloat16):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read from /proc")
+@pytest.mark.full
 def test_no_matrix_of_logits_in_memory() -> None:
     """The process' own peak, the kernels' tiles included: a small part of the 256 MiB of 8192 x 8192 logits."""
     folder = Path(diffkern.__file__).parent.parent

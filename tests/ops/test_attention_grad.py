@@ -9,6 +9,7 @@ import torch
 from helpers.attention_cases import ALL_LAYOUTS, DIMS, DTYPES, LAYOUTS, check_error, inputs, plain, with_gradients
 from helpers.memory import SLACK, allocated, size
 from helpers.op_cases import check_sentence, same_bits, threads, values
+from helpers.suites import few
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -47,7 +48,7 @@ def test_sizes(dim: int, dtype: torch.dtype) -> None:
 
 
 @dtypes
-@pytest.mark.parametrize(("n", "dim"), [(1000, 40), (1000, 256), (4096, 64)])
+@pytest.mark.parametrize(("n", "dim"), few([(1000, 40), (1000, 256), (4096, 64)], "1000-40"))
 def test_many_tokens(n: int, dim: int, dtype: torch.dtype) -> None:
     compare(inputs((1, 1, n, n, dim), dtype, ("bhdn", "bhdn", "bhdn")), f"N {n}, D {dim}")
 

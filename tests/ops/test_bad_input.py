@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.op_cases import EVERYTHING, ROWS, check_sentence, table, values
+from helpers.suites import few
 from torch import Tensor
 
 from diffkern import ops
@@ -247,9 +248,13 @@ def test_empty_tensors_of_any_strides(shape: tuple[int, ...]) -> None:
         assert ops.loss(x, x, L[:1], seeds=seeds, reduction="none").shape == shape[:1]
 
 
-def test_fuzz_never_crashes() -> None:
+LONG = [pytest.param(seed, marks=pytest.mark.long) for seed in range(4, 200)]
+
+
+@pytest.mark.parametrize("seed", [*few(range(4), "0"), *LONG])
+def test_fuzz_never_crashes(seed: int) -> None:
     """Random shapes, strides, dtypes and missing arguments: an answer or an error, never a crash."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
 
     def pick(options: list[object]) -> object:
         return options[int(torch.randint(len(options), (), generator=generator))]
@@ -284,7 +289,7 @@ def test_fuzz_never_crashes() -> None:
     ]
     rows = [EPS, NOISY, GUIDED, table(EVERYTHING), table(*ROWS.values()), N, L, EPS.float(), EPS[:0]]
     done = failed = 0
-    for _ in range(6000):
+    for _ in range(1500):
         kind = pick(["noising", "loss", "step", "step_out", "randn"])
         a = [pick(tensors) for _ in range(17)]
         likely = [X if i in (0, 1) and pick([True, False]) else t for i, t in enumerate(a)]
@@ -308,7 +313,7 @@ def test_fuzz_never_crashes() -> None:
                 inputs = (*few[:7], table_, number, index, seeds, few[7], few[8], few[9])
                 torch.ops.diffkern.step_out(*inputs, X.clone() if outs[0] is None else outs[0], *outs[1:])
             done += 1
-        except (RuntimeError, NotImplementedError, StopIteration, TypeError):
+        except (RuntimeError, NotImplementedError, TypeError, StopIteration, IndexError):  # the last two of fakes
             failed += 1
-    assert done > 100
-    assert failed > 1000
+    assert done > 25
+    assert failed > 250

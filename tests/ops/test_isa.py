@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 import diffkern
-from diffkern._load import build_info
+from diffkern import _load
 
-LEVELS = ["portable", "avx2", "avx512", "avx512_bf16"]
-AVAILABLE = LEVELS[: LEVELS.index(build_info()["isa_best"]) + 1]
+LEVELS = list(_load.layout()["isa"])  # the least first
+AVAILABLE = LEVELS[: LEVELS.index(_load.build_info()["isa_best"]) + 1]
 
 
 def hashes_at(level: str) -> dict[str, str]:
@@ -33,23 +33,23 @@ def hashes_at(level: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def portable() -> dict[str, str]:
-    return hashes_at("portable")
+def scalar() -> dict[str, str]:
+    return hashes_at("scalar")
 
 
-def test_portable_is_the_level_in_use(portable: dict[str, str]) -> None:
+def test_the_level_in_use_has_the_bits_of_scalar(scalar: dict[str, str]) -> None:
     from helpers.isa_hashes import hashes
 
     here = hashes()
     assert len(here) > 80
-    assert {name for name in here if here[name] != portable[name]} == set()
+    assert {name for name in here if here[name] != scalar[name]} == set()
 
 
 @pytest.mark.parametrize("level", LEVELS[1:])
-def test_level_is_portable(level: str, portable: dict[str, str]) -> None:
+def test_every_level_has_the_bits_of_scalar(level: str, scalar: dict[str, str]) -> None:
     if level not in AVAILABLE:
         pytest.skip(f"this machine has {len(AVAILABLE)} of {len(LEVELS)} levels: {', '.join(AVAILABLE)}")
-    if level == build_info()["isa"]:
+    if level == _load.build_info()["isa"]:
         return  # compared above
     there = hashes_at(level)
-    assert {name for name in there if there[name] != portable[name]} == set()
+    assert {name for name in there if there[name] != scalar[name]} == set()

@@ -10,7 +10,7 @@ from helpers.op_cases import LAYOUTS, SHAPES, arrange, native_draws, same_bits, 
 from helpers.tolerances import STATE_DTYPES, check, coarser
 from torch import Tensor
 
-from diffkern import ops, reference
+from diffkern import _C, ops, reference
 
 TABLE = torch.tensor(
     [[0.0, 1.0, 1.0], [1.0, 0.0, 0.7], [0.43, -0.9, 1.3], [-1.0, 1.0, 0.1], [0.3, 0.4, 25.0]], dtype=torch.float64
@@ -126,7 +126,8 @@ def test_layouts_agree() -> None:
 
 
 def test_sum_has_the_documented_order() -> None:
-    """csrc/core/loss.h's order, repeated in plain torch float32: the value is reproducible by anybody."""
+    """csrc/core/ordered_sum.h's order, repeated in plain torch float32: the value is reproducible by anybody."""
+    assert _C.layout()["ordered_sum"] == {"block": 1024, "lanes": 256}
     count = 700 * 1024 + 77
     pred, x0 = values((1, count), 1), values((1, count), 2)
     rows = torch.tensor([[1.0, 0.0, 1.0]], dtype=torch.float64)

@@ -12,10 +12,12 @@ import mpmath
 import numpy as np
 import pytest
 import torch
+from helpers.lazy import Lazy
 from helpers.op_cases import LAYOUTS, SHAPES, arrange, same_bits, threads
-from scipy import special, stats
 
 from diffkern import _C, ops, reference, streams
+
+special, stats = Lazy("scipy.special"), Lazy("scipy.stats")
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 U64 = 2**64
@@ -224,7 +226,7 @@ CHUNK, CHUNKS = 2**18, 384  # 1.007 10^8 draws, a cache full at a time
 MOMENTS = [0.0, 1.0, 0.0, 3.0, 0.0, 15.0]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_moments_distribution_and_tails() -> None:
     n = CHUNK * CHUNKS
     assert n >= 10**8
@@ -267,7 +269,7 @@ def test_tail_probability_of_the_transform() -> None:
         assert probability == pytest.approx(special.erfc(limit / math.sqrt(2)), rel=tolerance), limit
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_no_correlation_between_neighbours() -> None:
     """Neighbouring seeds, streams and elements; of values and of squares; 4 10^6 pairs each."""
     n = 2**22
@@ -289,7 +291,7 @@ def available_memory() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(available_memory() < 8 * 2**30, reason="needs 8 GiB of free memory")
 def test_more_than_two_to_the_31_elements() -> None:
     count = 2**31 + 1031
@@ -304,6 +306,20 @@ def test_more_than_two_to_the_31_elements() -> None:
 
     ops.step_out(out, None, table=table({"a": 2.0}), out=out)
     assert same_bits(out[0, -7:], 2 * last)
+
+
+def test_offsets_past_two_to_the_31() -> None:
+    """Samples so far apart in memory, of which only what is written is ever given to the process."""
+    from helpers.op_cases import table
+
+    n, apart = 1031, 2**31 + 1031
+    out = torch.empty(apart + n, dtype=torch.bfloat16).as_strided((2, n), (apart, 1))
+    seeds = ops.seeds(3, 2)
+    expected = ops.randn([2, n], seeds, 8, dtype=torch.bfloat16)
+    ops.randn([2, n], seeds, 8, out=out)
+    assert same_bits(out, expected)
+    ops.step_out(out, None, table=table({"a": 2.0}), out=out)
+    assert same_bits(out, 2 * expected)
 
 
 def test_indices_are_64_bit(root: Path) -> None:

@@ -10,11 +10,11 @@ import torch
 from helpers.memory import SLACK, allocated, size
 from helpers.op_cases import EVERYTHING, LAYOUTS, ROWS, arrange, same_bits, table, values
 
-from diffkern import ops
+from diffkern import _C, ops
 
 SHAPE = (4, 3, 64, 65)
 COUNT = math.prod(SHAPE)
-BLOCK = 1024
+BLOCK = _C.layout()["ordered_sum"]["block"]
 SEEDS = ops.seeds(0, 4)
 LEARNED = torch.tensor(
     [

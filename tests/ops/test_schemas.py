@@ -7,17 +7,21 @@ order than its schema would run and mix them up: these calls would notice.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import op_names
 from helpers.attention_cases import FORMATS, LAYOUTS, inputs, qkv_of
-from helpers.op_cases import EVERYTHING, ROWS, arrange, native_draws, same_bits, table, values
+from helpers.op_cases import EVERYTHING, ROWS, arrange, check_sentence, native_draws, same_bits, table, values
+from helpers.suites import few
 from torch import Tensor
 
 from diffkern import ops, reference
-from diffkern.plan import COLUMNS
+from diffkern.plan import COLUMNS, LEARNED_COLUMNS
 
 SHAPE = (3, 2, 5, 4)
 SEEDS = torch.tensor([11, -12, 13])
@@ -33,63 +37,23 @@ VARIATIONAL = torch.tensor(
     ],
     dtype=torch.float64,
 )
+
+
+def learned_table(*rows: dict[str, float]) -> Tensor:
+    """A table for `learned_step` from named coefficients; clip is inf and k is 1 unless given."""
+    lines = [[{"clip": math.inf, "k": 1.0, **row}.get(name, 0.0) for name in LEARNED_COLUMNS] for row in rows]
+    return torch.tensor(lines, dtype=torch.float64)
+
+
 STEP = table(ROWS["eps"], EVERYTHING, {**EVERYTHING, "a": 0.1, "e3": 2.0})
-LEARNED = torch.tensor(
-    [
-        [
-            0,
-            1.1,
-            -0.9,
-            0,
-            1.5,
-            0.6,
-            0.4,
-            0.3,
-            0,
-            0,
-            0,
-            0,
-            0.5,
-            0,
-            0,
-            0,
-            0.8,
-            0.9,
-            0.43,
-            2.0**41 + 9,
-            2.0**40,
-            -0.7,
-            0.3,
-        ],
-        [
-            0,
-            1.2,
-            -0.8,
-            0,
-            1.4,
-            0.5,
-            0.3,
-            0.2,
-            0,
-            0,
-            0,
-            0,
-            0.6,
-            0,
-            0,
-            0,
-            0.7,
-            0.8,
-            0.53,
-            2.0**41 + 7,
-            2.0**40,
-            0.6,
-            -0.2,
-        ],
-        [0, 0.7, 0.2, 0, math.inf, 0.4, 0.2, 0.1, 0, 0, 0, 0, 0.0, 0, 0, 0, 0.6, 0.7, 0.63, 5.0, 6.0, 0.5, 0.1],
-    ],
-    dtype=torch.float64,
-)
+LEARNED = learned_table(
+    {**{"p": 1.1, "q": -0.9, "clip": 1.5, "a": 0.6, "b": 0.4, "d": 0.3, "g": 0.5, "k": 0.8, "known_s": 0.9},
+     **{"known_n": 0.43, "stream": 2.0**41 + 9, "known_stream": 2.0**40, "r0": -0.7, "r1": 0.3}},
+    {**{"p": 1.2, "q": -0.8, "clip": 1.4, "a": 0.5, "b": 0.3, "d": 0.2, "g": 0.6, "k": 0.7, "known_s": 0.8},
+     **{"known_n": 0.53, "stream": 2.0**41 + 7, "known_stream": 2.0**40, "r0": 0.6, "r1": -0.2}},
+    {**{"p": 0.7, "q": 0.2, "a": 0.4, "b": 0.2, "d": 0.1, "k": 0.6, "known_s": 0.7, "known_n": 0.63},
+     **{"stream": 5.0, "known_stream": 6.0, "r0": 0.5, "r1": 0.1}},
+)  # fmt: skip
 T = {name: values(SHAPE, k) for k, name in enumerate(("x", "m", "m2", "h0", "h1", "h2", "h3", "known", "noise"))}
 MASK = values(SHAPE, 20).abs().clamp(max=1)
 BOTH = torch.cat([T["m"], T["h1"]], 1)
@@ -148,6 +112,11 @@ def logprob_reference() -> tuple[Tensor, ...]:
     return value, *(t.double() for t in torch.autograd.grad(value.sum(), (m, m2)))
 
 
+# What every public op is found in, by its name.
+WHERE = {
+    "benchmark case": ["benchmarks/*.py"],
+    "check on the GPU": ["tests/gpu/*.py"],
+}
 # Op -> arguments that differ from each other in value, and the reference's answer in the order of the outputs.
 CALLS: dict[str, tuple[tuple[Any, ...], Callable[[], tuple[Tensor, ...]]]] = {
     "randn": ((SHAPE, SEEDS, 5, torch.float64), lambda: (reference.randn(SHAPE, SEEDS, 5),)),
@@ -194,35 +163,39 @@ CALLS: dict[str, tuple[tuple[Any, ...], Callable[[], tuple[Tensor, ...]]]] = {
 
 
 DIFFERENTIABLE = ("noising", "loss", "variational", "step_ad", "step_logprob", "attention", "spatial_attention")
+OPS = op_names.registered()
 
 
-def op_names() -> set[str]:
-    names = torch._C._dispatch_get_all_op_names()
-    return {name.removeprefix("diffkern::").partition(".")[0] for name in names if name.startswith("diffkern::")}
+def test_every_op_has_a_call() -> None:
+    """From which its test against the reference, its opcheck and its test of bad input are made."""
+    assert set(OPS) == set(CALLS)
 
 
-def test_the_lists_are_complete() -> None:
-    assert op_names() == set(CALLS)
-
-
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", OPS)
 def test_every_op_has_its_parts(name: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"diffkern::{name}", "CPU")
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"diffkern::{name}", "Meta"), "no fake"
-    base = name.removesuffix("_out").removesuffix("_ad").removesuffix("_grad")
-    assert base in reference.__all__
-    assert base in ops.__all__
+    base = op_names.base_of(name)
+    assert base in reference.__all__, "no reference"
+    assert base in ops.__all__, "no typed function"
     differentiable = torch._C._dispatch_has_kernel_for_dispatch_key(f"diffkern::{name}", "Autograd")
     assert differentiable == (name in DIFFERENTIABLE)
-    schema = getattr(torch.ops.diffkern, name).default._schema
-    assert schema.is_mutable == name.endswith("_out")
+    assert op_names.schema(name).is_mutable == name.endswith("_out")
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("what", WHERE)
+@pytest.mark.parametrize("name", op_names.public())
+def test_every_op_is_named_where_all_are_measured_and_compared(root: Path, name: str, what: str) -> None:
+    sources = [path.read_text() for pattern in WHERE[what] for path in root.glob(pattern)]
+    assert sources
+    assert any(re.search(rf"\b{name}(_out)?\b", source) for source in sources), f"no {what} for {name}: {WHERE[what]}"
+
+
+@pytest.mark.parametrize("name", OPS)
 def test_call_with_all_arguments_distinct(name: str) -> None:
     arguments, expected = CALLS[name]
     arguments = tuple(a.clone() if isinstance(a, Tensor) else a for a in arguments)
-    schema = getattr(torch.ops.diffkern, name).default._schema
+    schema = op_names.schema(name)
     assert len(arguments) == len(schema.arguments)
     returned = getattr(torch.ops.diffkern, name)(*arguments)
     if name.endswith("_out"):
@@ -233,6 +206,17 @@ def test_call_with_all_arguments_distinct(name: str) -> None:
     assert len(outs) == len(answers)
     for got, answer in zip(outs, answers, strict=True):
         torch.testing.assert_close(got.double(), answer, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_a_tensor_of_a_dtype_that_no_op_takes_is_refused_by_its_name(name: str) -> None:
+    arguments, _ = CALLS[name]
+    for i, (value, argument) in enumerate(zip(arguments, op_names.schema(name).arguments, strict=True)):
+        if not isinstance(value, Tensor):
+            continue
+        wrong = (*arguments[:i], value.to(torch.complex64), *arguments[i + 1 :])
+        sentence = rf"^diffkern\.{op_names.base_of(name)}(_grad)?: .*\b{argument.name}\b.*complex64"
+        check_sentence(lambda wrong=wrong: getattr(torch.ops.diffkern, name)(*wrong), sentence)
 
 
 def test_step_ad_is_step() -> None:
@@ -324,7 +308,8 @@ def opcheck_samples() -> dict[str, tuple[str, tuple[Any, ...]]]:
 SAMPLES = opcheck_samples()
 
 
-@pytest.mark.parametrize("sample", SAMPLES)
+# One call of every op; the layouts, dtypes and missing arguments of each are in `full`.
+@pytest.mark.parametrize("sample", few(SAMPLES, *CALLS))
 def test_opcheck(sample: str) -> None:
     name, arguments = SAMPLES[sample]
     torch.library.opcheck(getattr(torch.ops.diffkern, name).default, arguments)

@@ -111,6 +111,7 @@ def test_nan_of_any_bits_is_nan() -> None:
         assert ops.quantile(y, 0.0).isnan().item(), hex(pattern)
 
 
+@pytest.mark.full
 def test_more_than_torch_takes() -> None:
     """More than 2^24 elements a sample: where float32 ranks would lose whole positions."""
     count = 2**24 + 77
@@ -231,6 +232,7 @@ def test_moments_of_little() -> None:
 
 
 # ------------------------------------------------------------------------------------------------- compile, bad input
+@pytest.mark.full
 def test_compile_and_export() -> None:
     def everything(x: Tensor) -> tuple[Tensor, ...]:
         out = torch.empty_like(x)

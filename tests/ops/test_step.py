@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffkern import _C, ops, reference
 from diffkern.ops import VARIATIONAL_COLUMNS
-from diffkern.plan import COLUMNS, LEARNED_COLUMNS
+from diffkern.plan import COLUMNS, LEARNED_COLUMNS, SLOTS
 
 NAMES = ("out", "x0", "s", "next")
 DOUBLED = {"eps guided", "euler guided", "everything"}
@@ -53,8 +53,14 @@ def compare(row: str, inputs: dict[str, Any], model: torch.dtype, what: str, **m
 
 
 def test_columns_are_the_native_ones() -> None:
-    named = {"step": COLUMNS, "learned_step": LEARNED_COLUMNS, "variational": VARIATIONAL_COLUMNS}
-    assert _C.columns() == {"noising": 4, "loss": 3, **{op: len(columns) for op, columns in named.items()}}
+    assert _C.layout()["columns"] == {
+        "step": COLUMNS,
+        "learned_step": LEARNED_COLUMNS,
+        "variational": VARIATIONAL_COLUMNS,
+        "noising": ("s", "n", "u", "v"),
+        "loss": ("u", "v", "weight"),
+    }
+    assert _C.layout()["histories"] == SLOTS
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -269,8 +275,8 @@ def terms(row: dict[str, float], want: dict[str, Any]) -> set[str]:
 
 
 def test_every_special_loop_is_met(root: Path) -> None:
-    """Each set of terms with a loop of its own (csrc/cpu/isa.h) is a row and a set of outputs of the test above."""
-    text = (root / "csrc/cpu/isa.h").read_text()
+    """Each set of terms with a loop of its own (step_span.h) is a row and a set of outputs of the test above."""
+    text = (root / "csrc/cpu/step_span.h").read_text()
     named: dict[str, set[str]] = {}
 
     def resolve(expression: str) -> frozenset[str]:

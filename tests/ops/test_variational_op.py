@@ -174,6 +174,7 @@ def test_gradcheck(learned: bool) -> None:
     assert torch.autograd.gradcheck(value, (pred,))
 
 
+@pytest.mark.full
 def test_compile_and_export() -> None:
     shape = (3, 2, 5, 4)
     x0, pred = images(shape, 1, torch.float32), prediction(shape, 2, torch.float32, "contiguous", True)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu import calls, checks_ops, checks_runs
+from gpu import calls, checks_graphs, checks_ops, checks_runs
 from gpu.calls import DTYPES, Call
 from gpu.harness import HOST, Target, Traffic, counting_storages, difference, moved
 from helpers.op_cases import values
@@ -41,13 +41,13 @@ COMPARISONS: dict[str, Check] = {
     "mixed rows": check(checks_ops.check_mixed_rows, torch.float16),
     "far elements": check(checks_ops.check_far_elements, 100_003),
     "layout of sampling": check(checks_runs.check_layout_of_sampling),
-    "graph of noising": check(checks_runs.check_graph_of_noising, False),
-    "graph of noising out": check(checks_runs.check_graph_of_noising, True),
-    "graph of step": check(checks_runs.check_graph_of_step, False),
-    "graph of step by sample": check(checks_runs.check_graph_of_step, True),
-    "graph of randn and loss": check(checks_runs.check_graph_of_randn_and_loss),
-    "graph of a loop": check(checks_runs.check_graph_of_a_loop, False),
-    "graph of a whole loop": check(checks_runs.check_graph_of_a_loop, True),
+    "graph of noising": check(checks_graphs.check_graph_of_noising, False),
+    "graph of noising out": check(checks_graphs.check_graph_of_noising, True),
+    "graph of step": check(checks_graphs.check_graph_of_step, False),
+    "graph of step by sample": check(checks_graphs.check_graph_of_step, True),
+    "graph of randn and loss": check(checks_graphs.check_graph_of_randn_and_loss),
+    "graph of a loop": check(checks_graphs.check_graph_of_a_loop, False),
+    "graph of a whole loop": check(checks_graphs.check_graph_of_a_loop, True),
     **{f"starts of {name}": check(checks_runs.check_starts, name) for name in ("heun", "ddpm learned")},
     "loop is lean": check(checks_runs.check_loop_is_lean, "heun edm", "guided"),
     **{f"gradients {dtype}": check(checks_ops.check_gradients, dtype) for dtype in DTYPES},

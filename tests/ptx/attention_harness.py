@@ -9,7 +9,6 @@ are the outputs and the statistics of each launch. `exact` and `plain` are the t
 from __future__ import annotations
 
 import ctypes
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,21 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ptx.harness import CODES, CUDA_CSRC, HERE, NVCC_FLAGS, bits, find_nvcc
+from helpers import build_description, tolerances
+from helpers.attention_bounds import attention_floors
+from helpers.native_layout import CODES
+from ptx.harness import CUDA_CSRC, HERE, bits, host, module
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-FILES = (
-    "attention.cu",
-    "attention_ffma.cu",
-    "attention_mma_f16.cu",
-    "attention_mma_bf16.cu",
-    "attention_grad.cu",
-    "attention_grad_ffma.cu",
-    "attention_grad_mma_f16.cu",
-    "attention_grad_mma_bf16.cu",
-)
-HEAD_DIMS = (8, 24, 32, 40, 64, 72, 80, 96, 128, 160, 256, 512)
 
 
 # ------------------------------------------------------------------------------------------------------- inputs
@@ -191,45 +181,25 @@ def _view(t: Tensor | None) -> list[int]:
     return [0] * 5 if t is None else [t.data_ptr(), *t.stride()]
 
 
-@functools.cache
-def _host(files: tuple[Path, ...], defines: tuple[str, ...]) -> Any:
-    """The launchers as a shared library, the same for every architecture. The kernels in it are never run: they are
-    not optimised, and compute_80 leaves ptxas out."""
-    from ptxsim.host import Host
-
-    find_nvcc()
-    flags = (*NVCC_FLAGS, "-Xcicc", "-O0")
-    return Host([str(f) for f in files], arch="compute_80", includes=[str(CUDA_CSRC)], defines=defines, flags=flags)
-
-
-@functools.cache
-def _modules(files: tuple[Path, ...], defines: tuple[str, ...], arch: str) -> list[Any]:
-    import ptxsim
-    from ptxsim import nvcc
-    from ptxsim.host import MEM
-
-    extra = nvcc.options([str(CUDA_CSRC)], defines, NVCC_FLAGS)
-    return [ptxsim.load(nvcc.cached(str(f), arch, extra)[0], MEM) for f in files]
-
-
 class Attention:
     """The attention kernels as PTX of one architecture.
 
-    files: sources of csrc/cuda (names) or others (paths); the launch file holds the C functions that are called.
+    files: sources of csrc/cuda (names) or others (paths), all of attention unless given; the launch file holds the C
+    functions that are called.
     """
 
     def __init__(
         self,
         arch: str = "sm_80",
-        files: Sequence[str | Path] = FILES,
+        files: Sequence[str | Path] = (),
         launch: Path = HERE / "attention_launch.cu",
         defines: Sequence[str] = (),
     ) -> None:
-        find_nvcc()
+        files = files or [name for name in build_description.cuda_sources() if name.startswith("attention")]
         paths = (*(CUDA_CSRC / "cuda" / f for f in files), launch)
         self.arch = arch
-        self.host = _host(paths, tuple(defines))
-        self.modules = _modules(paths, tuple(defines), arch)
+        self.host = host(paths, tuple(defines))
+        self.modules = [module(path, tuple(defines), arch) for path in paths]
 
     @property
     def capability(self) -> int:
@@ -363,3 +333,14 @@ def _check_gaps(outputs: dict[str, Tensor]) -> None:
         known[1].as_strided([*t.shape, size], strides, t.storage_offset() * size).fill_(False)
     for memory, gap, name in gaps.values():
         assert bool((memory[gap] == 255).all()), f"a kernel wrote beside the elements of {name}"
+
+
+def check(
+    run: Run, names: Sequence[str], q: Tensor, k: Tensor, v: Tensor, grad: Tensor, scale: float | None = None
+) -> None:
+    """The accuracy rule for these outputs of a run: out and lse, or dq, dk and dv."""
+    true, usual = exact(q, k, v, grad, scale), plain(q, k, v, grad, scale)
+    floors = attention_floors(q, k, v, q.shape[3] ** -0.5 if scale is None else scale, grad)
+    for name in names:
+        ours, ideal, theirs, floor = (getattr(of, name) for of in (run, true, usual, floors))
+        tolerances.check(ours, ideal, theirs, f"{name} {tuple(q.shape)}, {k.shape[2]} keys", floor=floor)

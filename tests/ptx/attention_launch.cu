@@ -43,6 +43,11 @@ dk::AttentionGradArgs backward(const int64_t* words, double scale) {
   a.lse = w.pointer();
   for (dk::HeadsView* v : {&a.dq, &a.dk, &a.dv}) *v = w.view();
   a.workspace = w.pointer();
+  int device = 0, major = 0, minor = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  a.capability = 10 * major + minor;
   return a;
 }
 

@@ -1,4 +1,6 @@
 // The CPU kernels behind the same C functions as the CUDA launchers in launch.cu.
+#include <core/cpu.h>
+
 #include "flat.h"
 
 namespace {

@@ -1,13 +1,17 @@
-// The argument PODs of csrc/core/args.h from flat arrays of int64, so that no other language has to know their layout.
+// The argument PODs of csrc/core from flat arrays of int64, so that no other language has to know their layout.
 // Used by launch.cu (the CUDA launchers, in the emulator) and cpu.cpp (their CPU twins).
 #pragma once
 
-#include <core/args.h>
 #include <core/learned_step.h>
-#include <core/noise_sum.h>
-#include <core/step_logprob.h>
+#include <core/loss.h>
 #include <core/moments.h>
+#include <core/noise_sum.h>
+#include <core/noising.h>
 #include <core/quantile.h>
+#include <core/randn.h>
+#include <core/step.h>
+#include <core/step_logprob.h>
+#include <core/variational.h>
 
 #include <initializer_list>
 

@@ -8,59 +8,37 @@ see: inputs unchanged, every output element written, no race, no access outside 
 from __future__ import annotations
 
 import ctypes
-import importlib.util
+import functools
 import os
-import shutil
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from helpers import build_description
+from helpers.core_headers import enumerators
+from helpers.native_layout import CODES, MAX_DIMS, SUM_BLOCK
 from torch import Tensor
 
+from diffkern.plan import COLUMNS
+
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
 # tools/mutants.py puts changed copies of core and cuda here; the CPU kernels always come from the tree.
-CUDA_CSRC = Path(os.environ.get("DIFFKERN_PTX_CSRC", ROOT / "csrc"))
-CUDA_FILES = (
-    "randn.cu",
-    "noise_sum.cu",
-    "noising.cu",
-    "step.cu",
-    "learned_step.cu",
-    "loss.cu",
-    "variational.cu",
-    "step_logprob.cu",
-    "quantile.cu",
-    "moments.cu",
-)
-LEVELS = ("portable", "avx2", "avx512")
-CPU_FILES = (
-    "isa",
-    *(f"isa_{level}" for level in LEVELS),
-    *(f"attention_{level}" for level in (*LEVELS, "avx512_bf16")),
-)
-CPU_FILES += ("blocks", "randn", "noise_sum", "noising", "step", "learned_step", "loss", "variational", "step_logprob")
-CPU_FILES += ("statistics", "quantile", "moments")
-# As in CMakeLists.txt; ptxas has no part in the tests, so it need not optimise.
-NVCC_FLAGS = ("-O3", "-std=c++17", "--fmad=false", "-Xptxas", "-O0")
-CPU_FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
+CUDA_CSRC = Path(os.environ.get("DIFFKERN_PTX_CSRC", build_description.CSRC))
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-CODES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.uint8: 4, torch.bool: 4}
-MAX_DIMS = 6
+_LAYOUT = enumerators("Layout")
 LAYOUTS = {
-    "contiguous": 0,
-    "misaligned": 0,
-    "padded": 0,
-    "channels_last": 1,
-    "channels_last_misaligned": 1,
-    "strided": 2,
+    "contiguous": _LAYOUT["contiguous"],
+    "misaligned": _LAYOUT["contiguous"],
+    "padded": _LAYOUT["contiguous"],
+    "channels_last": _LAYOUT["channels_last"],
+    "channels_last_misaligned": _LAYOUT["channels_last"],
+    "strided": _LAYOUT["strided"],
 }
 
-# Views of the PODs in core/args.h, in the order of flat.h.
+# Views of the arguments in core, in the order of flat.h.
 VIEWS = {
     "randn": ("out",),
     "noise_sum": ("out",),
@@ -73,30 +51,6 @@ VIEWS = {
     "step": ("x", "u", "c", "h0", "h1", "h2", "h3", "noise", "mask", "known", "out", "x0", "s", "next", "next2"),
     "learned_step": ("x", "m", "v", "noise", "mask", "known", "out", "x0", "next", "next2"),
 }
-COLUMNS = ("w", "p", "q", "r", "clip", "a", "b", "d", "e0", "e1", "e2", "e3", "g", "A", "B", "D", "k")
-COLUMNS += ("known_s", "known_n", "stream", "known_stream")
-LEARNED_COLUMNS = (*COLUMNS, "r0", "r1")
-LOSS_BLOCK = 1024
-
-
-class NoNvcc(RuntimeError):
-    """There is no nvcc: the message says what to do."""
-
-
-def find_nvcc() -> None:
-    """Put nvcc on PATH if it is only in the PyPI packages."""
-    if shutil.which("nvcc"):
-        return
-    spec = importlib.util.find_spec("nvidia")
-    for folder in spec.submodule_search_locations or () if spec else ():
-        for sub in ("cu13/bin", "cuda_nvcc/bin"):
-            if (Path(folder) / sub / "nvcc").exists():
-                os.environ["PATH"] = f"{Path(folder) / sub}{os.pathsep}{os.environ['PATH']}"
-                return
-    raise NoNvcc(
-        "the CUDA kernels are tested by compiling them to PTX, and no nvcc was found: put one on PATH, or "
-        "pip install 'cuda-toolkit[nvcc,cudart,cccl]' (which brings nvidia-cuda-nvcc)"
-    )
 
 
 # ------------------------------------------------------------------------------------------------------ tensors
@@ -216,13 +170,13 @@ def _prepare(call: Call) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         results[name] = views[name] = made
     if call.op in ("loss", "variational"):
         sums = torch.float64 if call.state == torch.float64 else torch.float32
-        blocks = (call.count + LOSS_BLOCK - 1) // LOSS_BLOCK
+        blocks = (call.count + SUM_BLOCK - 1) // SUM_BLOCK
         results["partials"] = torch.empty(call.batch, blocks * (2 if call.op == "variational" else 1), dtype=sums)
         results["value"] = torch.empty(call.batch if call.reduction == 0 else 1, dtype=sums)
         results["samples"] = torch.empty(call.batch if call.reduction else 0, dtype=sums)
     if call.op == "step_logprob":
         sums = torch.float64 if call.state == torch.float64 else torch.float32
-        results["partials"] = torch.empty(call.batch, (call.count + LOSS_BLOCK - 1) // LOSS_BLOCK, dtype=sums)
+        results["partials"] = torch.empty(call.batch, (call.count + SUM_BLOCK - 1) // SUM_BLOCK, dtype=sums)
         results["value"] = torch.empty(call.batch, dtype=sums)
     if call.op == "variational":
         results["means"] = torch.empty(call.batch, 2, dtype=results["value"].dtype)
@@ -240,7 +194,7 @@ def _workspace(lib: ctypes.CDLL, call: Call) -> Tensor:
         size = lib.dk_quantile_workspace(ctypes.c_int64(call.batch), ctypes.c_int64(call.count))
         words = (size + 7) // 8
     elif call.op == "moments":  # float64 words hold the partial sums of either dtype
-        words = call.batch * ((call.count + LOSS_BLOCK - 1) // LOSS_BLOCK)
+        words = call.batch * ((call.count + SUM_BLOCK - 1) // SUM_BLOCK)
     return torch.empty(words, dtype=torch.float64)
 
 
@@ -288,21 +242,8 @@ def _invoke(lib: ctypes.CDLL, call: Call, results: dict[str, Tensor], views: dic
 class Cpu:
     """csrc/cpu as a small shared library."""
 
-    def __init__(self, cache: Path) -> None:
-        self.path = cache / "cpu.so"
-        sources = [HERE / "cpu.cpp", *(ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in CPU_FILES)]
-        command = [
-            "g++",
-            *CPU_FLAGS,
-            "-shared",
-            "-fPIC",
-            f"-I{ROOT / 'csrc'}",
-            *map(str, sources),
-            "-o",
-            str(self.path),
-        ]
-        subprocess.run(command, check=True)
-        self.lib = ctypes.CDLL(str(self.path))
+    def __init__(self) -> None:
+        self.lib = ctypes.CDLL(str(build_description.cpu_library(HERE / "cpu.cpp")))
 
     def run(self, call: Call) -> dict[str, Tensor]:
         results, views = _prepare(call)
@@ -310,32 +251,58 @@ class Cpu:
         return results
 
 
-class Device:
-    """csrc/cuda in the emulator, as PTX of one architecture. The host code is the same for all and built once."""
+# ---------------------------------------------------------------------------------------------------------- device
+def flags() -> tuple[str, ...]:
+    """Those of the real build. The C functions of the bridges must be seen, and ptxas, which has no part in the tests,
+    need not optimise."""
+    return (*build_description.nvcc_flags(), "-Xcompiler=-fvisibility=default", "-Xptxas", "-O0")
 
-    _host: Any = None
+
+@functools.cache
+def host(files: tuple[Path, ...], defines: tuple[str, ...] = ()) -> Any:
+    """The launchers as a shared library, the same for every architecture. The kernels in it are never run: they are
+    not optimised, and compute_80 leaves ptxas out."""
+    from ptxsim.host import Host
+
+    names, includes = [str(f) for f in files], [str(CUDA_CSRC)]
+    return Host(names, "compute_80", None, includes, defines, (*flags(), "-Xcicc", "-O0"), kernels=False)
+
+
+@functools.cache
+def module(file: Path, defines: tuple[str, ...], arch: str) -> Any:
+    """The kernels of one file, ready to run."""
+    import ptxsim
+    from ptxsim import nvcc
+    from ptxsim.host import MEM
+
+    extra = nvcc.options([str(CUDA_CSRC)], defines, flags())
+    MODULES.append(ptxsim.load(nvcc.cached(str(file), arch, extra)[0], MEM, lazy=True))
+    return MODULES[-1]
+
+
+MODULES: list[Any] = []
+
+
+def forget() -> None:
+    """Let go of the kernels made ready so far: their PTX stays, and is read again where it is needed."""
+    for known in MODULES:
+        known.forget()
+
+
+class Device:
+    """csrc/cuda in the emulator, as PTX of one architecture."""
 
     def __init__(self, arch: str) -> None:
-        import ptxsim
-        from ptxsim import nvcc
-        from ptxsim.host import MEM, Host
-
-        find_nvcc()
-        files = [*(str(CUDA_CSRC / "cuda" / name) for name in CUDA_FILES), str(HERE / "launch.cu")]
-        includes = [str(CUDA_CSRC)]
-        if Device._host is None:
-            Device._host = Host(files, arch="sm_80", includes=includes, flags=NVCC_FLAGS, race_global=True)
+        names = (name for name in build_description.cuda_sources() if not name.startswith("attention"))
+        files = (*(CUDA_CSRC / "cuda" / name for name in names), HERE / "launch.cu")
         self.arch = arch
-        if arch == "sm_80":
-            self.modules = Device._host.modules
-        else:
-            extra = nvcc.options(includes, (), NVCC_FLAGS)
-            self.modules = [ptxsim.load(nvcc.cached(f, arch, extra)[0], MEM) for f in files]
+        self.host = host(files)
+        self.modules = [module(file, (), arch) for file in files]
         self.launches: list[Any] = []
 
     def library(self, **options: Any) -> ctypes.CDLL:
         """The launchers, with this architecture's kernels behind them."""
-        host = Device._host
+        host = self.host
         host.modules = self.modules
         host.options = {"race_global": True, **options}
         host.launches.clear()
@@ -345,7 +312,7 @@ class Device:
 
     def run(self, call: Call, complete: bool = True, **options: Any) -> dict[str, Tensor]:
         """Outputs of the call. complete=False: some blocks are left out (only_ctas), so not all is written."""
-        host = Device._host
+        host = self.host
         results, views = _prepare(call)
         overwritten = set(call.in_place.values())
         before = {}

@@ -7,16 +7,24 @@ from collections.abc import Callable
 import ptxsim
 import pytest
 import torch
+from ptx.calls.learned_step import ROWS as LEARNED_ROWS
+from ptx.calls.learned_step import learned_step
+from ptx.calls.loss import loss
+from ptx.calls.noising import noising
+from ptx.calls.randn import randn
+from ptx.calls.step import ROWS, step, wanted
+from ptx.calls.step_logprob import density
 from ptx.harness import DTYPES, Cpu, Device, check
-from ptx.test_learned_step import ROWS as LEARNED_ROWS
-from ptx.test_learned_step import learned_step
-from ptx.test_loss import loss
-from ptx.test_noising import noising
-from ptx.test_randn import randn
-from ptx.test_step import ROWS, step, wanted
-from ptx.test_step_logprob import density
 
-ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_120")
+pytestmark = pytest.mark.full  # test_every_op.py has each op once
+
+ARCHITECTURES = ("sm_75", "sm_80", "sm_120")
+
+
+def test_sm_90_has_the_code_of_sm_80(device_of: Callable[[str], Device]) -> None:
+    """Which is why the other files run sm_80 alone. Code of its own: sm_90 to ARCHITECTURES of conftest.py."""
+    for older, newer in zip(device_of("sm_80").modules, device_of("sm_90").modules, strict=True):
+        assert newer.text.replace(".target sm_90", ".target sm_80") == older.text
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

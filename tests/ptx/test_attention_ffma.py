@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from helpers.tolerances import check
+from helpers import tolerances
 from ptx.attention_harness import (
     HEAD_ORDERS,
     Attention,
-    Gradients,
     Run,
+    check,
     conflicts,
     exact,
     place,
@@ -24,6 +24,8 @@ from ptx.attention_harness import (
 )
 from ptx.harness import same_bits
 from torch import Tensor
+
+pytestmark = pytest.mark.full  # test_every_op.py has each op once
 
 GRADIENTS = ("dq", "dk", "dv")
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # q, k, v, grad_out
@@ -42,15 +44,9 @@ def inputs(dim: int, queries: int, keys: int, layouts: str, heads: tuple[int, in
     return made[0], made[1], made[2], made[3]
 
 
-def references(case: Inputs, scale: float | None = None) -> tuple[Gradients, Gradients]:
-    return exact(*case, scale=scale), plain(*case, scale=scale)
-
-
 def forward(case: Inputs, arch: str = "sm_80", scale: float | None = None) -> Run:
     run = device(arch).forward(*case[:3], scale)
-    true, usual = references(case, scale)
-    check(run.out, true.out, usual.out, "out")
-    check(run.lse, true.lse, usual.lse, "lse")
+    check(run, ("out", "lse"), *case, scale)
     return run
 
 
@@ -64,9 +60,7 @@ def backward(
     """After its forward pass: both round a logit in the same way, and so lse corrects what it is wrong by."""
     q, k, v, grad = case
     run = device(arch).backward(q, k, v, first.out, grad, first.lse, scale, into)
-    true, usual = references(case, scale)
-    for name in GRADIENTS:
-        check(run.tensors[name], getattr(true, name), getattr(usual, name), name)
+    check(run, GRADIENTS, *case, scale)
     return run
 
 
@@ -193,8 +187,7 @@ def test_long_sums() -> None:
     q, k, v = (t.expand(-1, 128, -1, -1) for t in case[:3])
     run = device().forward(q, k, v, complete=False, only_ctas=[0])
     assert len(run.launches) == 1
-    true, usual = references(case)
-    check(run.out[:, :1], true.out, usual.out)
+    tolerances.check(run.out[:, :1], exact(*case).out, plain(*case).out)
 
 
 @pytest.mark.parametrize("scale", [-0.5, 0.0, 3.0])

@@ -6,46 +6,13 @@ import math
 
 import pytest
 import torch
-from ptx.harness import DTYPES, Call, Cpu, Device, check, same_bits, seeds_for, values, with_changes
+from helpers.native_layout import SUM_BLOCK
+from ptx.calls.loss import MEAN, NONE, SUM, loss
+from ptx.harness import DTYPES, Cpu, Device, check, same_bits, with_changes
 
-COUNTS = (1, 3, 4, 5, 31, 1009, 1023, 1024, 1025, 2053)
-NONE, MEAN, SUM = 0, 1, 2
+pytestmark = pytest.mark.full  # test_every_op.py has each op once
 
-
-def table(rows: int) -> torch.Tensor:
-    """[rows, 3] of u, v, weight; some have u or v zero."""
-    t = torch.randn(rows, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    t[:, 2] = t[:, 2].abs() + 0.1
-    if rows >= 3:
-        t[1, 0] = 0  # eps prediction
-        t[2, 1] = 0  # x0 prediction
-    return t
-
-
-def loss(
-    layout: str,
-    batch: int,
-    shape: tuple[int, ...],
-    state: torch.dtype,
-    *,
-    pred_dtype: torch.dtype | None = None,
-    reduction: int = NONE,
-    grad: bool = True,
-    tensor_noise: bool = False,
-    special: bool = False,
-) -> Call:
-    pred_dtype = pred_dtype or state
-    inputs = {
-        "pred": values(1, batch, shape, pred_dtype, layout, special),
-        "x0": values(2, batch, shape, state, layout),
-    }
-    if tensor_noise:
-        inputs["noise"] = values(3, batch, shape, state, layout)
-    return Call(
-        "loss", layout, batch, shape, inputs, {"grad": pred_dtype} if grad else {}, table=table(5), state=state,
-        index=torch.arange(batch, dtype=torch.int64) % 5, seeds=None if tensor_noise else seeds_for(batch),
-        stream=1 << 40, reduction=reduction,
-    )  # fmt: skip
+COUNTS = (1, 3, 4, 5, 31, 1009, SUM_BLOCK - 1, SUM_BLOCK, SUM_BLOCK + 1, 2 * SUM_BLOCK + 5)
 
 
 @pytest.mark.parametrize("state", DTYPES, ids=str)
@@ -90,7 +57,9 @@ def test_many_blocks(device: Device, cpu: Cpu) -> None:
     """More blocks of 1024 than lanes."""
     for state in (torch.float32, torch.bfloat16):
         check(
-            device, cpu, loss("contiguous", 1, (1024 * 259 + 13,), state, reduction=MEAN, grad=False, tensor_noise=True)
+            device,
+            cpu,
+            loss("contiguous", 1, (259 * SUM_BLOCK + 13,), state, reduction=MEAN, grad=False, tensor_noise=True),
         )
 
 

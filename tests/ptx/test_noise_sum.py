@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ptx.calls.noise_sum import noise_sum
 from ptx.harness import DTYPES, Call, Cpu, Device, check, seeds_for, with_changes
 
+pytestmark = pytest.mark.full  # test_every_op.py has each op once
+
 COUNTS = (0, 1, 5, 31, 1023, 1025, 2053)  # the walk over quads is that of randn, which has more
-
-
-def terms(n: int) -> tuple[list[int], list[float]]:
-    """n streams with the first and the last there are, weights of both signs that float32 must round."""
-    streams = [0, 2**53 - 1, *((5 << 40) + 3**k % 2**24 for k in range(2, n))][:n]
-    return streams, [(-1) ** j * 1.7 ** (j % 5) / 3 for j in range(n)]
-
-
-def noise_sum(layout: str, batch: int, shape: tuple[int, ...], dtype: torch.dtype, n: int = 5) -> Call:
-    return Call("noise_sum", layout, batch, shape, {}, {"out": dtype}, seeds=seeds_for(batch), terms=terms(n))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -6,7 +6,10 @@ import math
 
 import pytest
 import torch
+from ptx.calls.randn import randn
 from ptx.harness import DTYPES, Call, Cpu, Device, check, seeds_for
+
+pytestmark = pytest.mark.full  # test_every_op.py has each op once
 
 COUNTS = (0, 1, 3, 4, 5, 31, 64, 1009, 1023, 1024, 1025, 2053)
 
@@ -41,10 +44,6 @@ def normal(seed: int, stream: int, i: int) -> float:
     return radius * (math.sin(angle) if i % 2 else math.cos(angle))
 
 
-def randn(layout: str, batch: int, shape: tuple[int, ...], dtype: torch.dtype, stream: int = 3) -> Call:
-    return Call("randn", layout, batch, shape, {}, {"out": dtype}, seeds=seeds_for(batch), stream=stream)
-
-
 def test_philox_known_answers(device: Device) -> None:
     keys, expected = [], []
     for counter, key, result in KNOWN:
@@ -55,7 +54,7 @@ def test_philox_known_answers(device: Device) -> None:
         expected += _words(result)
     inputs = torch.tensor([k - (k >> 63 << 64) for k in keys], dtype=torch.int64)
     words = torch.empty(4 * len(KNOWN), dtype=torch.int32)
-    host = Device._host
+    host = device.host
     lib = device.library()
     host.register(inputs, readonly=True)
     host.register(words, init=False)
@@ -127,14 +126,14 @@ def test_more_samples_than_a_grid_dimension(device: Device, cpu: Cpu) -> None:
         assert torch.equal(got[b], expected[b])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_beyond_32_bit_addresses(device_of, cpu: Cpu) -> None:  # type: ignore[no-untyped-def]
     """The last block of a tensor of more than 2^32 bytes and 2^31 elements (pages that nobody touches cost nothing)."""
     device = device_of("sm_80")
     count = 2**31 + 4099
     out = torch.empty(1, count, dtype=torch.float16)
     seeds = seeds_for(1)
-    host = Device._host
+    host = device.host
     from ptx import harness
 
     call = Call("randn", "contiguous", 1, (count,), {}, {"out": torch.float16}, seeds=seeds, stream=3)

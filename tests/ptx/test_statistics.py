@@ -6,34 +6,16 @@ import math
 
 import pytest
 import torch
+from helpers.core_headers import constant
+from helpers.native_layout import SUM_BLOCK
 from helpers.quantiles import torch_quantile
-from ptx.harness import DTYPES, Call, Cpu, Device, check, same_bits, values, with_changes
+from ptx.calls.statistics import moments, quantile
+from ptx.harness import DTYPES, Call, Cpu, Device, check, same_bits, with_changes
 
-PART = 65536  # up to here one block of threads takes a sample
+pytestmark = pytest.mark.full  # test_every_op.py has each op once
+
+PART = constant("kQuantilePart")  # up to here one block of threads takes a sample
 states = pytest.mark.parametrize("state", DTYPES, ids=str)
-
-
-def quantile(
-    layout: str,
-    batch: int,
-    shape: tuple[int, ...],
-    state: torch.dtype,
-    q: float = 0.9,
-    maximum: float | None = 1.5,
-    special: bool = False,
-) -> Call:
-    """The quantile; with a maximum, the thresholded sample too."""
-    inputs = {"x": values(1, batch, shape, state, layout, special)}
-    row = [q, math.inf if maximum is None else maximum]
-    return Call(
-        "quantile", layout, batch, shape, inputs, {} if maximum is None else {"out": state}, row=row, state=state
-    )
-
-
-def moments(layout: str, batch: int, shape: tuple[int, ...], state: torch.dtype, special: bool = False) -> Call:
-    return Call(
-        "moments", layout, batch, shape, {"x": values(2, batch, shape, state, layout, special)}, {}, state=state
-    )
 
 
 # ----------------------------------------------------------------------------------------------------------- quantile
@@ -145,7 +127,7 @@ def test_traffic(device: Device) -> None:
 @states
 @pytest.mark.parametrize("layout", ["contiguous", "misaligned", "padded", "strided"])
 def test_moments_of_sizes(device: Device, cpu: Cpu, state: torch.dtype, layout: str) -> None:
-    for count in (1, 2, 5, 1009, 1024, 1025, 3077):
+    for count in (1, 2, 5, 1009, SUM_BLOCK, SUM_BLOCK + 1, 3 * SUM_BLOCK + 5):
         check(device, cpu, moments(layout, 3, (count, 1) if layout == "strided" else (count,), state))
     check(device, cpu, moments("channels_last", 2, (5, 19, 23), state))
     check(device, cpu, moments("contiguous", 2, (700,), state, special=True))
@@ -153,7 +135,7 @@ def test_moments_of_sizes(device: Device, cpu: Cpu, state: torch.dtype, layout: 
 
 def test_moments_are_right(device: Device, cpu: Cpu) -> None:
     """Past 64 blocks the CPU takes other ways, past 256 each lane adds several."""
-    for count in (65537, 1024 * 259 + 13):
+    for count in (64 * SUM_BLOCK + 1, 259 * SUM_BLOCK + 13):
         call = moments("contiguous", 1, (count,), torch.float32)
         mean, deviation = check(device, cpu, call)["value"][0].tolist()
         x = call.inputs["x"].double()

@@ -6,60 +6,16 @@ import math
 
 import pytest
 import torch
-from ptx.harness import COLUMNS, DTYPES, Call, Cpu, Device, check, row, same_bits, values, with_changes
+from helpers.native_layout import SUM_BLOCK
+from ptx.calls.step_logprob import LEARNED_ROWS, ROWS, density
+from ptx.harness import DTYPES, Cpu, Device, check, row, same_bits, with_changes
 
 from diffkern import reference
+from diffkern.plan import COLUMNS
 
-COUNTS = (1, 3, 4, 5, 31, 1009, 1023, 1024, 1025, 2053)
-ROWS = {
-    "ddpm": row(p=1.2, q=-0.7, clip=1.0, a=0.3, b=0.6, g=0.2),
-    "euler": row(a=1.0, d=-0.3, g=0.7, stream=5),
-    "guided": row(w=4.0, p=1.2, q=-0.7, b=0.9, d=0.4, g=-0.11),
-    "silent": row(w=4.0, p=1.2, q=-0.7, b=0.9, d=0.4, e0=1.0),
-    "everything": row(
-        w=1.5, p=1.1, q=-0.4, clip=2.0, a=0.8, b=0.3, d=0.2, e0=0.4, e1=-0.3, e2=0.2, e3=-0.1, g=0.3,
-        A=0.5, B=-0.5, D=0.2, k=0.7, known_s=0.8, known_n=0.6, stream=11, known_stream=12,
-    ),
-    "small": row(p=1.1, q=-0.4, a=0.1, b=0.9, g=3e-5),
-}  # fmt: skip
-LEARNED_ROWS = {
-    "ddpm": [*row(p=1.2, q=-0.7, clip=1.0, a=0.3, b=0.6, g=1.0), -6.0, 1.5],
-    "direct": [*row(a=1.0, d=-0.3, g=0.5), 0.0, 1.0],
-    "fixed": [*row(p=1.1, q=-0.4, a=0.1, b=0.9, g=1.0), -3.0, 0.0],
-    "silent": [*row(a=1.0, d=-0.3), -3.0, 1.0],
-}
+pytestmark = pytest.mark.full  # test_every_op.py has each op once
 
-
-def density(
-    layout: str,
-    batch: int,
-    shape: tuple[int, ...],
-    state: torch.dtype,
-    values_of_row: list[float] | None = None,
-    *,
-    m_dtype: torch.dtype | None = None,
-    grad: bool = True,
-    learned: bool = False,
-    doubled: bool = True,
-    special: bool = False,
-) -> Call:
-    """A call with every operand; without a row, one of the table for each sample."""
-    m_dtype = m_dtype or state
-    names = ("after", "x", "h0", "h1", "h2", "h3")
-    inputs = {name: values(k, batch, shape, state, layout, special) for k, name in enumerate(names)}
-    inputs["u"] = values(7, batch, shape, m_dtype, layout, special)
-    if learned:
-        inputs["v"] = values(8, batch, shape, m_dtype, layout, special)
-    elif doubled:
-        both = values(9, 2 * batch, shape, m_dtype, layout, special)
-        inputs["u"], inputs["c"] = both[:batch], both[batch:]
-    outputs = {"grad_u": m_dtype, **({"grad_v": m_dtype} if learned else {"grad_c": m_dtype} if doubled else {})}
-    call = Call("step_logprob", layout, batch, shape, inputs, outputs if grad else {}, row=values_of_row, state=state)
-    if values_of_row is None:
-        rows = (LEARNED_ROWS if learned else ROWS).values()
-        call.table = torch.tensor(list(rows), dtype=torch.float64)
-        call.index = torch.arange(batch, dtype=torch.int64) % len(call.table)
-    return call
+COUNTS = (1, 3, 4, 5, 31, 1009, SUM_BLOCK - 1, SUM_BLOCK, SUM_BLOCK + 1, 2 * SUM_BLOCK + 5)
 
 
 @pytest.mark.parametrize("state", DTYPES, ids=str)
@@ -110,7 +66,7 @@ def test_special_values(device: Device, cpu: Cpu, state: torch.dtype) -> None:
 def test_many_blocks(device: Device, cpu: Cpu) -> None:
     """More blocks of 1024 than lanes."""
     for state in (torch.float32, torch.bfloat16):
-        call = density("contiguous", 1, (1024 * 259 + 13,), state, ROWS["ddpm"], grad=False, doubled=False)
+        call = density("contiguous", 1, (259 * SUM_BLOCK + 13,), state, ROWS["ddpm"], grad=False, doubled=False)
         call.inputs = {name: call.inputs[name] for name in ("after", "x", "u")}
         check(device, cpu, call)
 

@@ -6,57 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from ptx.calls.randn import randn
+from ptx.calls.step import ROWS, step
+from ptx.calls.whole_tiles import BATCH, CASES, SHAPE, cases
 from ptx.harness import DTYPES, Call, Device
-from ptx.test_learned_step import ROWS as LEARNED_ROWS
-from ptx.test_learned_step import learned_step
-from ptx.test_loss import loss
-from ptx.test_noise_sum import noise_sum
-from ptx.test_noising import noising
-from ptx.test_randn import randn
-from ptx.test_step import ROWS, step, wanted
-from ptx.test_step_logprob import ROWS as DENSITY_ROWS
-from ptx.test_step_logprob import density
-from ptx.test_variational import variational
 
-SHAPE = (3, 32, 64)  # a multiple of every tile
-BATCH = 2
+pytestmark = pytest.mark.full  # test_every_op.py has each op once
+
 # What one thread of a block reads for all of them: index, row, seed. Sectors of 32 bytes.
 LOOKUP = 44
-
-
-def cases(dtype: torch.dtype, layout: str = "contiguous") -> dict[str, Call]:
-    everything = step(
-        layout, BATCH, SHAPE, dtype, ROWS["everything"], mask_dtype=dtype, outputs=wanted(dtype, dtype, 2)
-    )
-    table = torch.tensor([ROWS["ddpm"]], dtype=torch.float64)
-    ddpm = step(layout, BATCH, SHAPE, dtype, ROWS["ddpm"])
-    everything_learned = loss(layout, BATCH, SHAPE, dtype)
-    everything_learned.index = torch.tensor([0, 3])  # rows without zeros
-    calls = {
-        "randn": randn(layout, BATCH, SHAPE, dtype),
-        "noise_sum": noise_sum(layout, BATCH, SHAPE, dtype, n=3),
-        "noising": noising(layout, BATCH, SHAPE, dtype),
-        "noising, noise tensor": noising(layout, BATCH, SHAPE, dtype, tensor_noise=True),
-        "step ddim": step(layout, BATCH, SHAPE, dtype, ROWS["ddim"]),
-        "step ddpm": ddpm,
-        "step everything": everything,
-        "learned step": learned_step(layout, BATCH, SHAPE, dtype, LEARNED_ROWS["clip"]),
-        "loss": everything_learned,
-        "variational": variational(layout, BATCH, SHAPE, dtype),
-        "step_logprob": density(layout, BATCH, SHAPE, dtype, DENSITY_ROWS["everything"]),
-        "step_logprob learned": learned_density(layout, dtype),
-    }
-    ddpm_table = step(layout, BATCH, SHAPE, dtype, ROWS["ddpm"])
-    ddpm_table.row, ddpm_table.table = None, table
-    calls["step ddpm, table"] = ddpm_table
-    return calls
-
-
-def learned_density(layout: str, dtype: torch.dtype) -> Call:
-    """A row for each sample from the table, without the histories, which no row of a learned variance reads."""
-    call = density(layout, BATCH, SHAPE, dtype, learned=True)
-    call.inputs = {name: tensor for name, tensor in call.inputs.items() if not name.startswith("h")}
-    return call
 
 
 def tensors(call: Call) -> tuple[int, int]:
@@ -91,10 +49,10 @@ def check_traffic(call: Call, launch: dict[str, Any]) -> None:
     assert launch["shared"]["bank_conflicts"] == 0
 
 
-@pytest.mark.parametrize("name", list(cases(torch.float32)))
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_minimum(device: Device, dtype: torch.dtype, name: str) -> None:
-    call = cases(dtype)[name]
+    call = CASES[name]("contiguous", SHAPE, dtype)
     device.run(call)
     check_traffic(call, device.launches[0])
 

@@ -35,6 +35,7 @@ class Host:
 
     sources   one path or several; .cu files give kernels, other files (.cpp) only host code
     src       CUDA source text, instead of or next to the files
+    kernels   False: the launchers only; the caller puts modules into `h.modules`
     options   of every launch, see machine.Options; may be changed between calls in `h.options`
     """
 
@@ -46,6 +47,7 @@ class Host:
         includes: Iterable[str] = (),
         defines: Iterable[str] | Mapping[str, Any] = (),
         flags: Iterable[str] = (),
+        kernels: bool = True,
         **options: Any,
     ) -> None:
         rt = runtime()
@@ -66,13 +68,14 @@ class Host:
         self.modules: list[Module] = []
         key = hashlib.sha256(repr((rt.path, arch, extra)).encode())
         for f in files:
-            ptx, content = nvcc.cached(f, arch, extra)
+            ptx, content = nvcc.cached(f, arch, extra, kernels)
             key.update(content.encode())
-            if f.endswith(".cu"):
+            if ptx:
                 self.modules.append(load(ptx, MEM))
         self.so = os.path.join(cache_dir(), f"hostlib_{key.hexdigest()[:16]}.so")
-        if not os.path.exists(self.so):
-            self._build(files, arch, extra)
+        with nvcc.locked(self.so):
+            if not os.path.exists(self.so):
+                self._build(files, arch, extra)
         # a library is loaded, and its kernels are registered, once per process however many hosts have it
         self._owner = OWNERS.setdefault(self.so, len(HOSTS))
         if self._owner == len(HOSTS):

@@ -74,6 +74,9 @@ class Kernel:
         ps = ", ".join(f"{p['type']}[{p['size']}]@{p['offset']}" for p in self.params)
         return f"<kernel {self.demangled} params({ps})>"
 
+    def forget(self) -> None:
+        self._prog.clear()
+
     def program(self, redzone: bool = True) -> Program:
         k = bool(redzone)
         if k not in self._prog:

@@ -25,11 +25,18 @@ from .stats import Stats
 class Module:
     """The kernels and variables of one PTX text, ready to launch."""
 
-    def __init__(self, text: str, mem: Memory | None = None, strict: bool = True, origin: str | None = None) -> None:
+    def __init__(
+        self,
+        text: str,
+        mem: Memory | None = None,
+        strict: bool = True,
+        origin: str | None = None,
+        lazy: bool = False,
+    ) -> None:
         self.text = text
         self.origin = origin
         self.strict = strict
-        self.parsed = Parser(text).parse()
+        self.parsed = Parser(text, lazy).parse()
         self.funcs = self.parsed.funcs
         self.vars = self.parsed.vars
         self.target = self.parsed.target
@@ -38,8 +45,15 @@ class Module:
         self.func_by_addr: dict[int, Func] = {}
         self._coop_ws: Array | None = None
         self._globals()
-        self.kernels = {f.name: Kernel(self, f) for f in self.funcs.values() if f.entry and f.body is not None}
+        self.kernels = {f.name: Kernel(self, f) for f in self.funcs.values() if f.entry and f.defined}
         self.last: Result | None = None
+
+    def forget(self) -> None:
+        """Let go of what running the kernels has made; of a lazy module also of the parsed bodies."""
+        for k in self.kernels.values():
+            k.forget()
+        for f in self.funcs.values():
+            f.forget()
 
     def func_addr(self, fn: Func) -> int:
         a = self._faddr.get(fn.name)
@@ -283,11 +297,11 @@ class Module:
         return result
 
 
-def load(ptx: str, mem: Memory | None = None, strict: bool = True) -> Module:
-    """Module from PTX text or a path to a .ptx file."""
+def load(ptx: str, mem: Memory | None = None, strict: bool = True, lazy: bool = False) -> Module:
+    """Module from PTX text or a path to a .ptx file. lazy: the body of a function is parsed when it is needed."""
     origin = None
     if "\n" not in ptx and os.path.exists(ptx):
         origin = ptx
         with open(ptx) as f:
             ptx = f.read()
-    return Module(ptx, mem, strict, origin)
+    return Module(ptx, mem, strict, origin, lazy)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import functools
 import hashlib
 import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from .errors import LaunchError
@@ -68,39 +71,61 @@ def write_atomically(path: str, text: str) -> None:
     os.replace(part, path)
 
 
+@contextlib.contextmanager
+def locked(path: str) -> Iterator[None]:
+    """One process at a time makes a file of the cache; the others wait and find it."""
+    with open(f"{path}.lock", "w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield
+
+
 def _digest(path: str) -> str:
     with open(path, "rb") as f:
         return hashlib.sha256(f.read()).hexdigest()
 
 
-def cached(path: str, arch: str, extra: list[str]) -> tuple[str, str]:
+def cached(path: str, arch: str, extra: list[str], ptx: bool = True) -> tuple[str, str]:
     """(PTX, digest of every file that went into it) of a .cu file, compiled only when one of those files changed.
 
-    Any other file (.cpp) gives no PTX, only the digest.
+    Any other file (.cpp), or any with ptx=False, gives no PTX, only the digest.
     """
     path = os.path.abspath(path)
+    ptx = ptx and path.endswith(".cu")
     cmd = ["nvcc", f"-arch={arch}", *extra]
-    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
-    key = hashlib.sha256(repr((path, os.getcwd(), cmd, version)).encode()).hexdigest()[:20]
+    key = hashlib.sha256(repr((path, os.getcwd(), cmd, _version(), ptx)).encode()).hexdigest()[:20]
     entry = os.path.join(cache_dir(), f"ptx_{key}.json")
-    if os.path.exists(entry):
-        with open(entry) as f:
-            d = json.load(f)
-        if all(os.path.exists(p) and _digest(p) == h for p, h in d["files"].items()):
-            return d["ptx"], d["digest"]
+    with locked(entry):
+        return _fresh(entry) or _make(entry, path, cmd, ptx)
+
+
+@functools.cache
+def _version() -> str:
+    return subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
+
+
+def _fresh(entry: str) -> tuple[str, str] | None:
+    if not os.path.exists(entry):
+        return None
+    with open(entry) as f:
+        d = json.load(f)
+    same = all(os.path.exists(p) and _digest(p) == h for p, h in d["files"].items())
+    return (d["ptx"], d["digest"]) if same else None
+
+
+def _make(entry: str, path: str, cmd: list[str], ptx: bool) -> tuple[str, str]:
+    text = ""
     with tempfile.TemporaryDirectory(dir=os.environ.get("PTXSIM_TMP")) as td:
         dep, out = os.path.join(td, "dep"), os.path.join(td, "out.ptx")
-        make = ["-ptx", "-lineinfo", "-o", out, "-MD"] if path.endswith(".cu") else ["-M"]
+        make = ["-ptx", "-lineinfo", "-o", out, "-MD"] if ptx else ["-M"]
         r = subprocess.run([*cmd, path, *make, "-MF", dep], capture_output=True, text=True)
         if r.returncode:
             raise LaunchError(f"nvcc failed ({' '.join([*cmd, path])}):\n{r.stderr}")
         with open(dep) as f:
             names = f.read().partition(":")[2].replace("\\\n", " ").split()
-        ptx = ""
-        if path.endswith(".cu"):
+        if ptx:
             with open(out) as f:
-                ptx = f.read()
+                text = f.read()
     files = {p: _digest(p) for p in sorted({path, *(n for n in names if os.path.isfile(n))})}
-    digest = hashlib.sha256(repr((sorted(files.items()), version)).encode()).hexdigest()
-    write_atomically(entry, json.dumps({"files": files, "digest": digest, "ptx": ptx}))
-    return ptx, digest
+    digest = hashlib.sha256(repr((sorted(files.items()), _version())).encode()).hexdigest()
+    write_atomically(entry, json.dumps({"files": files, "digest": digest, "ptx": text}))
+    return text, digest

@@ -86,7 +86,7 @@ class Program:
         taken = set()
         while todo:
             f = todo.pop()
-            if f.name in seen or f.body is None:
+            if f.name in seen or not f.defined:
                 continue
             seen[f.name] = f
             edges[f.name] = set()
@@ -96,7 +96,7 @@ class Program:
                     todo.append(m.funcs[s])
                 if s in m.vars:
                     self.used_vars.add(s)
-            for ins in f.body:
+            for ins in f.body or ():
                 if ins.parts[0] == "call":
                     tgt = next((a for a in ins.args if a[0] in ("sym", "reg")), None)
                     if tgt is not None and tgt[0] == "reg":

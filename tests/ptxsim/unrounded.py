@@ -26,14 +26,17 @@ def unrounded(ptx: str | Module, kernel: str | None = None) -> list[str]:
     mod = ptx if isinstance(ptx, Module) else load(ptx)
     fs: Iterable[Func]
     if kernel is None:
-        fs = (f for f in mod.funcs.values() if f.body is not None)
+        fs = (f for f in mod.funcs.values() if f.defined)
     else:
         fs = (i.f for i in mod.kernel(kernel).program().finfo.values())
     out = []
     for f in fs:
+        kept = f.parsed
         for ins in f.body or ():
             p = set(ins.parts[1:])
             if ins.parts[0] in FUSABLE and p & FLOAT_TYPES and not p & ROUNDINGS:
                 where = f" ({mod.parsed.files.get(ins.loc[0], ins.loc[0])}:{ins.loc[1]})" if ins.loc else ""
                 out.append(f"{f.demangled}: line {ins.line}{where}: {ins.text}")
+        if not kept:  # a whole lazy module is a lot of memory
+            f.forget()
     return out

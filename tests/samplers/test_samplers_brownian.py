@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import k_diffusion_oracle
 from helpers.oracles import Gaussian, run_plan
+from helpers.suites import few
 from torch import Tensor
 
 from diffkern import brownian, ops, samplers, schedules, streams
@@ -66,7 +67,7 @@ def distances(make: Make, schedule: schedules.Schedule, counts: list[int], **opt
     return [float((a - b).square().mean().sqrt()) for a, b in itertools.pairwise(ends)]
 
 
-@pytest.mark.parametrize("name", STRONG)
+@pytest.mark.parametrize("name", few(STRONG, "euler_ancestral", "euler_maruyama sub_vp"))
 def test_strong_order_is_one(name: str) -> None:
     """Path by path: the end moves by half as much with each doubling. Independent noise agrees in law alone."""
     schedule, make = STRONG[name]
@@ -79,6 +80,7 @@ def test_strong_order_is_one(name: str) -> None:
     assert apart[-1] > 0.9 * apart[0]
 
 
+@pytest.mark.full
 def test_samplers_converge_to_one_path() -> None:
     """Euler-Maruyama and DPM-Solver++ integrate the same reverse SDE, and their noise is of the same path."""
     seeds, shape = ops.seeds(5, 4), (4, 500)

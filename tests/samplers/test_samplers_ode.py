@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -9,15 +10,17 @@ import numpy as np
 import pytest
 import torch
 from helpers.oracles import Gaussian, Mixture, run_plan
+from helpers.suites import few
 from torch import Tensor
 
-from diffkern import samplers, schedules
+from diffkern import samplers, schedules, tableaus
 from diffkern.plan import Plan
-from diffkern.samplers import runge_kutta
 from diffkern.samplers._phi import exponential_weights, phi
+from diffkern.tableaus import Tableau
 
 LINEAR, FLOW, EDM = schedules.linear(), schedules.flow(), schedules.edm()
 VP, SUB_VP, VE = schedules.vp(), schedules.sub_vp(), schedules.ve()
+SCHEDULES = [LINEAR, VP, SUB_VP, VE, EDM, FLOW]
 PATH = schedules.path(lambda t: (0.5 * math.pi * t).sin(), lambda t: (0.5 * math.pi * t).cos())
 DATA = Gaussian(0.4, 0.6)
 X = torch.tensor([-1.7, -0.2, 0.0, 0.9, 2.5], dtype=torch.float64)
@@ -66,27 +69,46 @@ def options(name: str, **given: object) -> Callable[..., Plan]:
     return lambda schedule, *a, **k: samplers.get_sampler(name)(schedule, *a, **given, **k)
 
 
-@pytest.mark.parametrize(("make", "order", "power"), [
-    (options("rk4"), 4, 1.0), (options("rk4_38"), 4, 1.0), (options("midpoint"), 3, 1.0),
-    (options("lms", order=1), 1, 1.0), (options("lms", order=2), 2, 2.0), (options("lms", order=3), 3, 2.0),
-    (options("lms"), 4, 2.0), (options("lms", order=5), 5, 2.0),
-    (options("deis", order=1), 1, 1.0), (options("deis", order=2), 2, 2.0), (options("deis"), 3, 2.0),
-    (options("deis", order=4), 4, 2.0),
-    (options("dpm_2"), 2, 1.0), (options("dpm_2_ancestral", eta=0.0), 2, 1.0),
-    (options("dpmpp_2s_ancestral", eta=0.0), 2, 1.0),
-    (options("dpmpp_1s"), 1, 1.0), (options("dpmpp_2s"), 2, 1.0), (options("dpmpp_2s", r=0.7), 2, 1.0),
-    (options("dpmpp_2m"), 2, 1.0), (options("dpmpp_2m", solver="heun"), 2, 1.0),
-    (options("dpmpp_3m"), 3, 2.0), (options("dpmpp_3m", compat=True), 2, 2.0),
-])  # fmt: skip
-def test_order_in_sigma(make, order, power):
+# Sampler, options, order and the power of its grid of levels.
+ORDERS: list[tuple[str, dict[str, object], int, float]] = [
+    *[(name, {}, order, 1.0) for name, order in (("rk4", 4), ("rk4_38", 4), ("midpoint", 3), ("dpm_2", 2))],
+    *[("lms", {"order": order}, order, 2.0 if order > 1 else 1.0) for order in (1, 2, 3, 4, 5)],
+    *[("deis", {"order": order}, order, 2.0 if order > 1 else 1.0) for order in (1, 2, 3, 4)],
+    *[(name, {"eta": 0.0}, 2, 1.0) for name in ("dpm_2_ancestral", "dpmpp_2s_ancestral")],
+    ("dpmpp_1s", {}, 1, 1.0),
+    *[("dpmpp_2s", given, 2, 1.0) for given in ({}, {"r": 0.7})],
+    *[("dpmpp_2m", given, 2, 1.0) for given in ({}, {"solver": "heun"})],
+    ("dpmpp_3m", {}, 3, 2.0),
+    ("dpmpp_3m", {"compat": True}, 2, 2.0),
+]
+
+
+def order_name(case: tuple[str, dict[str, object], int, float]) -> str:
+    return " ".join([case[0], *(f"{key}={value}" for key, value in case[1].items())])
+
+
+def test_the_default_orders_are_among_those_measured() -> None:
+    for name, order in (("lms", 4), ("deis", 3)):
+        plans = (samplers.get_sampler(name)(EDM, sigmas=levels(12), **given) for given in ({}, {"order": order}))
+        assert len({plan.rows for plan in plans}) == 1
+
+
+# make test has one a family: of several stages, of slopes kept, exponential, data predicted once, twice and kept.
+QUICK = ("rk4", "lms order=4", "deis order=3", "dpm_2", "dpmpp_2s", "dpmpp_2m", "dpmpp_3m")
+
+
+@pytest.mark.parametrize(("name", "given", "order", "power"), few(ORDERS, *QUICK, name=order_name))
+def test_order_in_sigma(name, given, order, power):
     """From 20 to 0.02. In geometric levels the midpoint rule gains an order on Gaussian data; in flow time not."""
+    make = options(name, **given)
     errors = errors_in_sigma(make, [128, 256, 512] if order == 5 else [64, 128, 256], power)
     assert observed(errors) == pytest.approx(order, abs=0.2)
     assert errors[-1] < {1: 0.03, 2: 3e-3}.get(order, 1e-4)
 
 
-@pytest.mark.parametrize("variant", ["bh1", "bh2"])
-@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("order", "variant"), few([(order, variant) for order in (1, 2, 3) for variant in ("bh1", "bh2")], "2-bh1", "3-bh2")
+)
 def test_order_of_unipc(variant, order):
     """The corrector adds one."""
     for corrector in (False, True):
@@ -94,29 +116,45 @@ def test_order_of_unipc(variant, order):
         assert observed(errors_in_sigma(make, [64, 128, 256], 2.0)) == pytest.approx(order + corrector, abs=0.2)
 
 
+MIXTURE = Mixture(stds=(0.6, 0.8))
+
+
+def mixture_flow(schedule: schedules.Schedule, name: str, n: int, power: float = 1.0, **given: object) -> Tensor:
+    """Where n steps over t = u^power take X."""
+    times = (torch.arange(n + 1, dtype=torch.float64) / n) ** power
+    plan = samplers.get_sampler(name)(schedule, timesteps=times, **given)
+    return run_plan(plan, lambda x, t: MIXTURE.predict(schedule, "velocity", x, torch.tensor(t, dtype=X.dtype)), X)
+
+
+@functools.cache
+def exact_flow(schedule: schedules.Schedule) -> Tensor:
+    return mixture_flow(schedule, "rk4", 600)
+
+
 def flow_errors(
     name: str, schedule: schedules.Schedule, counts: list[int], power: float, **given: object
 ) -> list[float]:
     """On a mixture, t = u^power, against rk4 with 600 steps (Gaussian data would cancel leading errors)."""
-    data = Mixture(stds=(0.6, 0.8))
+    exact = exact_flow(schedule)
+    return [float((mixture_flow(schedule, name, n, power, **given) - exact).abs().max()) for n in counts]
 
-    def solve(make: Callable[..., Plan], n: int, power: float, **given: object) -> Tensor:
-        times = (torch.arange(n + 1, dtype=torch.float64) / n) ** power
-        plan = make(schedule, timesteps=times, **given)
-        return run_plan(plan, lambda x, t: data.predict(schedule, "velocity", x, torch.tensor(t, dtype=X.dtype)), X)
 
-    exact = solve(samplers.rk4, 600, 1.0)
-    return [float((solve(samplers.get_sampler(name), n, power, **given) - exact).abs().max()) for n in counts]
+FLOWS = [
+    FLOW,
+    pytest.param(schedules.flow(0.1), id="flow to 0.1", marks=pytest.mark.full),
+    pytest.param(PATH, id="path", marks=pytest.mark.full),
+]
 
 
 @pytest.mark.parametrize(("name", "order"), [("midpoint", 2), ("rk4", 4), ("rk4_38", 4)])
-@pytest.mark.parametrize("schedule", [FLOW, schedules.flow(0.1), PATH], ids=["flow", "flow to 0.1", "path"])
+@pytest.mark.parametrize("schedule", FLOWS)
 def test_order_in_flow_time(name, order, schedule):
     """To the very end, where the velocity exists though the score does not."""
     counts = [64, 128, 256] if order == 2 else [24, 48, 96]
     assert observed(flow_errors(name, schedule, counts, 1.2)) == pytest.approx(order, abs=0.2)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("order", [2, 3, 4])
 def test_order_of_adams_bashforth_in_flow_time(order):
     """Small first steps hide that there are no slopes before them."""
@@ -124,7 +162,8 @@ def test_order_of_adams_bashforth_in_flow_time(order):
 
 
 @pytest.mark.parametrize("name", ODE)
-@pytest.mark.parametrize("schedule", [LINEAR, VP, SUB_VP, VE, EDM, FLOW], ids=lambda s: s.name)
+# A table, a path that explodes and one of flow matching: the kinds of state and of times.
+@pytest.mark.parametrize("schedule", few(SCHEDULES, "linear", "ve", "flow", name=lambda s: s.name))
 def test_every_schedule_is_integrated(name, schedule):
     """60 steps end near the exact transport, whatever the schedule, grid and state."""
     if name == "deis" and schedule is FLOW:
@@ -146,16 +185,19 @@ def test_every_schedule_is_integrated(name, schedule):
 
 def test_one_stage_is_euler():
     """The tableau of Heun's method cut to its first stage is Euler's, and a one-step Heun is an Euler step."""
-    assert runge_kutta.Tableau(runge_kutta.HEUN.c[:1], runge_kutta.HEUN.A[:0], (1.0,)) == runge_kutta.EULER
+    heun = tableaus.HEUN
+    assert heun._replace(order=1, nodes=heun.nodes[:1], coupling=heun.coupling[:1], weights=(1.0,)) == tableaus.EULER
     for schedule in (LINEAR, EDM, FLOW, VP):
         assert samplers.heun(schedule, 1).rows == samplers.euler(schedule, 1).rows
 
 
-@pytest.mark.parametrize("tableau", ["EULER", "HEUN", "MIDPOINT", "RK4", "RK4_38"])
-def test_tableaus_are_consistent(tableau):
-    c, A, b = getattr(runge_kutta, tableau)
-    assert sum(b) == pytest.approx(1)
-    assert [sum(line) for line in A] == pytest.approx(c[1:])
+@pytest.mark.parametrize("name", [name for name, value in vars(tableaus).items() if isinstance(value, Tableau)])
+def test_tableaus_are_consistent(name):
+    tableau = getattr(tableaus, name)
+    assert sum(tableau.weights) == pytest.approx(1)
+    assert [sum(line) for line in tableau.coupling] == pytest.approx(tableau.nodes)
+    assert [len(line) for line in tableau.coupling] == list(range(len(tableau.nodes)))
+    assert sum(tableau.error) == pytest.approx(0, abs=1e-15)
 
 
 def test_rk4_by_hand():
@@ -240,7 +282,7 @@ def test_exponential_weights():
     assert phi(0, -1.0) == math.exp(-1.0)
 
 
-@pytest.mark.parametrize("schedule", [LINEAR, EDM, FLOW, VP, VE], ids=lambda s: s.name)
+@pytest.mark.parametrize("schedule", few([LINEAR, EDM, FLOW, VP, VE], "linear", "flow", name=lambda s: s.name))
 def test_inversion_then_sampling_returns_the_start(schedule):
     """Within an error that falls with the steps; one and the same grid."""
     if schedule is FLOW:

@@ -74,6 +74,7 @@ def start_of(plan: Plan, dtype: torch.dtype) -> Tensor:
 def test_every_sampler_is_here():
     assert {plan.name for plan in PLANS.values()} == set(SAMPLERS)
     assert all(getattr(diffkern, name) is function for name, function in SAMPLERS.items())
+    assert set(samplers.__all__) - {"SAMPLERS", "get_sampler", "spaced_timesteps"} == set(SAMPLERS)
     assert set(SAMPLERS) <= set(diffkern.__all__)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.oracles import Gaussian, run_plan
+from helpers.suites import few
 from torch import Tensor
 
 from diffkern import samplers, schedules
@@ -60,23 +61,28 @@ def observed(errors: list[float]) -> float:
     return float(np.mean(np.log2(np.array(errors[:-1]) / np.array(errors[1:]))))
 
 
-@pytest.mark.parametrize(("make", "order"), [
-    (lambda n: samplers.euler_ancestral(EDM, sigmas=levels(n)), 1),
-    (lambda n: samplers.dpmpp_1s(EDM, sigmas=levels(n), eta=1.0), 1),
-    (lambda n: samplers.dpmpp_2m_sde(EDM, sigmas=levels(n)), 2),
-    (lambda n: samplers.dpmpp_2m_sde(EDM, sigmas=levels(n), solver="heun"), 2),
-    (lambda n: samplers.dpmpp_3m_sde(EDM, sigmas=levels(n)), 2),
-    (lambda n: samplers.dpmpp_sde(EDM, sigmas=levels(n)), 1),
-    (lambda n: samplers.repaint(EDM, sigmas=levels(n), jump_n_sample=1), 1),
-])  # fmt: skip
-def test_weak_order_in_sigma(make, order):
+IN_SIGMA: list[tuple[str, dict[str, object], int]] = [
+    ("euler_ancestral", {}, 1),
+    ("dpmpp_1s", {"eta": 1.0}, 1),
+    ("dpmpp_2m_sde", {}, 2),
+    ("dpmpp_2m_sde", {"solver": "heun"}, 2),
+    ("dpmpp_3m_sde", {}, 2),
+    ("dpmpp_sde", {}, 1),
+    ("repaint", {"jump_n_sample": 1}, 1),
+]
+
+
+@pytest.mark.parametrize(("name", "given", "order"), few(IN_SIGMA, "euler_ancestral-{}-1", "dpmpp_3m_sde-{}-2"))
+def test_weak_order_in_sigma(name, given, order):
     """The variance tends to the data's at its order; the mean of Gaussian data is exact in every one of these."""
+    make = lambda n: samplers.get_sampler(name)(EDM, sigmas=levels(n), **given)  # noqa: E731
     means, variances = weak_errors(make, EDM, (1.0, 20.0), [64, 128, 256])
     assert max(means) < 1e-12
     assert observed(variances) == pytest.approx(order, abs=0.2)
     assert variances[-1] < {1: 0.02, 2: 5e-4}[order]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("sampler", [samplers.dpm_2_ancestral, samplers.dpmpp_2s_ancestral])
 def test_weak_order_of_two_stages_and_noise(sampler):
     """Second-order steps to sigma_down, but of order 1 as an SDE: in the mean, away from the marginal's."""
@@ -85,10 +91,11 @@ def test_weak_order_of_two_stages_and_noise(sampler):
     assert observed(variances) == pytest.approx(2, abs=0.2)
 
 
-@pytest.mark.parametrize(("schedule", "counts"), [
-    (VP, [256, 512, 1024]), (SUB_VP, [128, 256, 512]), (schedules.ve(0.01, 20.0), [256, 512, 1024]),
-], ids=["vp", "sub_vp", "ve"])  # fmt: skip
-@pytest.mark.parametrize("prediction", ["eps", "score"])
+WEAK = [(VP, [256, 512, 1024]), (SUB_VP, [128, 256, 512]), (schedules.ve(0.01, 20.0), [256, 512, 1024])]
+
+
+@pytest.mark.parametrize(("schedule", "counts"), few(WEAK, "sub_vp", name=lambda case: case[0].name))
+@pytest.mark.parametrize("prediction", few(["eps", "score"], "score"))
 def test_weak_order_of_euler_maruyama(schedule, counts, prediction):
     start = float(schedule.alpha(1.0)), float(schedule.sigma(1.0))
     make = lambda n: samplers.euler_maruyama(schedule, n, prediction=prediction)  # noqa: E731
@@ -99,7 +106,7 @@ def test_weak_order_of_euler_maruyama(schedule, counts, prediction):
 
 
 @pytest.mark.parametrize("sigma_t", [1.0, lambda t: 1.5 * (1.0 - t)], ids=["constant", "falling"])
-@pytest.mark.parametrize("prediction", ["velocity", "x0"])
+@pytest.mark.parametrize("prediction", few(["velocity", "x0"], "velocity"))
 def test_weak_order_of_the_flow_sde(sigma_t, prediction):
     """Any sigma_t keeps the marginals: to sigma = 0.1, where the score is still bounded."""
     schedule, errors = schedules.flow(0.1), []
@@ -215,6 +222,7 @@ def test_annealed_langevin_samples_the_data():
     assert (clean.rows[-1].b, clean.rows[-1].a, clean.rows[-1].draws) == (1.0, 0.0, False)
 
 
+@pytest.mark.full
 def test_churn_moments():
     """EDM's sampler with churn keeps the marginals: its variance tends to the data's."""
     for make in (samplers.euler, samplers.heun):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.oracles import Gaussian, moments, run_plan
+from helpers.suites import few
 from torch import Tensor
 
 from diffkern import schedules
@@ -160,7 +161,7 @@ def test_flow_sigmas():
 # ------------------------------------------------------------------------------- samplers on the exact Gaussian model
 
 
-@pytest.mark.parametrize("spacing", LEVELS)
+@pytest.mark.parametrize("spacing", few(LEVELS, "karras"))
 @pytest.mark.parametrize("make", [ddim, lambda *a, **k: ddpm(*a, variance="beta", **k)], ids=["ddim", "ddpm"])
 def test_ddim_and_ddpm_on_spaced_times_converge_to_the_data(make, spacing):
     """Exact mean and standard deviation of what they sample, whatever the draws."""
@@ -178,7 +179,7 @@ def test_ddim_and_ddpm_on_spaced_times_converge_to_the_data(make, spacing):
     assert errors(steps)[0] < 0.01  # alpha(T-1) = 0.006 of the mean is missing from the prior
 
 
-@pytest.mark.parametrize("spacing", LEVELS)
+@pytest.mark.parametrize("spacing", few(LEVELS, "karras"))
 @pytest.mark.parametrize(("name", "schedule", "prediction"), [("table", LINEAR, "eps"), ("edm", EDM, "edm")])
 def test_euler_and_heun_on_spaced_levels_converge_to_the_exact_flow(name, schedule, prediction, spacing):
     def error(sampler: object, steps: int) -> float:
@@ -200,7 +201,9 @@ def test_euler_and_heun_on_spaced_levels_converge_to_the_exact_flow(name, schedu
     assert second[1] < 2e-3
 
 
-@pytest.mark.parametrize(("schedule", "prediction"), [(LINEAR, "eps"), (EDM, "edm")], ids=["table", "edm"])
+@pytest.mark.parametrize(
+    ("schedule", "prediction"), few([(LINEAR, "eps"), (EDM, "edm")], "edm", name=lambda c: c[0].name)
+)
 @pytest.mark.parametrize("grid", [grids.vp_sigmas, lambda n: grids.polyexponential_sigmas(n, 0.0105, 150.0, 0.8)])
 def test_other_levels_go_through_the_samplers_argument(schedule, prediction, grid):
     def error(sampler: object, n: int) -> float:
@@ -222,9 +225,10 @@ def test_euler_on_times_of_spaced_levels_is_euler_on_the_levels():
     assert [row.known_n for row in one.rows] == pytest.approx(want, rel=0.02)
 
 
-@pytest.mark.parametrize(
-    "options", [{"shift": 3.0}, {"mu": 0.8}, {"mu": 2.0, "kind": "linear"}, {"shift": 2.0, "terminal": 0.02}]
-)
+SHIFTS = [{"shift": 3.0}, {"mu": 0.8}, {"mu": 2.0, "kind": "linear"}, {"shift": 2.0, "terminal": 0.02}]
+
+
+@pytest.mark.parametrize("options", few(SHIFTS, "{'shift': 3.0}"))
 def test_flows_on_shifted_times_converge_to_the_exact_flow(options):
     def error(sampler: object, n: int) -> float:
         plan = sampler(FLOW, timesteps=1 - grids.flow_sigmas(n, **options))

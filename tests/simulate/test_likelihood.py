@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from helpers.oracles import Gaussian, Mixture
+from helpers.suites import few
 from torch import Tensor, nn
 
 import diffkern
@@ -76,7 +77,8 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "prediction"), CASES)
+# make test: a table, a continuous path, one of flow matching, and a network of its own time and scale.
+@pytest.mark.parametrize(("name", "prediction"), few(CASES, "linear-eps", "vp-v", "flow-velocity", "edm-edm"))
 def test_gaussian_data_to_a_ten_thousandth_of_a_nat(name, prediction):
     """Every schedule, through the default prior: the density of the model; and the data's own from the exact one."""
     schedule = schedules.SCHEDULES[name]()
@@ -118,7 +120,7 @@ def test_an_eps_network_stays_inside_where_the_signal_is_zero(name, t_noise):
     torch.testing.assert_close(found.nats, want, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "prediction"), [("vp", "eps"), ("edm", "x0"), ("flow", "velocity")])
+@pytest.mark.parametrize(("name", "prediction"), few([("vp", "eps"), ("edm", "x0"), ("flow", "velocity")], "vp-eps"))
 @pytest.mark.parametrize("dims", [1, 2])
 def test_mixtures_against_their_density(name, prediction, dims):
     schedule = schedules.SCHEDULES[name]()
@@ -183,7 +185,10 @@ def test_hutchinson_is_exact_where_the_jacobian_is_diagonal():
     )
 
 
-@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("midpoint", 2), ("heun", 2), ("rk4", 4), ("rk4_38", 4)])
+ORDERS = [("euler", 1), ("midpoint", 2), ("heun", 2), ("rk4", 4), ("rk4_38", 4)]
+
+
+@pytest.mark.parametrize(("solver", "order"), few(ORDERS, "midpoint-2"))
 def test_order_of_the_fixed_solvers(solver, order):
     vp, steps = schedules.vp(), [256, 1024] if order == 1 else [64, 256]
     model, want = gaussian_model(vp, "eps"), closed_form(vp, 1e-3, 1.0)
@@ -205,7 +210,7 @@ def test_rk45_follows_its_tolerance():
 
 
 @pytest.mark.parametrize("settings", [{}, {"solver": "rk4", "steps": 20}], ids=["rk45", "rk4"])
-@pytest.mark.parametrize(("name", "prediction"), [("vp", "eps"), ("flow", "velocity")])
+@pytest.mark.parametrize(("name", "prediction"), few([("vp", "eps"), ("flow", "velocity")], "flow-velocity"))
 def test_a_sample_alone_is_the_sample_in_a_batch(settings, name, prediction):
     """Bit for bit, also with adaptive steps, which are each sample's own, and with probes by address."""
     schedule = schedules.SCHEDULES[name]()

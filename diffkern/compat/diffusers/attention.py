@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-import torch
 from diffusers.models.attention_processor import (
     Attention,
     AttnProcessor,
@@ -16,7 +15,7 @@ from diffusers.models.attention_processor import (
 )
 from torch import Tensor
 
-from diffkern._load import cuda_status
+from diffkern.compat.kit.kernels import why_not_channels, why_not_on
 from diffkern.ops import attention
 
 __all__ = ["DiffkernAttnProcessor", "why_not"]
@@ -36,10 +35,7 @@ def why_not(layer: Any, processor: Any) -> str | None:
         return f"keys and values have {layer.inner_kv_dim} channels, queries {layer.inner_dim}: fewer heads"
     if type(processor) is SlicedAttnProcessor and layer.spatial_norm is not None:
         return "SlicedAttnProcessor leaves out the layer's spatial norm"
-    dim = layer.inner_dim // layer.heads
-    if dim != 512 and (dim % 8 or dim > 256):
-        return f"the channels of a head must be a multiple of 8 up to 256, or 512, got {dim}"
-    return None
+    return why_not_channels(layer.inner_dim // layer.heads)
 
 
 def _why_not_now(x: Tensor, mask: Tensor | None, extra: bool) -> str | None:
@@ -48,14 +44,7 @@ def _why_not_now(x: Tensor, mask: Tensor | None, extra: bool) -> str | None:
         return "an attention mask was given"
     if extra:
         return "the deprecated argument scale was given"
-    if x.device.type not in ("cpu", "cuda"):
-        return f"no kernels for the device {x.device.type}"
-    if x.device.type == "cuda":
-        if x.dtype == torch.float64:
-            return "no float64 kernels on CUDA"
-        if not cuda_status().ready:
-            return cuda_status().text
-    return None
+    return why_not_on(x)
 
 
 class DiffkernAttnProcessor(AttnProcessor2_0):

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from diffkern import ops
-from diffkern.compat.guided_diffusion._fused import CORE, Fused, Rows, as_dtype, same_shape, wide
-from diffkern.compat.guided_diffusion._tables import LEARNED
+from diffkern.compat.guided_diffusion._loss_rows import bound_rows, error_rows
+from diffkern.compat.guided_diffusion._ops import CORE, GaussianOps, Rows, same_shape
+from diffkern.compat.guided_diffusion._tables import LEARNED, column_of
 from diffkern.compat.guided_diffusion.losses import discretized_gaussian_log_likelihood, normal_kl
+from diffkern.compat.kit.rows import as_dtype, wide
 
 Model = Callable[..., Tensor]
 
@@ -31,7 +33,7 @@ def bits(values: Tensor) -> Tensor:
     return values.flatten(1).mean(1) / math.log(2.0)
 
 
-class Losses(Fused):
+class Losses(GaussianOps):
     """The training half of GaussianDiffusion."""
 
     p_mean_variance: Any
@@ -103,7 +105,7 @@ class Losses(Fused):
         state = torch.promote_types(x_start.dtype, noise.dtype)
         if m.dtype is torch.float64:
             state = m.dtype
-        table = self._dk_table(x_start.device, "error", what)
+        table = self._dk_table(x_start.device, error_rows, what)
         index = None if isinstance(t, int) else self._dk_rows_of(t).each
         if isinstance(t, int):
             table = table[t : t + 1]
@@ -166,7 +168,7 @@ class Losses(Fused):
             return self._dk_plain_bound(out, x_start, x_t, t)
         state = wide(x_start.dtype, x_t.dtype, m.dtype)
         x_start, x_t = as_dtype(x_start, state), as_dtype(x_t, state)
-        table = self._dk_table(x_t.device, "bound", mean, variance, clip, frozen, self._dk_exact)
+        table = self._dk_table(x_t.device, bound_rows, mean, variance, clip, frozen, self._dk_exact)
         index = self._dk_rows_of(t).each if row is None else None
         if row is not None:
             table = table[row : row + 1]
@@ -205,11 +207,11 @@ class Losses(Fused):
             r0, r1 = (
                 (0.0, 1.0)
                 if variance == "LEARNED"
-                else (float(self._dk_table(None, "column", name, torch.float64)[0]) for name in ("r0", "r1"))
+                else (float(self._dk_table(None, column_of, name, torch.float64)[0]) for name in ("r0", "r1"))
             )
             log_variance = r0 + r1 * as_dtype(m.narrow(1, channels, channels), x_t.dtype)
         else:
-            log_variance = self._dk_table(x_t.device, "column", f"{variance} log-variance", None)[:1].expand(x_t.shape)
+            log_variance = self._dk_table(x_t.device, column_of, f"{variance} log-variance", None)[:1].expand(x_t.shape)
         nats = -discretized_gaussian_log_likelihood(x_start, means=mean, log_scales=0.5 * log_variance)
         return bits(nats)
 

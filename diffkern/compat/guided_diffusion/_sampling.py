@@ -3,6 +3,9 @@
 Noise comes from torch's generator and is drawn as guided-diffusion draws it: once a step of `p_sample` and
 `ddim_sample`, used or not (t = 0, eta = 0), after the model and ``denoised_fn``; before ``cond_fn`` in `p_sample`,
 after it in `ddim_sample`.
+
+The loop is not `kit.loop`'s: it is a generator, which yields the dictionary of each step and goes on from its "sample",
+and where a class replaces `p_sample` or `ddim_sample`, that method is the step.
 """
 
 from __future__ import annotations
@@ -14,9 +17,19 @@ import torch
 from torch import Tensor
 
 from diffkern import ops
-from diffkern.compat.guided_diffusion._fused import CORE, FIRST, Fused, Rows, as_dtype, broadcast, in_format, wide
-from diffkern.compat.guided_diffusion._tables import LEARNED
-from diffkern.plan import LEARNED_COLUMNS
+from diffkern.compat.guided_diffusion._ops import CORE, FIRST, GaussianOps, Rows, broadcast
+from diffkern.compat.guided_diffusion._tables import (
+    LEARNED,
+    ddim_rows,
+    deviation_rows,
+    guided_p_rows,
+    guided_x0_rows,
+    learned_rows,
+    mean_rows,
+    p_rows,
+    reverse_rows,
+)
+from diffkern.compat.kit.rows import AT, as_dtype, in_format, wide
 
 Model = Callable[..., Tensor]
 Change = Callable[[Tensor], Tensor]
@@ -25,7 +38,6 @@ Step = dict[str, Tensor]
 
 LOOP = {name: CORE | {name} for name in ("p_sample", "ddim_sample")}
 TO_EPS = frozenset({"_predict_eps_from_xstart"})
-R0, R1, G = (LEARNED_COLUMNS.index(name) for name in ("r0", "r1", "g"))
 
 
 class Calls(NamedTuple):
@@ -45,7 +57,7 @@ class Calls(NamedTuple):
         return self.cond_fn(x, self.cond_time, **self.kwargs)
 
 
-class Sampling(Fused):
+class Sampling(GaussianOps):
     """The sampling half of GaussianDiffusion."""
 
     p_mean_variance: Any
@@ -111,7 +123,7 @@ class Sampling(Fused):
             noise = torch.randn_like(x)
             if eps is not None:  # of the state that has this x0 and eps
                 x = self._dk_noised(as_dtype(x0, state), as_dtype(eps, state), t)
-            key = ("ddim", "START_X", False, float(eta))
+            key = (ddim_rows, "START_X", False, float(eta))
             noise = as_dtype(noise, state)
             return {
                 "sample": self._dk_run(as_dtype(x, state), x0, self._dk_rows_of(t), *key, noise=noise)[0],
@@ -140,7 +152,7 @@ class Sampling(Fused):
             )["pred_xstart"]
             state = wide(x.dtype, x0.dtype)
             rows = self._dk_rows_of(t)
-            sample = self._dk_run(as_dtype(x, state), x0, rows, "reverse", "START_X", False)[0]
+            sample = self._dk_run(as_dtype(x, state), x0, rows, reverse_rows, "START_X", False)[0]
             return {"sample": sample, "pred_xstart": x0}
         self._dk_check(x, t)
         calls = self._dk_calls(model, None, t, model_kwargs)
@@ -169,13 +181,13 @@ class Sampling(Fused):
         x, noise = as_dtype(x, state), as_dtype(noise, state)
         wants = given is None or kind == "START_X"
         if variance not in LEARNED:
-            name = "p" if moved is None else "guided p"
-            sample, x0 = self._dk_run(x, source, rows, name, kind, variance, clip, h0=moved, noise=noise, want_x0=wants)
+            of = p_rows if moved is None else guided_p_rows
+            sample, x0 = self._dk_run(x, source, rows, of, kind, variance, clip, h0=moved, noise=noise, want_x0=wants)
         else:
             if whole:
-                sample, x0 = self._dk_learned(x, m, rows, "learned", mean, variance, clip, noise=noise, want_x0=True)
+                sample, x0 = self._dk_learned(x, m, rows, learned_rows, mean, variance, clip, noise=noise, want_x0=True)
             else:
-                sample, x0 = self._dk_run(x, source, rows, "mean", kind, clip, want_x0=wants)
+                sample, x0 = self._dk_run(x, source, rows, mean_rows, kind, clip, want_x0=wants)
                 sample = self._dk_deviated(sample, m, rows, variance, 1, noise)
             if moved is not None:
                 sample = self._dk_deviated(sample, m, rows, variance, 2, moved)
@@ -190,7 +202,7 @@ class Sampling(Fused):
         self, x: Tensor, m: Tensor, rows: Rows, *key: Any, noise: Tensor, want_x0: bool = False
     ) -> tuple[Tensor, Any]:
         """(x', x0) of one `ops.learned_step`; formats as in `_dk_run`."""
-        if key[0] == "learned" and key[1] not in FIRST:
+        if key[0] is learned_rows and key[1] not in FIRST:
             x = in_format(x, m)
         table = self._dk_table(None if rows.each is None else x.device, *key)
         try:
@@ -202,12 +214,12 @@ class Sampling(Fused):
     def _dk_deviated(self, x: Tensor, m: Tensor, rows: Rows, variance: str, power: int, z: Tensor) -> Tensor:
         """x + std^power z by the learned variance of m (power 1: none at t = 0), one op; formulas with autograd."""
         if not _records(x, m, z):
-            return self._dk_learned(x, m, rows, "deviation", variance, power, noise=z)[0]
-        table = self._dk_table(x.device, "deviation", variance, power)
+            return self._dk_learned(x, m, rows, deviation_rows, variance, power, noise=z)[0]
+        table = self._dk_table(x.device, deviation_rows, variance, power)
         row = as_dtype(table[rows.row if rows.each is None else rows.each], x.dtype)
         row = row.reshape(-1, row.shape[-1], *(1,) * (x.dim() - 1))
         v = as_dtype(m.narrow(1, x.shape[1], x.shape[1]), x.dtype)
-        return x + row[:, G] * torch.exp((row[:, R0] + row[:, R1] * v) / 2) * z
+        return x + row[:, AT["g"]] * torch.exp((row[:, AT["r0"]] + row[:, AT["r1"]] * v) / 2) * z
 
     def _dk_ddim(
         self, calls: Calls, x: Tensor, rows: Rows, clip: bool, denoised_fn: Change | None, eta: float | None
@@ -224,9 +236,9 @@ class Sampling(Fused):
             if isinstance(gradient, Tensor):
                 state = wide(state, gradient.dtype)
             h0 = broadcast(gradient, x, state)
-            found = self._dk_run(as_dtype(x, state), source, rows, "guided x0", kind, clip, h0=h0)[0]
+            found = self._dk_run(as_dtype(x, state), source, rows, guided_x0_rows, kind, clip, h0=h0)[0]
             source, kind, clip = found, "START_X", False
-        key = ("reverse", kind, clip) if eta is None else ("ddim", kind, clip, eta)
+        key = (reverse_rows, kind, clip) if eta is None else (ddim_rows, kind, clip, eta)
         noise = None if eta is None else as_dtype(torch.randn_like(x), state)
         sample, x0 = self._dk_run(as_dtype(x, state), source, rows, *key, noise=noise, want_x0=found is None)
         if found is None:

@@ -7,16 +7,14 @@ The originals read float64 tables and round every coefficient to float32 before 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from diffkern import streams
-from diffkern.objectives.variational import HALF_BIN
-from diffkern.ops import VARIATIONAL_COLUMNS
+from diffkern.compat.kit.rows import as_dtype, table_of
 from diffkern.plan import LEARNED_COLUMNS
 
 Tables = Mapping[str, Any]
@@ -124,12 +122,8 @@ class Coefficients:
 
 
 def rows(count: int, **columns: Any) -> Tensor:
-    """float64 [count, 23], the columns of `LEARNED_COLUMNS`: those given, the others at a row's defaults."""
-    table = torch.zeros(count, len(LEARNED_COLUMNS), dtype=torch.float64)
-    defaults = {"clip": math.inf, "k": 1.0, "stream": streams.STEP + torch.arange(count, dtype=torch.float64)}
-    for name, value in {**defaults, **columns}.items():
-        table[:, LEARNED_COLUMNS.index(name)] = torch.as_tensor(value, dtype=torch.float64)
-    return table
+    """float64 [count, 23], the columns of `LEARNED_COLUMNS`."""
+    return table_of(count, LEARNED_COLUMNS, **columns)
 
 
 def plain(table: Tensor) -> Tensor:
@@ -229,79 +223,19 @@ def linear_rows(c: Coefficients, what: str) -> Tensor:
     return plain(rows(c.T, a=p, d=q))
 
 
-# ------------------------------------------------------------------------------------------------------ training
 def noising_rows(c: Coefficients) -> Tensor:
     """Of `ops.noising`: x_t = sqrt(abar) x0 + sqrt(1 - abar) eps."""
     s, n = c["sqrt_alphas_cumprod"].double(), c["sqrt_one_minus_alphas_cumprod"].double()
     return torch.stack([s, n, torch.zeros_like(s), torch.zeros_like(s)], 1)
 
 
-def error_rows(c: Coefficients, what: str) -> Tensor:
-    """Of `ops.loss`: the square of m minus its target; "eps": of the eps that follows from m as x0."""
-    s, n = c["sqrt_alphas_cumprod"].double(), c["sqrt_one_minus_alphas_cumprod"].double()
-    zero, one = torch.zeros_like(s), torch.ones_like(s)
-    if what == "EPSILON":
-        u, v, weight = zero, one, one
-    elif what == "PREVIOUS_X":
-        c1, c2 = c.posterior()
-        u, v, weight = c1 + c2 * s, c2 * n, one
-    elif what == "eps":  # (P x_t - m)/Q - eps with x_t = s x0 + n eps
-        p, q = c.to_eps
-        u, v, weight = p * s, p * n - q, q**-2
-    else:
-        u, v, weight = one, zero, one
-    return torch.stack([u, v, weight], 1)
-
-
-def bound_rows(c: Coefficients, mean: str, variance: str, clip: bool, frozen: bool, decodes: bool) -> Tensor:
-    """Of `ops.variational` with x_t as its noise: the bound in bits; ``decodes``: with the decoder's at t = 0.
-
-    x0' = p x_t + q m is written as x0 + q (m - u x0 - v x_t), with u = 1/q and v = -p/q.
-    """
-    p, q = c.to_x0(mean)
-    u, v = 1 / q, -p / q
-    if mean == "PREVIOUS_X":  # the error is that of the mean, whose factors are not those of x0 once rounded
-        u, v = c.posterior()
-        q = 1 / u
-    low = c["posterior_log_variance_clipped"].double()
-    if variance in LEARNED:
-        r0, r1 = c.log_range(variance)
-    else:
-        r0, r1 = c.variance(variance)[1].double(), torch.zeros_like(low)
-    inv_std = torch.zeros_like(low)
-    if decodes:
-        inv_std[0] = torch.exp(-low[0] / 2)
-    columns = {
-        "u": u,
-        "v": v,
-        "q": q,
-        # The mean of PREVIOUS_X is the output itself, which no clip touches.
-        "clip": torch.full_like(low, math.inf if mean == "PREVIOUS_X" else clip_of(clip)),
-        "k2": c["posterior_mean_coef1"].double() ** 2 * torch.exp(-low),
-        "r0": r0 - low,
-        "r1": r1,
-        "inv_std": inv_std,
-        "bin": torch.full_like(low, HALF_BIN),
-        "w_squares": torch.zeros_like(low),
-        "w_bound": torch.ones_like(low),
-        "w_mean": torch.full_like(low, 0.0 if frozen else 1.0),
-    }
-    return torch.stack([columns[name] for name in VARIATIONAL_COLUMNS], 1)
-
-
-BUILDERS: dict[str, Callable[..., Tensor]] = {
-    "mean": mean_rows,
-    "p": p_rows,
-    "guided p": guided_p_rows,
-    "learned": learned_rows,
-    "deviation": deviation_rows,
-    "x0": x0_rows,
-    "guided x0": guided_x0_rows,
-    "ddim": ddim_rows,
-    "reverse": reverse_rows,
-    "linear": linear_rows,
-    "noising": noising_rows,
-    "error": error_rows,
-    "bound": bound_rows,
-}
-"""What `GaussianDiffusion` asks for by name."""
+# -------------------------------------------------------------------------------------------------------- columns
+def column_of(c: Coefficients, name: str, dtype: torch.dtype | None) -> Tensor:
+    """[T]: a table of the diffusion, r0 or r1 of a variance LEARNED_RANGE (in ``dtype``), a fixed kind's variance."""
+    if name == "one_minus_alphas_cumprod":
+        return c.rounded(1.0 - np.asarray(c.tables["alphas_cumprod"]))
+    if name in ("r0", "r1"):
+        return as_dtype(c.log_range("LEARNED_RANGE")[int(name == "r1")], dtype or c.dtype)
+    if name.endswith("variance") and name.split()[0] in FIXED:
+        return c.variance(name.split()[0])[int(name.endswith("log-variance"))]
+    return c[name]

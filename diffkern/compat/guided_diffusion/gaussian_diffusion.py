@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffkern.compat.guided_diffusion._fused import CONVERSIONS, PARTS, Fused, as_dtype, same_shape, wide
 from diffkern.compat.guided_diffusion._losses import Losses
+from diffkern.compat.guided_diffusion._ops import CONVERSIONS, PARTS, GaussianOps, same_shape
 from diffkern.compat.guided_diffusion._sampling import Sampling
 from diffkern.compat.guided_diffusion._tables import LEARNED, posterior_tables
+from diffkern.compat.kit.rows import as_dtype, wide
 
 __all__ = [
     "GaussianDiffusion",
@@ -83,7 +84,7 @@ class LossType(enum.Enum):
         return self in (LossType.KL, LossType.RESCALED_KL)
 
 
-class GaussianDiffusion(Sampling, Losses, Fused):
+class GaussianDiffusion(Sampling, Losses, GaussianOps):
     """A diffusion over t = 0 .. T - 1 with these betas, 1-D in (0, 1]; its tables are float64 arrays of length T.
 
     The enums are `ModelMeanType`, `ModelVarType` and `LossType` (or guided-diffusion's own).

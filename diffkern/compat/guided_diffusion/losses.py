@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from diffkern.objectives.variational import HALF_BIN
+from diffkern.ops import HALF_BIN
 
 __all__ = ["approx_standard_normal_cdf", "discretized_gaussian_log_likelihood", "normal_kl"]
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffkern.compat.guided_diffusion.gaussian_diffusion import GaussianDiffusion
+from diffkern.compat.kit.tables import Tables
 
 __all__ = ["SpacedDiffusion", "space_timesteps"]
 
@@ -70,13 +71,13 @@ class SpacedDiffusion(GaussianDiffusion):
         super().__init__(**kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_dk_maps": {}}
+        return {**super().__getstate__(), "_dk_maps": Tables()}
 
     def _wrap_model(self, model: Any) -> Any:
         if type(model).__name__ == "_WrappedModel":  # ours, or that of a guided_diffusion since patched
             return model
         wrapped = _WrappedModel(model, self.timestep_map, self.rescale_timesteps, self.original_num_steps)
-        wrapped._maps = self.__dict__.setdefault("_dk_maps", {})
+        wrapped._maps = self.__dict__.setdefault("_dk_maps", wrapped._maps)
         return wrapped
 
     def _scale_timesteps(self, t: Tensor) -> Tensor:
@@ -101,16 +102,12 @@ class _WrappedModel:
         self.timestep_map = timestep_map
         self.rescale_timesteps = rescale_timesteps
         self.original_num_steps = original_num_steps
-        self._maps: dict[Any, Tensor] = {}
+        self._maps = Tables()
 
     def times(self, ts: Tensor) -> Tensor:
         """The times that the model is given; the map goes to a device once."""
-        key = ts.device, ts.dtype
-        known = self._maps.get(key)
-        if known is None or known.shape[0] != len(self.timestep_map):
-            with torch.inference_mode(False):
-                known = self._maps[key] = torch.tensor(self.timestep_map, device=ts.device, dtype=ts.dtype)
-        found = known[ts]
+        key = ts.device, ts.dtype, len(self.timestep_map)
+        found = self._maps.get(key, lambda: torch.tensor(self.timestep_map, dtype=ts.dtype).to(ts.device))[ts]
         return found.float() * (1000.0 / self.original_num_steps) if self.rescale_timesteps else found
 
     def __call__(self, x: Tensor, ts: Tensor, **kwargs: Any) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffkern._load import cuda_status
+from diffkern.compat.kit.kernels import why_not_channels, why_not_on
 from diffkern.ops import spatial_attention
 
 __all__ = ["FALLBACKS", "QKVAttention", "QKVAttentionLegacy", "qkv_attention"]
@@ -35,26 +35,12 @@ def qkv_attention(qkv: Tensor, n_heads: int, order: str) -> Tensor:
     width, length = qkv.shape[1:]
     if n_heads < 1 or width % (3 * n_heads):
         raise AssertionError(f"the channels of qkv must be a multiple of 3 x {n_heads} heads, got {width}")
-    reason = _why_not(qkv, width // (3 * n_heads))
+    reason = why_not_channels(width // (3 * n_heads)) or why_not_on(qkv)
     if reason is not None:
         return _by_torch(qkv, n_heads, order, reason)
     if length > 1 and qkv.stride(2) != 1 and qkv.stride(1) != 1:
         qkv = qkv.contiguous()  # neither positions nor channels lie next to each other
     return spatial_attention(qkv, n_heads, order)
-
-
-def _why_not(qkv: Tensor, dim: int) -> str | None:
-    """Why the kernels cannot run this call; None if they can."""
-    if dim != 512 and (dim % 8 or not 8 <= dim <= 256):
-        return f"the channels of a head must be a multiple of 8 up to 256, or 512, got {dim}"
-    if qkv.device.type not in ("cpu", "cuda", "meta"):
-        return f"no kernels for the device {qkv.device.type}"
-    if qkv.device.type == "cuda":
-        if qkv.dtype == torch.float64:
-            return "no float64 kernels on CUDA"
-        if not torch.compiler.is_compiling() and not cuda_status().ready:  # which cannot be traced
-            return cuda_status().text
-    return None
 
 
 def _by_torch(qkv: Tensor, heads: int, order: str, reason: str) -> Tensor:

@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffkern import samplers, schedules
+from diffkern.checks import got
 from diffkern.compat.k_diffusion._noise import BrownianTreeNoiseSampler, NoiseSampler
-from diffkern.compat.kit import loop as _loop
+from diffkern.compat.kit import loop
 from diffkern.plan import Plan, Row
-from diffkern.samplers.dpm_2 import _ancestral
+from diffkern.samplers.dpm_2 import ancestral_levels, dpm_2_ancestral
 from diffkern.samplers.nodes import Node, chain, grid, row
-from diffkern.samplers.runge_kutta import HEUN
-from diffkern.samplers.runge_kutta import _plan as _plan_of_tableau
+from diffkern.samplers.runge_kutta import heun, tableau_plan
+from diffkern.schedules.makers import edm
+from diffkern.tableaus import HEUN
 
 Model = Callable[..., Tensor]
 Callback = Callable[[dict[str, Any]], Any]
@@ -32,26 +33,25 @@ SLOPES = ("euler", "heun", "dpm_2", "euler_ancestral", "dpm_2_ancestral", "lms")
 
 def levels_of(sigmas: Tensor) -> Levels:
     if not isinstance(sigmas, Tensor) or sigmas.ndim != 1:
-        got = f"shape {list(sigmas.shape)}" if isinstance(sigmas, Tensor) else type(sigmas).__name__
-        raise ValueError(f"sigmas must be a tensor [steps + 1], got {got}")
+        raise ValueError(f"sigmas must be a tensor [steps + 1], got {got(sigmas)}")
     return tuple(sigmas.tolist())
 
 
-def plan_of(kind: str, levels: Levels, **options: Any) -> Plan | None:
+def plan_of(sampler: Callable[..., Plan], levels: Levels, **options: Any) -> Plan | None:
     """The sampler's plan whose model returns the denoised estimate; None for no steps."""
-    return _made(kind, levels, tuple(options.items())) if len(levels) > 1 else None
+    return _made(sampler, levels, tuple(options.items())) if len(levels) > 1 else None
 
 
 @lru_cache(maxsize=64)
-def _made(kind: str, levels: Levels, options: tuple[tuple[str, Any], ...]) -> Plan:
-    if kind == "heun" and levels[-1] > 0.0:  # `samplers.heun` ends on an Euler step there too
-        space, nodes, end = grid(kind, schedules.edm(), None, "x0", levels, None, "linspace", None)
+def _made(sampler: Callable[..., Plan], levels: Levels, options: tuple[tuple[str, Any], ...]) -> Plan:
+    if sampler is heun and levels[-1] > 0.0:  # `samplers.heun` ends on an Euler step there too
+        space, nodes, end = grid("heun", edm(), None, "x0", levels, None, "linspace", None)
         churn = dict(options)
-        return _plan_of_tableau(
-            kind, HEUN, space, nodes, end, (churn["churn"], churn["churn_range"], churn["churn_noise"])
+        return tableau_plan(
+            "heun", HEUN, space, nodes, end, (churn["churn"], churn["churn_range"], churn["churn_noise"])
         )
-    plan = samplers.get_sampler(kind)(schedules.edm(), sigmas=levels, prediction="x0", **dict(options))
-    if kind != "dpm_2_ancestral":
+    plan = sampler(edm(), sigmas=levels, prediction="x0", **dict(options))
+    if sampler is not dpm_2_ancestral:
         return plan
     alone = {rows.start for rows in plan.steps if len(rows) == 1}
     return replace(plan, rows=tuple(replace(made, g=0.0) if i in alone else made for i, made in enumerate(plan.rows)))
@@ -69,7 +69,7 @@ def sde_plan(levels: Levels, eta: float, noise: float, r: float) -> Plan | None:
     for argument, value, least in (("eta", eta, 0.0), ("s_noise", noise, 0.0), ("r", r, 1e-6)):
         if not least <= value < math.inf:
             raise ValueError(f"{argument} must be a finite number of at least {least:g}, got {value}")
-    space, nodes, end = grid("dpmpp_sde", schedules.edm(), None, "x0", levels, None, "linspace", None)
+    space, nodes, end = grid("dpmpp_sde", edm(), None, "x0", levels, None, "linspace", None)
     rows: list[Row] = []
     at: list[Node] = []
     for node, to in itertools.pairwise([*nodes, end]):
@@ -78,9 +78,9 @@ def sde_plan(levels: Levels, eta: float, noise: float, r: float) -> Plan | None:
             at.append(node)
             continue
         middle = space.node(node.sigma ** (1.0 - r) * to.sigma**r)
-        half, up = _ancestral(node.sigma, middle.sigma, eta)
+        half, up = ancestral_levels(node.sigma, middle.sigma, eta)
         half /= node.sigma
-        whole, whole_up = _ancestral(node.sigma, to.sigma, eta)
+        whole, whole_up = ancestral_levels(node.sigma, to.sigma, eta)
         whole /= node.sigma
         share = 0.5 / r
         first = row(len(rows), node, middle, a=half, b=1.0 - half, g=noise * up)
@@ -126,8 +126,9 @@ class _Run:
             hat = self.hats[self.plan.steps[j].start]
             self.callback({"x": x, "i": j, "sigma": self.sigmas[j], "sigma_hat": hat, "denoised": m})
 
-    def __call__(self, x: Tensor, noise: _loop.Noise) -> Tensor:
-        return _loop.run(self.plan, x, self.call, noise, seen=self.seen, steps=self._steps(), widening=self.widening)
+    def __call__(self, x: Tensor, noise: loop.Noise) -> Tensor:
+        prepared = loop.of_plan(self.plan)
+        return loop.run(prepared, x, self.call, noise, seen=self.seen, steps=self._steps(), widening=self.widening)
 
     def _steps(self) -> Iterable[int]:
         from tqdm.auto import trange
@@ -137,7 +138,7 @@ class _Run:
 
 
 def churned(
-    kind: str,
+    sampler: Callable[..., Plan],
     model: Model,
     x: Tensor,
     sigmas: Tensor,
@@ -152,8 +153,8 @@ def churned(
     """Draws torch noise before every step, used or not, as k-diffusion does; the op of the row before adds it."""
     levels = levels_of(sigmas)
     low, high = torch.tensor([s_tmin, s_tmax], dtype=sigmas.dtype).tolist()  # compared in the dtype of sigmas
-    churn, limits = _loop.churn_within(float(s_churn), low, high)
-    plan = plan_of(kind, levels, churn=churn, churn_range=limits, churn_noise=float(s_noise))
+    churn, limits = loop.churn_within(float(s_churn), low, high)
+    plan = plan_of(sampler, levels, churn=churn, churn_range=limits, churn_noise=float(s_noise))
     if plan is None:
         return x
     run = _Run(plan, model, x, sigmas, extra_args, callback, disable)
@@ -163,7 +164,7 @@ def churned(
         return torch.randn_like(first, dtype=x.dtype) if plan.rows[i].ends_step and i + 1 < len(plan.rows) else None
 
     first = x
-    return run(_loop.added(x, torch.randn_like(x), _loop.churn_before_start(plan, levels[0])), noise)
+    return run(loop.added(x, torch.randn_like(x), loop.churn_before_start(plan, levels[0])), noise)
 
 
 def noised(

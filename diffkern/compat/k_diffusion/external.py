@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffkern.compat.k_diffusion.layers import combined, edm_loss, edm_scalings, scaled, wide
-from diffkern.compat.k_diffusion.sampling import append_zero
+from diffkern.compat.k_diffusion.utils import append_zero
 
 
 class VDenoiser(nn.Module):

@@ -7,19 +7,17 @@ one op before the network and one after it, in float32 for 16-bit inputs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffkern import ops, schedules
-from diffkern.compat.k_diffusion.sampling import to_d
-from diffkern.compat.k_diffusion.utils import append_dims
-from diffkern.plan import COLUMNS, Row
+from diffkern import ops
+from diffkern.compat.k_diffusion.utils import append_dims, to_d
+from diffkern.compat.kit import rows
+from diffkern.schedules.makers import edm
 
 Weighting = Callable[[Tensor], Tensor]
-_A, _D = COLUMNS.index("a"), COLUMNS.index("d")
 
 
 class Denoiser(nn.Module):
@@ -90,7 +88,7 @@ def edm_scalings(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tens
 
 def wide(sigma: Tensor) -> Tensor:
     """sigma in float32 where it is narrower."""
-    return sigma.to(torch.promote_types(sigma.dtype, torch.float32))
+    return rows.as_dtype(sigma, rows.wide(sigma.dtype))
 
 
 def scaled(x: Tensor, c: Tensor) -> Tensor:
@@ -100,12 +98,8 @@ def scaled(x: Tensor, c: Tensor) -> Tensor:
 
 def combined(x: Tensor, c_x: Tensor | None, m: Tensor, c_m: Tensor) -> Tensor:
     """c_x x + c_m m, each factor [] or [B] (c_x None: 1): one op, rounded once, in the wider dtype of the two."""
-    x = x.to(torch.promote_types(x.dtype, m.dtype))
-    # A table of one row a sample on the device; nothing is read back.
-    table = _unit_row(x.device).repeat(x.shape[0], 1)
-    if c_x is not None:
-        table[:, _A] = c_x
-    table[:, _D] = c_m
+    x = rows.as_dtype(x, rows.promote(x.dtype, m.dtype))
+    table = rows.of_samples(x.shape[0], x.device, a=1.0 if c_x is None else c_x, d=c_m)
     index = torch.arange(x.shape[0], device=x.device)
     return ops.step(x, m, table=table, index=index)[0]
 
@@ -122,18 +116,14 @@ def edm_loss(
     weight: Tensor | None = None,
 ) -> Tensor:
     """[B]: weight mean (network(c_in x) - sign target)^2, the target that of the prediction on `schedules.edm`."""
-    schedule = schedules.edm(sigma_data=sigma_data)
+    schedule = edm(sigma_data=sigma_data)
     t = sigma.to(torch.float64)
-    rows = schedule.coefficients(prediction, t)  # (1, sigma, u, v): target = u x0 + v noise
+    levels = schedule.coefficients(prediction, t)  # (1, sigma, u, v): target = u x0 + v noise
     c_in = schedule.preconditioning(t)[2]
     ones = torch.ones_like(t)
     noise = noise.to(x0.dtype)
-    x = ops.noising(x0, torch.cat([rows[:, :2] * c_in[:, None], rows[:, 2:]], 1), noise=noise)[0]
+    x = ops.noising(x0, torch.cat([levels[:, :2] * c_in[:, None], levels[:, 2:]], 1), noise=noise)[0]
     factor = ones if weight is None else weight.to(torch.float64)
-    return ops.loss(network(x), x0, torch.cat([sign * rows[:, 2:], factor[:, None]], 1), noise=noise, reduction="none")
-
-
-@lru_cache(maxsize=16)
-def _unit_row(device: torch.device) -> Tensor:
-    """The row x' = x."""
-    return torch.tensor([Row(a=1.0).coefficients()], dtype=torch.float64).to(device)
+    return ops.loss(
+        network(x), x0, torch.cat([sign * levels[:, 2:], factor[:, None]], 1), noise=noise, reduction="none"
+    )

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffkern import schedules
 from diffkern.compat.k_diffusion._noise import BrownianTreeNoiseSampler, NoiseSampler
 from diffkern.compat.k_diffusion._runs import (
     Callback,
@@ -25,7 +24,14 @@ from diffkern.compat.k_diffusion._runs import (
     plan_of,
     sde_plan,
 )
+from diffkern.compat.k_diffusion.utils import append_zero, to_d
+from diffkern.samplers.ancestral import euler_ancestral
+from diffkern.samplers.dpm_2 import dpm_2, dpm_2_ancestral, dpmpp_2s_ancestral
+from diffkern.samplers.dpm_solver import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde
+from diffkern.samplers.multistep import lms
+from diffkern.samplers.runge_kutta import euler, heun
 from diffkern.schedules import grids
+from diffkern.schedules.makers import edm
 from diffkern.simulate import likelihood
 
 __all__ = [
@@ -54,11 +60,6 @@ __all__ = [
 
 
 # ------------------------------------------------------------------------------------------------------ noise levels
-def append_zero(x: Tensor) -> Tensor:
-    """x with a 0 behind it."""
-    return torch.cat([x, x.new_zeros([1])])
-
-
 def get_sigmas_karras(
     n: int, sigma_min: float, sigma_max: float, rho: float = 7.0, device: torch.device | str = "cpu"
 ) -> Tensor:
@@ -97,11 +98,6 @@ def get_ancestral_step(sigma_from: Any, sigma_to: Any, eta: float = 1.0) -> tupl
     return (sigma_to**2 - sigma_up**2) ** 0.5, sigma_up
 
 
-def to_d(x: Tensor, sigma: Tensor, denoised: Tensor) -> Tensor:
-    """dx/dsigma = (x - denoised)/sigma, sigma [] or [B]."""
-    return (x - denoised) / sigma.reshape(sigma.shape + (1,) * (x.ndim - sigma.ndim))
-
-
 def default_noise_sampler(x: Tensor) -> NoiseSampler:
     """Independent noise of torch's generator, whatever the levels."""
     return lambda sigma, sigma_next: torch.randn_like(x)
@@ -122,7 +118,7 @@ def sample_euler(
     s_noise: float = 1.0,
 ) -> Tensor:
     """`samplers.euler` with churn (arXiv 2206.00364, algorithm 2, without the second order)."""
-    return churned("euler", model, x, sigmas, extra_args, callback, disable, s_churn, s_tmin, s_tmax, s_noise)
+    return churned(euler, model, x, sigmas, extra_args, callback, disable, s_churn, s_tmin, s_tmax, s_noise)
 
 
 @torch.no_grad()
@@ -139,7 +135,7 @@ def sample_heun(
     s_noise: float = 1.0,
 ) -> Tensor:
     """`samplers.heun` with churn (arXiv 2206.00364, algorithm 2)."""
-    return churned("heun", model, x, sigmas, extra_args, callback, disable, s_churn, s_tmin, s_tmax, s_noise)
+    return churned(heun, model, x, sigmas, extra_args, callback, disable, s_churn, s_tmin, s_tmax, s_noise)
 
 
 @torch.no_grad()
@@ -156,7 +152,7 @@ def sample_dpm_2(
     s_noise: float = 1.0,
 ) -> Tensor:
     """`samplers.dpm_2` with churn."""
-    return churned("dpm_2", model, x, sigmas, extra_args, callback, disable, s_churn, s_tmin, s_tmax, s_noise)
+    return churned(dpm_2, model, x, sigmas, extra_args, callback, disable, s_churn, s_tmin, s_tmax, s_noise)
 
 
 @torch.no_grad()
@@ -172,7 +168,7 @@ def sample_euler_ancestral(
     noise_sampler: NoiseSampler | None = None,
 ) -> Tensor:
     """`samplers.euler_ancestral`."""
-    plan = plan_of("euler_ancestral", levels_of(sigmas), eta=eta, noise=s_noise)
+    plan = plan_of(euler_ancestral, levels_of(sigmas), eta=eta, noise=s_noise)
     return noised(plan, model, x, sigmas, extra_args, callback, disable, noise_sampler, default_noise_sampler)
 
 
@@ -189,7 +185,7 @@ def sample_dpm_2_ancestral(
     noise_sampler: NoiseSampler | None = None,
 ) -> Tensor:
     """`samplers.dpm_2_ancestral`; as in k-diffusion no noise in a step whose sigma_down is 0 (an eta well above 1)."""
-    plan = plan_of("dpm_2_ancestral", levels_of(sigmas), eta=eta, noise=s_noise)
+    plan = plan_of(dpm_2_ancestral, levels_of(sigmas), eta=eta, noise=s_noise)
     return noised(plan, model, x, sigmas, extra_args, callback, disable, noise_sampler, default_noise_sampler)
 
 
@@ -206,7 +202,7 @@ def sample_dpmpp_2s_ancestral(
     noise_sampler: NoiseSampler | None = None,
 ) -> Tensor:
     """`samplers.dpmpp_2s_ancestral`."""
-    plan = plan_of("dpmpp_2s_ancestral", levels_of(sigmas), eta=eta, noise=s_noise)
+    plan = plan_of(dpmpp_2s_ancestral, levels_of(sigmas), eta=eta, noise=s_noise)
     return noised(plan, model, x, sigmas, extra_args, callback, disable, noise_sampler, default_noise_sampler)
 
 
@@ -221,7 +217,7 @@ def sample_lms(
     order: int = 4,
 ) -> Tensor:
     """`samplers.lms`, orders 1 to 5: the integrals are exact where k-diffusion's are by quadrature."""
-    plan = plan_of("lms", levels_of(sigmas), order=order)
+    plan = plan_of(lms, levels_of(sigmas), order=order)
     return noised(plan, model, x, sigmas, extra_args, callback, disable)
 
 
@@ -235,7 +231,7 @@ def sample_dpmpp_2m(
     disable: bool | None = None,
 ) -> Tensor:
     """`samplers.dpmpp_2m`."""
-    return noised(plan_of("dpmpp_2m", levels_of(sigmas)), model, x, sigmas, extra_args, callback, disable)
+    return noised(plan_of(dpmpp_2m, levels_of(sigmas)), model, x, sigmas, extra_args, callback, disable)
 
 
 @torch.no_grad()
@@ -274,7 +270,7 @@ def sample_dpmpp_2m_sde(
     if solver_type not in {"heun", "midpoint"}:
         raise ValueError("solver_type must be 'heun' or 'midpoint'")
     levels = levels_of(sigmas)
-    plan = plan_of("dpmpp_2m_sde", levels, eta=eta, noise=s_noise, solver=solver_type)
+    plan = plan_of(dpmpp_2m_sde, levels, eta=eta, noise=s_noise, solver=solver_type)
     default = brownian_over(levels) if eta else None
     return noised(plan, model, x, sigmas, extra_args, callback, disable, noise_sampler if eta else None, default)
 
@@ -293,7 +289,7 @@ def sample_dpmpp_3m_sde(
 ) -> Tensor:
     """`samplers.dpmpp_3m_sde` with ``compat=True``: k-diffusion's weight of the curvature."""
     levels = levels_of(sigmas)
-    plan = plan_of("dpmpp_3m_sde", levels, eta=eta, noise=s_noise, compat=True)
+    plan = plan_of(dpmpp_3m_sde, levels, eta=eta, noise=s_noise, compat=True)
     default = brownian_over(levels) if eta else None
     return noised(plan, model, x, sigmas, extra_args, callback, disable, noise_sampler if eta else None, default)
 
@@ -318,6 +314,6 @@ def log_likelihood(
     extra = {} if extra_args is None else dict(extra_args)
     probe = torch.randint_like(x, 2) * 2 - 1
     ends: dict[str, Any] = {"t_data": low, "t_noise": high, "rtol": rtol, "atol": atol, "directions": [probe]}
-    found = likelihood.log_likelihood(model, x, schedules.edm(low, high), "x0", **ends, **extra)
+    found = likelihood.log_likelihood(model, x, edm(low, high), "x0", **ends, **extra)
     nats: Tensor = found.nats.to(x.dtype)
     return nats, {"fevals": found.evaluations}

@@ -1,7 +1,8 @@
-"""The helper of k-diffusion's that wrappers of models use."""
+"""The helpers of k-diffusion's that samplers and wrappers of models share."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -11,3 +12,13 @@ def append_dims(x: Tensor, target_dims: int) -> Tensor:
     if missing < 0:
         raise ValueError(f"input has {x.ndim} dims but target_dims is {target_dims}, which is less")
     return x.reshape(x.shape + (1,) * missing)
+
+
+def append_zero(x: Tensor) -> Tensor:
+    """x with a 0 behind it."""
+    return torch.cat([x, x.new_zeros([1])])
+
+
+def to_d(x: Tensor, sigma: Tensor, denoised: Tensor) -> Tensor:
+    """dx/dsigma = (x - denoised)/sigma, sigma [] or [B]."""
+    return (x - denoised) / append_dims(sigma, x.ndim)

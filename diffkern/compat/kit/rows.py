@@ -1,29 +1,52 @@
-"""Tables of rows for `diffkern.ops.step`, by the names of their columns; the dtypes that plain torch would step in."""
+"""Rows of coefficients for the ops, and what plain torch would make of operands: their dtype and their layout.
+
+A table is float64 [rows, columns], the columns those of `diffkern.plan.COLUMNS` (or `LEARNED_COLUMNS`), on the CPU
+unless it says otherwise.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffkern import streams
-from diffkern.plan import COLUMNS
+from diffkern.plan import COLUMNS, LEARNED_COLUMNS, Row
 
-AT = {name: j for j, name in enumerate(COLUMNS)}
-"""The number of a column."""
+AT = {name: i for i, name in enumerate(LEARNED_COLUMNS)}
+"""The number of each column, in both kinds of table."""
+_ROW = Row().coefficients()
 
 
-def table_of(rows: int, **columns: Any) -> Tensor:
-    """[rows, 21] float64: the given columns (numbers or [rows]), the others at a row's defaults; row i draws on the
-    stream of step i."""
-    table = torch.zeros(rows, len(COLUMNS), dtype=torch.float64)
-    table[:, AT["clip"]] = float("inf")
-    table[:, AT["k"]] = 1.0
-    table[:, AT["stream"]] = streams.STEP + torch.arange(rows, dtype=torch.float64)
-    for name, value in columns.items():
-        table[:, AT[name]] = torch.as_tensor(value, dtype=torch.float64)
+# -------------------------------------------------------------------------------------------------------------- tables
+def table_of(rows: int, columns: Sequence[str] = COLUMNS, **values: Any) -> Tensor:
+    """A table with these values in its columns (numbers or [rows]), the others at a row's defaults.
+
+    Row i draws on ``streams.STEP + i``.
+    """
+    table = torch.zeros(rows, len(columns), dtype=torch.float64, device="cpu")
+    table[:, AT["clip"]], table[:, AT["k"]] = math.inf, 1.0
+    table[:, AT["stream"]] = streams.STEP + torch.arange(rows, dtype=torch.float64, device="cpu")
+    for name, value in values.items():
+        table[:, AT[name]] = torch.as_tensor(value, dtype=torch.float64, device="cpu")
     return table
+
+
+def row_of(**values: float) -> list[float]:
+    """One row of a table, for the steps that are known one at a time."""
+    row = [*_ROW]
+    for name, value in values.items():
+        row[AT[name]] = value
+    return row
+
+
+def table_by_rows(*rows: Sequence[float]) -> Tensor:
+    """A table of `row_of` rows."""
+    return torch.tensor(rows, dtype=torch.float64, device="cpu")
 
 
 def column(table: Tensor, name: str) -> Tensor:
@@ -31,10 +54,10 @@ def column(table: Tensor, name: str) -> Tensor:
     return table[:, AT[name]]
 
 
-def with_columns(table: Tensor, **columns: Any) -> Tensor:
+def with_columns(table: Tensor, **values: Any) -> Tensor:
     """A copy of a table with some columns set (numbers or [rows])."""
     copy = table.clone()
-    for name, value in columns.items():
+    for name, value in values.items():
         copy[:, AT[name]] = torch.as_tensor(value, dtype=torch.float64)
     return copy
 
@@ -44,10 +67,26 @@ def split(table: Tensor) -> tuple[Tensor, Tensor]:
     histories move up by one) and clips nothing."""
     clean = table_of(len(table), p=column(table, "p"), q=column(table, "q"), b=1.0)
     histories = {f"e{k}": column(table, f"e{k - 1}") for k in range(1, 4)}
-    rest = with_columns(table, clip=float("inf"), e0=column(table, "b"), **histories, p=0.0, q=0.0, b=0.0)
+    rest = with_columns(table, clip=math.inf, e0=column(table, "b"), **histories, p=0.0, q=0.0, b=0.0)
     return clean, rest
 
 
+def of_samples(batch: int, device: torch.device, **values: float | Tensor) -> Tensor:
+    """A table of one row a sample on a device, the values numbers or [batch] there; nothing is read back."""
+    table = _blank(device).repeat(batch, 1)
+    for name, value in values.items():
+        table[:, AT[name]] = value
+    return table
+
+
+@lru_cache(maxsize=16)
+def _blank(device: torch.device) -> Tensor:
+    """[1, 21] on a device: a row's defaults, copied once."""
+    with torch.inference_mode(False):  # kept for runs that record gradients
+        return table_by_rows(row_of()).to(device)
+
+
+# -------------------------------------------------------------------------------------------------- dtypes and layouts
 def promote(*dtypes: torch.dtype) -> torch.dtype:
     """What torch promotes these to."""
     found, *others = dtypes
@@ -57,6 +96,34 @@ def promote(*dtypes: torch.dtype) -> torch.dtype:
     return found
 
 
+def wide(*dtypes: torch.dtype) -> torch.dtype:
+    """What arithmetic with float32 numbers gives: float32, or the widest of the dtypes."""
+    found = torch.float32
+    for dtype in dtypes:
+        if dtype is not found:
+            found = torch.promote_types(found, dtype)
+    return found
+
+
 def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in a dtype: x itself where it has it."""
+    """x in this dtype, itself where it has it."""
     return x if x.dtype is dtype else x.to(dtype)
+
+
+def in_format(x: Tensor, like: Tensor) -> Tensor:
+    """x with its dimensions in memory in the order of those of ``like``.
+
+    Plain torch gives a sum the memory format of its first term, and ``randn_like`` of a state draws in that order.
+    """
+    if x.is_contiguous() and like.is_contiguous():
+        return x
+    order = _order(like)
+    if order == _order(x):
+        return x
+    return x.permute(order).contiguous().permute(sorted(range(x.dim()), key=order.__getitem__))
+
+
+def _order(x: Tensor) -> list[int]:
+    """The dimensions from the outermost in memory to the innermost; torch's own choice for an expanded tensor."""
+    x = torch.empty_like(x) if 0 in x.stride() else x
+    return sorted(range(x.dim()), key=lambda d: -x.stride()[d])

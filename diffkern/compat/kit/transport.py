@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffkern.objectives.flow_matching import _pot
+from diffkern.compat.kit.rows import wide
+from diffkern.objectives.transport import import_pot
 
 __all__ = ["OTPlanSampler"]
 
@@ -36,10 +37,10 @@ class OTPlanSampler:
     ) -> None:
         threads = {} if num_threads == 1 else {"numThreads": num_threads}  # POT 0.9.7 warns about it
         solvers: dict[str, Callable[[], Callable[..., Any]]] = {
-            "exact": lambda: partial(_pot().emd, numItermax=10_000_000, **threads),
-            "sinkhorn": lambda: partial(_pot().sinkhorn, reg=reg),
-            "unbalanced": lambda: partial(_pot().unbalanced.sinkhorn_knopp_unbalanced, reg=reg, reg_m=reg_m),
-            "partial": lambda: partial(_pot().partial.entropic_partial_wasserstein, reg=reg),
+            "exact": lambda: partial(import_pot().emd, numItermax=10_000_000, **threads),
+            "sinkhorn": lambda: partial(import_pot().sinkhorn, reg=reg),
+            "unbalanced": lambda: partial(import_pot().unbalanced.sinkhorn_knopp_unbalanced, reg=reg, reg_m=reg_m),
+            "partial": lambda: partial(import_pot().partial.entropic_partial_wasserstein, reg=reg),
         }
         if method not in solvers:
             raise ValueError(f"Unknown method: {method}")
@@ -54,8 +55,8 @@ class OTPlanSampler:
         if not (x0.numel() and x1.numel()):
             raise AssertionError(f"x0 and x1 must hold at least one sample, got {list(x0.shape)} and {list(x1.shape)}")
         left, right = (x.detach().reshape(x.shape[0], -1) for x in (x0, x1))
-        wide = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
-        cost = torch.cdist(left.to(wide), right.to(wide)) ** 2
+        work = wide(left.dtype, right.dtype)
+        cost = torch.cdist(left.to(work), right.to(work)) ** 2
         if self.normalize_cost:
             cost = cost / cost.max()
         host = cost.cpu().numpy()

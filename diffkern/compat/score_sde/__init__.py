@@ -6,6 +6,13 @@
 Needs torch alone; scipy where its ODE solvers are asked for by name.
 """
 
-from diffkern.compat.score_sde import likelihood, losses, models, sampling, sde_lib
+from typing import TYPE_CHECKING
+
+from diffkern.compat.kit.lazy import lazily
+
+if TYPE_CHECKING:
+    from diffkern.compat.score_sde import likelihood, losses, models, sampling, sde_lib
 
 __all__ = ["likelihood", "losses", "models", "sampling", "sde_lib"]
+
+__getattr__, __dir__ = lazily(__name__, __all__)

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from diffkern.compat.kit.rows import as_dtype, wide
 from diffkern.compat.score_sde import _rows
 from diffkern.compat.score_sde.models import ScoreFunction, from_flattened_numpy, to_flattened_numpy
-from diffkern.samplers.nodes import choice
+from diffkern.samplers.arguments import choice
 from diffkern.sampling import adaptive
 
 SOLVERS = ("device", "scipy")
@@ -94,4 +94,4 @@ def solve_ivp(
 
 def widened(x: Tensor) -> Tensor:
     """In float32 at least: score_sde solves, and calls the network, in float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return as_dtype(x, wide(x.dtype))

@@ -9,26 +9,27 @@ The SDEs' own methods give them, evaluated at x = 1: their drifts and means are 
 from __future__ import annotations
 
 import abc
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffkern import ops
-from diffkern.plan import COLUMNS
+from diffkern.checks import returned
+from diffkern.compat.kit.rows import AT, as_dtype, in_format, promote, table_of
+from diffkern.compat.kit.tables import Tables
 
 KNOWN: set[Any] = set()
 """The methods of `sde_lib`: an SDE that overrides one may be of any form, and runs in plain torch."""
 
 # Of (keep, pull, std), [n, 3], to the columns of the step's table; the rest of a row is `_BASE`.
-_SPREAD = torch.zeros(3, len(COLUMNS), dtype=torch.float64, device="cpu")
-_BASE = torch.zeros(1, len(COLUMNS), dtype=torch.float64, device="cpu")
+_BASE = table_of(1)
+_SPREAD = torch.zeros(3, _BASE.shape[1], dtype=torch.float64, device="cpu")
 for _i, _names in enumerate((("a", "A"), ("d", "D"), ("g",))):
     for _name in _names:
-        _SPREAD[_i, COLUMNS.index(_name)] = 1.0
-_BASE[0, COLUMNS.index("k")], _BASE[0, COLUMNS.index("clip")] = 1.0, math.inf
-_PLACED: dict[torch.device, tuple[Tensor, Tensor]] = {torch.device("cpu"): (_BASE, _SPREAD)}
+        _SPREAD[_i, AT[_name]] = 1.0
+COPIES = Tables()
+"""Of the constants, on devices; they outlive the runs that record gradients."""
 
 
 def column(values: Tensor, x: Tensor) -> Tensor:
@@ -46,14 +47,10 @@ def on_device(sde: Any, name: str, device: torch.device) -> Tensor:
     table: Tensor = getattr(sde, name)
     if table.device == device:
         return table
-    copies = sde.__dict__.setdefault("_dk_copies", {})
-    source, version, copy = copies.get((name, device), (None, 0, None))
-    if source is not table or version != table._version:
-        with torch.inference_mode(False):
-            copy = table.to(device)
-        copies[name, device] = table, table._version, copy
-    there: Tensor = copy
-    return there
+    copies: Tables | None = sde.__dict__.get("_dk_copies")
+    if copies is None:
+        copies = sde.__dict__["_dk_copies"] = Tables()
+    return copies.on(table, device)
 
 
 def linear(sde: Any, method: str) -> bool:
@@ -110,11 +107,7 @@ def triple(found: tuple[Tensor, Tensor, Tensor], scale: Tensor | None) -> Tensor
 
 def placed(device: torch.device) -> tuple[Tensor, Tensor]:
     """(the rest of a row, the spread of its coefficients) there, copied once."""
-    found = _PLACED.get(device)
-    if found is None:
-        with torch.inference_mode(False):  # kept for runs that record gradients
-            found = _PLACED[device] = (_BASE.to(device), _SPREAD.to(device))
-    return found
+    return COPIES.on(_BASE, device), COPIES.on(_SPREAD, device)
 
 
 def table(triples: Tensor) -> Tensor:
@@ -127,33 +120,20 @@ def moved(
     x: Tensor, m: Tensor, triples: Tensor, z: Tensor | None, dtype: torch.dtype, want_mean: bool = True
 ) -> tuple[Tensor, Tensor]:
     """(x', mean) by one op of [B, 3] or [1, 3] coefficients; the state is widened to ``dtype`` and m's."""
-    wide = torch.promote_types(torch.promote_types(x.dtype, m.dtype), dtype)
-    if x.dtype != wide:
-        x = x.to(wide)
-    if z is not None and z.dtype != wide:
-        z = z.to(wide)
-    m = shaped(m, x)
+    state = promote(x.dtype, m.dtype, dtype)
+    x, z = as_dtype(x, state), None if z is None else as_dtype(z, state)
+    m = returned(m, x.shape)
     if triples.requires_grad:  # a step size made of the score: the op has no gradient in its table
-        keep, pull, std = (column(values, x).to(wide) for values in triples.unbind(1))
+        keep, pull, std = (column(values, x).to(state) for values in triples.unbind(1))
         mean = keep * x + pull * m
         return mean if z is None else mean + std * z, mean
     at = torch.arange(len(triples), device=x.device) if len(triples) > 1 else None
     new, _, made, _ = ops.step(x, m, table=table(triples), index=at, noise=z, want_s=want_mean)
-    if not x.is_contiguous() and new.stride() != x.stride():
-        # The layout of a state decides which of its elements gets which draw of the next randn_like.
-        new = torch.empty_like(x).copy_(new)
-        made = None if made is None else torch.empty_like(x).copy_(made)
-    return new, new if made is None else made
+    new = in_format(new, x)
+    return new, new if made is None else in_format(made, x)
 
 
 def combined(x: Tensor, t: Tensor, score_fn: Any, keep: Tensor, pull: Tensor) -> Tensor:
     """keep x + pull score, one op; differentiable in x."""
     m, scale = evaluate(score_fn, x, t)
     return moved(x, m, triple((keep, pull, torch.zeros_like(pull)), scale), None, t.dtype, want_mean=False)[0]
-
-
-def shaped(m: object, x: Tensor) -> Tensor:
-    if not isinstance(m, Tensor) or m.shape != x.shape:
-        got = f"shape {list(m.shape)}" if isinstance(m, Tensor) else type(m).__name__
-        raise ValueError(f"model must return a tensor of shape {list(x.shape)}, got {got}")
-    return m

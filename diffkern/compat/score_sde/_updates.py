@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import functools
 from typing import Any, TypeVar
 
 import torch
@@ -66,7 +65,7 @@ class Predictor(abc.ABC):
         """(x', mean of x') of the state x [B, ...] at the times t [B]."""
 
 
-class Fused(Predictor):
+class LinearPredictor(Predictor):
     """Predictors whose update is mean = keep x + pull score, x' = mean + std z."""
 
     needs: str | None = None
@@ -95,7 +94,7 @@ class Fused(Predictor):
 
 
 @register_predictor(name="euler_maruyama")
-class EulerMaruyamaPredictor(Fused):
+class EulerMaruyamaPredictor(LinearPredictor):
     """x' = x + (f - c g^2 score) dt + g sqrt(-dt) z, dt = -1/N; c and g of `SDE.reverse` (algorithm of section 4.1)."""
 
     draws_first = True
@@ -118,7 +117,7 @@ class EulerMaruyamaPredictor(Fused):
 
 
 @register_predictor(name="reverse_diffusion")
-class ReverseDiffusionPredictor(Fused):
+class ReverseDiffusionPredictor(LinearPredictor):
     """x' = x - f_i + c G_i^2 score + G_i z (algorithm 1's discretisation run backwards, appendix E)."""
 
     needs = "discretize"
@@ -136,7 +135,7 @@ class ReverseDiffusionPredictor(Fused):
 
 
 @register_predictor(name="ancestral_sampling")
-class AncestralSamplingPredictor(Fused):
+class AncestralSamplingPredictor(LinearPredictor):
     """The posterior of the discrete chain (appendix F): DDPM's with variance beta for VP, SMLD's for VE."""
 
     def __init__(self, sde: Any, score_fn: Any, probability_flow: bool = False) -> None:
@@ -242,18 +241,11 @@ class LangevinCorrector(Langevin):
         if sizes is not None:
             scores = scores * sizes
         r = (draws.sum(0, keepdim=True) / scores.sum(0, keepdim=True)).nan_to_num(nan=1.0, posinf=0.0)
-        return triples * r.pow(powers(triples.device))
+        return triples * r.pow(_rows.COPIES.on(POWERS, triples.device))
 
 
 POWERS = torch.tensor([0.0, 2.0, 1.0], dtype=torch.float64, device="cpu")
 """Of the ratio of the norms in (keep, pull, std)."""
-
-
-@functools.cache
-def powers(device: torch.device) -> Tensor:
-    """`POWERS` there, copied once."""
-    with torch.inference_mode(False):  # kept for runs that record gradients
-        return POWERS.to(device)
 
 
 @register_corrector(name="ald")

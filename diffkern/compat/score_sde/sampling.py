@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffkern.compat.score_sde import _ode
-from diffkern.compat.score_sde._fused import fused_run
+from diffkern.compat.score_sde._prepared import prepared_run
 from diffkern.compat.score_sde._updates import (
     AncestralSamplingPredictor,
     AnnealedLangevinDynamics,
@@ -132,8 +132,8 @@ def get_pc_sampler(
             (NoneCorrector if corrector is None else corrector)(sde, score_fn, snr, n_steps),
         )
         times = torch.linspace(sde.T, eps, sde.N, device=x.device)
-        if score_fn.fits and _prepared(*steps):
-            x = fused_run(*steps, score_fn, x, times, denoise)
+        if score_fn.fits and _preparable(*steps):
+            x = prepared_run(*steps, score_fn, x, times, denoise)
         else:
             mean = x
             for t in times.unsqueeze(1):
@@ -146,7 +146,7 @@ def get_pc_sampler(
     return pc_sampler
 
 
-def _prepared(predictor: Any, corrector: Any) -> bool:
+def _preparable(predictor: Any, corrector: Any) -> bool:
     """Whether both are of this module, and fit their SDE: their rows are known before the loop."""
     ours = (EulerMaruyamaPredictor, ReverseDiffusionPredictor, AncestralSamplingPredictor, NonePredictor)
     if type(predictor) not in ours or type(corrector) not in (

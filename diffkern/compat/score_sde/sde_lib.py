@@ -12,13 +12,16 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from diffkern import schedules
 from diffkern.compat.score_sde import _rows
+from diffkern.schedules.makers import sub_vp, ve, vp
+
+if TYPE_CHECKING:
+    from diffkern.schedules.base import Schedule
 
 __all__ = ["SDE", "VESDE", "VPSDE", "subVPSDE"]
 
@@ -153,9 +156,9 @@ class VPSDE(_LinearBeta):
         self.sqrt_1m_alphas_cumprod = torch.sqrt(1.0 - self.alphas_cumprod)
 
     @property
-    def schedule(self) -> schedules.Schedule:
+    def schedule(self) -> Schedule:
         """`diffkern.vp` with these betas."""
-        return schedules.vp(self.beta_0, self.beta_1)
+        return vp(self.beta_0, self.beta_1)
 
     def sde(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(-beta/2 x, sqrt(beta))."""
@@ -181,9 +184,9 @@ class subVPSDE(_LinearBeta):
     """
 
     @property
-    def schedule(self) -> schedules.Schedule:
+    def schedule(self) -> Schedule:
         """`diffkern.sub_vp` with these betas."""
-        return schedules.sub_vp(self.beta_0, self.beta_1)
+        return sub_vp(self.beta_0, self.beta_1)
 
     def sde(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(-beta/2 x, sqrt(beta (1 - alpha^4)))."""
@@ -214,9 +217,9 @@ class VESDE(SDE):
         return 1
 
     @property
-    def schedule(self) -> schedules.Schedule:
+    def schedule(self) -> Schedule:
         """`diffkern.ve` with these levels."""
-        return schedules.ve(self.sigma_min, self.sigma_max)
+        return ve(self.sigma_min, self.sigma_max)
 
     def sde(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(0, sigma sqrt(2 ln(sigma_max/sigma_min)))."""

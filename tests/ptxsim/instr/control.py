@@ -210,7 +210,7 @@ def b_call(cx: Ctx) -> Handler:
         fn = prog.module.funcs.get(name)
         if fn is None:
             raise cx.bad(f"(unknown function {name})")
-        if fn.body is None:
+        if not fn.defined:
             return builtin(cx, name, pin, pout, pr)
         fi = prog.finfo[fn.name]
 

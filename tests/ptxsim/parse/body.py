@@ -69,7 +69,7 @@ class BodyParser(DeclarationParser):
         return None
 
     def block(self, f: Func, scope: Scope) -> None:
-        code = f.body = f.body if f.body is not None else []
+        code = f.code
         while True:
             self.split_dots()
             if self.i >= len(self.t):
@@ -179,8 +179,7 @@ class BodyParser(DeclarationParser):
         ins = Ins(op, args, pred, neg, line, self._cur_loc, scope, f)
         ins.text = " ".join(x.v for x in self.t[start : self.i - 1])
         ins.text = re.sub(r" ?([,\]\)\}]) ?", r"\1 ", ins.text).replace("[ ", "[").replace("@ ", "@").strip()
-        assert f.body is not None
-        f.body.append(ins)
+        f.code.append(ins)
 
     def operand(self, f: Func, scope: Scope) -> Operand:
         a = self.primary(f, scope)

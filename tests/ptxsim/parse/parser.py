@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 
 from ..errors import PtxParseError, UnsupportedError
 from ..parse.syntax import Func, Scope
 from .body import BodyParser
 from .syntax import LINKAGE, SPACES
+from .tokens import tokenize
 
 
 class Parser(BodyParser):
-    """One module: `Parser(text).parse()` fills `vars`, `funcs`, `files`, `target`."""
+    """One module: `Parser(text).parse()` fills `vars`, `funcs`, `files`, `target`.
+
+    lazy: the body of a function is parsed when it is asked for, and again after `Func.forget`.
+    """
 
     def parse(self) -> Parser:
         while self.i < len(self.t):
@@ -59,6 +64,7 @@ class Parser(BodyParser):
             if b in self.funcs:
                 self.funcs[a] = self.funcs[b]
         demangle(list(self.funcs.values()))
+        self.t = []
         return self
 
     def top_decl(self) -> None:
@@ -144,18 +150,35 @@ class Parser(BodyParser):
             return
         for p in f.params + f.rets:
             p.func = f
-        f.body = []
-        top = Scope(None)
-        for p in f.params + f.rets:
-            top.vars[p.name] = p
-            f.pvars.append(p)
-        self._cur_loc = None
-        self.expect("{")
-        self.block(f, top)
+        f.begin()
+        if self.bodies is None:
+            self.expect("{")
+            self.body(f)
+        else:
+            self.expect("{")
+            self.expect("}")
+            line, text = self.bodies.pop(0)
+            f.parse_body = functools.partial(self.late_body, f, text, line)
         old = self.funcs.get(name)
         self.funcs[name] = f
         if old is None:
             self.order.append(name)
+
+    def body(self, f: Func) -> None:
+        """What follows the opening brace."""
+        top = Scope(None)
+        for p in f.params + f.rets:
+            top.vars[p.name] = p
+        self._cur_loc = None
+        self.block(f, top)
+
+    def late_body(self, f: Func, text: str, line: int) -> None:
+        known = len(self.vars)
+        self.t, self.i = tokenize(text + "}", line), 0
+        self.body(f)
+        self.t = []
+        if len(self.vars) != known:  # it would have had to get memory when the module was loaded
+            raise UnsupportedError(f"{f.name}: a module variable in a function needs lazy=False")
 
 
 def demangle(funcs: list[Func]) -> None:

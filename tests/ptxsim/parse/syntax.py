@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ..aliases import Operand
@@ -115,14 +116,39 @@ class Func:
         self.name, self.entry = name, entry
         self.params: list[Var] = []
         self.rets: list[Var] = []
-        self.body: list[Ins] | None = None  # None: declared only
-        self.regs: list[Reg] = []  # by slot
-        self.locals: list[Var] = []
-        self.shareds: list[Var] = []
-        self.pvars: list[Var] = []
+        self.defined = False
+        self.parse_body: Callable[[], None] | None = None  # of a function that is parsed when it is asked for
+        self.parsed = False
         self.attrs: dict[str, Any] = {}
         self.line = 0
         self.demangled = name
+        self._clear()
+
+    def _clear(self) -> None:
+        self.code: list[Ins] = []
+        self.regs: list[Reg] = []  # by slot
+        self.locals: list[Var] = []
+        self.shareds: list[Var] = []
+        self.pvars: list[Var] = [*self.params, *self.rets]
+
+    def begin(self) -> None:
+        """The header is complete and a body follows."""
+        self.defined = True
+        self._clear()
+
+    @property
+    def body(self) -> list[Ins] | None:
+        """None: declared only."""
+        if self.parse_body is not None and not self.parsed:
+            self.parsed = True
+            self.parse_body()
+        return self.code if self.defined else None
+
+    def forget(self) -> None:
+        """Let go of a body that can be parsed again."""
+        if self.parsed:
+            self.parsed = False
+            self._clear()
 
     def __repr__(self) -> str:
         return f"<{'entry' if self.entry else 'func'} {self.demangled}>"

@@ -41,9 +41,10 @@ def _strip_comments(text: str) -> str:
     return re.sub(r'"(?:[^"\\\n]|\\.)*"|//[^\n]*|/\*.*?\*/', rep, text, flags=re.S)
 
 
-def tokenize(text: str) -> list[Tok]:
+def tokenize(text: str, line: int = 1) -> list[Tok]:
+    """The tokens of a text that begins in this line."""
     text = _strip_comments(text)
-    out, i, line, n = [], 0, 1, len(text)
+    out, i, n = [], 0, len(text)
     while i < n:
         mo = _TOK.match(text, i)
         if not mo:
@@ -56,6 +57,32 @@ def tokenize(text: str) -> list[Tok]:
             out.append(Tok(k, v, line))
         i = mo.end()
     return out
+
+
+_BODY = re.compile(r'"(?:[^"\\\n]|\\.)*"|[{};]|\.(?:entry|func)\b')
+
+
+def cut_bodies(text: str) -> tuple[str, list[tuple[int, str]]]:
+    """(the text with empty function bodies, in the same lines; each body with its line)."""
+    text = _strip_comments(text)
+    kept, bodies, depth, header, start, line, at = [], [], 0, False, 0, 1, 0
+    for mo in _BODY.finditer(text):
+        v = mo.group()
+        if v == "{":
+            depth += 1
+            if depth == 1:
+                start = mo.end()
+        elif v == "}":
+            depth -= 1
+            if depth == 0 and header:
+                line += text.count("\n", at, start)
+                bodies.append((line, text[start : mo.start()]))
+                lines = bodies[-1][1].count("\n")
+                kept += [text[at:start], "\n" * lines]
+                line, at, header = line + lines, mo.start(), False
+        elif depth == 0 and v[0] != '"':  # a function without a body ends with a semicolon
+            header = v != ";"
+    return "".join([*kept, text[at:]]), bodies
 
 
 def parse_int(v: str) -> int:
@@ -73,8 +100,11 @@ def parse_int(v: str) -> int:
 class TokenCursor:
     """Tokens of one module with the position of the parser, and the module level tables it fills."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, lazy: bool = False) -> None:
         self.src_lines = text.split("\n")
+        self.bodies: list[tuple[int, str]] | None = None  # lazy: the bodies of the functions still to come
+        if lazy:
+            text, self.bodies = cut_bodies(text)
         self.t = tokenize(text)
         self.i = 0
         self.version: str | None = None

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import ptxsim
+from ptxsim.nvcc import locked, write_atomically
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 CACHE = os.path.join(ptxsim.host.cache_dir(), "tests")
@@ -27,13 +28,11 @@ def ptx_of(
     h = hashlib.sha256(repr((src, arch, tuple(defines), tuple(flags))).encode()).hexdigest()[:20]
     os.makedirs(CACHE, exist_ok=True)
     p = os.path.join(CACHE, h + ".ptx")
-    if os.path.exists(p):
-        with open(p) as f:
-            return f.read()
-    t = ptxsim.compile(src=src, arch=arch, defines=defines, flags=("-std=c++17", *flags))
-    with open(p, "w") as f:
-        f.write(t)
-    return t
+    with locked(p):
+        if not os.path.exists(p):
+            write_atomically(p, ptxsim.compile(src=src, arch=arch, defines=defines, flags=("-std=c++17", *flags)))
+    with open(p) as f:
+        return f.read()
 
 
 def mod_of(name: str | None = None, arch: str = "sm_80", **kw: Any) -> ptxsim.Module:

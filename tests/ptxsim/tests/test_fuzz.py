@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 import ptxsim
+from ptxsim.nvcc import locked, write_atomically
 from ptxsim.tests.compiled import CACHE, ptx_of
 
-NSEEDS = int(os.environ.get("PTXSIM_FUZZ", "4"))
+SEEDS = [*range(4), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(4, 100))]
 N = 160
 
 
@@ -173,32 +174,18 @@ REC = np.dtype([("a", "<u4", 4), ("pad", "<u4", 4), ("l", "<u8", 4), ("f", "<f4"
 def host_exe(src: str, seed: int) -> str:
     h = hashlib.sha256(src.encode()).hexdigest()[:16]
     exe = os.path.join(CACHE, f"fuzz_{h}")
-    if not os.path.exists(exe):
-        cu = exe + ".cu"
-        with open(cu, "w") as f:
-            f.write(src)
-        subprocess.run(
-            [
-                "g++",
-                "-O1",
-                "-std=c++17",
-                "-ffp-contract=off",
-                "-fno-strict-aliasing",
-                "-w",
-                "-x",
-                "c++",
-                "-D__host__=",
-                "-D__device__=",
-                "-o",
-                exe,
-                cu,
-            ],
-            check=True,
-        )
+    os.makedirs(CACHE, exist_ok=True)
+    with locked(exe):
+        if not os.path.exists(exe):
+            write_atomically(f"{exe}.cu", src)
+            plain = ["-O1", "-std=c++17", "-ffp-contract=off", "-fno-strict-aliasing", "-w"]
+            as_host = ["-x", "c++", "-D__host__=", "-D__device__="]
+            subprocess.run(["g++", *plain, *as_host, "-o", f"{exe}.part", f"{exe}.cu"], check=True)
+            os.replace(f"{exe}.part", exe)
     return exe
 
 
-@pytest.mark.parametrize("seed", range(NSEEDS))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_fuzz(arch: str, seed: int, tmp_path: Path) -> None:
     g = Gen(seed)
     body = g.program()

@@ -11,7 +11,7 @@ import pytest
 
 import ptxsim
 from ptxsim.tests.compiled import mod_of, ptx_of
-from ptxsim.tests.test_basic import philox_ref
+from ptxsim.tests.philox import philox_ref
 
 rng = np.random.default_rng(5)
 

@@ -139,3 +139,49 @@ def test_trace_and_uniform_constant_store() -> None:
     m.launch("k", 1, 1, [o], trace=lambda ins, lanes: seen.append((ins.op, len(lanes))))
     assert list(o) == [0x3F800000, 0, 1, 2]
     assert seen == [("ld.param.u64", 1), ("st.global.f32", 1), ("st.global.v2.u32", 1), ("exit", 1)]
+
+
+LAZY = (
+    HEAD
+    + """
+.global .align 4 .b8 table[4] = {1, 2, 3, 4};  // braces { of data
+.func (.param .b32 r) twice(.param .b32 a);
+.visible .entry unused() { this is no instruction; }
+.visible .entry k(
+\t.param .u64 p0
+)
+.maxntid 32, 1, 1
+{
+\t.reg .b32 %r<4>; .reg .b64 %d<4>;
+\tld.param.u64 %d0, [p0];
+\t{
+\t.reg .b32 %t;
+\tmov.u32 %t, %tid.x;
+\tadd.s32 %r1, %t, 1;
+\t}
+\tmul.wide.u32 %d1, %r1, 4;
+\tadd.s64 %d2, %d0, %d1;
+\tst.global.u32 [%d2+-4], %r1;
+\tret;
+}
+"""
+)
+
+
+def test_lazy_module_parses_what_it_runs_and_can_forget_it() -> None:
+    mod = ptxsim.load(LAZY, lazy=True)
+    assert [list(mod.kernels), mod.kernels["k"].attrs["maxntid"]] == [["unused", "k"], [32, 1, 1]]
+    assert not mod.funcs["twice"].defined
+    for _ in range(2):
+        out = mod.mem.alloc(32, np.int32)
+        mod.launch("k", 1, 32, [out])
+        assert out.tolist() == list(range(1, 33))
+        assert "st.global" in (mod.funcs["k"].body or [])[-2].text
+        assert LAZY.split("\n")[(mod.funcs["k"].body or [])[-2].line - 1].startswith("\tst.global")
+        assert mod.funcs["k"].parsed
+        mod.forget()
+        assert not mod.funcs["k"].parsed
+    with pytest.raises(ptxsim.PtxParseError, match=r"unknown|expected"):
+        mod.launch("unused", 1, 32, [])
+    with pytest.raises(ptxsim.PtxParseError):
+        ptxsim.load(LAZY)

@@ -2,6 +2,9 @@
 
 Steps are not cut at the time points; the state there is Shampine's quartic through both ends, their slopes and the
 middle of the step (Shampine 1986), as in torchdiffeq. One read of the device a step, for its acceptance.
+
+`diffkern.rk45` with norm="batch" has the same control, but integrates a schedule's flow in its own coordinates into
+buffers that it reuses; here it is any velocity by its own time, the state has parts, and gradients go through it.
 """
 
 from __future__ import annotations
@@ -13,10 +16,10 @@ import torch
 from torch import Tensor
 
 from diffkern import ops
-from diffkern.compat.flow_matching.solver._fixed import check_times
-from diffkern.compat.flow_matching.solver._stages import Field, State, fitted, row_of, run_stage, stages_of
-from diffkern.sampling._dormand_prince import SHAMPINE
-from diffkern.tableaus import DORMAND_PRINCE
+from diffkern.compat.flow_matching.solver._stages import Field, State, fitted, run_stage, stages_of
+from diffkern.compat.flow_matching.solver._times import check_times
+from diffkern.compat.kit.rows import row_of, table_by_rows
+from diffkern.tableaus import DORMAND_PRINCE, SHAMPINE_ERROR
 
 _NODES = (*DORMAND_PRINCE.nodes, 1.0)
 # The last stage makes the step itself; its slope is the first of the next step.
@@ -92,8 +95,12 @@ def _attempt(slope: Slope, times: tuple[Tensor, ...], y: State, first: State, h:
 
 def _error(y: State, new: State, ks: list[State], h: float, rtol: float, atol: float) -> float:
     """The estimated error of a step in tolerances; one op, and the norm in plain torch."""
-    row = row_of(a=h * SHAMPINE[0], d=h * SHAMPINE[6], **{f"e{i}": h * SHAMPINE[j] for i, j in enumerate(_HISTORIES)})
-    table = torch.tensor([row], dtype=torch.float64, device="cpu")
+    row = row_of(
+        a=h * SHAMPINE_ERROR[0],
+        d=h * SHAMPINE_ERROR[6],
+        **{f"e{i}": h * SHAMPINE_ERROR[j] for i, j in enumerate(_HISTORIES)},
+    )
+    table = table_by_rows(row)
     with torch.no_grad():
         ratios = []
         for part, (before, after) in enumerate(zip(y, new, strict=True)):
@@ -132,7 +139,7 @@ def _first_step(
         h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
         if not 0.0 < h0 < math.inf:
             return math.nan
-        table = torch.tensor([row_of(a=1.0, d=sign * h0)], dtype=torch.float64, device="cpu")
+        table = table_by_rows(row_of(a=1.0, d=sign * h0))
         there = tuple(ops.step(part, k, table=table)[0] for part, k in zip(y, first, strict=True))
         gaps = [b - a for a, b in zip(first, slope(clock(t + h0)[0], there), strict=True)]
         d2 = _norm([gap / s for gap, s in zip(gaps, scale, strict=True)]) / h0
@@ -154,7 +161,7 @@ def _dense(y: State, after: State, ks: list[State], h: float, at: float) -> Stat
         row_of(a=own, d=slopes[0], **{f"e{i}": slopes[j] for i, j in enumerate(_HISTORIES)}),
         row_of(a=1.0, d=slopes[6], e0=-5 * two + 14 * three - 8 * four),
     ]
-    table = torch.tensor(rows, dtype=torch.float64, device="cpu")
+    table = table_by_rows(*rows)
     found = []
     for part, (before, end) in enumerate(zip(y, after, strict=True)):
         x = ops.step(before, ks[0][part], None, *(ks[j][part] for j in _HISTORIES), table=table)[0]

@@ -3,12 +3,13 @@ rule), explicit_adams. One op a model call.
 
 Grid and stage times are made in the dtype of ``time_grid`` with torchdiffeq's order of operations, so that the model
 is given the same numbers to the last bit.
+
+The loop is not `kit.loop`'s: every stage goes out from the step's first state, which may have a second part (the
+divergence of a likelihood) and is differentiable, and states are wanted between the steps.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Iterable
 from fractions import Fraction
 from functools import lru_cache
@@ -17,16 +18,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffkern import ops
-from diffkern.compat.flow_matching.solver._stages import Field, Stages, State, fitted, row_of, run_stage, stages_of
-from diffkern.samplers import runge_kutta as known
+from diffkern import ops, tableaus
+from diffkern.compat.flow_matching.solver._stages import Field, Stages, State, fitted, run_stage, stages_of
+from diffkern.compat.flow_matching.solver._times import check_times
+from diffkern.compat.kit.rows import row_of, table_by_rows
 
-TABLEAUS: dict[str, known.Tableau] = {
-    "euler": known.EULER,
-    "midpoint": known.MIDPOINT,
-    "heun2": known.HEUN,
-    "heun3": known.Tableau((0.0, 1 / 3, 2 / 3), ((1 / 3,), (0.0, 2 / 3)), (1 / 4, 0.0, 3 / 4)),
-    "rk4": known.RK4_38,
+TABLEAUS: dict[str, tableaus.Tableau] = {
+    "euler": tableaus.EULER,
+    "midpoint": tableaus.MIDPOINT,
+    "heun2": tableaus.HEUN,
+    "heun3": tableaus.HEUN3,
+    "rk4": tableaus.RK4_38,
 }
 ADAMS = "explicit_adams"
 METHODS = (*TABLEAUS, ADAMS)
@@ -54,25 +56,6 @@ class Grid(NamedTuple):
     """The time points in each step."""
     steps: tuple[float, ...]
     """The signed sizes of the steps."""
-
-
-def check_times(time_grid: Tensor) -> tuple[tuple[float, ...], bool]:
-    """(the points ascending, whether they were negated for that); exceptions as torchdiffeq has them."""
-    t = time_grid.detach().to("cpu")
-    if not t.is_floating_point():
-        raise TypeError(f"time_grid must be floating point, got {t.dtype}")
-    if t.ndim != 1:
-        raise AssertionError(f"time_grid must have one dimension, got shape {list(t.shape)}")
-    points: list[float] = t.tolist()
-    if not points:
-        raise IndexError("time_grid must hold at least one time, got none")
-    if not all(math.isfinite(point) for point in points):
-        raise AssertionError(f"time_grid must be finite, got {points}")
-    reverse = len(points) > 1 and points[0] > points[1]
-    ascending = tuple(-point for point in points) if reverse else tuple(points)
-    if not all(a < b for a, b in itertools.pairwise(ascending)):
-        raise AssertionError(f"time_grid must be strictly increasing or decreasing, got {points}")
-    return ascending, reverse
 
 
 def make_grid(method: str, time_grid: Tensor, step_size: Any, every: bool) -> Grid:
@@ -169,7 +152,7 @@ def between(y: State, after: State, share: float) -> State:
     """y + share (after - y)."""
     if share in (0.0, 1.0):
         return after if share else y
-    table = torch.tensor([row_of(a=1.0 - share, e0=share)], dtype=torch.float64, device="cpu")
+    table = table_by_rows(row_of(a=1.0 - share, e0=share))
     return tuple(ops.step(a.to(b.dtype), None, None, b, table=table)[0] for a, b in zip(y, after, strict=True))
 
 
@@ -186,13 +169,11 @@ class _Adams:
         if order < 3:
             return None
         beta = [h * w for w in adams_bashforth(order)]
-        table = torch.tensor(
-            [
+        table = table_by_rows(
+            *(
                 row_of(a=1.0, d=beta[first], **{f"e{k}": w for k, w in enumerate(beta[first + 1 : first + 5])})
                 for first in range(0, order, 5)
-            ],
-            dtype=torch.float64,
-            device="cpu",
+            )
         )
         out = []
         for part, base in enumerate(y):
@@ -222,5 +203,7 @@ def adams_bashforth(order: int) -> tuple[float, ...]:
     return tuple(found)
 
 
-_STAGES = {name: stages_of(tableau.c, [*tableau.A, tableau.b]) for name, tableau in TABLEAUS.items()}
+_STAGES = {
+    name: stages_of(tableau.nodes, [*tableau.coupling[1:], tableau.weights]) for name, tableau in TABLEAUS.items()
+}
 _STAGES[ADAMS] = _STAGES["rk4"]

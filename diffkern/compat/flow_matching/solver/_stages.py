@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from diffkern import ops
-from diffkern.plan import COLUMNS, SLOTS
+from diffkern.compat.kit.rows import AT, promote, table_of
+from diffkern.plan import SLOTS
 
 State = tuple[Tensor, ...]
 """What is integrated: the samples [B, ...], and in a likelihood the integral of their divergence [B]."""
 Field = Callable[[Tensor, State], State]
 """(0-dim time, state) -> the derivatives of its parts."""
-
-_COLUMN = {name: COLUMNS.index(name) for name in COLUMNS}
 
 
 class Stage(NamedTuple):
@@ -45,25 +44,18 @@ class Stages(NamedTuple):
 
 def stages_of(nodes: tuple[float, ...], weights: Sequence[tuple[float, ...]]) -> Stages:
     """From the nodes c and one tuple of weights a stage: those of the method's stages and then of its step."""
-    unit, base = (torch.zeros(len(weights), len(COLUMNS), dtype=torch.float64, device="cpu") for _ in range(2))
+    base = table_of(len(weights), a=1.0, D=1.0)
+    unit = torch.zeros_like(base)
     found = []
     for i, row in enumerate(weights):
         reads = tuple(j for j, w in enumerate(row[:-1]) if w != 0.0)
         assert len(reads) <= SLOTS
-        unit[i, _COLUMN["d"]] = row[-1]
+        unit[i, AT["d"]] = row[-1]
         for slot, j in enumerate(reads):
-            unit[i, _COLUMN[f"e{slot}"]] = row[j]
+            unit[i, AT[f"e{slot}"]] = row[j]
         kept = any(len(later) > i + 1 and later[i] != 0.0 for later in weights[i + 1 :])
         found.append(Stage(reads, kept, i + 1 == len(weights)))
-    for name in ("a", "D", "k"):
-        base[:, _COLUMN[name]] = 1.0
-    base[:, _COLUMN["clip"]] = torch.inf
     return Stages(nodes, tuple(found), unit, base)
-
-
-def row_of(**columns: float) -> list[float]:
-    """One row of a table."""
-    return [columns.get(name, {"clip": torch.inf, "k": 1.0}.get(name, 0.0)) for name in COLUMNS]
 
 
 def run_stage(stage: Stage, y: State, ks: list[State], m: State, table: Tensor, row: int) -> tuple[State, State]:
@@ -97,7 +89,7 @@ def fitted(y: State, ks: list[State], m: State) -> tuple[State, list[State], Sta
             break
     else:
         return y, ks, m
-    wide = [torch.promote_types(base.dtype, slope.dtype) for base, slope in zip(y, m, strict=True)]
+    wide = [promote(base.dtype, slope.dtype) for base, slope in zip(y, m, strict=True)]
     y = tuple(base.to(dtype) for base, dtype in zip(y, wide, strict=True))
     ks = [tuple(k.to(dtype) for k, dtype in zip(old, wide, strict=True)) for old in ks]
     return y, ks, tuple(torch.broadcast_to(slope, base.shape) for base, slope in zip(y, m, strict=True))

@@ -14,6 +14,7 @@ from diffkern.compat.flow_matching.solver._stages import State
 from diffkern.compat.flow_matching.solver.solver import Solver
 from diffkern.compat.flow_matching.utils.model_wrapper import ModelWrapper
 from diffkern.compat.flow_matching.utils.utils import gradient
+from diffkern.compat.kit.rows import wide
 from diffkern.compat.kit.transforms import transformed
 
 Velocity = ModelWrapper | Callable[..., Tensor]
@@ -86,7 +87,7 @@ class ODESolver(Solver):
         if not bool(time_grid[0] == 1.0) or not bool(time_grid[-1] == 0.0):
             raise AssertionError(f"time_grid must run from 1 to 0, got {time_grid.tolist()}")
         _check_state("x_1", x_1)
-        work = torch.promote_types(x_1.dtype, torch.float32)
+        work = wide(x_1.dtype)
         probe = None if exact_divergence else (torch.randn_like(x_1) < 0).to(work) * 2.0 - 1.0
         x_1 = x_1.to(work)
 

@@ -14,4 +14,4 @@ void narrow_f16_span(const float* in, Half* out, int64_t n) {
 }  // namespace
 }  // namespace dk::cpu
 
-DK_DEFINE_ISA(kPortable, , PortableNoise, widen_f16_span, narrow_f16_span)
+DK_DEFINE_ISA(kScalar, Loops::scalar, , ScalarNoise, widen_f16_span, narrow_f16_span)

@@ -6,12 +6,26 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from diffkern import ops
-from diffkern.compat.guided_diffusion._tables import BUILDERS, FIXED, LEARNED, MEANS, NAMES, Coefficients
+from diffkern.checks import must_return
+from diffkern.compat.guided_diffusion._tables import (
+    FIXED,
+    LEARNED,
+    MEANS,
+    NAMES,
+    Coefficients,
+    column_of,
+    guided_x0_rows,
+    linear_rows,
+    mean_rows,
+    noising_rows,
+    x0_rows,
+)
+from diffkern.compat.kit.rows import as_dtype, in_format, wide
+from diffkern.compat.kit.tables import Tables
 
 PARTS = frozenset({"q_posterior_mean_variance", "_predict_xstart_from_eps", "_predict_xstart_from_xprev"})
 CONVERSIONS = frozenset({"_predict_xstart_from_eps", "_predict_eps_from_xstart"})
@@ -20,8 +34,6 @@ CORE = PARTS | CONVERSIONS | {"p_mean_variance", "condition_mean", "condition_sc
 `p_mean_variance`, CONVERSIONS: of `condition_score`."""
 FIRST = ("EPSILON", "eps")
 """Outputs of a model that the original adds to x; to others it adds x."""
-MOST_KNOWN = 64
-"""Tables that a diffusion keeps."""
 
 
 class Rows(NamedTuple):
@@ -29,37 +41,6 @@ class Rows(NamedTuple):
 
     row: int
     each: Tensor | None = None
-
-
-def wide(*dtypes: torch.dtype) -> torch.dtype:
-    """What arithmetic with a float32 table gives."""
-    found = torch.float32
-    for dtype in dtypes:
-        if dtype is not found:
-            found = torch.promote_types(found, dtype)
-    return found
-
-
-def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype is dtype else x.to(dtype)
-
-
-def in_format(x: Tensor, like: Tensor) -> Tensor:
-    """x with its dimensions in memory in the order of those of ``like``.
-
-    Plain torch gives a sum the memory format of its first term, and ``randn_like`` of the sum draws in that order.
-    """
-    if x.is_contiguous() and like.is_contiguous():
-        return x
-    order = _order(like)
-    if order == _order(x):
-        return x
-    return x.permute(order).contiguous().permute(sorted(range(x.dim()), key=order.__getitem__))
-
-
-def _order(x: Tensor) -> list[int]:
-    """The dimensions from the outermost in memory to the innermost."""
-    return sorted(range(x.dim()), key=lambda d: -x.stride()[d])
 
 
 def same_shape(**pair: Tensor) -> None:
@@ -74,7 +55,7 @@ def _foreign(*methods: Any) -> bool:
     return any(not getattr(method, "__module__", "").startswith("diffkern.") for method in methods)
 
 
-class Fused:
+class GaussianOps:
     """Mixin: rows and ops. Rows are kept until a table that they are made of is set."""
 
     betas: Any
@@ -92,44 +73,22 @@ class Fused:
             self._dk_forget()
 
     def __getstate__(self) -> dict[str, Any]:
+        # Not the rows: a copy's own tables may be set.
         return {name: value for name, value in self.__dict__.items() if name != "_dk_known"}
 
     def _dk_forget(self) -> None:
         """Tables are made anew."""
-        self.__dict__["_dk_known"] = {}
-
-    def _dk_known_tables(self) -> dict[Any, Tensor]:
-        known: dict[Any, Tensor] | None = self.__dict__.get("_dk_known")
-        if known is None:
-            known = self.__dict__["_dk_known"] = {}
-        return known
+        self.__dict__["_dk_known"] = Tables()
 
     def _dk_table(self, device: torch.device | None, *key: Any) -> Tensor:
-        """The rows ``BUILDERS[key[0]](coefficients, *key[1:])`` on a device (None: on the host)."""
-        known = self._dk_known_tables()
-        found = known.get((device, key))
-        if found is None:
-            with torch.inference_mode(False), torch.device("cpu"):
-                found = self._dk_build(*key)
-                if device is not None and device.type != "cpu":
-                    found = found.to(device)
-            while len(known) >= MOST_KNOWN:
-                known.pop(next(iter(known)), None)  # another thread may have done it
-            known[device, key] = found
-        return found
+        """The rows ``key[0](coefficients, *key[1:])`` on a device (None: on the host)."""
+        known: Tables | None = self.__dict__.get("_dk_known")
+        if known is None:
+            known = self.__dict__["_dk_known"] = Tables()
+        return known.get((device, key), lambda: self._dk_build(*key).to(device or "cpu"))
 
-    def _dk_build(self, kind: str, *options: Any) -> Tensor:
-        coefficients = Coefficients(self.__dict__, self._dk_exact)
-        if kind != "column":
-            return BUILDERS[kind](coefficients, *options)
-        name, dtype = options
-        if name == "one_minus_alphas_cumprod":
-            return coefficients.rounded(1.0 - np.asarray(self.alphas_cumprod))
-        if name in ("r0", "r1"):
-            return as_dtype(coefficients.log_range("LEARNED_RANGE")[int(name == "r1")], dtype or coefficients.dtype)
-        if name.endswith("variance") and name.split()[0] in FIXED:
-            return coefficients.variance(name.split()[0])[int(name.endswith("log-variance"))]
-        return coefficients[name]
+    def _dk_build(self, rows: Callable[..., Tensor], *options: Any) -> Tensor:
+        return rows(Coefficients(self.__dict__, self._dk_exact), *options)
 
     # ------------------------------------------------------------------------------------------ names and checks
     def _dk_mean_name(self) -> str:
@@ -154,13 +113,12 @@ class Fused:
             raise AssertionError(f"t must have shape [{x.shape[0]}] (one timestep a sample), got {list(t.shape)}")
 
     def _dk_output(self, m: Any, x: Tensor) -> Tensor:
-        """The model's output, its shape checked."""
+        """The model's output, its shape checked; AssertionError, as the original's own check of it raises."""
         shape = list(x.shape)
         if self._dk_variance_name() in LEARNED:
             shape[1] *= 2
         if not isinstance(m, Tensor) or list(m.shape) != shape:
-            got = f"shape {list(m.shape)}" if isinstance(m, Tensor) else type(m).__name__
-            raise AssertionError(f"model must return a tensor of shape {shape} for {self.model_var_type}, got {got}")
+            raise AssertionError(must_return(m, f"a tensor of shape {shape} for {self.model_var_type}"))
         return m
 
     def _dk_own(self, needed: frozenset[str] = CORE) -> bool:
@@ -193,7 +151,7 @@ class Fused:
         want_x0: bool = False,
     ) -> tuple[Tensor, Any]:
         """(x', x0) of one `ops.step`; x' has the memory format of x, or that of m where the original adds x to m."""
-        if key[0] != "guided x0" and key[1] not in FIRST:
+        if key[0] is not guided_x0_rows and key[1] not in FIRST:
             x = in_format(x, m)
         table = self._dk_table(None if rows.each is None else x.device, *key)
         try:
@@ -210,11 +168,11 @@ class Fused:
 
     def _dk_linear(self, what: str, x: Tensor, m: Tensor, t: Tensor) -> Tensor:
         state = wide(x.dtype, m.dtype)
-        return self._dk_run(as_dtype(x, state), m, self._dk_rows_of(t), "linear", what)[0]
+        return self._dk_run(as_dtype(x, state), m, self._dk_rows_of(t), linear_rows, what)[0]
 
     def _dk_noised(self, x: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
         """x and noise of one dtype, float32 or wider."""
-        table = self._dk_table(x.device, "noising")
+        table = self._dk_table(x.device, noising_rows)
         if isinstance(t, int):
             return ops.noising(x, table[t : t + 1], noise=noise)[0]
         each = self._dk_rows_of(t).each
@@ -226,7 +184,7 @@ class Fused:
     def _dk_take(self, name: str, t: Tensor, shape: Iterable[int], dtype: torch.dtype | None = None) -> Tensor:
         """A column at these timesteps, expanded to a shape; no upload."""
         shape = tuple(shape)
-        values = self._dk_table(t.device, "column", name, dtype)[t]
+        values = self._dk_table(t.device, column_of, name, dtype)[t]
         return values.reshape(*values.shape, *(1,) * (len(shape) - values.dim())).expand(shape)
 
     def _dk_split(self, m: Tensor, channels: int) -> Tensor:
@@ -239,7 +197,7 @@ class Fused:
         if mean == "START_X":
             return denoised_fn(m)
         state = wide(x.dtype, m.dtype)
-        return denoised_fn(self._dk_run(as_dtype(x, state), m, rows, "x0", mean, False)[0])
+        return denoised_fn(self._dk_run(as_dtype(x, state), m, rows, x0_rows, mean, False)[0])
 
     def _dk_mean(
         self, x: Tensor, m: Tensor, rows: Rows, clip: bool, denoised_fn: Callable[[Tensor], Tensor] | None
@@ -251,14 +209,14 @@ class Fused:
         if mean == "PREVIOUS_X":  # the mean is the output; a function acts on x0 alone
             if given is None:
                 state = wide(x.dtype, m.dtype)
-                given = self._dk_run(as_dtype(x, state), m, rows, "x0", mean, clip)[0]
+                given = self._dk_run(as_dtype(x, state), m, rows, x0_rows, mean, clip)[0]
             elif clip:
                 given = given.clamp(-1, 1)
             return m, given
         source = m if given is None else given
         state = wide(x.dtype, source.dtype)
         kind = mean if given is None else "START_X"
-        found, x0 = self._dk_run(as_dtype(x, state), source, rows, "mean", kind, clip, want_x0=True)
+        found, x0 = self._dk_run(as_dtype(x, state), source, rows, mean_rows, kind, clip, want_x0=True)
         return found, as_dtype(x0, source.dtype) if kind == "START_X" else x0
 
     def _dk_guided_x0(self, x0: Tensor, gradient: Any, rows: Rows, clip: bool = False) -> Tensor:
@@ -266,7 +224,7 @@ class Fused:
         state = wide(x0.dtype, gradient.dtype) if isinstance(gradient, Tensor) else wide(x0.dtype)
         moved = broadcast(gradient, x0, state)
         x0 = as_dtype(x0, state)
-        return self._dk_run(x0, x0, rows, "guided x0", "START_X", clip, h0=moved)[0]
+        return self._dk_run(x0, x0, rows, guided_x0_rows, "START_X", clip, h0=moved)[0]
 
 
 def broadcast(gradient: Any, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -39,6 +39,6 @@ struct V {
 #include "attention_grad_lanes.h"
 
 namespace dk::cpu {
-const AttentionTiles kPortableTiles{"portable",         multiply,    nullptr,     softmax_float, scale_columns,
-                                    softmax_grad_float, weight_sums, dot_columns, nullptr};
+const AttentionTiles kScalarTiles{"scalar",           multiply,    nullptr,     softmax_float, scale_columns,
+                                  softmax_grad_float, weight_sums, dot_columns, nullptr};
 }  // namespace dk::cpu

@@ -136,7 +136,7 @@ def _sample(arguments: argparse.Namespace) -> int:
 
 
 def parse_classes(text: str, classes: int) -> list[int]:
-    """ "3", "0,1,7", "0-9" and mixtures of them to a list; a class that the model does not have is a ValueError."""
+    """A list from "3", "0,1,7", "0-9" and mixtures of them; a class that the model does not have is a ValueError."""
     found: list[int] = []
     for part in text.split(","):
         ends = part.strip().split("-")
@@ -150,7 +150,7 @@ def parse_classes(text: str, classes: int) -> list[int]:
 
 
 def check_device(name: str) -> str:
-    """ "cpu", or "cuda" where the ops run on it; anything else is a ValueError that says why."""
+    """The device's name: "cpu", or "cuda" where the ops run on it; else a ValueError that says why."""
     if name not in ("cpu", "cuda"):
         raise ValueError(f"--device must be cpu or cuda, got {name!r}")
     if name == "cuda":

@@ -1,0 +1,53 @@
+"""Checks of the arguments that samplers take: each returns the value as it is used, or says what it must be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from diffkern.schedules.base import Schedule
+from diffkern.schedules.discrete import DiscreteSchedule
+
+
+def bound(clip: float | None) -> float:
+    """A clip as the table's entry, inf for None."""
+    if clip is None:
+        return math.inf
+    if not clip > 0:
+        raise ValueError(f"clip must be positive, or None for no clip, got {clip}")
+    return float(clip)
+
+
+def not_negative(argument: str, value: float) -> float:
+    """``value``; raises ValueError unless it is a finite number >= 0."""
+    if not 0.0 <= value < math.inf:
+        raise ValueError(f"{argument} must be a finite number >= 0, got {value}")
+    return float(value)
+
+
+def choice(argument: str, value: str, allowed: Sequence[str]) -> str:
+    """``value``; raises ValueError unless it is one of ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"{argument} must be {' or '.join(map(repr, allowed))}, got {value!r}")
+    return value
+
+
+def order_in(value: int, most: int) -> int:
+    """``value``; raises ValueError unless it is an integer in 1..most."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise ValueError(f"order must be an integer in 1..{most}, got {value!r}")
+    return value
+
+
+def need_schedule(schedule: object) -> None:
+    """Raise ValueError unless it is a schedule."""
+    if not isinstance(schedule, Schedule):
+        raise ValueError(f"schedule must be a diffkern Schedule, got {type(schedule).__name__}")
+
+
+def need_discrete(sampler: str, schedule: object) -> None:
+    """Raise ValueError unless it is a table."""
+    if not isinstance(schedule, DiscreteSchedule):
+        raise ValueError(
+            f"{sampler} needs a discrete schedule (a table of alphas_cumprod), got {type(schedule).__name__}"
+        )

@@ -1,0 +1,88 @@
+"""What the sampling loops are given and give back: their arguments by name and type, a callback's view, the result.
+
+The defaults stand in the signatures of `sample` and `predictor_corrector`, whose docstrings explain the arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from diffkern.schedules.timesteps import Numbers
+
+Model = Callable[..., Tensor]
+Shift = Callable[[Tensor, Tensor], Tensor]
+Seeds = int | Tensor
+
+
+class StepInfo(TypedDict):
+    """What a callback is given after each step; the tensors are reused, so clone what you keep."""
+
+    i: int
+    """Index of the step, from ``start``."""
+    t: float
+    """Time the model was given in the step's first call."""
+    x: Tensor
+    """The state after the step."""
+    x0: Tensor | None
+    """The x0 estimate of the step's last model call; 0 for a sample that waits for its start."""
+
+
+class Sampled(NamedTuple):
+    """Result of ``sample(..., trajectory=True)`` or ``sample(..., logprob=True)``."""
+
+    x: Tensor
+    """The final state, [B, ...]."""
+    trajectory: Tensor | None = None
+    """The state before the first step and after each step, [steps + 1, B, ...]."""
+    logprob: Tensor | None = None
+    """ln of the density of each step's new state given the one before, in nats, [steps, B]; 0 for a step that draws
+    nothing. float32, float64 for float64 states."""
+
+
+class LoopOptions(TypedDict, total=False):
+    """Arguments of every sampling loop."""
+
+    seeds: Seeds | None
+    cond: Any
+    noise: Iterable[Tensor] | None
+    mask: Tensor | None
+    known: Tensor | None
+    callback: Callable[[StepInfo], object] | None
+    progress: bool | str
+    out_dtype: torch.dtype | None
+    model_dtype: torch.dtype | None
+
+
+class SampleOptions(LoopOptions, total=False):
+    """Arguments of `sample` on which the kind of its result does not depend."""
+
+    uncond: Any
+    guidance: float | Sequence[float] | None
+    mean_shift: Shift | None
+    start: int | Tensor
+
+
+class RowOptions(TypedDict, total=False):
+    """Arguments that the rows of `predictor_corrector` and `pc_plan` are made of."""
+
+    predictor: str
+    corrector_steps: int
+    snr: float
+    variance: str | None
+    dt: float | None
+    denoise: bool
+    prediction: str | None
+    timesteps: Numbers | None
+    spacing: str
+
+
+class PredictorCorrectorOptions(RowOptions, LoopOptions, total=False):
+    """Arguments of `predictor_corrector` on which the kind of its result does not depend."""
+
+    corrector: str
+    norm: str

@@ -1,0 +1,72 @@
+"""The divergence of a drift: exact, or Hutchinson's estimate along given or drawn directions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from diffkern.draws import PROJECTIONS, draw_seeds, projections
+from diffkern.simulate._process import ODE, shaped
+
+DIVERGENCES = ("exact", "hutchinson")
+
+
+def with_divergence(ode: ODE, x: Tensor, t: Tensor, directions: Sequence[Tensor] | None) -> tuple[Tensor, Tensor]:
+    """(u, its divergence [B]); exact without directions."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        u = shaped("drift_coefficient", ode.drift_coefficient(x, t), x)
+        if not u.requires_grad:
+            raise ValueError("the drift must be differentiable in x, got one without a gradient (no_grad or detach?)")
+        flat, parts = u.flatten(1), []
+        if directions is None:
+            for d in range(flat.shape[1]):
+                parts.append(_derivative(flat[:, d], x)[:, d])
+            return u.detach(), pairwise_sum(torch.stack(parts, 1))
+        for v in directions:
+            parts.append(pairwise_sum(_derivative((flat * v).sum(), x) * v))
+    return u.detach(), pairwise_sum(torch.stack(parts, 1)) / len(parts)
+
+
+def _derivative(value: Tensor, x: Tensor) -> Tensor:
+    (gradient,) = torch.autograd.grad(value.sum(), x, retain_graph=True, allow_unused=True)
+    return torch.zeros_like(x).flatten(1) if gradient is None else gradient.flatten(1)
+
+
+def drawn_directions(x: Tensor, divergence: str, probes: int, probe: str, seeds: Tensor | None) -> list[Tensor] | None:
+    """Directions of `probe` for Hutchinson's estimate, float64 [B, D] each; None for the exact divergence."""
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {divergence!r}")
+    if isinstance(probes, bool) or not isinstance(probes, int) or probes < 1:
+        raise ValueError(f"probes must be an integer of at least 1, got {probes!r}")
+    if probe not in PROJECTIONS:
+        raise ValueError(f"probe must be one of {', '.join(PROJECTIONS)}, got {probe!r}")
+    if seeds is not None and seeds.shape != x.shape[:1]:
+        raise ValueError(f"seeds must have shape [{len(x)}] (one a sample), got {list(seeds.shape)}")
+    if divergence == "exact":
+        return None
+    seeds = draw_seeds(len(x), device=x.device) if seeds is None else seeds
+    return [projections(x.shape, seeds, k, probe, torch.float64).flatten(1) for k in range(probes)]
+
+
+def given_directions(x: Tensor, divergence: str, seeds: Tensor | None, directions: Sequence[Tensor]) -> list[Tensor]:
+    """The caller's directions, checked, float64 [B, D] each."""
+    if divergence != "hutchinson":
+        raise ValueError(f"directions belong to the divergence 'hutchinson', got them for {divergence!r}")
+    if seeds is not None:
+        raise ValueError("give seeds or directions, not both, got both")
+    if not directions or any(v.shape != x.shape for v in directions):
+        shapes = [list(v.shape) for v in directions]
+        raise ValueError(f"directions must be one or more tensors of shape {list(x.shape)}, got {shapes}")
+    return [v.to(torch.float64).flatten(1) for v in directions]
+
+
+def pairwise_sum(values: Tensor) -> Tensor:
+    """The sum over the columns of [B, D] in an order that does not depend on B: pairs, then pairs of pairs."""
+    while values.shape[1] > 1:
+        half = values.shape[1] // 2
+        pairs = values[:, :half] + values[:, half : 2 * half]
+        values = torch.cat([pairs, values[:, 2 * half :]], 1) if values.shape[1] % 2 else pairs
+    return values.sum(1)

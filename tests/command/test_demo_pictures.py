@@ -1,0 +1,51 @@
+"""What the demo shows: pictures, grids, its table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.lazy import needs
+
+from diffkern.demo import pictures
+from diffkern.demo.generate import class_rows
+from diffkern.demo.run import Line, markdown
+
+pytestmark = needs("sklearn", "matplotlib", "PIL", "safetensors", "tqdm")
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+def test_tiles_and_grids(tmp_path: Path) -> None:
+    image = torch.full((1, 8, 8), -1.0)
+    assert set(np.asarray(pictures.tile(image)).reshape(-1).tolist()) == {255}
+    image[0, 2:6, 2:6] = 1.0
+    tile = np.asarray(pictures.tile(image, scale=4))
+    assert tile.shape == (40, 40)
+    assert tile[20, 20] < 40
+    assert tile[0, 0] == 255
+    picture = pictures.class_grid(image.expand(6, 1, 8, 8), class_rows(3, 2), "words above", columns=3)
+    pictures.write(picture, tmp_path / "new" / "grid.png")
+    assert (tmp_path / "new" / "grid.png").stat().st_size > 0
+    assert picture.size[0] > 3 * 80
+    assert picture.size[1] > 2 * 80
+    with pytest.raises(ValueError, match=r"image must have shape \(1, H, W\)"):
+        pictures.tile(torch.zeros(3, 8, 8))
+    with pytest.raises(ValueError, match="at least one image"):
+        pictures.grid([])
+
+
+def test_table_reads_as_markdown() -> None:
+    lines = [Line("real digits", None, None, None, None, 0.9889, 1.3), Line("heun", 15, 29, 3.2, 0.0456, 0.995, 2.345)]
+    rows = markdown(lines).splitlines()
+    assert [cell.strip() for cell in rows[-1].split("|")[1:-1]] == [
+        "heun",
+        "15",
+        "29",
+        "3.20",
+        "0.046",
+        "0.995",
+        "2.35",
+    ]
+    assert len({len(row) for row in rows}) == 1

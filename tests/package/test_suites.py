@@ -1,0 +1,79 @@
+"""The tests themselves: what they import of each other, and which of them each of the suites runs."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from helpers import peak
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The full name of every module that a file imports; of `from a import b` both a and a.b, as b may be one."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            of = "." * node.level + (node.module or "")
+            yield from (of, *(f"{of}.{alias.name}" for alias in node.names))
+
+
+def test_no_test_module_imports_another(root: Path) -> None:
+    """What two of them share is in tests/helpers, or in a module of their folder that holds no tests."""
+    files = [path for path in (root / "tests").rglob("*.py") if not path.is_relative_to(root / "tests" / "ptxsim")]
+    tests = {path.stem for path in files if path.stem.startswith("test_")}
+    assert len(tests) > 100
+    found = {
+        f"{path.relative_to(root)} imports {name}"
+        for path in files
+        for name in imported(path)
+        if not tests.isdisjoint(re.split(r"\.", name))
+    }
+    assert found == set()
+
+
+def collected(root: Path, *arguments: str) -> set[str]:
+    """Node ids of the tests of one file that `pytest ARGUMENTS` would run."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests/ops/test_noise.py", *arguments]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {line for line in done.stdout.splitlines() if "::" in line}
+
+
+@pytest.mark.full
+def test_each_suite_holds_the_one_before(root: Path) -> None:
+    """make test, make test-all and make test-long; a plain `pytest FILE` runs what CI would."""
+    makefile = (root / "Makefile").read_text()
+    marks = {
+        suite: re.search(rf"^{suite}: TESTS = (.*)$", makefile, re.M) for suite in ("test", "test-all", "test-long")
+    }
+    quick, all_, long_ = (collected(root, "-m", found[1]) for found in marks.values() if found is not None)
+    everything = collected(root, "-m", "")
+    assert quick < all_ < everything
+    assert long_ == everything - all_
+    assert collected(root) == all_
+
+
+def test_ci_runs_lint_all_tests_and_the_emulators_own(root: Path) -> None:
+    goals = re.findall(r"^make (.*)$", (root / ".ci" / "run").read_text(), re.M)
+    assert goals == ["lint", "test-all", "test-emulator"]
+
+
+@pytest.mark.parametrize("marks", [(), ("long",)], ids=str)
+def test_a_process_that_has_grown_too_large_fails_the_test_but_for_a_long_one(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, marks: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(peak, "LIMIT", 0.01)
+    item = SimpleNamespace(get_closest_marker=lambda name: name if name in marks else None)
+    watch = peak.Peak(request.config)
+    for expected in (StopIteration if marks else pytest.fail.Exception, StopIteration):  # it is said once
+        teardown = watch.pytest_runtest_teardown(item)
+        next(teardown)
+        with pytest.raises(expected):
+            teardown.send(None)
