@@ -103,8 +103,8 @@ def test_every_scheduler_is_swapped_with_its_state(name: str) -> None:
     ]
     assert new.config == original.config
     assert torch.equal(new.timesteps, original.timesteps)
-    assert new._dk_rng == "counter"
-    assert new._dk_exact is True
+    assert new._engine.rng == "counter"
+    assert new._engine.exact is True
     new.set_timesteps(3)
     assert len(original.timesteps) >= 7, "the original's state is its own"
     ours.restore(pipe)

@@ -33,6 +33,7 @@ pytestmark = needs("diffusers")
 
 KARRAS = [name for name in SIGMA_NAMES if name not in (FLOW, FLOW_HEUN)]
 UNIPC, DPM, DDIM = "UniPCMultistepScheduler", "DPMSolverMultistepScheduler", "DDIMScheduler"
+DEIS = "DEISMultistepScheduler"
 STEPS = 6
 
 Between = Callable[[Any, Tensor, int], tuple[Any, Tensor]]
@@ -63,14 +64,14 @@ def same(name: str, between: Between | None = None, config: Any = None, bound: f
 
 
 # --------------------------------------------------------------------------------------------------------- gradients
-@pytest.mark.parametrize("name", [*SIGMA_NAMES, UNIPC, DPM, DDIM])
+@pytest.mark.parametrize("name", [*SIGMA_NAMES, UNIPC, DPM, DEIS, DDIM])
 def test_a_state_that_is_cut_from_its_graph_in_place(name: str) -> None:
     """x.detach_().requires_grad_(): the gradient is that of one step, not of what was made beside x before."""
     if name in (HEUN, FLOW_HEUN, LMS):
         pytest.skip("the earlier slopes keep the graph of a step that was differentiated, as in the original")
 
     def cut(scheduler: Any, x: Tensor, i: int) -> tuple[Any, Tensor]:
-        if name in (UNIPC, DPM):
+        if name in (UNIPC, DPM, DEIS):
             scheduler.model_outputs = [None if m is None else m.detach() for m in scheduler.model_outputs]
         if name == UNIPC and scheduler.last_sample is not None:
             scheduler.last_sample = scheduler.last_sample.detach()
@@ -79,7 +80,7 @@ def test_a_state_that_is_cut_from_its_graph_in_place(name: str) -> None:
     same(name, cut, bound=1e-5, grad=True)
 
 
-@pytest.mark.parametrize("name", [*KARRAS, UNIPC, DPM])
+@pytest.mark.parametrize("name", [*KARRAS, UNIPC, DPM, DEIS])
 def test_a_gradient_asked_for_in_place(name: str) -> None:
     """x.requires_grad_() on what a step without gradients returned."""
     found = []
@@ -152,7 +153,7 @@ def test_a_pickle_in_the_middle_of_a_loop_holds_no_tables() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- inference mode
-@pytest.mark.parametrize("name", [*SIGMA_NAMES, UNIPC, DPM, DDIM])
+@pytest.mark.parametrize("name", [*SIGMA_NAMES, UNIPC, DPM, DEIS, DDIM])
 def test_tables_made_in_inference_mode_and_written_to(name: str) -> None:
     """Torch does not count these writes."""
 
@@ -225,7 +226,7 @@ def test_variance_noise_broadcasts(name: str, config: Any, call: Any) -> None:
         assert distance(b, a, a) < 2e-6 * (i + 1)
 
 
-@pytest.mark.parametrize("name", [DPM, UNIPC])
+@pytest.mark.parametrize("name", [DPM, UNIPC, DEIS])
 @pytest.mark.parametrize("kind", ["sample", "epsilon"])
 def test_a_model_output_for_all_samples(name: str, kind: str) -> None:
     """[1, ...] where the state is [B, ...]: the estimates that are kept and the noise broadcast as in the original."""
@@ -255,7 +256,7 @@ def test_a_dtype_that_changes_in_the_loop(name: str) -> None:
     same(name, change)
 
 
-@pytest.mark.parametrize("name", [DPM, UNIPC])
+@pytest.mark.parametrize("name", [DPM, UNIPC, DEIS])
 def test_noising_to_a_step_sees_another_config(name: str) -> None:
     found = []
     for scheduler in pair(name, {}, STEPS):
@@ -270,7 +271,7 @@ def test_noising_to_a_step_sees_another_config(name: str) -> None:
     assert not torch.allclose(found[0], found[1])
 
 
-@pytest.mark.parametrize("name", [*SIGMA_NAMES, UNIPC, DPM, DDIM])
+@pytest.mark.parametrize("name", [*SIGMA_NAMES, UNIPC, DPM, DEIS, DDIM])
 def test_forward_mode_is_refused(name: str) -> None:
     """A tangent that the op does not carry on would be lost without a word."""
     _, mine = pair(name, {}, STEPS)

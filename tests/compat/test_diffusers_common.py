@@ -30,11 +30,13 @@ RUNS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}, {}),
     ("UniPCMultistepScheduler", {}, {}),
     ("UniPCMultistepScheduler", {"solver_order": 3, "disable_corrector": [2]}, {}),
+    ("DEISMultistepScheduler", {}, {}),
+    ("DEISMultistepScheduler", {"solver_order": 3, "prediction_type": "v_prediction"}, {}),
 ]
 IDS = [f"{name[:-9]}-{i}" for i, (name, _, _) in enumerate(RUNS)]
 NAMES = (
     *("DDPMScheduler", "DDIMScheduler", "DDIMInverseScheduler", "DPMSolverMultistepScheduler"),
-    *("UniPCMultistepScheduler", "RePaintScheduler", "ScoreSdeVeScheduler"),
+    *("UniPCMultistepScheduler", "DEISMultistepScheduler", "RePaintScheduler", "ScoreSdeVeScheduler"),
 )
 every_run = pytest.mark.parametrize(("name", "config", "options"), RUNS, ids=IDS)
 every_name = pytest.mark.parametrize("name", NAMES)
@@ -113,7 +115,7 @@ def test_options() -> None:
         ours.step(x, 500, x)
     with pytest.raises(ValueError, match=r"seeds must hold one seed a sample \(2\), got 3"):
         ours.diffkern(seeds=torch.arange(3)).step(x, 500, x)
-    ours._dk_seeds = None
+    ours._engine.seeds = None
     with pytest.raises(ValueError, match=r"generator must hold one generator a sample \(2\), got 3"):
         ours.step(x, 500, x, generator=[torch.Generator() for _ in range(3)])
 
@@ -274,7 +276,7 @@ def test_a_timestep_of_its_own_for_each_sample(name: str, extra: dict[str, Any])
     together = ours.step(m, t, x, **({"generator": torch.Generator().manual_seed(2)} if "DDPM" in name else {}))
     for b in range(3):
         if "DDPM" in name:
-            ours._dk_noise = lambda *args, b=b: (noise[b : b + 1], None)
+            ours._engine.noise = lambda *args, b=b: (noise[b : b + 1], None)
         alone = ours.step(m[b : b + 1], t[b], x[b : b + 1])
         assert torch.equal(together.prev_sample[b : b + 1], alone.prev_sample)
         assert torch.equal(together.pred_original_sample[b : b + 1], alone.pred_original_sample)
@@ -345,7 +347,7 @@ def test_half_precision_is_nearer_to_float64(
                 del module
                 options["generator"].manual_seed(i)
             if "generator" in options and kind is torch.float64:
-                scheduler._dk_noise = lambda *args, noise=noise: (noise.double(), None)
+                scheduler._engine.noise = lambda *args, noise=noise: (noise.double(), None)
             found.append(scheduler.step(m.to(kind), scheduler.timesteps[i], x.to(kind), **options).prev_sample.double())
         for k in range(2):
             errors[k] += float(((found[k] - found[2]) ** 2).mean())

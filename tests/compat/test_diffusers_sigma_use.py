@@ -108,12 +108,12 @@ def test_a_timestep_for_every_sample(name: str, call: dict[str, Any]) -> None:
 def test_a_device_s_timesteps_are_found_without_a_read(name: str) -> None:
     """The search that runs on a device, here on the CPU: the original's choice among equal timesteps, -1 for none."""
     theirs, mine = pair(name, {}, 6)
-    mine._dk_search(mine.timesteps, torch.device("cpu"))
+    mine._engine.search(mine, mine.timesteps, torch.device("cpu"))
     with AllOps() as count:
-        found = mine._dk_search(mine.timesteps.flip(0), torch.device("cpu"))
+        found = mine._engine.search(mine, mine.timesteps.flip(0), torch.device("cpu"))
     assert found.tolist() == [theirs.index_for_timestep(t) for t in theirs.timesteps.flip(0)]
     assert not [op for op in count.names if "item" in op or "_local_scalar_dense" in op or "nonzero" in op]
-    assert mine._dk_search(torch.tensor([-3.5]), torch.device("cpu")).tolist() == [-1]
+    assert mine._engine.search(mine, torch.tensor([-3.5]), torch.device("cpu")).tolist() == [-1]
 
 
 @pytest.mark.parametrize("name", [HEUN, LMS, FLOW_HEUN])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffkern.compat.kit.tables import Entry, Tables, content_of
+from diffkern.compat.kit.tables import Tables, content_of
 
 
 class Counted:
@@ -107,19 +107,6 @@ def test_copies_and_pickles() -> None:
     for other in (copy.deepcopy(owner)["tables"], pickle.loads(pickle.dumps(owner))["tables"]):
         assert len(other) == 0
         assert other.most == 5
-
-
-def test_an_entry_holds_what_a_loop_compares() -> None:
-    tables, sigmas, config = Tables(), torch.rand(3), {"a": 1}
-    entry: Entry[Tensor] = tables.entry(("rows", 1), Counted(), sigmas, config)
-    assert entry.key == ("rows", 1)
-    assert entry.sources[0] is sigmas
-    assert entry.sources[1] is config
-    assert entry.version == sigmas._version
-    assert not entry.uncounted
-    assert entry.unchanged()
-    sigmas.add_(1)
-    assert not entry.unchanged()
 
 
 def test_a_table_on_its_own_device_is_itself() -> None:

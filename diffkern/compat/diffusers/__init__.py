@@ -7,13 +7,14 @@ print(accelerate(pipe))  # or this: the scheduler of its class, and the attentio
 
 import sys
 
-# _base first: without diffusers it says in one sentence what to install.
-from diffkern.compat.diffusers import _base
+# _engine first: without diffusers it says in one sentence what to install.
+from diffkern.compat.diffusers import _engine
 from diffkern.compat.diffusers.accelerate import Report, Swap, accelerate, restore
 from diffkern.compat.diffusers.attention import DiffkernAttnProcessor
 from diffkern.compat.diffusers.ddim import DDIMScheduler
 from diffkern.compat.diffusers.ddim_inverse import DDIMInverseScheduler
 from diffkern.compat.diffusers.ddpm import DDPMScheduler
+from diffkern.compat.diffusers.deis import DEISMultistepScheduler
 from diffkern.compat.diffusers.dpm_solver import DPMSolverMultistepScheduler
 from diffkern.compat.diffusers.edm_euler import EDMEulerScheduler
 from diffkern.compat.diffusers.euler import EulerDiscreteScheduler
@@ -26,14 +27,15 @@ from diffkern.compat.diffusers.score_sde_ve import ScoreSdeVeScheduler
 from diffkern.compat.diffusers.unipc import UniPCMultistepScheduler
 
 for _found in list(vars().values()):
-    if isinstance(_found, type) and issubclass(_found, _base.Fused):
+    if isinstance(_found, type) and issubclass(_found, _engine.DropIn):
         # A pipeline's file names its scheduler's module; diffusers looks there for the base class that can load it.
-        sys.modules[_found.__module__].__dict__["SchedulerMixin"] = _base.SchedulerMixin
+        sys.modules[_found.__module__].__dict__["SchedulerMixin"] = _engine.SchedulerMixin
 
 __all__ = [
     "DDIMInverseScheduler",
     "DDIMScheduler",
     "DDPMScheduler",
+    "DEISMultistepScheduler",
     "DPMSolverMultistepScheduler",
     "DiffkernAttnProcessor",
     "EDMEulerScheduler",

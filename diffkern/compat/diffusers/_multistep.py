@@ -1,34 +1,29 @@
-"""What the multistep drop-ins share: the step's index, and noising to the levels of the current timesteps."""
+"""Drop-ins that remember their last estimates: steps counted over ``sigmas`` [S + 1] on the CPU, one row a step."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from diffkern.compat.diffusers._base import Fused, Hot, host
+from diffkern.compat.diffusers._engine import DropIn, Engine, Hot, Rows
+from diffkern.compat.diffusers._host import host
+from diffkern.compat.kit.rows import with_columns
+
+Value = TypeVar("Value")
 
 
-class FusedMultistep(Fused):
-    """Schedulers that count their steps (``_step_index``) over a tensor ``sigmas`` [S + 1] on the CPU."""
+class MultistepEngine(Engine):
+    """Finds the first step's index, keeps the rows, adds noise of the levels of the current timesteps."""
 
-    sigmas: Tensor
-    begin_index: Any
-    step_index: Any
-    _step_index: Any
-    _begin_index: Any
-    model_outputs: list[Any]
-    lower_order_nums: int
-    convert_model_output: Any
-    _sigma_to_alpha_sigma_t: Any
-
-    def _init_step_index(self, timestep: Any) -> None:
+    def start(self, scheduler: DropIn, timestep: Any) -> None:
         """The first step's index, from the host copy of the timesteps."""
-        self._step_index = self._begin_index
-        if self._begin_index is None:
-            clock = self._dk_clock
+        scheduler._step_index = scheduler._begin_index
+        if scheduler._begin_index is None:
+            clock = self.clock(scheduler.timesteps)
             at = clock.position(timestep)
             if at is None and isinstance(timestep, Tensor) and timestep.numel() != 1:
                 raise ValueError(
@@ -37,64 +32,95 @@ class FusedMultistep(Fused):
                 )
             # A run from the first timestep starts there (the original skips a level where it stands twice, and runs
             # past the end); from another one, by the original's rule.
-            known = at is not None and (at == 0 or self._dk_exact)
-            self._step_index = at if known else self._dk_index_of(clock.value(timestep))
+            known = at is not None and (at == 0 or self.exact)
+            scheduler._step_index = at if known else self.index(scheduler, clock.value(timestep))
 
-    def _dk_index_of(self, value: Any) -> int:
+    def index(self, scheduler: DropIn, value: Any) -> int:
         """The original's rule: the second of equal timesteps, the last step for one that is none of them."""
-        found = self._dk_clock.positions.get(value, (len(self._dk_clock.times) - 1,))
+        clock = self.clock(scheduler.timesteps)
+        found = clock.positions.get(value, (len(clock.times) - 1,))
         return found[1] if len(found) > 1 else found[0]
 
-    def _dk_hot_value(self, key: Any) -> Any:
-        """What the last step was run with, if nothing that it was made of has changed; else None."""
-        hot, sigmas = self._dk_hot, self.sigmas
-        if hot is None or hot.key != key or hot.sources[0] is not sigmas or hot.config is not self._internal_dict:
-            return None
-        return hot.value if sigmas._version == hot.version else None
+    def kept(self, scheduler: DropIn, key: tuple[Any, ...], build: Callable[[], Value]) -> Value:
+        """``build()`` for these sigmas, this config and the ``key``; the last step's is found first."""
+        hot, sigmas, config = self.hot, scheduler.sigmas, scheduler._internal_dict
+        if hot is not None and hot.key == key and hot.sources[0] is sigmas and hot.config is config:
+            last: Value = hot.rows
+            if sigmas._version == hot.version:
+                return last
+        found = self.tables.get(("rows", *key), build, sigmas, config)
+        if not sigmas.is_inference():
+            self.hot = Hot(key, found, config, (sigmas,))
+        return found
 
-    def _dk_warm(self, key: Any, value: Any) -> None:
-        if not self.sigmas.is_inference():
-            self._dk_hot = Hot(key, value, self._internal_dict, (self.sigmas,))
+    def earlier(self, scheduler: DropIn, i: int) -> list[Any]:
+        """m1 and m2 as the histories of step i: a ring, in which the estimate of step j lies in slot j % 2."""
+        past, order = scheduler.model_outputs, scheduler.config.solver_order
+        m1, m2 = past[-1] if order > 1 else None, past[-2] if order > 2 else None
+        return [m2, m1] if i % 2 == 0 else [m1, m2]
 
-    @staticmethod
-    def _dk_same(m: Tensor, x: Tensor, others: list[Any]) -> bool:
-        """Whether the op can take the operands as they are: one dtype and shape, no gradient."""
-        if m.dtype is not x.dtype or m.shape != x.shape or forward_ad._current_level >= 0:
-            return False
-        for t in others:
-            if t is not None and t.dtype is not x.dtype:
-                return False
-        return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (m, x, *others)))
+    def remember(self, scheduler: DropIn, m0: Tensor | None) -> None:
+        """Ends a step: its estimate goes behind the earlier ones."""
+        past = scheduler.model_outputs
+        past[:-1] = past[1:]
+        past[-1] = m0
+        if scheduler.lower_order_nums < scheduler.config.solver_order:
+            scheduler.lower_order_nums += 1
+        scheduler._step_index += 1
 
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """alpha x + sigma noise in one op; coefficients in float32 whatever the samples' dtype."""
-        x, sources = original_samples, (self.sigmas, self._dk_clock)
-        if self._begin_index is not None:  # before the first step the level it starts at, later the level reached
-            at = self._begin_index if self._step_index is None else self._step_index
+    def taken(self, table: Tensor) -> Rows:
+        """The rows for a model output that is m0 already."""
+        return self.tables.get(("taken", id(table)), lambda: Rows(with_columns(table, p=0.0, q=1.0)), table)
+
+    def add_noise(self, scheduler: DropIn, x: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """alpha x + sigma noise in one op."""
+        sigmas = scheduler.sigmas
+        if scheduler._begin_index is not None:  # before the first step the level it starts at, later the level reached
+            at = scheduler._begin_index if scheduler._step_index is None else scheduler._step_index
             if x.shape[0] == 1 < timesteps.shape[0]:
                 x = x.expand(timesteps.shape[0], *x.shape[1:])
-            key = ("levels", self.config.get("use_flow_sigmas"))
-            return self._dk_noised(x, noise, int(at), self._dk_levels, key, self.sigmas)
-        scales = self._dk_cached(("by time", self._dk_exact), (*sources, self._internal_dict), self._dk_levels_by_time)
+            key = ("levels", scheduler.config.get("use_flow_sigmas"))
+            return self.noised(x, noise, int(at), lambda: alphas_and_sigmas(scheduler), key, sigmas)
+        scales = self.tables.get(
+            ("by time", self.exact),
+            lambda: self.by_time(scheduler),
+            *(sigmas, self.clock(scheduler.timesteps), scheduler._internal_dict),
+        )
         if timesteps.is_floating_point():
             timesteps = torch.tensor([int(t) if t == int(t) else -1 for t in timesteps.tolist()])
-        at = (
-            timesteps.to(x.device).clamp(-1, len(scales) - 2) + 1
-        )  # what is no timestep of a table reads row 0 or the last
-        return self._dk_noised(x, noise, at, lambda: scales, ("times",), scales)
+        # What is no timestep of a table reads row 0 or the last.
+        index = timesteps.to(x.device).clamp(-1, len(scales) - 2) + 1
+        return self.noised(x, noise, index, lambda: scales, ("times",), scales)
 
-    def _dk_levels(self) -> Tensor:
-        """(alpha, sigma) at each of the S + 1 levels, float64."""
-        alpha, sigma = self._sigma_to_alpha_sigma_t(host(self.sigmas, exact=True))
-        return torch.stack([alpha, sigma], 1)
-
-    def _dk_levels_by_time(self) -> Tensor:
+    def by_time(self, scheduler: DropIn) -> Tensor:
         """(alpha, sigma) by integer timestep + 1; row 0 and the last are those of values outside."""
-        levels, times = self._dk_levels(), self._dk_clock.times
-        most = max(int(max(times, default=0)) + 1, int(self.config.num_train_timesteps))
-        if self._dk_exact and self.num_inference_steps is None:
+        levels, times = alphas_and_sigmas(scheduler), self.clock(scheduler.timesteps).times
+        most = max(int(max(times, default=0)) + 1, int(scheduler.config.num_train_timesteps))
+        if self.exact and scheduler.num_inference_steps is None:
             order = list(range(most))  # before set_timesteps the sigmas rise and the timesteps fall
         else:
-            order = [self._dk_index_of(t) for t in range(most)]
+            order = [self.index(scheduler, t) for t in range(most)]
         none = len(times) - 1
         return levels[[none, *order, none]].contiguous()
+
+
+def ring(m1: Tensor, m2: Tensor) -> dict[str, Tensor]:
+    """The columns of the weights of m1 and m2, [S] each, for `MultistepEngine.earlier`."""
+    even = torch.arange(len(m1)) % 2 == 0
+    return {"e0": torch.where(even, m2, m1), "e1": torch.where(even, m1, m2)}
+
+
+def alphas_and_sigmas(scheduler: DropIn) -> Tensor:
+    """(alpha, sigma) at each of the S + 1 levels, float64."""
+    return torch.stack(scheduler._sigma_to_alpha_sigma_t(host(scheduler.sigmas, exact=True)), 1)
+
+
+def fits(m: Tensor, x: Tensor, *others: Tensor | None) -> bool:
+    """Whether a bound op can take the operands as they are: one dtype and shape, no derivative asked for."""
+    if m.shape != x.shape or forward_ad._current_level >= 0:
+        return False
+    dtype, grad, fit = x.dtype, torch.is_grad_enabled(), True
+    for t in (m, x, *others):  # a loop: all() with a generator takes twice as long
+        if t is not None and (t.dtype is not dtype or (grad and t.requires_grad)):
+            fit = False
+    return fit

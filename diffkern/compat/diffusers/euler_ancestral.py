@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import EulerAncestralDiscreteScheduler as Original
 from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteSchedulerOutput, logger
 from torch import Tensor
 
-from diffkern.compat.diffusers._base import column
-from diffkern.compat.diffusers._sigma import FusedKarras, euler_rows, inverse
+from diffkern.compat.diffusers._engine import Attached, DropIn, Rows
+from diffkern.compat.diffusers._level_rows import euler_rows, inverse
+from diffkern.compat.diffusers._levels import KarrasEngine, check_row
 from diffkern.compat.diffusers.euler import UNSCALED, refuse_integers
+from diffkern.compat.kit.rows import column
 from diffkern.plan import Plan
 
 
-class EulerAncestralDiscreteScheduler(FusedKarras, Original):
+class EulerAncestralDiscreteScheduler(DropIn, Original):
     """x' = x + (x - x0)/sigma (sigma_down - sigma) + sigma_up z, the ancestral split of sigma' (arXiv 2206.00364).
 
     sigma_up^2 = sigma'^2 (sigma^2 - sigma'^2)/sigma^2, sigma_down^2 = sigma'^2 - sigma_up^2 = (sigma'^2/sigma)^2.
     """
+
+    _engine = Attached(KarrasEngine)
+
+    def _init_step_index(self, timestep: Any) -> None:
+        self._engine.start(self, timestep)
+
+    def scale_model_input(self, sample: Tensor, timestep: Any) -> Tensor:
+        """x / sqrt(sigma^2 + 1): made by the step that returned ``sample`` where the loop asks for each (`step` then
+        writes it beside x'), else in one op."""
+        return self._engine.scale_input(self, sample, timestep)
 
     def step(
         self,
@@ -32,34 +46,42 @@ class EulerAncestralDiscreteScheduler(FusedKarras, Original):
         refuse_integers(timestep, "EulerDiscreteScheduler.step()")  # the original names its sibling
         if not self.is_scale_input_called:
             logger.warning(UNSCALED)
-        row, index = self._dk_at(timestep, sample.device)
-        table = self._dk_rows()
-        self._dk_in_range(row, table)
-        noise, seeds = self._dk_noise(model_output, generator)
-        prev_sample, x0, _ = self._dk_upcast(
-            sample, model_output, table=table, row=row, index=index, noise=noise, seeds=seeds, want_x0=True
-        )
+        engine = self._engine
+        row, index = engine.row(self, timestep, sample.device)
+        rows = rows_of(self)
+        check_row(self, row, rows.table)
+        noise, seeds = engine.noise(model_output, generator)
+        out, x0, _ = engine.run_upcast(self, rows, sample, model_output, row=row, index=index, noise=noise, seeds=seeds)
         if index is None:
             self._step_index += 1
         if not return_dict:
-            return prev_sample, x0
-        return EulerAncestralDiscreteSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x0)
+            return out, x0
+        return EulerAncestralDiscreteSchedulerOutput(prev_sample=out, pred_original_sample=x0)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x0 + sigma z in one op; sigma in float32 whatever the samples' dtype."""
+        return self._engine.add_noise(self, original_samples, noise, timesteps)
 
     def plan(self) -> Plan:
         """The steps of the current `set_timesteps` as a plan for `diffkern.sample`."""
-        return self._dk_plan("euler_ancestral", self._dk_rows())
+        return self._engine.plan(self, "euler_ancestral", rows_of(self).table)
 
-    def _dk_rows(self) -> Tensor:
-        def build() -> Tensor:
-            prediction = self.config.prediction_type
-            if prediction == "sample":
-                raise NotImplementedError("prediction_type not implemented yet: sample")
-            if prediction not in ("epsilon", "v_prediction"):
-                raise ValueError(f"prediction_type given as {prediction} must be one of `epsilon`, or `v_prediction`")
-            sigma, to = self._dk_levels[:-1], self._dk_levels[1:]
-            down = to**2 * inverse(sigma)
-            table = euler_rows(self._dk_levels, prediction, sigma, torch.zeros_like(sigma), sigma, down)
-            column(table, "g")[:] = (to**2 - down**2).clamp(min=0.0) ** 0.5
-            return self._dk_onward(table)
 
-        return self._dk_table(("rows",), build)
+def rows_of(scheduler: EulerAncestralDiscreteScheduler) -> Rows:
+    """The rows of the current sigmas."""
+    engine = scheduler._engine
+
+    def build() -> Rows:
+        prediction = scheduler.config.prediction_type
+        if prediction == "sample":
+            raise NotImplementedError("prediction_type not implemented yet: sample")
+        if prediction not in ("epsilon", "v_prediction"):
+            raise ValueError(f"prediction_type given as {prediction} must be one of `epsilon`, or `v_prediction`")
+        levels = engine.levels(scheduler)
+        sigma, to = levels[:-1], levels[1:]
+        down = to**2 * inverse(sigma)
+        table = euler_rows(levels, prediction, sigma, torch.zeros_like(sigma), sigma, down)
+        column(table, "g")[:] = (to**2 - down**2).clamp(min=0.0) ** 0.5
+        return engine.rows(scheduler, table, want_x0=True)
+
+    return engine.tables.get(("rows", engine.exact), build, *engine.sources(scheduler))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,13 +11,15 @@ from diffusers import LMSDiscreteScheduler as Original
 from diffusers.schedulers.scheduling_lms_discrete import LMSDiscreteSchedulerOutput
 from torch import Tensor
 
-from diffkern.compat.diffusers._base import table_of
-from diffkern.compat.diffusers._sigma import FusedKarras, inverse, to_x0
+from diffkern.compat.diffusers._engine import Attached, DropIn, Rows
+from diffkern.compat.diffusers._level_rows import inverse, to_x0
+from diffkern.compat.diffusers._levels import KarrasEngine
 from diffkern.compat.diffusers.euler import UNSCALED
+from diffkern.compat.kit.rows import table_of
 from diffkern.plan import COLUMNS, SLOTS, Plan
 
 
-class LMSDiscreteScheduler(FusedKarras, Original):
+class LMSDiscreteScheduler(DropIn, Original):
     """x' = x + sum_k c_k d_k: the polynomial through the last slopes d = (x - x0)/sigma, integrated over the step.
 
     Adams and Bashforth on uneven levels. The c_k are integrated exactly (the original: numerically, to 1e-4). Where a
@@ -24,7 +27,17 @@ class LMSDiscreteScheduler(FusedKarras, Original):
     that the slopes allow, so that the coefficients still sum to sigma' - sigma.
     """
 
+    _engine = Attached(KarrasEngine)
+
     derivatives: list[Tensor]
+
+    def _init_step_index(self, timestep: Any) -> None:
+        self._engine.start(self, timestep)
+
+    def scale_model_input(self, sample: Tensor, timestep: Any) -> Tensor:
+        """x / sqrt(sigma^2 + 1): made by the step that returned ``sample`` where the loop asks for each (`step` then
+        writes it beside x'), else in one op."""
+        return self._engine.scale_input(self, sample, timestep)
 
     def step(
         self,
@@ -37,16 +50,15 @@ class LMSDiscreteScheduler(FusedKarras, Original):
         """One step, as the original's: in the dtype that sample and model_output promote to."""
         if not self.is_scale_input_called:
             warnings.warn(UNSCALED, stacklevel=2)
-        row = self._dk_one(timestep, sample)
+        engine = self._engine
+        row = engine.one_row(self, timestep, sample)
         before = self.derivatives[-(order - 1) :][::-1] if order > 1 else []  # the newest first
-        table, rest = self._dk_rows(order, len(before))
+        rows, rest = rows_of(self, order, len(before))
         given = self.config.prediction_type == "sample"
-        prev_sample, x0, slope, _ = self._dk_promoted(
-            sample, model_output, *before[:SLOTS], table=table, row=row, want_x0=not given, want_s=True
-        )
+        out, x0, slope, _ = engine.run_promoted(self, rows, sample, model_output, *before[:SLOTS], row=row)
         for j, more in enumerate(rest, start=1):
             slopes = before[j * SLOTS : (j + 1) * SLOTS]
-            prev_sample = self._dk_plain(prev_sample, None, *slopes, table=more, row=row)[0]
+            out, *_ = engine.run_plain(self, more, out, None, *slopes, row=row)
         self.derivatives.append(slope)
         if len(self.derivatives) > order:
             self.derivatives.pop(0)
@@ -54,15 +66,19 @@ class LMSDiscreteScheduler(FusedKarras, Original):
         if given:
             x0 = model_output
         if not return_dict:
-            return prev_sample, x0
-        return LMSDiscreteSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x0)
+            return out, x0
+        return LMSDiscreteSchedulerOutput(prev_sample=out, pred_original_sample=x0)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x0 + sigma z in one op; sigma in float32 whatever the samples' dtype."""
+        return self._engine.add_noise(self, original_samples, noise, timesteps)
 
     def plan(self, order: int = 4) -> Plan:
         """The steps of the current `set_timesteps` as a plan for `diffkern.sample`; order 1 to 5."""
         if not 1 <= order <= SLOTS + 1:
             raise ValueError(f"order must lie in 1..{SLOTS + 1} (a plan keeps {SLOTS} histories), got {order}")
-        steps = len(self._dk_levels) - 1
-        tables = [self._dk_rows(order, min(i, order - 1))[0] for i in range(steps)]
+        steps = len(self.sigmas) - 1
+        tables = [rows_of(self, order, min(i, order - 1))[0].table for i in range(steps)]
         table = torch.stack([table[i] for i, table in enumerate(tables)])
         # Slot j mod (order - 1) holds step j's slope: what row i calls the k-th last moves from slot to slot.
         saves: list[tuple[tuple[int, str], ...]] = []
@@ -72,30 +88,33 @@ class LMSDiscreteScheduler(FusedKarras, Original):
             for k in range(min(i, order - 1)):
                 table[i, _E[(i - 1 - k) % (order - 1)]] = weights[k]
             saves.append(((i % (order - 1), "s"),) if order > 1 and i + 1 < steps else ())
-        return self._dk_plan("lms", table, saves=saves)
+        return self._engine.plan(self, "lms", table, saves=saves)
 
-    def _dk_rows(self, order: int, before: int) -> tuple[Tensor, list[Tensor]]:
-        """The table for a loop that has ``before`` earlier slopes, and the tables of what does not fit its four."""
 
-        def build() -> tuple[Tensor, list[Tensor]]:
-            levels, prediction = self._dk_levels, self.config.prediction_type
-            if prediction not in ("epsilon", "v_prediction", "sample"):
-                raise ValueError(f"prediction_type given as {prediction} must be one of `epsilon`, or `v_prediction`")
-            sigma, over = levels[:-1], inverse(levels[:-1])
-            c = lms_coefficients(levels, min(order, before + 1) if self._dk_exact else order)
-            c = torch.cat([c, torch.zeros(len(c), SLOTS + order, dtype=torch.float64)], 1)
-            c[:, before + 1 :] = 0.0  # no slopes for these
-            p, q = to_x0(prediction, sigma)
-            if prediction == "epsilon":  # the slope is the model's output
-                own = {"a": 1.0, "d": c[:, 0], "D": 1.0}
-            else:
-                own = {"a": 1 + c[:, 0] * over, "b": -c[:, 0] * over, "A": over, "B": -over}
-            known = {"known_s": 1.0, "known_n": levels[1:]}
-            earlier = [{f"e{k}": c[:, 1 + at + k] for k in range(SLOTS)} for at in range(0, max(before, 1), SLOTS)]
-            table = table_of(len(sigma), p=p, q=q, **own, **earlier[0], **known)
-            return self._dk_onward(table), [table_of(len(sigma), a=1.0, **more) for more in earlier[1:]]
+def rows_of(scheduler: LMSDiscreteScheduler, order: int, before: int) -> tuple[Rows, list[Rows]]:
+    """The rows for a loop that has ``before`` earlier slopes, and those of what does not fit their four."""
+    engine = scheduler._engine
 
-        return self._dk_table(("rows", order, before), build)
+    def build() -> tuple[Rows, list[Rows]]:
+        levels, prediction = engine.levels(scheduler), scheduler.config.prediction_type
+        if prediction not in ("epsilon", "v_prediction", "sample"):
+            raise ValueError(f"prediction_type given as {prediction} must be one of `epsilon`, or `v_prediction`")
+        sigma, over = levels[:-1], inverse(levels[:-1])
+        c = lms_coefficients(levels, min(order, before + 1) if engine.exact else order)
+        c = torch.cat([c, torch.zeros(len(c), SLOTS + order, dtype=torch.float64)], 1)
+        c[:, before + 1 :] = 0.0  # no slopes for these
+        p, q = to_x0(prediction, sigma)
+        if prediction == "epsilon":  # the slope is the model's output
+            own = {"a": 1.0, "d": c[:, 0], "D": 1.0}
+        else:
+            own = {"a": 1 + c[:, 0] * over, "b": -c[:, 0] * over, "A": over, "B": -over}
+        known = {"known_s": 1.0, "known_n": levels[1:]}
+        earlier = [{f"e{k}": c[:, 1 + at + k] for k in range(SLOTS)} for at in range(0, max(before, 1), SLOTS)]
+        table = table_of(len(sigma), p=p, q=q, **own, **earlier[0], **known)
+        rest = [Rows(table_of(len(sigma), a=1.0, **more)) for more in earlier[1:]]
+        return engine.rows(scheduler, table, want_x0=prediction != "sample", want_s=True), rest
+
+    return engine.tables.get(("rows", order, before, engine.exact), build, *engine.sources(scheduler))
 
 
 _E = [COLUMNS.index(f"e{k}") for k in range(SLOTS)]

@@ -1,0 +1,345 @@
+"""Drop-ins whose rows belong to steps: row i takes the state from sigmas[i] to sigmas[i + 1].
+
+Two states occur. Karras et al. (arXiv 2206.00364): x = x0 + sigma z, and the model is given x / sqrt(sigma^2 + 1).
+Flows (arXiv 2209.03003): x = (1 - sigma) x0 + sigma z, and the model is given x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from diffkern import ops
+from diffkern.compat.diffusers._engine import DropIn, Engine, Hot, Results, Rows, free
+from diffkern.compat.diffusers._host import Levels
+from diffkern.compat.diffusers._plans import plan_of
+from diffkern.compat.kit.rows import as_dtype, column, promote, table_of, with_columns
+from diffkern.compat.kit.tables import version
+from diffkern.plan import Plan
+
+
+class LevelsEngine(Engine):
+    """Finds the step that a loop is at without a device read, keeps what depends on the levels, runs the steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._levels: Levels | None = None
+
+    # ---------------------------------------------------------------------------------------------- which row
+    def start(self, scheduler: DropIn, timestep: Any) -> None:
+        """The first step's index."""
+        begin = scheduler.begin_index
+        scheduler._step_index = self.index(scheduler, timestep) if begin is None else begin
+
+    def index(self, scheduler: DropIn, timestep: Any) -> int:
+        """The step of a timestep: the second of those that share it, as the original says, for image to image."""
+        clock = self.clock(scheduler.timesteps)
+        found = clock.positions.get(clock.value(timestep))
+        if found is None:  # rounded otherwise than the timesteps, or the original's exception
+            return scheduler.index_for_timestep(timestep)
+        return found[1] if len(found) > 1 else found[0]
+
+    def indices(self, scheduler: DropIn, timesteps: Tensor, device: torch.device) -> Tensor:
+        """The steps of a tensor of timesteps, int64 on ``device``; a device's own are searched there, without a read,
+        and one that is no timestep gives -1 (NaN in the op)."""
+        if timesteps.device.type == "cpu":
+            found = [self.index(scheduler, t) for t in timesteps.tolist()]
+            return torch.tensor(found, dtype=torch.int64, device=device)
+        return self.search(scheduler, timesteps, device)
+
+    def search(self, scheduler: DropIn, timesteps: Tensor, device: torch.device) -> Tensor:
+        """`indices` on the device."""
+        known = scheduler.timesteps
+        chosen = self.tables.get(
+            ("chosen", str(device)),
+            lambda: torch.tensor([self.index(scheduler, t) for t in self.clock(known).times]).long().to(device),
+            known,
+        )
+        same = timesteps.to(device)[:, None] == known.to(device)[None]
+        return torch.where(same.any(1), chosen[same.int().argmax(1)], -1)
+
+    def row(self, scheduler: DropIn, timestep: Any, device: torch.device) -> tuple[int, Tensor | None]:
+        """(row, None) in the loop under way; (0, index) for one timestep a sample, while no loop is."""
+        if scheduler.step_index is None:
+            own = isinstance(timestep, Tensor) and timestep.dim() == 1 and timestep.numel() > 1
+            if own and scheduler.begin_index is None and self.clock(scheduler.timesteps).position(timestep) is None:
+                return 0, self.indices(scheduler, timestep, device)
+            self.start(scheduler, timestep)
+        assert scheduler.step_index is not None
+        return scheduler.step_index, None
+
+    def one_row(self, scheduler: DropIn, timestep: Any, sample: Tensor) -> int:
+        """The row, for schedulers that remember the steps before: one timestep for all samples."""
+        row, index = self.row(scheduler, timestep, sample.device)
+        if index is not None:
+            raise ValueError(
+                f"timestep must be one for all samples, as {type(scheduler).__name__} remembers earlier steps, "
+                f"got shape {list(timestep.shape)}"
+            )
+        return row
+
+    # ---------------------------------------------------------------------------------------------- the rows
+    def sources(self, scheduler: DropIn) -> tuple[Levels, Any]:
+        """What tables are made of: the host copy of the sigmas, made once a `set_timesteps`, and the config."""
+        sigmas, found = scheduler.sigmas, self._levels
+        if found is None or not found.is_of(sigmas):
+            found = self._levels = Levels(sigmas)
+        return found, scheduler._internal_dict
+
+    def levels(self, scheduler: DropIn) -> Tensor:
+        """The original's float32 sigmas as float64 on the CPU."""
+        return self.sources(scheduler)[0].values
+
+    def keep(self, scheduler: DropIn, key: Any, rows: Rows) -> None:
+        """Keeps the rows of a step for `repeat`."""
+        sigmas = scheduler.sigmas
+        if not sigmas.is_inference():
+            self.hot = Hot(key, rows, scheduler._internal_dict, (sigmas,))
+
+    # ---------------------------------------------------------------------------------------------- the op
+    scales_next = False
+    """Whether a step's op also makes the next model's input: `KarrasEngine.scale_input`."""
+
+    def look_ahead(self, scheduler: DropIn, found: Results, row: int, rows: int) -> None:
+        """Notes what `step` returned, where a model's input is made of it."""
+
+    def repeat(self, scheduler: DropIn, m: Tensor, timestep: Any, x: Tensor, key: Any) -> Results | None:
+        """(x', x0, ...) of a step without noise whose rows are at hand (`keep`), for float32 operands with nothing to
+        convert; None where anything is new: then the long way runs."""
+        hot, row = self.hot, scheduler._step_index
+        if hot is None or row is None or hot.key != key or hot.config is not scheduler._internal_dict:
+            return None
+        rows, sigmas = hot.rows, hot.sources[0]
+        if (
+            sigmas is not scheduler.sigmas
+            or sigmas._version != hot.version
+            or row >= rows.count
+            or type(timestep) is not Tensor
+            or not timestep.is_floating_point()
+            or x.dtype is not torch.float32
+            or m.dtype is not torch.float32
+            or x.shape != m.shape
+            or (torch.is_grad_enabled() and (x.requires_grad or m.requires_grad))
+            or forward_ad._current_level >= 0
+        ):
+            return None
+        run = rows.onward if self.scales_next and row + 1 < rows.count else rows.plain
+        found: Results = run(x, m, row)
+        self.look_ahead(scheduler, found, row, rows.count)
+        scheduler._step_index = row + 1
+        return found
+
+    def run_upcast(
+        self,
+        scheduler: DropIn,
+        rows: Rows,
+        x: Tensor,
+        m: Tensor,
+        *histories: Tensor | None,
+        row: int,
+        dtype: torch.dtype | None = None,
+        **operands: Any,
+    ) -> tuple[Any, Any, Any]:
+        """(x' in the model's dtype, x0, s in float32) of originals that upcast the sample; float64 for a float64 model.
+        A narrower x' is the op's second output, so that it is rounded once."""
+        if x.dtype is m.dtype is torch.float32 and x.shape == m.shape and dtype in (None, m.dtype):
+            out, x0, s, _ = self.run_plain(scheduler, rows, x, m, *histories, row=row, **operands)
+            return out, x0, s
+        table = rows.table
+        check_row(scheduler, row, table)
+        dtype = m.dtype if dtype is None else dtype
+        state = torch.float64 if torch.float64 in (m.dtype, dtype) else torch.float32
+        narrow = dtype != state
+        if narrow:
+            table = self.tables.get(("narrow", id(table)), lambda: with_columns(rows.table, k=1.0), table)
+        operands.update(rows.wants, state=state, next_copies=int(narrow), next_dtype=dtype)
+        out, x0, s, narrowed = self.run(as_dtype(x, torch.float32), m, *histories, table=table, row=row, **operands)
+        return narrowed if narrow else out, x0, s
+
+    def run_promoted(
+        self, scheduler: DropIn, rows: Rows, x: Tensor, m: Tensor, *histories: Tensor | None, row: int
+    ) -> Results:
+        """The step in the dtype that the operands promote to, for originals that upcast nothing."""
+        if x.dtype is m.dtype and x.shape == m.shape:
+            for h in histories:
+                if h is not None and h.dtype is not x.dtype:  # an earlier step was of another
+                    break
+            else:
+                return self.run_plain(scheduler, rows, x, m, *histories, row=row)
+        check_row(scheduler, row, rows.table)
+        state = promote(x.dtype, m.dtype, *(h.dtype for h in histories if h is not None))
+        return self.run(x, m, *histories, table=rows.table, row=row, state=state, **rows.wants)
+
+    def run_plain(
+        self,
+        scheduler: DropIn,
+        rows: Rows,
+        x: Tensor,
+        m: Tensor | None,
+        h0: Tensor | None = None,
+        h1: Tensor | None = None,
+        h2: Tensor | None = None,
+        h3: Tensor | None = None,
+        *,
+        row: int,
+        index: Tensor | None = None,
+        noise: Tensor | None = None,
+        seeds: Tensor | None = None,
+        onward: bool = False,
+    ) -> Results:
+        """The step on operands of one shape and dtype; ``onward``: with the next model's input."""
+        try:
+            if index is None and free(x, m, h0, h1, h2, h3, noise):
+                bound = rows.onward if onward else rows.plain
+                return bound(x, m, row, h0=h0, h1=h1, h2=h2, h3=h3, noise=noise, seeds=seeds)
+            table = rows.table if index is None else self.tables.on(rows.table, x.device)
+            draw: dict[str, Any] = {"index": index, "noise": noise, "seeds": seeds}
+            wants: dict[str, Any] = {**rows.wants, "next_copies": int(onward)}
+            return ops.step(x, m, None, h0, h1, h2, h3, table=table, row=row, **draw, **wants)
+        except RuntimeError:
+            check_row(scheduler, row, rows.table)
+            raise
+
+    def mixed(
+        self,
+        scheduler: DropIn,
+        x: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        key: str,
+        scales: Callable[[], tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        """s x + n noise with (s, n) = scales()[step of the timestep], [B]; at the loop's step where it has begun."""
+        shape = torch.broadcast_shapes(x.shape, noise.shape, (timesteps.shape[0],) + (1,) * (x.dim() - 1))
+        x, noise = x.expand(shape), noise.expand(shape)
+        if scheduler.begin_index is not None:
+            row = scheduler.begin_index if scheduler.step_index is None else scheduler.step_index
+            return self.mixed_at(scheduler, x, noise, row, key, scales)
+        index = self.indices(scheduler, timesteps, x.device)
+        return self.noised(x, noise, index, lambda: torch.stack(scales(), 1), (key,), scheduler.sigmas)
+
+    def mixed_at(
+        self,
+        scheduler: DropIn,
+        x: Tensor,
+        noise: Tensor,
+        row: int,
+        key: str,
+        scales: Callable[[], tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        """`mixed` at a step known on the host."""
+
+        def build() -> Tensor:
+            s, n = scales()
+            return table_of(len(s), a=s, g=n)
+
+        table = self.tables.get(("mixed", key), build, *self.sources(scheduler))
+        state = torch.promote_types(x.dtype, noise.dtype)
+        return ops.step(as_dtype(x, state), None, table=table, row=row, noise=as_dtype(noise, state))[0]
+
+
+def check_row(scheduler: DropIn, row: int, table: Tensor) -> None:
+    """The original's IndexError after the last step."""
+    if row >= len(table):
+        scheduler.sigmas[row + 1]
+
+
+class KarrasEngine(LevelsEngine):
+    """x = x0 + sigma z: the model's input, made by the step before where a loop asks for it in that way."""
+
+    own = ("hot", "ahead")
+    ahead: tuple[Tensor, int, int, Tensor | None, Tensor, Any] | None = None
+    """(x', the row that starts from it, writes to x' and the sigmas, the model's input made of it or None, the sigmas,
+    the config)."""
+
+    def input_scale(self, scheduler: DropIn) -> Tensor:
+        """What the model's input is multiplied by at each level, [S + 1]."""
+        return (self.levels(scheduler) ** 2 + 1) ** -0.5
+
+    def input_rows(self, scheduler: DropIn) -> Rows:
+        """The rows of `scale_input`."""
+        scale = self.input_scale(scheduler)
+        return Rows(table_of(len(scale), a=scale))
+
+    def scale_input(self, scheduler: DropIn, sample: Tensor, timestep: Any) -> Tensor:
+        """x times `input_scale`: made by the step that returned ``sample`` where the last one was asked for in this
+        way (its op then writes it beside x'), else in one op."""
+        ahead = self.ahead
+        if ahead is not None:
+            self.ahead = None
+            after, at, writes, scaled, sigmas, config = ahead
+            # A gradient that x' is asked for since goes through an op of its own.
+            self.scales_next = sample is after and at == scheduler._step_index and not sample.requires_grad
+            same = sigmas is scheduler.sigmas and config is scheduler._internal_dict
+            if self.scales_next and scaled is not None and same and writes == version(sample) + version(sigmas):
+                return scaled
+        row, index = self.row(scheduler, timestep, sample.device)
+        rows = self.tables.get(("input",), lambda: self.input_rows(scheduler), *self.sources(scheduler))
+        out, *_ = super().run_plain(scheduler, rows, sample, None, row=row, index=index)
+        if hasattr(scheduler, "is_scale_input_called"):
+            scheduler.is_scale_input_called = True
+        return out
+
+    def look_ahead(self, scheduler: DropIn, found: Results, row: int, rows: int) -> None:
+        after, _, _, scaled = found
+        sigmas = scheduler.sigmas
+        if row + 1 >= rows or after.is_inference() or sigmas.is_inference():  # whose writes are not counted
+            self.ahead = None
+        elif after.requires_grad:  # x' may be cut from its graph in place
+            self.ahead, self.scales_next = None, False
+        else:
+            writes = after._version + sigmas._version
+            self.ahead = (after, row + 1, writes, scaled, sigmas, scheduler._internal_dict)
+
+    def run_plain(
+        self,
+        scheduler: DropIn,
+        rows: Rows,
+        x: Tensor,
+        m: Tensor | None,
+        *histories: Tensor | None,
+        row: int,
+        index: Tensor | None = None,
+        **operands: Any,
+    ) -> Results:
+        """A step's op also makes the next model's input, where the loop asks for it."""
+        if m is None or index is not None or not x.dtype is m.dtype is torch.float32:
+            return super().run_plain(scheduler, rows, x, m, *histories, row=row, index=index, **operands)
+        onward = self.scales_next and row + 1 < rows.count
+        found = super().run_plain(scheduler, rows, x, m, *histories, row=row, onward=onward, **operands)
+        self.look_ahead(scheduler, found, row, rows.count)
+        return found
+
+    def rows(self, scheduler: DropIn, table: Tensor, *, want_x0: bool, want_s: bool = False) -> Rows:
+        """The table, its rows also making the next model's input: k = the scale of the level that a row ends at."""
+        scale = self.input_scale(scheduler)
+        column(table, "k")[:] = torch.cat([scale[1:], torch.ones(1, dtype=torch.float64)])[: len(table)]
+        return Rows(table, want_x0=want_x0, want_s=want_s)
+
+    def add_noise(self, scheduler: DropIn, x: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x0 + sigma z in one op."""
+
+        def scales() -> tuple[Tensor, Tensor]:
+            levels = self.levels(scheduler)
+            return torch.ones_like(levels), levels
+
+        return self.mixed(scheduler, x, noise, timesteps, "add", scales)
+
+    def plan(self, scheduler: DropIn, name: str, table: Tensor, prediction: str | None = None, **options: Any) -> Plan:
+        """The rows as a plan: every row also makes the next model input."""
+        table = table.clone()
+        column(table, "k")[-1] = 1.0  # no model call follows
+        return plan_of(
+            name,
+            table,
+            self.clock(scheduler.timesteps).times,
+            prediction or scheduler.config.prediction_type,
+            init_scale=float(scheduler.init_noise_sigma),
+            first_k=float(self.input_scale(scheduler)[0]),
+            time_dtype="float32",
+            **options,
+        )
