@@ -24,7 +24,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from diffkern import ops, streams
+from diffkern import streams
 
 __all__ = ["LEVELS", "increment", "noise", "position"]
 
@@ -55,6 +55,8 @@ def noise(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """`increment` drawn: [B, ...] on the device of ``seeds`` (int64 [B]), a path for every element of every sample."""
+    from diffkern import ops  # which plans, made of positions and increments alone, do without
+
     return ops.noise_sum(size, seeds, *increment(s, t, normalised=normalised), dtype)
 
 

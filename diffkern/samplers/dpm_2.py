@@ -12,8 +12,7 @@ from typing_extensions import Unpack
 
 from diffkern.plan import Plan, Row
 from diffkern.samplers.arguments import not_negative
-from diffkern.samplers.nodes import Coordinates, GridOptions, Node, chain, grid, row
-from diffkern.samplers.runge_kutta import churned_nodes
+from diffkern.samplers.nodes import Coordinates, GridOptions, Node, chain, churned_nodes, grid, row
 from diffkern.schedules.base import Schedule
 from diffkern.signatures import shows_arguments_of
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypedDict
 
 from diffkern import streams
 from diffkern.plan import Plan, Row
-from diffkern.samplers.arguments import bound, need_schedule
+from diffkern.samplers.arguments import bound, need_schedule, not_negative
 from diffkern.schedules import predictions
 from diffkern.schedules.base import Schedule
 from diffkern.schedules.discrete import DiscreteSchedule
@@ -309,6 +309,27 @@ def _without_dead_saves(rows: Sequence[Row]) -> list[Row]:
         kept.append(replace(made, saves=saves))
         live = (live - {slot for slot, _ in saves}) | set(made.reads)
     return kept[::-1]
+
+
+def churned_nodes(
+    space: Coordinates, nodes: list[Node], churn: float, limits: tuple[float, float], noise: float
+) -> tuple[list[Node], list[float]]:
+    """The points after the noise of the churn, and the std of that noise before each step."""
+    not_negative("churn", churn)
+    not_negative("churn_noise", noise)
+    if len(limits) != 2 or not 0.0 <= limits[0] <= limits[1]:
+        raise ValueError(f"churn_range must be two levels, 0 <= lowest <= highest, got {limits}")
+    if churn == 0.0:
+        return nodes, [0.0] * len(nodes)
+    if space.in_time:
+        raise ValueError(f"churn needs a schedule that is integrated in sigma, got {space.schedule.name}")
+    gamma = min(churn / len(nodes), math.sqrt(2.0) - 1.0)
+    raised, noises = [], []
+    for node in nodes:
+        inside = limits[0] <= node.v <= limits[1]
+        raised.append(space.node(node.v * (1.0 + gamma), clamp=True) if inside else node)
+        noises.append(noise * math.sqrt(raised[-1].v ** 2 - node.v**2))
+    return raised, noises
 
 
 def native_scale(space: Coordinates, first: Node) -> float:

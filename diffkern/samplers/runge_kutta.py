@@ -15,8 +15,7 @@ from typing import Any
 from typing_extensions import Unpack
 
 from diffkern.plan import Plan, Row
-from diffkern.samplers.arguments import not_negative
-from diffkern.samplers.nodes import Coordinates, GridOptions, Node, chain, ends_on_x0, grid, row
+from diffkern.samplers.nodes import Coordinates, GridOptions, Node, chain, churned_nodes, ends_on_x0, grid, row
 from diffkern.schedules.base import Schedule
 from diffkern.signatures import shows_arguments_of
 from diffkern.tableaus import EULER, HEUN, MIDPOINT, RK4, RK4_38, Tableau
@@ -147,27 +146,6 @@ def tableau_plan(
         at += stages
         rows += _step(tableau if len(stages) > 1 else EULER, stages, to, reached, g, len(rows))
     return chain(name, space, rows, at, math.hypot(nodes[0].sigma, noises[0]))
-
-
-def churned_nodes(
-    space: Coordinates, nodes: list[Node], churn: float, limits: tuple[float, float], noise: float
-) -> tuple[list[Node], list[float]]:
-    """The points after the noise of the churn, and the std of that noise before each step."""
-    not_negative("churn", churn)
-    not_negative("churn_noise", noise)
-    if len(limits) != 2 or not 0.0 <= limits[0] <= limits[1]:
-        raise ValueError(f"churn_range must be two levels, 0 <= lowest <= highest, got {limits}")
-    if churn == 0.0:
-        return nodes, [0.0] * len(nodes)
-    if space.in_time:
-        raise ValueError(f"churn needs a schedule that is integrated in sigma, got {space.schedule.name}")
-    gamma = min(churn / len(nodes), math.sqrt(2.0) - 1.0)
-    raised, noises = [], []
-    for node in nodes:
-        inside = limits[0] <= node.v <= limits[1]
-        raised.append(space.node(node.v * (1.0 + gamma), clamp=True) if inside else node)
-        noises.append(noise * math.sqrt(raised[-1].v ** 2 - node.v**2))
-    return raised, noises
 
 
 def _stages(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from diffkern.plan import Plan, Row
 from diffkern.samplers.arguments import choice, need_schedule
 from diffkern.samplers.nodes import Node, call_times, time_grid
-from diffkern.samplers.walk import Walk
+from diffkern.samplers.sde import Walk
 from diffkern.schedules.base import Schedule
 from diffkern.schedules.discrete import DiscreteSchedule
 from diffkern.schedules.exploding import EDMSchedule
