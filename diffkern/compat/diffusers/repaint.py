@@ -13,7 +13,7 @@ from diffkern import streams
 from diffkern.compat.diffusers._engine import Attached, DropIn
 from diffkern.compat.diffusers._host import host
 from diffkern.compat.diffusers._times import TimesEngine, to_x0
-from diffkern.compat.kit.rows import as_dtype, promote, table_of, with_columns
+from diffkern.compat.kit.rows import as_dtype, column, promote, table_of
 
 CALLS = 1 << 20
 """Noise by address: the streams of a scheduler's calls, so that a timestep that is visited again draws new noise."""
@@ -89,7 +89,9 @@ class RePaintScheduler(DropIn, Original):
 
 def streamed(table: Tensor, call: int, part: int) -> Tensor:
     """The rows with the stream of a call; its two parts may have one each."""
-    return with_columns(table, stream=streams.STEP + part + CALLS + 2 * call)
+    copy = table.clone()
+    column(copy, "stream").fill_(streams.STEP + part + CALLS + 2 * call)
+    return copy
 
 
 def tables_for(scheduler: RePaintScheduler) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ _ROW = Row().coefficients()
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
-def table_of(rows: int, columns: Sequence[str] = COLUMNS, **values: Any) -> Tensor:
+def table_of(rows: int, columns: Sequence[str] = COLUMNS, /, **values: Any) -> Tensor:
     """A table with these values in its columns (numbers or [rows]), the others at a row's defaults.
 
     Row i draws on ``streams.STEP + i``.
