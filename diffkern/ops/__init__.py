@@ -20,7 +20,7 @@ from diffkern.ops._bound_step import bound_step, bound_step_out
 from diffkern.ops._learned_step import learned_step, learned_step_out
 from diffkern.ops._noise import noise_sum, noise_sum_out, randn, seeds
 from diffkern.ops._statistics import dynamic_threshold, dynamic_threshold_out, moments, quantile
-from diffkern.ops._step import step, step_out, step_raw
+from diffkern.ops._step import step, step_out
 from diffkern.ops._step_logprob import step_logprob
 from diffkern.ops._training import loss, noising, noising_out
 from diffkern.ops._variational import HALF_BIN as HALF_BIN
@@ -49,6 +49,5 @@ __all__ = [
     "step",
     "step_logprob",
     "step_out",
-    "step_raw",
     "variational",
 ]

@@ -68,10 +68,6 @@ def step(
     return op(*args, want_x0, want_s, next_copies, next_dtype)
 
 
-step_raw = native.step.default
-"""`step`'s op itself, every argument by position: for loops in which microseconds count and no gradient is recorded."""
-
-
 def _wants_grad(*tensors: Tensor | None) -> bool:
     if not torch.is_grad_enabled():
         return False
