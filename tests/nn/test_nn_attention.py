@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.memory import allocated
 from helpers.op_cases import values
+from helpers.tolerances import unit_roundoff
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -168,7 +169,8 @@ def test_half_precision_with_the_norm_in_float32(dtype: torch.dtype) -> None:
     out = ours(x)
     assert out.dtype == dtype
     error, baseline = ((t.double() - want).square().mean().sqrt() for t in (out, theirs(x)))
-    assert error <= 1.5 * baseline
+    # Which of the two rounds more follows the order of sums in the processor's products: one rounding of the result.
+    assert error <= 1.5 * baseline + unit_roundoff(dtype) * want.square().mean().sqrt()
     with torch.autocast("cpu", dtype):
         mixed = both(64, 2, "legacy")[0]
         assert mixed(x.float()).dtype == torch.float32

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from helpers.attention_bounds import attention_floors
 from helpers.attention_cases import ALL_LAYOUTS, DIMS, DTYPES, LAYOUTS, check_error, inputs, plain, with_gradients
 from helpers.memory import SLACK, allocated, size
 from helpers.op_cases import check_sentence, same_bits, threads, values
@@ -31,8 +32,11 @@ def compare(tensors: Tensors, what: str, up: Tensor | None = None) -> Tensors:
     ours = with_gradients(diffkern.attention, tensors, up)
     exact = with_gradients(exact_of, tensors, up, torch.float64)
     torchs = with_gradients(plain, tensors, up)
-    for name, a, b, c in zip(NAMES, ours, exact, torchs, strict=True):
-        check_error(a, b, c, f"{name}, {what}")
+    q, k, v = tensors
+    floors = attention_floors(q, k, v, q.shape[-1] ** -0.5, up)
+    least = (floors.out, floors.dq, floors.dk, floors.dv)
+    for name, a, b, c, floor in zip(NAMES, ours, exact, torchs, least, strict=True):
+        check_error(a, b, c, f"{name}, {what}", floor)
     return ours
 
 
