@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import re
@@ -247,129 +246,6 @@ def test_no_flag_that_changes_bits_or_binds_to_a_cpu(root: Path) -> None:
     code = "\n".join(line.split("#")[0] for line in flags.splitlines())
     for flag in ("-march", "-mavx", "fast-math", "fast_math", "Ofast", "GLOB"):
         assert flag not in code
-
-
-# ----------------------------------------------------------------------------------------------------------- walls
-
-TORCH = r"(torch|ATen|c10)/"
-CUDA = r"(cuda|cooperative_groups|nv/|cub/|thrust/|mma\.h|sm_)"
-PYTHON = r"(pybind11/|Python\.h)"
-SIMD = r"\w*intrin\.h|arm_neon\.h"
-
-# What the headers of each folder may not be, and which folders it may include from.
-FORBIDDEN = {
-    "core": (f"{TORCH}|{PYTHON}|{CUDA}|{SIMD}", {"core"}),
-    "cpu": (f"{TORCH}|{PYTHON}|{CUDA}", {"core", "cpu"}),
-    "cuda": (f"{TORCH}|{PYTHON}|{SIMD}", {"core", "cuda"}),
-    # Kernels are reached through the prototypes in core only; ATen and c10 are not stable ABI.
-    "bind": (f"ATen/|c10/|torch/extension\\.h|torch/all\\.h|{SIMD}", {"core", "bind"}),
-}
-
-
-def includes(path: Path) -> list[str]:
-    return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.M)
-
-
-@pytest.mark.parametrize("folder", FORBIDDEN)
-def test_include_walls(root: Path, folder: str) -> None:
-    forbidden, allowed = FORBIDDEN[folder]
-    csrc = root / "csrc"
-    paths = [path for path in (csrc / folder).rglob("*") if path.suffix in (".h", ".cuh", ".cpp", ".cu")]
-    assert paths
-    for path in paths:
-        for name in includes(path):
-            where = f"{path.relative_to(root)} includes {name}"
-            assert re.match(forbidden, name) is None, where
-            for candidate in (path.parent / name, csrc / name):
-                if candidate.is_file():
-                    assert candidate.resolve().relative_to(csrc).parts[0] in allowed, where
-
-
-def test_torch_and_pybind11_do_not_meet(root: Path) -> None:
-    """pybind11 in module_*.cpp only, and no torch header there: torch brings a pybind11 of its own."""
-    for path in (root / "csrc/bind").iterdir():
-        names = includes(path)
-        torch_headers = [name for name in names if re.match(TORCH, name)]
-        if path.name.startswith("module_"):
-            assert not torch_headers
-            assert any(name.startswith("pybind11/") for name in names)
-            local = [path.parent / name for name in names if (path.parent / name).is_file()]
-            assert not [name for header in local for name in includes(header) if re.match(TORCH, name)]
-        else:
-            assert not [name for name in names if re.match(PYTHON, name)], path.name
-
-
-# From the bottom; a module imports from its own layer (without cycles, which Python finds) and those below it.
-LAYERS = [
-    ["streams", "tableaus", "checks", "signatures", "_load"],
-    ["schedules"],
-    ["plan"],
-    ["reference", "ops", "brownian", "draws"],
-    ["samplers"],
-    ["objectives", "nn", "guidance"],
-    ["sampling"],
-    ["simulate"],
-    ["compat"],
-    ["command", "demo"],
-    ["__main__", "__init__"],
-]
-# Who may touch the native modules and ops by name.
-NATIVE = {"_load", "ops"}
-
-
-def module_of(path: Path, package: Path) -> str:
-    return path.relative_to(package).with_suffix("").parts[0]
-
-
-def imported(path: Path, package: Path) -> Iterator[str]:
-    """The modules of diffkern that a file imports, outside `if TYPE_CHECKING`."""
-    tree = ast.parse(path.read_text())
-    hidden = {
-        id(node)
-        for branch in ast.walk(tree)
-        if isinstance(branch, ast.If) and ast.unparse(branch.test).endswith("TYPE_CHECKING")
-        for node in ast.walk(branch)
-    }
-    folder = ["diffkern", *path.relative_to(package).parent.parts]
-    for node in ast.walk(tree):
-        if id(node) in hidden:
-            continue
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "diffkern")
-        elif isinstance(node, ast.ImportFrom):
-            base = folder[: len(folder) - node.level + 1] if node.level else []
-            name = ".".join([*base, *([node.module] if node.module else [])])
-            if name == "diffkern":
-                yield from (f"diffkern.{alias.name}" for alias in node.names)
-            elif name.split(".")[0] == "diffkern":
-                yield name
-
-
-def test_import_walls(root: Path) -> None:
-    package = root / "diffkern"
-    level = {name: index for index, layer in enumerate(LAYERS) for name in layer}
-    for path in package.rglob("*.py"):
-        module = module_of(path, package)
-        assert module in level, f"diffkern/{module} has no layer: add it to LAYERS"
-        for name in imported(path, package):
-            part = name.split(".")[1] if "." in name else "__init__"
-            if part not in level:
-                assert module == "__init__" or part == "__version__", f"{path.name} imports {name}"
-            elif part != "__init__":
-                assert level[part] <= level[module], f"diffkern/{module} imports {name}, which stands above it"
-
-
-def test_only_ops_reaches_the_native_ops(root: Path) -> None:
-    package = root / "diffkern"
-    for path in package.rglob("*.py"):
-        if module_of(path, package) not in NATIVE:
-            names = {
-                ast.unparse(node) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)
-            }
-            assert not [name for name in names if name.startswith("torch.ops.diffkern")], path.name
-            assert not [name for name in imported(path, package) if name in ("diffkern._C", "diffkern._cuda")], (
-                path.name
-            )
 
 
 # ----------------------------------------------------------------------------------------------------- info and loading
