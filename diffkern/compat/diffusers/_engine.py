@@ -265,6 +265,7 @@ class DropIn:
     begin_index: int | None
     _step_index: Any
     _begin_index: Any
+    _init_step_index: Any
     index_for_timestep: Callable[..., int]
     _sigma_to_alpha_sigma_t: Callable[[Tensor], tuple[Tensor, Tensor]]
     _threshold_sample: Callable[[Tensor], Tensor]

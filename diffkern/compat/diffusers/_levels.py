@@ -68,7 +68,7 @@ class LevelsEngine(Engine):
             own = isinstance(timestep, Tensor) and timestep.dim() == 1 and timestep.numel() > 1
             if own and scheduler.begin_index is None and self.clock(scheduler.timesteps).position(timestep) is None:
                 return 0, self.indices(scheduler, timestep, device)
-            self.start(scheduler, timestep)
+            scheduler._init_step_index(timestep)
         assert scheduler.step_index is not None
         return scheduler.step_index, None
 

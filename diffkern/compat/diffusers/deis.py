@@ -51,7 +51,7 @@ class DEISMultistepScheduler(DropIn, Original):
             )
         engine, config = self._engine, self.config
         if self._step_index is None:
-            engine.start(self, timestep)
+            self._init_step_index(timestep)
         i = self._step_index
         done = min(self.lower_order_nums, config.solver_order)
         rows, kept, estimate, from_x0 = steps_of(self, done, model_output, sample)

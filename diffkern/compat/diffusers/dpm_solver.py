@@ -53,7 +53,7 @@ class DPMSolverMultistepScheduler(DropIn, Original):
             )
         engine, config = self._engine, self.config
         if self._step_index is None:
-            engine.start(self, timestep)
+            self._init_step_index(timestep)
         i = self._step_index
         if config.variance_type in ("learned", "learned_range") and config.prediction_type == "epsilon":
             model_output = model_output[:, : sample.shape[1]]  # the original takes 3 channels whatever the sample has

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -38,8 +39,13 @@ class Steps(NamedTuple):
 
 
 class Done(NamedTuple):
-    """What a step read and wrote: enough to find its corrected sample again."""
+    """What a step read and wrote: enough to find its corrected sample again.
 
+    It lies in the scheduler's ``__dict__`` in the place of ``last_sample``, so that it goes where that dict goes
+    (pipelines swap one in for each view); a deep copy has the corrected sample itself, as its tensors are others.
+    """
+
+    engine: MultistepEngine
     steps: Steps
     mode: str
     i: int
@@ -52,12 +58,8 @@ class Done(NamedTuple):
     graph: bool
     """Whether a gradient flows through ``out``."""
 
-
-class UniPCEngine(MultistepEngine):
-    """Knows what the last step did."""
-
-    own = ("hot", "done")
-    done: Done | None = None
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return copy.deepcopy(corrected_now(self), memo)
 
 
 class UniPCMultistepScheduler(DropIn, Original):
@@ -68,7 +70,7 @@ class UniPCMultistepScheduler(DropIn, Original):
     original: one op more.
     """
 
-    _engine = Attached(UniPCEngine)
+    _engine = Attached(MultistepEngine)
 
     predict_x0: bool
     disable_corrector: Any
@@ -83,15 +85,14 @@ class UniPCMultistepScheduler(DropIn, Original):
     @property
     def last_sample(self) -> Tensor | None:
         """The corrected sample of the last step: the original stores it, here it is made when it is asked for."""
-        done = self._engine.done
-        if done is not None:
-            with torch.set_grad_enabled(done.graph):  # as in the step, whoever asks for it now
-                self.last_sample = corrected_sample(self._engine, done)
-        return self.__dict__.get("last_sample")
+        found = self.__dict__.get("last_sample")
+        if isinstance(found, Done):
+            found = self.__dict__["last_sample"] = corrected_now(found)
+        return found
 
     @last_sample.setter
     def last_sample(self, value: Tensor | None) -> None:
-        self.__dict__["last_sample"], self._engine.done = value, None
+        self.__dict__["last_sample"] = value
 
     def _init_step_index(self, timestep: Any) -> None:
         self._engine.start(self, timestep)
@@ -104,7 +105,7 @@ class UniPCMultistepScheduler(DropIn, Original):
             )
         engine, config = self._engine, self.config
         if self._step_index is None:
-            engine.start(self, timestep)
+            self._init_step_index(timestep)
         i, order = self._step_index, config.solver_order
         assert i < len(self.timesteps) or not config.lower_order_final  # the original's
         if i >= len(self.sigmas) - 1:
@@ -145,12 +146,12 @@ class UniPCMultistepScheduler(DropIn, Original):
                 out, x0, _, _ = engine.run(sample, m, *older, last, table=rows.table, row=i, **wants)
             estimates[0] = x0 if own else estimates[0]
         if not self.solver_p:
-            self.__dict__["last_sample"] = None
-            done = engine.done = Done(
-                *(steps, mode, i, out, version(out), sample, version(sample), last, estimates, out.requires_grad)
+            self.__dict__["last_sample"] = Done(
+                *(engine, steps, mode, i, out, version(out), sample, version(sample), last, estimates),
+                graph=out.requires_grad,
             )
             if out.is_inference() or sample.is_inference():
-                self.last_sample = corrected_sample(engine, done)  # while both are as they were: writes go uncounted
+                self.last_sample  # noqa: B018  (made while both are as they were: writes go uncounted)
         self.this_order = order_at(self, reached, i)
         engine.remember(self, estimates[0])
         return SchedulerOutput(prev_sample=out) if return_dict else (out,)
@@ -176,11 +177,11 @@ class UniPCMultistepScheduler(DropIn, Original):
 # ------------------------------------------------------------------------------------------------------- the rows
 def mode_of(scheduler: UniPCMultistepScheduler, i: int, sample: Tensor) -> tuple[str, Tensor | None]:
     """How the corrected sample is made, and the last one where that takes it."""
-    done = scheduler._engine.done
-    if i == 0 or i - 1 in scheduler.disable_corrector or (done is None and scheduler.last_sample is None):
+    done = scheduler.__dict__.get("last_sample")
+    if i == 0 or i - 1 in scheduler.disable_corrector or done is None:
         return "plain", None
     same = (
-        done is not None
+        isinstance(done, Done)
         and sample is done.out
         and version(sample) == done.out_version
         and sample.requires_grad == done.graph  # neither cut from its graph in place
@@ -271,7 +272,12 @@ def estimate(scheduler: UniPCMultistepScheduler, steps: Steps, i: int, model_out
 
 
 def summed(
-    engine: UniPCEngine, sums: list[Tensor], i: int, sample: Tensor, last: Tensor | None, estimates: list[Tensor | None]
+    engine: MultistepEngine,
+    sums: list[Tensor],
+    i: int,
+    sample: Tensor,
+    last: Tensor | None,
+    estimates: list[Tensor | None],
 ) -> Tensor:
     """Row i of `sum_tables`: an op, and another for what is beyond its operands."""
     older = [*estimates[1:], *(None,) * 7]
@@ -281,7 +287,13 @@ def summed(
     return out
 
 
-def corrected_sample(engine: UniPCEngine, done: Done) -> Tensor:
+def corrected_now(done: Done) -> Tensor:
+    """`corrected_sample` with gradients recorded as they were in the step, whoever asks for it now."""
+    with torch.set_grad_enabled(done.graph):
+        return corrected_sample(done.engine, done)
+
+
+def corrected_sample(engine: MultistepEngine, done: Done) -> Tensor:
     """The corrected sample of a step, from what it read; from what it returned if that was overwritten since."""
     steps, i = done.steps, done.i
     if version(done.sample) == done.sample_version:
