@@ -71,7 +71,8 @@ class BoundStepOut(Protocol):
     ) -> None: ...
 
 
-# What the overload calls: without its frame of Python, which pays for that of the bound step.
+# What the overload calls: without its frame of Python, which pays for that of the bound step. torch.compile, which
+# knows the overload alone, is given that.
 _step: Callable[..., Any] = native.step.default._op
 _step_out: Callable[..., Any] = native.step_out.default._op
 _named = tuple.__new__  # Stepped(*found) unpacks and packs again
@@ -108,10 +109,10 @@ def bound_step(
     ) -> Stepped:
         if forward_ad._current_level >= 0:
             refuse_tangents("step", x, m, m2, h0, h1, h2, h3, noise)
-        found = _step(
-            x, m, m2, h0, h1, h2, h3, table, row, index, seeds, noise, None, None, want_x0, want_s, copies, dtype
-        )
-        return _named(Stepped, found)
+        args = (x, m, m2, h0, h1, h2, h3, table, row, index, seeds, noise, None, None, want_x0, want_s, copies, dtype)
+        if torch.compiler.is_compiling():
+            return Stepped(*native.step.default(*args))
+        return _named(Stepped, _step(*args))
 
     return step
 
@@ -144,6 +145,10 @@ def bound_step_out(table: Tensor) -> BoundStepOut:
     ) -> None:
         if forward_ad._current_level >= 0:
             refuse_tangents("step", x, m, m2, h0, h1, h2, h3, noise, known)
-        _step_out(x, m, m2, h0, h1, h2, h3, table, row, index, seeds, noise, mask, known, out, x0, s, next)
+        args = (x, m, m2, h0, h1, h2, h3, table, row, index, seeds, noise, mask, known, out, x0, s, next)
+        if torch.compiler.is_compiling():
+            native.step_out.default(*args)
+        else:
+            _step_out(*args)
 
     return step_out

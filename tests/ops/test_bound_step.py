@@ -63,3 +63,13 @@ def test_every_operand_of_a_bound_step_out_stands_in_its_place() -> None:
     ops.bound_step_out(rows)(x, m, 0, index=index, **inputs, **got)
     for name, expected in want.items():
         assert torch.equal(got[name], expected), name
+
+
+@pytest.mark.full
+def test_a_bound_step_is_traced_whole() -> None:
+    step = ops.bound_step(table({"a": 0.9, "b": 0.2, "p": 1.1, "q": -0.4}), want_x0=True)
+    x, m = values(SHAPE, 0, torch.float32), values(SHAPE, 1, torch.float32)
+    got = torch.compile(lambda x, m: step(x, m, 0), fullgraph=True, backend="aot_eager")(x, m)
+    want = step(x, m, 0)
+    assert same(got.out, want.out)
+    assert same(got.x0, want.x0)
