@@ -93,11 +93,11 @@ def bound_step(
     """
     copies, dtype = next_copies, next_dtype
 
+    # Keyword-only for type checkers alone: Python fills the defaults of such arguments one by one.
     def step(
         x: Tensor | None,
         m: Tensor | None,
         row: int,
-        *,
         m2: Tensor | None = None,
         h0: Tensor | None = None,
         h1: Tensor | None = None,
