@@ -39,7 +39,8 @@ def device(request: pytest.FixtureRequest, device_of: Callable[[str], Device]) -
     return device_of(request.param)
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def _kernels_are_let_go() -> Iterator[None]:
+    """Those of large kernels: half a gigabyte of them is kept."""
     yield
-    forget()
+    forget(beyond=60_000)

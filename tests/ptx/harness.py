@@ -265,7 +265,8 @@ def host(files: tuple[Path, ...], defines: tuple[str, ...] = ()) -> Any:
     from ptxsim.host import Host
 
     names, includes = [str(f) for f in files], [str(CUDA_CSRC)]
-    return Host(names, "compute_80", None, includes, defines, (*flags(), "-Xcicc", "-O0"), kernels=False)
+    HOSTS.append(Host(names, "compute_80", None, includes, defines, (*flags(), "-Xcicc", "-O0"), kernels=False))
+    return HOSTS[-1]
 
 
 @functools.cache
@@ -280,13 +281,19 @@ def module(file: Path, defines: tuple[str, ...], arch: str) -> Any:
     return MODULES[-1]
 
 
+HOSTS: list[Any] = []
 MODULES: list[Any] = []
 
 
-def forget() -> None:
-    """Let go of the kernels made ready so far: their PTX stays, and is read again where it is needed."""
+def forget(beyond: int = 0) -> None:
+    """Let go of the kernels made ready so far, where they have more instructions than ``beyond``, and of what their
+    launches counted: their PTX stays, and is read again where it is needed."""
+    if sum(known.held for known in MODULES) <= beyond:
+        return
     for known in MODULES:
         known.forget()
+    for made in HOSTS:
+        made.launches.clear()
 
 
 class Device:

@@ -74,6 +74,10 @@ class Kernel:
         ps = ", ".join(f"{p['type']}[{p['size']}]@{p['offset']}" for p in self.params)
         return f"<kernel {self.demangled} params({ps})>"
 
+    @property
+    def held(self) -> int:
+        return sum(len(program.code) for program in self._prog.values())
+
     def forget(self) -> None:
         self._prog.clear()
 

@@ -48,8 +48,14 @@ class Module:
         self.kernels = {f.name: Kernel(self, f) for f in self.funcs.values() if f.entry and f.defined}
         self.last: Result | None = None
 
+    @property
+    def held(self) -> int:
+        """How many instructions of its kernels are ready to run: each takes about 7 KiB."""
+        return sum(k.held for k in self.kernels.values())
+
     def forget(self) -> None:
         """Let go of what running the kernels has made; of a lazy module also of the parsed bodies."""
+        self.last = None
         for k in self.kernels.values():
             k.forget()
         for f in self.funcs.values():
