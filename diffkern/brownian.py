@@ -47,7 +47,7 @@ def increment(s: float, t: float, *, normalised: bool = False) -> tuple[Tensor, 
 
 def noise(
     size: Sequence[int],
-    seeds: Tensor,
+    seeds: int | Tensor,
     s: float,
     t: float,
     *,

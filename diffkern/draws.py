@@ -28,7 +28,7 @@ def uniform_by_address(seeds: Tensor, stream: int) -> Tensor:
 
 def projections(
     shape: torch.Size | tuple[int, ...],
-    seeds: Tensor,
+    seeds: ops.Seeds,
     k: int = 0,
     kind: str = "rademacher",
     dtype: torch.dtype = torch.float32,

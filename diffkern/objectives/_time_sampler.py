@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from diffkern import streams
 from diffkern.schedules.base import Schedule
 from diffkern.schedules.discrete import DiscreteSchedule
 from diffkern.schedules.exploding import EDMSchedule
+
+if TYPE_CHECKING:
+    from diffkern.ops import Seeds
 
 
 class TimeSampler(ABC):
@@ -47,14 +51,14 @@ class TimeSampler(ABC):
         n: int,
         schedule: Schedule | None = None,
         *,
-        seeds: Tensor | None = None,
+        seeds: Seeds | None = None,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
         """n times [n] on the schedule's axis, int64 for a discrete schedule, else float64.
 
-        With `seeds` [n], by address: t_i is a function of seeds[i] (stratified: of the batch's seeds, as it has to be).
-        Otherwise from torch's generator.
+        With `seeds`, [n] or an integer, by address: t_i is a function of seeds[i] (stratified: of the batch's seeds, as
+        it has to be). Otherwise from torch's generator.
         """
         return self.times(self.uniforms(n, seeds=seeds, generator=generator, device=device), schedule)
 
@@ -62,20 +66,20 @@ class TimeSampler(ABC):
         self,
         n: int,
         *,
-        seeds: Tensor | None = None,
+        seeds: Seeds | None = None,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
         """The uniform numbers in (0, 1) behind `sample`, [n] float64."""
         from diffkern.draws import uniform_by_address  # with the ops, which densities do without
+        from diffkern.ops import as_seeds
 
         if isinstance(n, bool) or not isinstance(n, int) or n < 0:
             raise ValueError(f"n must be an integer of at least 0, got {n!r}")
         if seeds is not None and generator is not None:
             raise ValueError("seeds or generator must be given, not both")
-        if seeds is not None and seeds.shape != (n,):
-            raise ValueError(f"seeds must have shape [{n}] (one a sample), got {list(seeds.shape)}")
         if seeds is not None:
+            seeds = as_seeds(seeds, n, seeds.device if isinstance(seeds, Tensor) else device)
             u = uniform_by_address(seeds, streams.TIME)
         else:
             device = generator.device if device is None and generator is not None else device

@@ -26,6 +26,7 @@ from diffkern.objectives.losses import Model, Weight, simple_loss
 from diffkern.objectives.marginals import log_joint, marginal_prediction
 from diffkern.objectives.time_sampling import get_time_sampler
 from diffkern.objectives.transport import ot_permutation, ot_seeds
+from diffkern.ops import Seeds, as_seeds
 from diffkern.schedules.base import Schedule
 from diffkern.schedules.makers import flow
 
@@ -44,7 +45,7 @@ def flow_matching_loss(
     coupling: str = "independent",
     target: str | None = None,
     weight: Weight | None = None,
-    seeds: Tensor | None = None,
+    seeds: Seeds | None = None,
     noise: Tensor | None = None,
     reduction: str = "mean",
     **model_kwargs: Any,
@@ -63,6 +64,8 @@ def flow_matching_loss(
     schedule = flow() if schedule is None else schedule
     if coupling not in COUPLINGS:
         raise ValueError(f"coupling must be one of {', '.join(COUPLINGS)}, got {coupling!r}")
+    if seeds is not None:
+        seeds = as_seeds(seeds, x1.shape[0], x1.device)
     if t is None:
         t = get_time_sampler(times).sample(x1.shape[0], schedule, seeds=seeds, device=x1.device)
     if seeds is None and noise is None:

@@ -25,6 +25,7 @@ from diffkern.draws import draw_seeds
 from diffkern.objectives._densities import LogNormal, Uniform
 from diffkern.objectives._weighting import WeightFunction, Weighting
 from diffkern.objectives.weightings import WEIGHTINGS, get_weighting
+from diffkern.ops import Seeds
 from diffkern.schedules.base import Schedule
 from diffkern.schedules.discrete import DiscreteSchedule
 from diffkern.schedules.exploding import EDMSchedule
@@ -142,7 +143,7 @@ def noised(
     schedule: Schedule,
     prediction: str = "eps",
     *,
-    seeds: Tensor | None = None,
+    seeds: Seeds | None = None,
     noise: Tensor | None = None,
     stream: int = streams.TRAINING,
 ) -> Tensor:
@@ -167,7 +168,7 @@ def prediction_loss(
     *,
     target: str | None = None,
     weight: Weight | None = None,
-    seeds: Tensor | None = None,
+    seeds: Seeds | None = None,
     noise: Tensor | None = None,
     stream: int = streams.TRAINING,
     reduction: str = "mean",
@@ -198,7 +199,7 @@ def simple_loss(
     *,
     target: str | None = None,
     weight: Weight | None = None,
-    seeds: Tensor | None = None,
+    seeds: Seeds | None = None,
     noise: Tensor | None = None,
     reduction: str = "mean",
     **model_kwargs: Any,
@@ -211,6 +212,8 @@ def simple_loss(
     """
     if seeds is None and noise is None:
         seeds = draw_seeds(x0.shape[0], device=x0.device)
+    elif seeds is not None and not isinstance(seeds, Tensor):
+        seeds = ops.as_seeds(seeds, x0.shape[0], x0.device)
     t = t.to(x0.device)
     x_t = noised(x0, t, schedule, prediction, seeds=seeds, noise=noise)
     time = schedule.model_time(prediction, t)
@@ -237,7 +240,7 @@ def edm_loss(
     *,
     P_mean: float = -1.2,
     P_std: float = 1.2,
-    seeds: Tensor | None = None,
+    seeds: Seeds | None = None,
     noise: Tensor | None = None,
     reduction: str = "mean",
     **model_kwargs: Any,
@@ -258,13 +261,13 @@ def edm_loss(
     return simple_loss(model, x0, sigma, schedule, "edm", seeds=seeds, noise=noise, reduction=reduction, **model_kwargs)
 
 
-def drop_condition(cond: Tensor, null: Tensor | float | int, p: float, seeds: Tensor) -> Tensor:
+def drop_condition(cond: Tensor, null: Tensor | float | int, p: float, seeds: Seeds) -> Tensor:
     """Condition dropout for classifier-free guidance: sample b gets `null` with probability p (lectures 000, 002).
 
     cond [B, ...]; by address (stream DROPOUT), so that sample b's fate is a function of its seed. Ho and Salimans 2022.
     """
     if not 0 <= p <= 1:
         raise ValueError(f"p must be in [0, 1], got {p}")
-    z = ops.randn([cond.shape[0], 1], seeds, streams.DROPOUT)
+    z = ops.randn([cond.shape[0], 1], ops.as_seeds(seeds, len(cond), cond.device), streams.DROPOUT)
     drop = 0.5 * torch.erfc(-z / math.sqrt(2)) < p
     return torch.where(drop.reshape(-1, *(1,) * (cond.dim() - 1)), null, cond)

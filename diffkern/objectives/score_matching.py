@@ -30,6 +30,7 @@ from diffkern.objectives._time_sampler import TimeSampler
 from diffkern.objectives.losses import Weight, simple_loss
 from diffkern.objectives.time_sampling import get_time_sampler
 from diffkern.objectives.weightings import UniformIn
+from diffkern.ops import Seeds, as_seeds
 from diffkern.schedules.base import Schedule
 from diffkern.schedules.makers import edm
 from diffkern.schedules.spacings import exponential_sigmas
@@ -56,7 +57,7 @@ def denoising_score_matching_loss(
     *,
     times: str | TimeSampler = "uniform",
     weight: Weight = SIGMA_SQUARED,
-    seeds: Tensor | None = None,
+    seeds: Seeds | None = None,
     noise: Tensor | None = None,
     reduction: str = "mean",
     **model_kwargs: Any,
@@ -93,7 +94,7 @@ def ncsn_loss(
     index: Tensor | None = None,
     *,
     weight: Weight = SIGMA_SQUARED,
-    seeds: Tensor | None = None,
+    seeds: Seeds | None = None,
     noise: Tensor | None = None,
     reduction: str = "mean",
     **model_kwargs: Any,
@@ -154,7 +155,7 @@ def sliced_score_matching_loss(
     n_projections: int = 1,
     variance_reduced: bool = True,
     projection: str = "rademacher",
-    seeds: Tensor | None = None,
+    seeds: Seeds | None = None,
     reduction: str = "mean",
     **model_kwargs: Any,
 ) -> Tensor:
@@ -166,7 +167,7 @@ def sliced_score_matching_loss(
     """
     if isinstance(n_projections, bool) or not isinstance(n_projections, int) or n_projections < 1:
         raise ValueError(f"n_projections must be an integer of at least 1, got {n_projections!r}")
-    seeds = draw_seeds(x.shape[0], device=x.device) if seeds is None else seeds
+    seeds = draw_seeds(x.shape[0], device=x.device) if seeds is None else as_seeds(seeds, x.shape[0], x.device)
     keep = torch.is_grad_enabled()
     with torch.enable_grad():
         x, s = _score(score, x, t, model_kwargs)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffkern import ops, streams
+from diffkern.ops import Seeds
 
 
 def ot_permutation(noise: Tensor, x1: Tensor) -> Tensor:
@@ -33,14 +34,13 @@ def ot_permutation(noise: Tensor, x1: Tensor) -> Tensor:
     return perm.to(x1.device)
 
 
-def ot_seeds(x1: Tensor, seeds: Tensor, stream: int = streams.TRAINING) -> Tensor:
+def ot_seeds(x1: Tensor, seeds: Seeds, stream: int = streams.TRAINING) -> Tensor:
     """The batch's seeds [B], permuted so that their noise is paired with x1 by optimal transport (`ot_permutation`).
 
     Noise is an address, so this is all that a coupling has to change: `noised` and `prediction_loss` with these seeds
     see the coupled noise, and none is stored. The noise itself is drawn here once, to compare it with the data.
     """
-    if seeds.shape != (x1.shape[0],):
-        raise ValueError(f"seeds must have shape [{x1.shape[0]}] (one a sample), got {list(seeds.shape)}")
+    seeds = ops.as_seeds(seeds, x1.shape[0], x1.device)
     return seeds[ot_permutation(ops.randn(x1.shape, seeds, stream, dtype=x1.dtype), x1).to(seeds.device)]
 
 

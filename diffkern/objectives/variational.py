@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from diffkern import ops, streams
-from diffkern.ops import HALF_BIN, VARIATIONAL_COLUMNS
+from diffkern.ops import HALF_BIN, VARIATIONAL_COLUMNS, Seeds
 from diffkern.schedules import predictions
 from diffkern.schedules.discrete import DiscreteSchedule
 
@@ -180,7 +180,7 @@ def hybrid_loss(
     schedule: DiscreteSchedule,
     prediction: str = "eps",
     *,
-    seeds: Tensor | None = None,
+    seeds: Seeds | None = None,
     noise: Tensor | None = None,
     stream: int = streams.TRAINING,
     vlb_weight: float = 1e-3,
@@ -207,7 +207,7 @@ def vlb_loss(
     prediction: str = "eps",
     *,
     variance: Variance = "learned",
-    seeds: Tensor | None = None,
+    seeds: Seeds | None = None,
     noise: Tensor | None = None,
     stream: int = streams.TRAINING,
     reduction: str = "mean",
@@ -264,7 +264,7 @@ def bits_per_dim(
     schedule: DiscreteSchedule,
     prediction: str = "eps",
     *,
-    seeds: Tensor,
+    seeds: Seeds,
     variance: Variance = "beta_tilde",
     clip: float = 1.0,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
@@ -278,6 +278,7 @@ def bits_per_dim(
     """
     table = _table(schedule, prediction, variance, clip, 1.0, 1.0, True, x0.device)
     terms, errors = [], []
+    seeds = ops.as_seeds(seeds, len(x0), x0.device)
     for t in progress(range(schedule.T)):
         index, stream = torch.full((len(x0),), t, dtype=torch.int64, device=x0.device), streams.TRAINING + t
         x_t = ops.noising(x0, schedule.table(prediction, x0.device), index, seeds=seeds, stream=stream)[0]

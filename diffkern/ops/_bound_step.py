@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from diffkern.ops._common import native, refuse_tangents
+from diffkern.ops._noise import Seeds, numbered
 
 
 class Stepped(NamedTuple):
@@ -41,7 +42,7 @@ class BoundStep(Protocol):
         h3: Tensor | None = None,
         index: Tensor | None = None,
         noise: Tensor | None = None,
-        seeds: Tensor | None = None,
+        seeds: Seeds | None = None,
     ) -> Stepped: ...
 
 
@@ -65,7 +66,7 @@ class BoundStepOut(Protocol):
         h3: Tensor | None = None,
         index: Tensor | None = None,
         noise: Tensor | None = None,
-        seeds: Tensor | None = None,
+        seeds: Seeds | None = None,
         mask: Tensor | None = None,
         known: Tensor | None = None,
     ) -> None: ...
@@ -105,10 +106,12 @@ def bound_step(
         h3: Tensor | None = None,
         index: Tensor | None = None,
         noise: Tensor | None = None,
-        seeds: Tensor | None = None,
+        seeds: Seeds | None = None,
     ) -> Stepped:
         if forward_ad._current_level >= 0:
             refuse_tangents("step", x, m, m2, h0, h1, h2, h3, noise)
+        if seeds is not None and not isinstance(seeds, Tensor):
+            seeds = numbered(seeds, x, h0, h1, h2, h3, noise, m)
         args = (x, m, m2, h0, h1, h2, h3, table, row, index, seeds, noise, None, None, want_x0, want_s, copies, dtype)
         if torch.compiler.is_compiling():
             return Stepped(*native.step.default(*args))
@@ -139,12 +142,14 @@ def bound_step_out(table: Tensor) -> BoundStepOut:
         h3: Tensor | None = None,
         index: Tensor | None = None,
         noise: Tensor | None = None,
-        seeds: Tensor | None = None,
+        seeds: Seeds | None = None,
         mask: Tensor | None = None,
         known: Tensor | None = None,
     ) -> None:
         if forward_ad._current_level >= 0:
             refuse_tangents("step", x, m, m2, h0, h1, h2, h3, noise, known)
+        if seeds is not None and not isinstance(seeds, Tensor):
+            seeds = numbered(seeds, out)
         args = (x, m, m2, h0, h1, h2, h3, table, row, index, seeds, noise, mask, known, out, x0, s, next)
         if torch.compiler.is_compiling():
             native.step_out.default(*args)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffkern.ops._common import check_on_device, empty_like, native, one_device, refuse_grad, wrote
+from diffkern.ops._noise import Seeds, numbered
 
 
 def learned_step(
@@ -17,7 +18,7 @@ def learned_step(
     table: Tensor,
     row: int = 0,
     index: Tensor | None = None,
-    seeds: Tensor | None = None,
+    seeds: Seeds | None = None,
     noise: Tensor | None = None,
     mask: Tensor | None = None,
     known: Tensor | None = None,
@@ -44,6 +45,7 @@ def learned_step(
     """
     check_on_device("learned_step", index, table)
     refuse_grad("learned_step", x, m, noise, known)
+    seeds = numbered(seeds, x)
     out: tuple[Tensor, Tensor | None, Tensor | None] = native.learned_step(
         x, m, table, row, index, seeds, noise, mask, known, want_x0, next_copies, next_dtype
     )
@@ -60,7 +62,7 @@ def learned_step_out(
     next: Tensor | None = None,
     row: int = 0,
     index: Tensor | None = None,
-    seeds: Tensor | None = None,
+    seeds: Seeds | None = None,
     noise: Tensor | None = None,
     mask: Tensor | None = None,
     known: Tensor | None = None,
@@ -68,6 +70,7 @@ def learned_step_out(
     """`learned_step` into given tensors, for loops that allocate nothing; `out` may be x, never m."""
     check_on_device("learned_step", index, table)
     refuse_grad("learned_step_out", x, m, noise, known, out, x0, next)
+    seeds = numbered(seeds, x)
     native.learned_step_out(x, m, table, row, index, seeds, noise, mask, known, out, x0, next)
     wrote(out, x0, next)
     return out

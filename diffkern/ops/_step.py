@@ -20,6 +20,7 @@ from diffkern.ops._common import (
     times,
     wrote,
 )
+from diffkern.ops._noise import Seeds, numbered
 
 _COLUMNS: tuple[str, ...] = tuple(layout()["columns"]["step"])
 
@@ -36,7 +37,7 @@ def step(
     table: Tensor,
     row: int = 0,
     index: Tensor | None = None,
-    seeds: Tensor | None = None,
+    seeds: Seeds | None = None,
     noise: Tensor | None = None,
     mask: Tensor | None = None,
     known: Tensor | None = None,
@@ -61,6 +62,8 @@ def step(
     Returns (x', x0 or None, s or None, next or None); next = k x' in next_dtype (m's by default), [next_copies B, ...].
     Differentiable in x, m, m2, the histories, noise and known.
     """
+    if seeds is not None and not isinstance(seeds, Tensor):
+        seeds = numbered(seeds, x, h0, h1, h2, h3, noise, known, m)
     args = (x, m, m2, h0, h1, h2, h3, table, row, index, seeds, noise, mask, known)
     check_on_device("step", index, table)
     refuse_tangents("step", x, m, m2, h0, h1, h2, h3, noise, known)
@@ -90,7 +93,7 @@ def step_out(
     next: Tensor | None = None,
     row: int = 0,
     index: Tensor | None = None,
-    seeds: Tensor | None = None,
+    seeds: Seeds | None = None,
     noise: Tensor | None = None,
     mask: Tensor | None = None,
     known: Tensor | None = None,
@@ -98,6 +101,7 @@ def step_out(
     """`step` into given tensors, for loops that allocate nothing; `out` may be x (in place). Not differentiable."""
     check_on_device("step", index, table)
     refuse_grad("step_out", x, m, m2, h0, h1, h2, h3, noise, known, out, x0, s, next)
+    seeds = numbered(seeds, out)
     native.step_out(x, m, m2, h0, h1, h2, h3, table, row, index, seeds, noise, mask, known, out, x0, s, next)
     wrote(out, x0, s, next)
     return out

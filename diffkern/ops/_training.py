@@ -21,6 +21,7 @@ from diffkern.ops._common import (
     times,
     wrote,
 )
+from diffkern.ops._noise import Seeds, numbered
 
 
 # ---------------------------------------------------------------------------------------------------- noising
@@ -29,7 +30,7 @@ def noising(
     table: Tensor,
     index: Tensor | None = None,
     *,
-    seeds: Tensor | None = None,
+    seeds: Seeds | None = None,
     stream: int = 0,
     noise: Tensor | None = None,
     want_target: bool = False,
@@ -46,6 +47,7 @@ def noising(
     """
     check_on_device("noising", index, table)
     refuse_tangents("noising", x0, noise)
+    seeds = numbered(seeds, x0)
     return native.noising(x0, table, index, seeds, stream, noise, want_target, want_eps)
 
 
@@ -57,13 +59,14 @@ def noising_out(
     out: Tensor,
     target: Tensor | None = None,
     eps: Tensor | None = None,
-    seeds: Tensor | None = None,
+    seeds: Seeds | None = None,
     stream: int = 0,
     noise: Tensor | None = None,
 ) -> Tensor:
     """`noising` into given tensors; `out` may be x0 or noise itself, in place. Not differentiable."""
     check_on_device("noising", index, table)
     refuse_grad("noising_out", x0, noise, out, target, eps)
+    seeds = numbered(seeds, x0)
     native.noising_out(x0, table, index, seeds, stream, noise, out, target, eps)
     wrote(out, target, eps)
     return out
@@ -125,7 +128,7 @@ def loss(
     table: Tensor,
     index: Tensor | None = None,
     *,
-    seeds: Tensor | None = None,
+    seeds: Seeds | None = None,
     stream: int = 0,
     noise: Tensor | None = None,
     reduction: str = "mean",
@@ -144,6 +147,7 @@ def loss(
     check_on_device("loss", index, table)
     refuse_tangents("loss", pred, x0, noise)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (pred, x0, noise))
+    seeds = numbered(seeds, x0)
     return native.loss(pred, x0, table, index, seeds, stream, noise, REDUCTIONS[reduction], differentiable)[0]
 
 

@@ -17,6 +17,7 @@ from diffkern.ops._common import (
     refuse_tangents,
     scaled_gradient,
 )
+from diffkern.ops._noise import Seeds, numbered
 
 VARIATIONAL_COLUMNS: tuple[str, ...] = layout()["columns"]["variational"]
 """The columns of the table of `variational`, in order: u, v, q, clip, k2, r0, r1, inv_std, bin, w_squares, w_bound,
@@ -31,7 +32,7 @@ def variational(
     table: Tensor,
     index: Tensor | None = None,
     *,
-    seeds: Tensor | None = None,
+    seeds: Seeds | None = None,
     stream: int = 0,
     noise: Tensor | None = None,
     reduction: str = "mean",
@@ -66,6 +67,7 @@ def variational(
             "diffkern.reference.variational"
         )
     wants = enabled and pred.requires_grad
+    seeds = numbered(seeds, x0)
     value, means, _ = native.variational(pred, x0, table, index, seeds, stream, noise, REDUCTIONS[reduction], wants)
     return value, means
 

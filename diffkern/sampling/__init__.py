@@ -8,9 +8,10 @@
 | `rk45` | the probability-flow ODE by Dormand-Prince, a step size for each sample |
 """
 
+from diffkern.ops import Seeds
 from diffkern.sampling._predictor_corrector import pc_plan, predictor_corrector
 from diffkern.sampling.adaptive import rk45
-from diffkern.sampling.options import Model, Sampled, Seeds, Shift, StepInfo
+from diffkern.sampling.options import Model, Sampled, Shift, StepInfo
 from diffkern.sampling.runner import initial, sample, transition_logprob
 
 __all__ = [

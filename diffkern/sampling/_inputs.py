@@ -12,8 +12,8 @@ from diffkern import ops
 from diffkern.draws import draw_seeds
 
 if TYPE_CHECKING:
+    from diffkern.ops import Seeds
     from diffkern.plan import Row
-    from diffkern.sampling.options import Seeds
 
 
 def check_state(x: Tensor, mask: Tensor | None = None, known: Tensor | None = None) -> None:
@@ -49,15 +49,7 @@ def seeds_of(seeds: Seeds | None, batch: int, device: torch.device) -> Tensor:
     """int64 [B] on ``device`` from an integer, a tensor, or (None) torch's default generator."""
     if seeds is None:
         return draw_seeds(batch).to(device)
-    if isinstance(seeds, Tensor):
-        if seeds.dtype != torch.int64 or seeds.ndim != 1 or seeds.shape[0] != batch:
-            raise ValueError(
-                f"seeds must be an integer or int64 [{batch}], got {seeds.dtype} of shape {list(seeds.shape)}"
-            )
-        return seeds.to(device)
-    if isinstance(seeds, bool) or not isinstance(seeds, int):
-        raise ValueError(f"seeds must be an integer or int64 [{batch}], got {type(seeds).__name__}")
-    return ops.seeds(seeds, batch, device=device)
+    return ops.as_seeds(seeds, batch, device)
 
 
 def next_noise(noises: Iterator[Tensor], row: int, x: Tensor) -> Tensor:

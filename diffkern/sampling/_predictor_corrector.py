@@ -32,11 +32,12 @@ from typing_extensions import Unpack
 
 from diffkern import ops
 from diffkern.checks import returned
+from diffkern.ops import Seeds
 from diffkern.plan import COLUMNS, Plan
 from diffkern.samplers.arguments import choice
 from diffkern.sampling._corrector_rows import Score, rows_of
 from diffkern.sampling._inputs import check_state, next_noise, progress_bar, seeds_for
-from diffkern.sampling.options import Model, PredictorCorrectorOptions, RowOptions, Sampled, Seeds, StepInfo
+from diffkern.sampling.options import Model, PredictorCorrectorOptions, RowOptions, Sampled, StepInfo
 from diffkern.schedules.base import Schedule
 from diffkern.signatures import shows_arguments_of
 

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
+from diffkern.ops import Seeds
+
 if TYPE_CHECKING:
     from diffkern.schedules.timesteps import Numbers
 
 Model = Callable[..., Tensor]
 Shift = Callable[[Tensor, Tensor], Tensor]
-Seeds = int | Tensor
 
 
 class StepInfo(TypedDict):

@@ -17,10 +17,11 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from diffkern import ops, streams
+from diffkern.ops import Seeds
 from diffkern.plan import SLOTS, Plan
 from diffkern.sampling._inputs import check_state, next_noise, progress_bar, seeds_for, seeds_of
 from diffkern.sampling._run import Run
-from diffkern.sampling.options import Model, Sampled, SampleOptions, Seeds, Shift, StepInfo
+from diffkern.sampling.options import Model, Sampled, SampleOptions, Shift, StepInfo
 
 
 def initial(

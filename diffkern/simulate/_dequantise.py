@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from diffkern import ops, streams
+from diffkern.ops import Seeds
 
 
 def dequantise(
-    images: Tensor, *, seeds: Tensor | None = None, levels: int = 256, dtype: torch.dtype = torch.float32
+    images: Tensor, *, seeds: Seeds | None = None, levels: int = 256, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Integers 0..levels-1 with uniform noise, scaled to [-1, 1]: 2 (images + u)/levels - 1, u in (0, 1), [B, ...].
 
@@ -27,7 +28,9 @@ def dequantise(
     if seeds is None:
         u = torch.rand(images.shape, dtype=torch.float64, device=images.device)
     else:
-        z = ops.randn(images.shape, seeds, streams.DEQUANTISATION).to(torch.float64)
+        z = ops.randn(images.shape, ops.as_seeds(seeds, len(images), images.device), streams.DEQUANTISATION).to(
+            torch.float64
+        )
         u = 0.5 * torch.erfc(-z / math.sqrt(2.0))
     return (2.0 * (images + u) / levels - 1.0).to(dtype)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffkern.draws import PROJECTIONS, draw_seeds, projections
+from diffkern.ops import Seeds, as_seeds
 from diffkern.simulate._process import ODE, shaped
 
 DIVERGENCES = ("exact", "hutchinson")
@@ -35,7 +36,7 @@ def _derivative(value: Tensor, x: Tensor) -> Tensor:
     return torch.zeros_like(x).flatten(1) if gradient is None else gradient.flatten(1)
 
 
-def drawn_directions(x: Tensor, divergence: str, probes: int, probe: str, seeds: Tensor | None) -> list[Tensor] | None:
+def drawn_directions(x: Tensor, divergence: str, probes: int, probe: str, seeds: Seeds | None) -> list[Tensor] | None:
     """Directions of `probe` for Hutchinson's estimate, float64 [B, D] each; None for the exact divergence."""
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {divergence!r}")
@@ -43,15 +44,15 @@ def drawn_directions(x: Tensor, divergence: str, probes: int, probe: str, seeds:
         raise ValueError(f"probes must be an integer of at least 1, got {probes!r}")
     if probe not in PROJECTIONS:
         raise ValueError(f"probe must be one of {', '.join(PROJECTIONS)}, got {probe!r}")
-    if seeds is not None and seeds.shape != x.shape[:1]:
-        raise ValueError(f"seeds must have shape [{len(x)}] (one a sample), got {list(seeds.shape)}")
+    if seeds is not None:
+        seeds = as_seeds(seeds, len(x), x.device)
     if divergence == "exact":
         return None
     seeds = draw_seeds(len(x), device=x.device) if seeds is None else seeds
     return [projections(x.shape, seeds, k, probe, torch.float64).flatten(1) for k in range(probes)]
 
 
-def given_directions(x: Tensor, divergence: str, seeds: Tensor | None, directions: Sequence[Tensor]) -> list[Tensor]:
+def given_directions(x: Tensor, divergence: str, seeds: Seeds | None, directions: Sequence[Tensor]) -> list[Tensor]:
     """The caller's directions, checked, float64 [B, D] each."""
     if divergence != "hutchinson":
         raise ValueError(f"directions belong to the divergence 'hutchinson', got them for {divergence!r}")

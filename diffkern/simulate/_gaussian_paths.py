@@ -11,6 +11,7 @@ from diffkern import streams
 from diffkern.draws import uniform_by_address
 from diffkern.objectives.losses import noised
 from diffkern.objectives.marginals import log_joint, marginal_prediction
+from diffkern.ops import Seeds, as_seeds
 from diffkern.schedules import predictions
 from diffkern.schedules.base import Schedule, Time, as_time
 from diffkern.simulate._process import column
@@ -31,7 +32,7 @@ class GaussianPath:
         z: Tensor,
         t: Time,
         *,
-        seeds: Tensor | None = None,
+        seeds: Seeds | None = None,
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
@@ -96,21 +97,19 @@ class DataMarginal:
         self.schedule, self.data, self.weights = schedule, data, weights / weights.sum()
         self.path = GaussianPath(schedule)
 
-    def draw(self, n: int, *, seeds: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+    def draw(self, n: int, *, seeds: Seeds | None = None, generator: torch.Generator | None = None) -> Tensor:
         """n of the points by their weights, [n, ...]: by address (`seeds` [n], stream DATA) or from the generator."""
         if seeds is not None and generator is not None:
             raise ValueError("give seeds or generator, not both, got both")
         if seeds is not None:
-            if seeds.shape != (n,):
-                raise ValueError(f"seeds must have shape [{n}] (one a sample), got {list(seeds.shape)}")
-            u = uniform_by_address(seeds, streams.DATA).to(self.data.device)
+            u = uniform_by_address(as_seeds(seeds, n, self.data.device), streams.DATA).to(self.data.device)
             index = torch.searchsorted(self.weights.cumsum(0), u, right=True).clamp(max=len(self.data) - 1)
         else:
             index = torch.multinomial(self.weights, n, True, generator=generator)
         return self.data[index]
 
     def sample(
-        self, n: int, t: Time, *, seeds: Tensor | None = None, generator: torch.Generator | None = None
+        self, n: int, t: Time, *, seeds: Seeds | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
         """n samples of p_t: a point, then its path."""
         points = self.draw(n, seeds=seeds, generator=generator)

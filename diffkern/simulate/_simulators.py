@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffkern import ops, streams, tableaus
+from diffkern.ops import Seeds
 from diffkern.simulate._process import ODE, SDE, column, shaped
 
 Times = Tensor | Sequence[float]
@@ -113,8 +114,9 @@ class EulerMaruyamaSimulator(Simulator):
 
     Where z comes from, one of the following:
 
-    - ``seeds`` int64 [B]: by address, stream ``streams.STEP + k`` in step k (float64 states hold float32 normals, see
-      `ops.randn`); sample b then depends on its own seed alone, and steps that share a number share their noise;
+    - ``seeds``, an integer or int64 [B]: by address, stream ``streams.STEP + k`` in step k (float64 states hold
+      float32 normals, see `ops.randn`); sample b then depends on its own seed alone, and steps that share a number
+      share their noise;
     - ``noise``: the z themselves, [N, B, ...] or a sequence of N tensors like x: parity with other code;
     - ``generator``, or none of the three (torch's default generator): one torch.randn like x a step.
 
@@ -125,7 +127,7 @@ class EulerMaruyamaSimulator(Simulator):
         self,
         sde: SDE,
         *,
-        seeds: Tensor | None = None,
+        seeds: Seeds | None = None,
         noise: Tensor | Sequence[Tensor] | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -152,9 +154,8 @@ class EulerMaruyamaSimulator(Simulator):
 
     def _noise(self, x: Tensor, k: int) -> Tensor:
         if self.seeds is not None:
-            if self.seeds.shape != x.shape[:1]:
-                raise ValueError(f"seeds must have shape [{len(x)}] (one a sample), got {list(self.seeds.shape)}")
-            return ops.randn(x.shape, self.seeds, streams.STEP + k, dtype=x.dtype)
+            seeds = ops.as_seeds(self.seeds, len(x), x.device)
+            return ops.randn(x.shape, seeds, streams.STEP + k, dtype=x.dtype)
         if self.noise is not None:
             if k >= len(self.noise):
                 raise ValueError(f"noise must hold one tensor a step, got {len(self.noise)} for step {k}")

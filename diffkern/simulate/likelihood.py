@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 
 from diffkern import tableaus
+from diffkern.ops import Seeds
 from diffkern.plan import Plan
 from diffkern.schedules.base import Schedule
 from diffkern.schedules.discrete import DiscreteSchedule
@@ -85,7 +86,7 @@ def log_likelihood(
     divergence: str = "hutchinson",
     probes: int = 1,
     probe: str = "rademacher",
-    seeds: Tensor | None = None,
+    seeds: Seeds | None = None,
     directions: Sequence[Tensor] | None = None,
     t_data: float | None = None,
     t_noise: float | None = None,
@@ -162,7 +163,7 @@ def ode_log_likelihood(
     divergence: str = "hutchinson",
     probes: int = 1,
     probe: str = "rademacher",
-    seeds: Tensor | None = None,
+    seeds: Seeds | None = None,
     directions: Sequence[Tensor] | None = None,
 ) -> LogLikelihood:
     """`log_likelihood` for any ODE, from x at `t_data` to the state at `t_noise`, whose log-density is `prior`.

@@ -332,7 +332,10 @@ def test_flow_matching_makes_the_same_pairs() -> None:
             lambda x: ot_permutation(x, x[:3]),
             r"noise and x1 must have one shape \[B, ...\], got \[6, 2, 3\] and \[3, 2, 3\]",
         ),
-        (lambda x: ot_seeds(x, ops.seeds(0, 4)), r"seeds must have shape \[6\] \(one a sample\), got \[4\]"),
+        (
+            lambda x: ot_seeds(x, ops.seeds(0, 4)),
+            r"seeds must be an integer or int64 \[6\], got torch.int64 of shape \[4\]",
+        ),
         (
             lambda x: marginal_prediction(x, x[:, 0], torch.tensor(0.5), schedules.flow()),
             r"data .* and x .* must have one sample shape, got \[6, 2, 3\] and \[6, 3\]",

@@ -311,7 +311,10 @@ BAD = [
     (call(divergence="trace"), "divergence must be one of exact, hutchinson, got 'trace'"),
     (call(probes=0), "probes must be an integer of at least 1, got 0"),
     (call(probe="sphere"), "probe must be one of rademacher, gaussian, got 'sphere'"),
-    (call(seeds=ops.seeds(0, 2)), r"seeds must have shape \[3\] \(one a sample\), got \[2\]"),
+    (
+        call(seeds=ops.seeds(0, 2)),
+        r"seeds must be an integer or int64 \[3\], got torch.int64 of shape \[2\]",
+    ),
     (call(t_data=0.5, t_noise=0.4), "t_noise must lie on the noise side of t_data, got t_data = 0.5 and t_noise = 0.4"),
     (
         lambda: log_likelihood(lambda x, t: x, X.to(torch.int64), VP, "eps"),

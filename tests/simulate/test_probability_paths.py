@@ -162,7 +162,7 @@ BAD = [
     (lambda: DataMarginal(FLOW, POINTS).score(X, 1.0), "sigma must be positive for a marginal prediction, got 0.0"),
     (
         lambda: DataMarginal(FLOW, POINTS).draw(4, seeds=ops.seeds(0, 3)),
-        r"seeds must have shape \[4\] \(one a sample\), got \[3\]",
+        r"seeds must be an integer or int64 \[4\], got torch.int64 of shape \[3\]",
     ),
     (
         lambda: DataMarginal(FLOW, POINTS).draw(4, seeds=ops.seeds(0, 4), generator=torch.Generator()),

@@ -220,7 +220,7 @@ BAD = [
     ),
     (
         lambda: EulerMaruyamaSimulator(BrownianMotion(), seeds=seeds(3)).simulate(STATE, [0, 1]),
-        r"seeds must have shape \[2\] \(one a sample\), got \[3\]",
+        r"seeds must be an integer or int64 \[2\], got torch.int64 of shape \[3\]",
     ),
     (
         lambda: EulerMaruyamaSimulator(BrownianMotion(), noise=[STATE]).simulate(STATE, [0, 1, 2]),
