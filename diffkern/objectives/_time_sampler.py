@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from diffkern import streams
+from diffkern.records import parsed
 from diffkern.schedules.base import Schedule
 from diffkern.schedules.discrete import DiscreteSchedule
 from diffkern.schedules.exploding import EDMSchedule
@@ -25,6 +27,28 @@ class TimeSampler(ABC):
     """Evenly spread over the batch: u_i = (i + offset)/B."""
     permute: bool
     """Where stratified: in random order instead of rising."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Kind and constants as plain data for JSON; ValueError with the remedy for one with a state."""
+        from diffkern.objectives.stored import times_to_dict  # which knows every kind
+
+        return times_to_dict(self)
+
+    @staticmethod
+    def from_dict(data: object) -> TimeSampler:
+        """What `to_dict` wrote, equal to it; ValueError naming the field for anything else."""
+        from diffkern.objectives.stored import times_from_dict
+
+        return times_from_dict(data)
+
+    def to_json(self) -> str:
+        """`to_dict` as text."""
+        return json.dumps(self.to_dict(), allow_nan=False)
+
+    @staticmethod
+    def from_json(text: str) -> TimeSampler:
+        """What `to_json` wrote."""
+        return TimeSampler.from_dict(parsed(text, "times"))
 
     @abstractmethod
     def quantile(self, u: Tensor) -> Tensor:

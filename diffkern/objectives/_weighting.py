@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from diffkern.records import parsed
 from diffkern.schedules.base import Schedule, Time
 from diffkern.schedules.predictions import check_prediction, target_coefficients
 
@@ -36,6 +38,28 @@ class Weighting(ABC):
     """lambda(log_snr, prediction): what the squared error of a network's own prediction is multiplied by."""
 
     name: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Kind and constants as plain data for JSON; ValueError with the remedy for a user's function."""
+        from diffkern.objectives.stored import weighting_to_dict  # which knows every kind
+
+        return weighting_to_dict(self)
+
+    @staticmethod
+    def from_dict(data: object) -> Weighting:
+        """What `to_dict` wrote, equal to it; ValueError naming the field for anything else."""
+        from diffkern.objectives.stored import weighting_from_dict
+
+        return weighting_from_dict(data)
+
+    def to_json(self) -> str:
+        """`to_dict` as text."""
+        return json.dumps(self.to_dict(), allow_nan=False)
+
+    @staticmethod
+    def from_json(text: str) -> Weighting:
+        """What `to_json` wrote."""
+        return Weighting.from_dict(parsed(text, "weight"))
 
     @abstractmethod
     def forms(self, a: Tensor, b: Tensor) -> Forms:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from diffkern.records import parsed
 
 Time = int | float | Tensor
 
@@ -84,6 +88,28 @@ class Schedule(ABC):
     """The time at which a sampler ends."""
     time_eps: float = 0.0
     """How far from ``data_end`` training and samplers of the score stay, where sigma -> 0 makes 1/sigma useless."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The schedule as plain data for JSON; ValueError with the remedy for one that is made of functions."""
+        from diffkern.schedules.stored import to_dict  # which knows every kind of schedule
+
+        return to_dict(self)
+
+    @staticmethod
+    def from_dict(data: object) -> Schedule:
+        """The schedule that `to_dict` wrote, equal to it; ValueError naming the field for anything else."""
+        from diffkern.schedules.stored import from_dict
+
+        return from_dict(data)
+
+    def to_json(self) -> str:
+        """`to_dict` as text."""
+        return json.dumps(self.to_dict(), allow_nan=False)
+
+    @staticmethod
+    def from_json(text: str) -> Schedule:
+        """The schedule that `to_json` wrote."""
+        return Schedule.from_dict(parsed(text, "schedule"))
 
     @abstractmethod
     def alpha(self, t: Time) -> Tensor:

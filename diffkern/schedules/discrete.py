@@ -91,6 +91,16 @@ class DiscreteSchedule(Schedule):
         chosen._kept = self.kept[rising]
         return chosen
 
+    def known_by(self, times: Iterable[int]) -> DiscreteSchedule:
+        """The same levels for a network that knows them by ``times``, rising integers from 0 up, one a level."""
+        listed = list(times)
+        whole = all(isinstance(t, int) and not isinstance(t, bool) for t in listed)
+        if not whole or len(listed) != self.T or listed != sorted(set(listed)) or listed[0] < 0:
+            raise ValueError(f"kept must be {self.T} rising integers from 0 up, one a level, got {listed!r:.80}")
+        same = DiscreteSchedule(self._abar[1:], self.name)
+        same._kept = torch.tensor(listed, dtype=torch.int64)
+        return same
+
     def model_time(self, prediction: str, t: Time) -> Tensor:
         """``t`` itself; of a `subsequence`, the kept time, linear between whole t."""
         del prediction
