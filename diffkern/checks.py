@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -13,12 +15,40 @@ def got(value: object) -> str:
 
 def must_return(value: object, rule: str, name: str = "model") -> str:
     """The sentence of an error about a ``value`` that the function ``name`` returned."""
-    return f"{name} must return {rule}, got {got(value)}"
+    text = f"{name} must return {rule}, got {got(value)}"
+    if isinstance(value, tuple | list):
+        text += f" of {len(value)}: choose one, as in lambda *args: {name}(*args)[0]"
+    elif isinstance(value, Mapping):
+        text += f" of {', '.join(map(str, value))}: choose one, as in lambda *args: {name}(*args)[...]"
+    return text
+
+
+def unwrapped(value: object, name: str = "model", field: str = "sample") -> Tensor:
+    """The tensor that a network returned, by itself or in what it was wrapped in; ValueError where that is not certain.
+
+    Certain are the attribute ``field`` of an object (diffusers' outputs have ``sample``), that key of a dict, and the
+    one entry of a tuple or list.
+    """
+    if isinstance(value, Tensor):
+        return value
+    inside = value.get(field) if isinstance(value, Mapping) else getattr(value, field, None)
+    if inside is None and isinstance(value, tuple | list) and len(value) == 1:
+        inside = value[0]
+    if not isinstance(inside, Tensor):
+        raise ValueError(must_return(value, "a tensor", name))
+    return inside
 
 
 def returned(value: object, shape: torch.Size, name: str = "model", row: int | None = None) -> Tensor:
-    """The ``value`` that the function ``name`` returned (at ``row`` of a plan); ValueError unless it has ``shape``."""
+    """The ``value`` that the function ``name`` returned (at ``row`` of a plan), `unwrapped`; ValueError unless it has
+    ``shape``."""
     if isinstance(value, Tensor) and value.shape == shape:
         return value
+    try:
+        value = unwrapped(value, name)
+        if value.shape == shape:
+            return value
+    except ValueError:  # said below, with the shape
+        pass
     text = must_return(value, f"a tensor of shape {list(shape)}", name)
     raise ValueError(text if row is None else f"{text} at row {row}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffkern import ops
-from diffkern.checks import must_return, returned
+from diffkern.checks import must_return, returned, unwrapped
 from diffkern.guidance._conditions import batch_times
 from diffkern.guidance._guided import Model
 from diffkern.plan import COLUMNS
@@ -37,9 +37,9 @@ def classifier_gradient(classifier: Model, y: Tensor | int, scale: float | Tenso
         raise ValueError(f"y must be a class or int64 [B], got {type(y).__name__}")
 
     def log_prob(x: Tensor, t: Any, *args: Any, **kwargs: Any) -> Tensor:
-        logits = classifier(x, t, *args, **kwargs)
         batch = x.shape[0]
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch:
+        logits = unwrapped(classifier(x, t, *args, **kwargs), "classifier", "logits")
+        if logits.ndim != 2 or logits.shape[0] != batch:
             raise ValueError(must_return(logits, f"logits of shape [{batch}, K]", "classifier"))
         label = torch.as_tensor(y, dtype=torch.int64, device=logits.device)
         if label.ndim and label.shape[0] != batch:
@@ -124,8 +124,8 @@ class ClassifierGuided:
     def __call__(self, x: Tensor, t: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The shifted prediction at x [B, ...] and time t, [B], [] or a number; more arguments go to the model."""
         t = batch_times(t, len(x))
-        m = self.model(x, t, *args, **kwargs)
-        learned = x.ndim > 1 and isinstance(m, Tensor) and m.shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:])
+        m = unwrapped(self.model(x, t, *args, **kwargs))
+        learned = x.ndim > 1 and m.shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:])
         m = m if learned else returned(m, x.shape)
         time = t if isinstance(t, Tensor) else torch.tensor(t, device=x.device)
         time = self._time(time.to(x.device))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffkern import ops
-from diffkern.checks import must_return
+from diffkern.checks import must_return, unwrapped
 from diffkern.guidance._conditions import batch_times, check_alike, check_batch, expanded, learned, repeated, stacked
 from diffkern.guidance._spans import Locator, TimeSpan
 from diffkern.plan import COLUMNS, SLOTS
@@ -245,10 +245,10 @@ class Guided:
     def _given(self, b: int, cond: Any, x: Tensor, t: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         branch = self.branches[b]
         if not branch.has_cond:
-            return branch.model(x, t, *args, **kwargs)
+            return unwrapped(branch.model(x, t, *args, **kwargs))
         if self.keywords:
-            return branch.model(x, t, *args, **cond, **kwargs)
-        return branch.model(x, t, cond, *args, **kwargs)
+            return unwrapped(branch.model(x, t, *args, **cond, **kwargs))
+        return unwrapped(branch.model(x, t, cond, *args, **kwargs))
 
     def _condition(self, needed: tuple[int, ...], batch: int) -> Any:
         """The condition of one call of these branches, put together once; at every call if it is being learned."""

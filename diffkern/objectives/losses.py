@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from diffkern import ops, streams
+from diffkern.checks import unwrapped
 from diffkern.draws import draw_seeds
 from diffkern.objectives._densities import LogNormal, Uniform
 from diffkern.objectives._weighting import WeightFunction, Weighting
@@ -217,7 +218,7 @@ def simple_loss(
     t = t.to(x0.device)
     x_t = noised(x0, t, schedule, prediction, seeds=seeds, noise=noise)
     time = schedule.model_time(prediction, t)
-    pred = model(x_t, time.float() if time.is_floating_point() else time, **model_kwargs)
+    pred = unwrapped(model(x_t, time.float() if time.is_floating_point() else time, **model_kwargs))
     return prediction_loss(
         pred,
         x0,

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffkern.checks import unwrapped
 from diffkern.draws import draw_seeds, projections
 from diffkern.objectives._time_sampler import TimeSampler
 from diffkern.objectives.losses import Weight, simple_loss
@@ -185,7 +186,7 @@ def _score(score: Score, x: Tensor, t: Tensor | None, model_kwargs: dict[str, An
     if x.ndim < 2 or not x.is_floating_point():
         raise ValueError(f"x must be floating-point samples [B, ...], got {x.dtype} {list(x.shape)}")
     x = x.detach().requires_grad_()
-    s = score(x, **model_kwargs) if t is None else score(x, t, **model_kwargs)
+    s = unwrapped(score(x, **model_kwargs) if t is None else score(x, t, **model_kwargs), "score")
     if s.shape != x.shape:
         raise ValueError(f"score must return the shape of x, {list(x.shape)}, got {list(s.shape)}")
     return x, s.flatten(1).to(torch.promote_types(s.dtype, torch.float32))

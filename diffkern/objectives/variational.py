@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from diffkern import ops, streams
+from diffkern.checks import unwrapped
 from diffkern.ops import HALF_BIN, VARIATIONAL_COLUMNS, Seeds
 from diffkern.schedules import predictions
 from diffkern.schedules.discrete import DiscreteSchedule
@@ -282,7 +283,7 @@ def bits_per_dim(
     for t in progress(range(schedule.T)):
         index, stream = torch.full((len(x0),), t, dtype=torch.int64, device=x0.device), streams.TRAINING + t
         x_t = ops.noising(x0, schedule.table(prediction, x0.device), index, seeds=seeds, stream=stream)[0]
-        pred = model(x_t, index, **model_kwargs)
+        pred = unwrapped(model(x_t, index, **model_kwargs))
         _check(pred, x0, index, schedule, variance)
         means = ops.variational(pred, x0, table, index, seeds=seeds, stream=stream, reduction="none")[1].double()
         errors.append(means[:, 0])

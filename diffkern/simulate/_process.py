@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffkern.checks import unwrapped
 from diffkern.schedules import predictions
 from diffkern.schedules.base import Schedule
 
@@ -57,8 +58,9 @@ def checked(name: str, function: Any) -> Any:
     return function
 
 
-def shaped(name: str, value: Tensor, x: Tensor) -> Tensor:
-    """`value`; raises ValueError unless it has the shape of the state."""
+def shaped(name: str, value: object, x: Tensor) -> Tensor:
+    """`value`, `unwrapped`; raises ValueError unless it has the shape of the state."""
+    value = unwrapped(value, name)
     if value.shape != x.shape:
         raise ValueError(f"{name} must return the shape of x, {list(x.shape)}, got {list(value.shape)}")
     return value

@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 
 from diffkern import tableaus
+from diffkern.checks import unwrapped
 from diffkern.ops import Seeds
 from diffkern.plan import Plan
 from diffkern.schedules.base import Schedule
@@ -222,7 +223,7 @@ def _in_dtype(model: Callable[..., Tensor], dtype: torch.dtype) -> Callable[...,
         raise ValueError(f"model must be a function of (x, t), got {model!r}")
 
     def called(x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
-        return model(x.to(dtype), t.to(dtype), **kwargs)
+        return unwrapped(model(x.to(dtype), t.to(dtype), **kwargs))
 
     return called
 

@@ -241,7 +241,7 @@ def frozen(x: Tensor, t: Any) -> Tensor:
         (lambda: classifier_gradient(good, 0, torch.ones(3, 1)), r"scale must be .* got torch.float32 \[3, 1\]"),
         (lambda: classifier_gradient(good, 0, torch.ones(2))(X, T), r"scale must have one entry a sample \(3\), got"),
         (lambda: classifier_gradient(lambda x, t: x, 0)(X, T), r"classifier must return logits of shape \[3, K\], got"),
-        (lambda: classifier_gradient(lambda x, t: None, 0)(X, T), r"classifier must return logits .* got NoneType"),
+        (lambda: classifier_gradient(lambda x, t: None, 0)(X, T), r"classifier must return a tensor, got NoneType"),
         (lambda: log_prob_gradient(lambda x, t: x.sum())(X, T), r"log_prob must return one value a sample \[3\], got"),
         (lambda: log_prob_gradient(lambda x, t: 0.0)(X, T), r"log_prob must return one value a sample .* got float"),
         (lambda: classifier_guided(good, None, COSINE), r"gradient must be callable, got NoneType"),
