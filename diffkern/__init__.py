@@ -1,5 +1,11 @@
 """diffkern: the inner loops of diffusion and flow-matching models, fast, exact and reproducible, in PyTorch.
 
+    diffusion = diffkern.Diffusion(network, diffkern.linear(), "eps")
+    diffusion.loss(images).backward()
+    images = diffusion.sample((16, 3, 64, 64), "ddim", steps=50, seeds=0)
+
+or, function by function, on which that stands,
+
     schedule = diffkern.linear()
     x = diffkern.initial(plan := diffkern.ddim(schedule, 50), (16, 3, 64, 64), seeds=0)
     images = diffkern.sample(model, x, plan, seeds=0)
@@ -13,6 +19,7 @@ in wings:
 |---|---|
 | `schedules` | alpha(t) and sigma(t); `schedules.grids`: spacings of steps; `schedules.predictions` |
 | `plan`, `samplers` | a sampler is a plan, which is data: `plan.Plan` holds it, `samplers` make it |
+| `diffusion` | `Diffusion`: network, schedule and prediction held together, trained, sampled and saved as one |
 | `sampling` | runs plans, and samplers whose steps depend on the sample |
 | `objectives` | losses and bounds; `objectives.weightings`, `objectives.time_sampling` |
 | `guidance` | models that guide models |
@@ -25,6 +32,7 @@ in wings:
 Names that the eye confuses:
 
 - `sample` runs a plan, `samplers` make plans, `sampling` is the module that `sample` comes from.
+- `Diffusion` is the model object, `diffusion` the wing that it comes from; `DiscreteSchedule` and the like are noise.
 - `plan` is the module of `Plan`; a plan is what ``ddim(schedule, 50)`` returns.
 - `loss`, `noising`, `variational` and `step` are ops: they take coefficients. `prediction_loss` and the other losses,
   `noised` and `sample` take a schedule or a plan, and call them.
@@ -40,6 +48,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffkern import (
     brownian,
+    diffusion,
     guidance,
     objectives,
     ops,
@@ -52,6 +61,7 @@ from diffkern import (
     streams,
 )
 from diffkern._load import build_info, cuda_status
+from diffkern.diffusion import Diffusion
 from diffkern.objectives.flow_matching import flow_matching_loss
 from diffkern.objectives.losses import (
     draw_seeds,
@@ -84,6 +94,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Diffusion",
     "Plan",
     "Row",
     "Sampled",
@@ -95,6 +106,7 @@ __all__ = [
     "convert",
     "cuda_status",
     "denoising_score_matching_loss",
+    "diffusion",
     "draw_seeds",
     "drop_condition",
     "edm_loss",

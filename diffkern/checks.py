@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -52,3 +53,63 @@ def returned(value: object, shape: torch.Size, name: str = "model", row: int | N
         pass
     text = must_return(value, f"a tensor of shape {list(shape)}", name)
     raise ValueError(text if row is None else f"{text} at row {row}")
+
+
+FOREIGN = {
+    "epsilon": "eps",
+    "noise": "eps",
+    "sample": "x0",
+    "x_start": "x0",
+    "start_x": "x0",
+    "v_prediction": "v",
+    "num_inference_steps": "steps",
+    "num_steps": "steps",
+    "num_timesteps": "steps",
+    "guidance_scale": "guidance",
+    "cfg_scale": "guidance",
+    "seed": "seeds",
+    "generator": "seeds",
+    "prediction_type": "prediction",
+    "clip_sample": "clip",
+    "clip_denoised": "clip",
+    "class_labels": "cond",
+    "encoder_hidden_states": "cond",
+    "negative_prompt_embeds": "uncond",
+    "dpmsolver++": "dpmpp_2m",
+    "squaredcos_cap_v2": "cosine",
+}
+"""What other libraries call it, by what it is called here."""
+
+
+def meant(value: object, known: Iterable[str]) -> str | None:
+    """The known name that a wrong one probably means: another library's, another spelling, or the nearest."""
+    if not isinstance(value, str):
+        return None
+    names = list(known)
+    plain = {_plain(name): name for name in names}
+    found = FOREIGN.get(value.lower().replace("-", "_"))
+    if found in names:
+        return found
+    if _plain(value) in plain:
+        return plain[_plain(value)]
+    near = difflib.get_close_matches(_plain(value), plain, 1, 0.7)
+    return plain[near[0]] if near else None
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("++", "pp").replace("-", "").replace("_", "").replace(" ", "")
+
+
+def unknown(argument: str, value: object, known: Iterable[str]) -> str:
+    """The sentence of an error about a ``value`` that is none of the ``known`` names."""
+    names = list(known)
+    text = f"{argument} must be one of {', '.join(names)}, got {value!r}"
+    near = meant(value, names)
+    return text if near is None else f"{text}: did you mean {near!r}?"
+
+
+def misspelt(function: str, name: str, known: Iterable[str]) -> str:
+    """The sentence of an error about an argument ``name`` that the ``function`` does not have."""
+    near = meant(name, known)
+    text = f"{function} got an unexpected keyword argument {name!r}"
+    return text if near is None else f"{text}: did you mean {near!r}?"

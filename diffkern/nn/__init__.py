@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from diffkern.nn.attention import SpatialCrossAttention, SpatialSelfAttention
 from diffkern.nn.unet import (
     ResBlock,
@@ -11,7 +13,11 @@ from diffkern.nn.unet import (
     sinusoidal_embedding,
 )
 
+NETWORKS: dict[str, tuple[type[nn.Module], type]] = {"UNet": (UNet, UNetConfig)}
+"""Networks that are built from plain data, by name: the class and that of its configuration."""
+
 __all__ = [
+    "NETWORKS",
     "ResBlock",
     "SpatialCrossAttention",
     "SpatialSelfAttention",

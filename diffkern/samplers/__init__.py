@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from diffkern.checks import unknown
 from diffkern.plan import Plan
 from diffkern.samplers.ancestral import ddim, ddim_inversion, ddpm, euler_ancestral
 from diffkern.samplers.dpm_2 import dpm_2, dpm_2_ancestral, dpmpp_2s_ancestral
@@ -119,5 +120,5 @@ SAMPLERS: dict[str, Callable[..., Plan]] = {
 def get_sampler(name: str) -> Callable[..., Plan]:
     """The sampler of that name; raises ValueError with the known names."""
     if name not in SAMPLERS:
-        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {name!r}")
+        raise ValueError(unknown("sampler", name, SAMPLERS))
     return SAMPLERS[name]

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffkern.records import parsed
-
 Time = int | float | Tensor
 
 
@@ -109,6 +107,8 @@ class Schedule(ABC):
     @staticmethod
     def from_json(text: str) -> Schedule:
         """The schedule that `to_json` wrote."""
+        from diffkern.records import parsed
+
         return Schedule.from_dict(parsed(text, "schedule"))
 
     @abstractmethod

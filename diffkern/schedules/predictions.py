@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
+from diffkern.checks import unknown
+
 if TYPE_CHECKING:
     from diffkern.schedules.base import Schedule, Time
     from diffkern.schedules.discrete import DiscreteSchedule
@@ -36,7 +38,7 @@ PREDICTIONS = ("eps", "x0", "v", "score", "velocity", "mu", "edm")
 def check_prediction(prediction: str) -> str:
     """Return ``prediction`` if it is known, else raise ValueError with the known ones."""
     if prediction not in PREDICTIONS:
-        raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}")
+        raise ValueError(unknown("prediction", prediction, PREDICTIONS))
     return prediction
 
 

@@ -20,7 +20,7 @@ from diffkern import compat, objectives, ops, samplers, sampling, schedules
 PROGRAMS = {"command", "demo"}
 GROUND = {"brownian", "plan", "reference", "streams"}
 # Verbs and results that come from no list taken whole.
-CHOSEN = {"Plan", "Row", "Sampled", "__version__", "bits_per_dim", "build_info", "convert", "cuda_status"}
+CHOSEN = {"Diffusion", "Plan", "Row", "Sampled", "__version__", "bits_per_dim", "build_info", "convert", "cuda_status"}
 CHOSEN |= {"log_likelihood"}
 
 

@@ -82,10 +82,12 @@ WALLS = {
     "guidance": "checks schedules plan ops",
     "sampling": "streams tableaus checks signatures schedules plan ops brownian draws samplers",
     "simulate": "streams tableaus checks schedules plan ops draws objectives",
+    "diffusion": "checks records schedules plan ops draws samplers nn objectives sampling simulate",
     "compat": "streams tableaus checks schedules plan ops brownian samplers nn objectives sampling simulate diffkern",
     "demo": "streams schedules plan ops samplers nn objectives sampling",
     "command": "_load schedules plan samplers demo diffkern",
-    "diffkern": "streams _load schedules plan reference ops brownian samplers objectives guidance sampling simulate",
+    "diffkern": "streams _load schedules plan reference ops brownian samplers objectives guidance sampling simulate "
+    "diffusion",
     "__main__": "",
 }
 LONGEST_CHAIN = 9

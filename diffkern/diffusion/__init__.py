@@ -1,0 +1,389 @@
+"""A network with what must agree with it: `Diffusion(model, schedule, prediction)` trains, samples and is saved.
+
+    diffusion = diffkern.Diffusion(UNet(UNetConfig()), diffkern.cosine(), "v")
+    diffusion.loss(images, cond=labels).backward()
+    samples = diffusion.sample(16, "ddim", steps=50, seeds=0, cond=classes, guidance=3.0)
+    diffusion.save_pretrained("digits");  diffusion = diffkern.Diffusion.from_pretrained("digits")
+
+The functions under it (`simple_loss`, `sample`, the samplers, `log_likelihood`) stay: it calls them with its own
+schedule, prediction and network, so that none of the three can be forgotten or taken from elsewhere. docs/diffusion.md.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from diffkern.checks import unwrapped
+from diffkern.diffusion import _files, _fit, _plans
+from diffkern.draws import draw_seeds
+from diffkern.objectives.losses import drop_condition, simple_loss
+from diffkern.objectives.time_sampling import TimeSampler, get_time_sampler
+from diffkern.objectives.weightings import Weighting, get_weighting
+from diffkern.ops import Seeds, as_seeds
+from diffkern.plan import Plan
+from diffkern.sampling.options import Sampled
+from diffkern.sampling.runner import initial
+from diffkern.sampling.runner import sample as run_plan
+from diffkern.schedules.base import Schedule, Time, as_time
+from diffkern.schedules.discrete import DiscreteSchedule
+from diffkern.schedules.exploding import EDMSchedule
+from diffkern.schedules.predictions import check_prediction, convert, per_sample
+from diffkern.simulate.likelihood import LogLikelihood, log_likelihood
+
+__all__ = ["Diffusion"]
+
+Sampler = str | Plan | Callable[..., Plan]
+Weight = str | Weighting | Callable[[Tensor, str], Tensor]
+
+
+class Diffusion(nn.Module):
+    """A network, its noise schedule and its prediction, held together: trains, samples, scores and is saved as one.
+
+    - ``model(x_t, t)``, or ``model(x_t, t, cond)`` where a condition is given, returns the ``prediction`` (the
+      schedule's default if None) in the shape of x_t; an object with ``.sample`` or a tuple of one is unwrapped.
+    - ``weight``, ``target``: what the loss is weighted by and measured in (`prediction_loss`).
+    - ``times``: how training times are drawn, a name or a sampler of `objectives.time_sampling`; uniform if None,
+      log-normal on an EDM schedule.
+    - ``drop``: probability that a training sample loses its condition and gets ``null`` in its place, for
+      classifier-free guidance (arXiv 2207.12598; lectures 000, 002). ``null`` is a number or one sample's tensor; a
+      `UNet` with classes brings its own.
+    - ``shape``: of one sample, so that ``sample(16)`` knows it; that of a `UNet` if None.
+    - ``time_scale``: the network is given ``time_scale * schedule.model_time(prediction, t)``. By default 1, but for
+      networks of `diffkern.nn` on a schedule of continuous time what makes their sinusoids see a range of 1000:
+      1000 / config.time_scale for t in [0, 1]. Integer times of a table are given as they are, int64.
+
+    It is an `nn.Module`: ``.to``, DistributedDataParallel and torch.compile take it whole, `forward` is `loss`. Raises
+    ValueError, naming argument, rule and value, for what does not fit.
+    """
+
+    null: Tensor | None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: Schedule,
+        prediction: str | None = None,
+        *,
+        weight: Weight | None = None,
+        target: str | None = None,
+        times: str | TimeSampler | None = None,
+        drop: float = 0.0,
+        null: float | Tensor | None = None,
+        shape: Sequence[int] | None = None,
+        time_scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if not isinstance(schedule, Schedule):
+            raise ValueError(f"schedule must be a diffkern Schedule, got {type(schedule).__name__}")
+        self.model, self.schedule = model, schedule
+        self.prediction = check_prediction(schedule.default_prediction if prediction is None else prediction)
+        low, high = schedule.time_range
+        t = int(high) if isinstance(schedule, DiscreteSchedule) else 0.5 * (low + high)
+        schedule.coefficients(self.prediction, t)  # raises where the schedule does not have the prediction
+        if isinstance(weight, Tensor):
+            raise ValueError(
+                "weight must be a name, a Weighting or a function, got a tensor: its rows belong to a batch"
+            )
+        self.weight = None if weight is None else get_weighting(weight)
+        self.target = None if target is None else check_prediction(target)
+        if times is None:
+            times = "log_normal" if isinstance(schedule, EDMSchedule) else "uniform"
+        self.times = get_time_sampler(times)
+        self.time_scale = _fit.time_scale(model, schedule, self.prediction, time_scale)
+        network = _fit.bare(model)
+        if null is None and getattr(network, "classes", None) is not None:
+            null = getattr(network, "null_class", None)
+        self.register_buffer("null", None if null is None else torch.as_tensor(null))
+        if not 0.0 <= drop < 1.0:
+            raise ValueError(f"drop must lie in [0, 1), got {drop}")
+        if drop > 0.0 and self.null is None:
+            raise ValueError(
+                f"null must be the condition that means none where some are dropped, got drop={drop} alone"
+            )
+        self.drop = float(drop)
+        if shape is None:
+            config = getattr(network, "config", None)
+            sizes = [getattr(config, name, None) for name in ("in_channels", "image_size", "image_size")]
+            shape = sizes if all(isinstance(size, int) for size in sizes) else None  # type: ignore[assignment]
+        self.shape = None if shape is None else tuple(int(size) for size in shape)
+        self._data_seen = False
+
+    # ------------------------------------------------------------------------------------------------- the network
+
+    def network(self, x: Tensor, time: Tensor, cond: Any = None, **model_kwargs: Any) -> Tensor:
+        """The network at the schedule's model time: what `diffkern.sample`, guidance and a loop of your own call.
+
+        x is the input as the plan scales it; ``time`` ([B] or []) is multiplied by ``time_scale``.
+        """
+        if self.time_scale != 1.0:
+            time = (time if time.is_floating_point() else time.to(torch.float32)) * self.time_scale
+        given = (x, time) if cond is None else (x, time, cond)
+        return unwrapped(self.model(*given, **model_kwargs))
+
+    def denoise(self, x: Tensor, t: Time, cond: Any = None, **model_kwargs: Any) -> Tensor:
+        """E[x0 given x_t], the network's estimate of the clean sample: [B, ...] like x.
+
+        x = alpha_t x0 + sigma_t eps; ``t`` is a time of the schedule (a table's index), a number or one a sample [B].
+        In the network's mode, with gradients where torch records them.
+        """
+        t = as_time(t).to(x.device)
+        scale = self.schedule.input_scale(self.prediction, t)
+        time = self.schedule.model_time(self.prediction, t)
+        time = (time.to(torch.float32) if time.is_floating_point() else time).expand(x.shape[:1])
+        given = per_sample(scale, x, x.dtype) * x if self.prediction == "edm" else x
+        m = self.network(given, time, cond, **model_kwargs)
+        return convert(m, x, t, self.schedule, self.prediction, "x0")
+
+    # --------------------------------------------------------------------------------------------------- training
+
+    def forward(self, x0: Tensor, t: Tensor | None = None, **options: Any) -> Tensor:
+        """`loss`, so that what wraps a module (DistributedDataParallel, torch.compile) trains it."""
+        return self.loss(x0, t, **options)
+
+    def loss(
+        self,
+        x0: Tensor,
+        t: Tensor | None = None,
+        *,
+        cond: Any = None,
+        seeds: Seeds | None = None,
+        noise: Tensor | None = None,
+        reduction: str = "mean",
+        **model_kwargs: Any,
+    ) -> Tensor:
+        """The training loss of clean samples x0 [B, ...], about in [-1, 1]: `simple_loss` with all that this holds.
+
+        Noise, times ``t`` [B] where none are given, and which conditions are dropped (in training mode) are drawn by
+        address from ``seeds``, an integer or int64 [B]: fresh ones from torch's generator if None. ``noise`` replaces
+        the noise. ``reduction`` "none" [B], "mean", "sum"; further arguments go to the network. Ho et al. 2020;
+        lectures 000, 001, 002. Warns once if the range of x0 is far from [-1, 1].
+        """
+        if not self._data_seen:
+            _fit.check_data(x0)
+            if not torch.compiler.is_compiling():
+                self._data_seen = True
+        batch = x0.shape[0]
+        seeds = draw_seeds(batch, device=x0.device) if seeds is None else as_seeds(seeds, batch, x0.device)
+        if t is None:
+            t = self.times.sample(batch, self.schedule, seeds=seeds)
+        if self.drop > 0.0 and self.training and cond is not None:
+            if not isinstance(cond, Tensor):
+                raise ValueError(
+                    f"cond must be a tensor [B, ...] where conditions are dropped, got {type(cond).__name__}"
+                )
+            assert self.null is not None
+            cond = drop_condition(cond, self.null.to(cond.device, cond.dtype), self.drop, seeds)
+
+        def network(x_t: Tensor, time: Tensor) -> Tensor:
+            return self.network(x_t, time, cond, **model_kwargs)
+
+        return simple_loss(
+            network,
+            x0,
+            t,
+            self.schedule,
+            self.prediction,
+            target=self.target,
+            weight=self.weight,
+            seeds=seeds if noise is None else None,
+            noise=noise,
+            reduction=reduction,
+        )
+
+    # --------------------------------------------------------------------------------------------------- sampling
+
+    def plan(self, sampler: Sampler | None = None, steps: int | None = None, **options: Any) -> Plan:
+        """The plan of a sampler, by its name, a function that makes one, or a `Plan`, checked to fit this model.
+
+        The default is ``ddim`` on a table, ``heun`` on an EDM schedule, ``euler`` elsewhere; 50 ``steps`` (a
+        table's T if it has fewer) if neither they nor a grid are given.
+        """
+        return _plans.plan_of(self.schedule, self.prediction, sampler, steps, options)
+
+    @overload
+    def sample(
+        self,
+        n: int | Sequence[int],
+        sampler: Sampler | None = ...,
+        steps: int | None = ...,
+        *,
+        trajectory: Literal[True],
+        **options: Any,
+    ) -> Sampled: ...
+    @overload
+    def sample(
+        self,
+        n: int | Sequence[int],
+        sampler: Sampler | None = ...,
+        steps: int | None = ...,
+        *,
+        logprob: Literal[True],
+        **options: Any,
+    ) -> Sampled: ...
+    @overload
+    def sample(
+        self,
+        n: int | Sequence[int],
+        sampler: Sampler | None = ...,
+        steps: int | None = ...,
+        *,
+        seeds: Seeds | None = ...,
+        cond: Any = ...,
+        uncond: Any = ...,
+        guidance: float | Sequence[float] | None = ...,
+        x: Tensor | None = ...,
+        start: int | Tensor = ...,
+        x0: Tensor | None = ...,
+        dtype: torch.dtype = ...,
+        **options: Any,
+    ) -> Tensor: ...
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int | Sequence[int],
+        sampler: Sampler | None = None,
+        steps: int | None = None,
+        *,
+        seeds: Seeds | None = None,
+        cond: Any = None,
+        uncond: Any = None,
+        guidance: float | Sequence[float] | None = None,
+        x: Tensor | None = None,
+        start: int | Tensor = 0,
+        x0: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+        **options: Any,
+    ) -> Tensor | Sampled:
+        """n samples, or samples of the whole shape ``n`` = [B, ...], by a ``sampler`` (see `plan`): [B, ...].
+
+        - ``seeds``: an integer or int64 [B]; sample j of an integer is the same in every split of the job
+          (`ops.seeds` with ``first``). None draws them from torch's default generator.
+        - ``guidance``: the weight of classifier-free guidance, with ``cond``; ``uncond`` is this model's ``null`` if
+          not given.
+        - ``x`` is the state to start from; ``start`` with ``x0`` begins in the middle with noised images.
+        - ``dtype`` of the state; the network is given its parameters' dtype.
+        - ``options``: the sampler's (``eta``, ``clip``, ``spacing`` ...), and those of `diffkern.sample` (``mask`` and
+          ``known``, ``callback``, ``trajectory``, ``logprob``, ``progress`` ...). ``noise``: tensors are the noise, a
+          number is the sampler's.
+
+        The network runs in evaluation mode, and is put back. No gradients are recorded.
+        """
+        own, given = _plans.split(options)
+        plan = self.plan(sampler, steps, **given)
+        shape = self._shape_of(n)
+        device, model_dtype = self._home(dtype)
+        drawn = draw_seeds(shape[0]).to(device) if seeds is None else as_seeds(seeds, shape[0], device)
+        if x is None:
+            x = initial(plan, shape, drawn, dtype, device=device, start=start, x0=x0)
+        elif tuple(x.shape) != shape or x0 is not None:
+            raise ValueError(f"x must have the shape {list(shape)}, and x0 be left out with it, got {list(x.shape)}")
+        guided = guidance is not None or any(row.w != 0.0 for row in plan.rows)
+        if guided and uncond is None:
+            uncond = self._uncond(cond)
+        by_tensor = own.get("noise") is not None and own.get("mask") is None
+        own.setdefault("model_dtype", model_dtype)
+        with self._evaluating():
+            return run_plan(
+                self.network,
+                x,
+                plan,
+                seeds=None if by_tensor else drawn,
+                cond=cond,
+                uncond=uncond,
+                guidance=guidance,
+                start=start,
+                **own,
+            )
+
+    def log_likelihood(self, x: Tensor, *, cond: Any = None, **options: Any) -> LogLikelihood:
+        """ln p(x) in nats through the probability-flow ODE, `diffkern.log_likelihood` with its ``options``."""
+
+        def network(x: Tensor, time: Tensor) -> Tensor:
+            return self.network(x, time, cond)
+
+        with self._evaluating():
+            return log_likelihood(network, x, self.schedule, self.prediction, **options)
+
+    # ---------------------------------------------------------------------------------------------------- storing
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``config.json`` and ``model.safetensors`` into a folder, each whole or not at all.
+
+        A network of `diffkern.nn` is described in full; any other, and a schedule, weighting or time sampler made of
+        functions, is named only, and has to be given to `from_pretrained` again. Needs safetensors.
+        """
+        _files.save(self, folder)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        model: nn.Module | None = None,
+        *,
+        schedule: Schedule | None = None,
+        weight: Weight | None = None,
+        times: str | TimeSampler | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        **hub: Any,
+    ) -> Diffusion:
+        """What `save_pretrained` wrote, from a folder or a repository "owner/name" of the hub, in evaluation mode.
+
+        ``model``, ``schedule``, ``weight``, ``times``: what the file can only name. The schedule given must be the one
+        of the file. ``dtype`` is that of the weights in the file if None. ``hub`` (``revision``, ``subfolder``,
+        ``token`` ...) goes to huggingface_hub. Nothing that the file says is imported or run; ValueError in one
+        sentence for a file that does not fit.
+        """
+        found = _files.load(cls, path, model, schedule=schedule, weight=weight, times=times, hub=hub)
+        return found.to(device=device, dtype=dtype).eval()
+
+    def extra_repr(self) -> str:
+        """Schedule, prediction and what the network is given."""
+        return f"schedule={self.schedule!r}, prediction={self.prediction!r}, time_scale={self.time_scale:g}"
+
+    # ---------------------------------------------------------------------------------------------------- helpers
+
+    def _shape_of(self, n: int | Sequence[int]) -> tuple[int, ...]:
+        if isinstance(n, bool) or not hasattr(n, "__index__"):
+            if isinstance(n, bool | str) or not isinstance(n, Sequence):
+                raise ValueError(f"n must be a number of samples or a whole shape [B, ...], got {n!r}")
+            return tuple(int(size) for size in n)
+        if self.shape is None:
+            raise ValueError(
+                f"n must be a whole shape [B, ...] for a network that does not say its own, got {n!r}: or "
+                "make Diffusion with shape="
+            )
+        return int(n), *self.shape
+
+    def _home(self, dtype: torch.dtype) -> tuple[torch.device, torch.dtype]:
+        """Where the network is, and in which dtype its input is."""
+        for parameter in self.parameters():
+            if parameter.is_floating_point():
+                return parameter.device, parameter.dtype
+        return torch.device("cpu"), dtype
+
+    def _uncond(self, cond: Any) -> Tensor:
+        if not isinstance(cond, Tensor) or self.null is None:
+            got = f"cond = {type(cond).__name__}" + (" and no null" if self.null is None else "")
+            raise ValueError(f"guidance needs cond as a tensor, and uncond or Diffusion(..., null=), got {got}")
+        return self.null.to(cond.device, cond.dtype).expand(cond.shape)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Evaluation mode for a while, module by module."""
+        training = [module for module in self.modules() if module.training]
+        self.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True

@@ -1,0 +1,286 @@
+"""A `Diffusion` in a folder: config.json says what it is, model.safetensors holds the weights."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from diffkern.diffusion._fit import bare
+from diffkern.objectives.time_sampling import TimeSampler, get_time_sampler
+from diffkern.objectives.weightings import Weighting, get_weighting
+from diffkern.records import from_record, parsed, record_of
+from diffkern.schedules.base import Schedule
+
+if TYPE_CHECKING:
+    from diffkern.diffusion import Diffusion
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+KEY, FORMAT = "diffkern_diffusion", 1
+FIELDS = ("prediction", "schedule", "weight", "target", "times", "drop", "null", "shape", "time_scale", "network")
+PLACES = 9
+
+
+class _Stored(nn.Module):
+    """The tensors of a file, by their names there: ``model.`` and the network's own, and ``null``."""
+
+    def __init__(self, model: nn.Module, null: Tensor | None) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("null", null)
+
+
+def save(diffusion: Diffusion, folder: str | os.PathLike[str]) -> None:
+    """See `Diffusion.save_pretrained`."""
+    safetensors = _needed("safetensors.torch", "safetensors", "saving")
+    folder = Path(folder)
+    network = bare(diffusion.model)
+    null = diffusion.null
+    config: dict[str, Any] = {
+        KEY: FORMAT,
+        "prediction": diffusion.prediction,
+        "schedule": _schedule_to(diffusion.schedule),
+        "weight": None if diffusion.weight is None else _named(diffusion.weight),
+        "target": diffusion.target,
+        "times": _named(diffusion.times),
+        "drop": diffusion.drop,
+        "null": None if null is None else {"shape": list(null.shape), "dtype": str(null.dtype).removeprefix("torch.")},
+        "shape": None if diffusion.shape is None else list(diffusion.shape),
+        "time_scale": diffusion.time_scale,
+        "network": _network_to(network),
+    }
+    text = json.dumps(config, indent=1, allow_nan=False) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = {name: folder / f".{name}.{os.getpid()}.part" for name in (WEIGHTS, CONFIG)}
+    try:
+        safetensors.save_model(_Stored(network, null), str(unfinished[WEIGHTS]), metadata={"format": "pt"})
+        unfinished[CONFIG].write_text(text)
+        for name, path in unfinished.items():
+            os.replace(path, folder / name)
+    finally:
+        for path in unfinished.values():
+            path.unlink(missing_ok=True)
+
+
+def load(
+    cls: type[Diffusion],
+    path: str | os.PathLike[str],
+    model: nn.Module | None,
+    *,
+    schedule: Schedule | None,
+    weight: Any,
+    times: Any,
+    hub: dict[str, Any],
+) -> Diffusion:
+    """See `Diffusion.from_pretrained`."""
+    safetensors = _needed("safetensors", "safetensors", "loading")
+    config_path, weights_path = _found(path, hub)
+    data = _config(config_path)
+    try:
+        with safetensors.safe_open(str(weights_path), framework="pt") as file:
+            entries = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+            shapes = {name: list(entry.get_shape()) for name, entry in entries.items()}
+            dtypes = {entry.get_dtype() for entry in entries.values()}
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{weights_path} must be a safetensors file, got none ({error})") from error
+    null = _null(data["null"])
+    ours = model is None
+    if model is None:
+        model = _network_from(data["network"], shapes, null, str(path))
+    found = cls(
+        model,
+        _schedule_from(data["schedule"], schedule),
+        data["prediction"],
+        weight=_given("weight", data["weight"], weight, Weighting.from_dict, get_weighting),
+        target=data["target"],
+        times=_given("times", data["times"], times, TimeSampler.from_dict, get_time_sampler),
+        drop=data["drop"],
+        null=null,
+        shape=data["shape"],
+        time_scale=data["time_scale"],
+    )
+    stored = _Stored(bare(model), found.null)
+    if ours and len(dtypes & _FLOATS.keys()) == 1:
+        model.to(_FLOATS[next(iter(dtypes & _FLOATS.keys()))])
+    try:
+        importlib.import_module("safetensors.torch").load_model(stored, str(weights_path))
+    except RuntimeError as error:
+        raise ValueError(f"{weights_path} must fit the network, got {' '.join(str(error).split())[:300]}") from error
+    return found
+
+
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+# ---------------------------------------------------------------------------------------------------------- the parts
+
+
+def _named(value: Any) -> dict[str, Any]:
+    """What the value is, or that it is made of functions or has a state, which have to be given again."""
+    try:
+        return value.to_dict()
+    except ValueError:
+        return {"given": type(value).__name__}
+
+
+def _schedule_to(schedule: Schedule) -> dict[str, Any]:
+    """The schedule; of one that is made of functions its values at some times, by which it is known again."""
+    try:
+        return schedule.to_dict()
+    except ValueError:
+        return {"given": schedule.name, "values": _values(schedule)}
+
+
+def _values(schedule: Schedule) -> list[list[float]]:
+    low, high = schedule.time_range
+    t = torch.linspace(low, high, PLACES, dtype=torch.float64)
+    return torch.stack([schedule.alpha(t), schedule.sigma(t)]).tolist()
+
+
+def _schedule_from(data: Any, given: Schedule | None) -> Schedule:
+    if not isinstance(data, dict) or "given" not in data:
+        stored = Schedule.from_dict(data)
+        if given is not None and given != stored:
+            raise ValueError(f"schedule must be the one that the network was trained with, {stored!r}, got {given!r}")
+        return stored
+    if given is None:
+        raise ValueError(
+            f"schedule must be given, as {data['given']!r} is made of functions, which the file does not hold: "
+            "from_pretrained(path, schedule=...)"
+        )
+    values = torch.tensor(data.get("values"), dtype=torch.float64)
+    if values.shape != (2, PLACES) or not torch.allclose(torch.tensor(_values(given)).double(), values, 1e-6, 1e-9):
+        raise ValueError(
+            f"schedule must be the one that the network was trained with, {data['given']!r}, got {given.name!r} with "
+            "other values"
+        )
+    return given
+
+
+def _given(name: str, data: Any, given: Any, from_dict: Any, get: Any) -> Any:
+    """What the caller gives, else what the file says."""
+    if given is not None:
+        return get(given)
+    if isinstance(data, dict) and "given" in data:
+        raise ValueError(
+            f"{name} must be given, as the file only knows that it was {data['given']}: "
+            f"from_pretrained(path, {name}=...)"
+        )
+    return None if data is None else from_dict(data)
+
+
+def _networks() -> dict[str, tuple[type[nn.Module], type]]:
+    from diffkern import nn as networks  # only where a network is stored or built
+
+    return networks.NETWORKS
+
+
+def _network_to(network: nn.Module) -> dict[str, Any]:
+    known = _networks()
+    name = type(network).__name__
+    if name in known and type(network) is known[name][0]:
+        config = network.config
+        record = record_of(config, {type(config).__name__: known[name][1]}, "network.config", "pass it as model=")
+        return {"name": name, "config": record}
+    return {"given": f"{type(network).__module__}.{type(network).__qualname__}"}
+
+
+def _network_from(data: Any, shapes: dict[str, list[int]], null: Tensor | None, path: str) -> nn.Module:
+    """The network that the file describes, held against the tensors of the file before anything large is made."""
+    if isinstance(data, dict) and "given" in data:
+        raise ValueError(
+            f"model must be given, as {path} was saved with the network {data['given']!r:.200}, which is none of "
+            f"diffkern.nn: from_pretrained(path, model=network)"
+        )
+    known = _networks()
+    name = data.get("name") if isinstance(data, dict) else None
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"network.name must be one of {', '.join(known)}, got {name!r:.80}")
+    network_class, config_class = known[name]
+    config = from_record(data.get("config"), {config_class.__name__: config_class}, "network.config")
+    for field, value in vars(config).items():
+        size = len(value) if isinstance(value, tuple) else value if field in ("blocks", "depth", "layers") else 0
+        if size > len(shapes):
+            raise ValueError(
+                f"network.config.{field} must fit the {len(shapes)} tensors of the file, got {value!r:.80}"
+            )
+    with torch.device("meta"):
+        planned = {key: list(t.shape) for key, t in _Stored(network_class(config), null).state_dict().items()}
+    for key in sorted({*planned, *shapes}):
+        if planned.get(key) != shapes.get(key):
+            raise ValueError(
+                f"the weights in {path} must be those of its network, got {shapes.get(key, 'nothing')} for {key}, "
+                f"which has {planned.get(key, 'no place')}"
+            )
+    with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten: torch's generator stays as it is
+        return network_class(config)
+
+
+def _null(data: Any) -> Tensor | None:
+    """A place for the condition that means none."""
+    if data is None:
+        return None
+    shape, dtype = (data.get("shape"), data.get("dtype")) if isinstance(data, dict) else (None, None)
+    ok = isinstance(shape, list) and all(isinstance(n, int) and 0 <= n < 2**24 for n in shape)
+    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else None
+    if not ok or not isinstance(kind, torch.dtype) or torch.Size(shape or []).numel() > 2**24:
+        raise ValueError(f"null must have a shape and a dtype, got {data!r:.80}")
+    return torch.zeros(shape, dtype=kind)  # type: ignore[arg-type]
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be JSON, got bytes that are no text") from error
+    data = parsed(text, str(path))
+    if not isinstance(data, dict) or data.get(KEY) != FORMAT:
+        got = repr(data.get(KEY)) if isinstance(data, dict) else type(data).__name__
+        raise ValueError(f"{path} must be the configuration of a Diffusion with {KEY} = {FORMAT}, got {got}")
+    for name in FIELDS:
+        if name not in data:
+            raise ValueError(f"{path} must have the field {name}, got {', '.join(map(str, data))}")
+    for name, kinds in (
+        ("prediction", str),
+        ("target", str | None),
+        ("drop", int | float),
+        ("time_scale", int | float),
+    ):
+        if not isinstance(data[name], kinds) or isinstance(data[name], bool):
+            raise ValueError(f"{path}: {name} must be {kinds}, got {data[name]!r:.80}")
+    sizes = data["shape"]
+    if sizes is not None and not (isinstance(sizes, list) and all(type(n) is int and 0 <= n < 2**24 for n in sizes)):
+        raise ValueError(f"{path}: shape must be a list of sizes, got {sizes!r:.80}")
+    return data
+
+
+def _found(path: str | os.PathLike[str], hub: dict[str, Any]) -> tuple[Path, Path]:
+    """The two files: in a folder, or fetched from the hub."""
+    folder = Path(path)
+    if folder.is_dir():
+        if hub:
+            raise ValueError(f"{', '.join(hub)} must go with a repository of the hub, got the folder {folder}")
+        for name in (CONFIG, WEIGHTS):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"there is no {name} in {folder}: Diffusion.save_pretrained writes it")
+        return folder / CONFIG, folder / WEIGHTS
+    parts = str(path).split("/")
+    if len(parts) != 2 or not all(parts) or folder.is_absolute() or parts[0].startswith("."):
+        raise FileNotFoundError(f"there is no folder {path}, and it is no repository 'owner/name' of the hub")
+    fetch = _needed("huggingface_hub", "huggingface_hub", f"loading {path}, which is no folder here, from the hub")
+    config, weights = (Path(fetch.hf_hub_download(str(path), name, **hub)) for name in (CONFIG, WEIGHTS))
+    return config, weights
+
+
+def _needed(module: str, package: str, purpose: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"{purpose} needs {package}, which cannot be imported ({error}): pip install {package}"
+        ) from None

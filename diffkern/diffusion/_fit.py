@@ -1,0 +1,129 @@
+"""What must fit together: the network's time and the schedule's, a plan and the model, the data and the noise."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffkern.plan import Plan
+from diffkern.schedules import predictions
+from diffkern.schedules.base import Schedule, UnitTime
+from diffkern.schedules.discrete import DiscreteSchedule
+from diffkern.schedules.exploding import EDMSchedule
+
+EMBEDDED = 1000.0
+"""The range of times that sinusoidal embeddings are made for: the steps of Ho et al. 2020."""
+LARGEST_RANGE = 20.0 * EMBEDDED
+LOUD, FAINT = 4.0, 0.01
+"""Root mean squares of data between which the noise levels of the schedules have a meaning."""
+TOLERANCE = 1e-2
+"""Relative difference of a plan's coefficients from the schedule's: other libraries' float32 tables differ by 3e-4."""
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The network inside of DistributedDataParallel and torch.compile."""
+    while True:
+        inside = getattr(model, "_orig_mod", None) or (
+            model.module if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel) else None
+        )
+        if inside is None:
+            return model
+        model = inside
+
+
+def time_scale(model: nn.Module, schedule: Schedule, prediction: str, given: float | None) -> float:
+    """What the schedule's model times are multiplied by for the network; see `Diffusion`."""
+    if given is not None:
+        if isinstance(given, bool) or not isinstance(given, int | float) or not 0.0 < given < math.inf:
+            raise ValueError(f"time_scale must be a positive number, got {given!r}")
+        return float(given)
+    own = getattr(getattr(bare(model), "config", None), "time_scale", None)
+    if not isinstance(own, int | float):
+        return 1.0
+    if isinstance(schedule, DiscreteSchedule):
+        if own * schedule.T > LARGEST_RANGE:
+            raise ValueError(
+                f"the network multiplies its times by config.time_scale = {own:g}, which is meant for times in [0, 1], "
+                f"and the times of {schedule.name} are 0..{schedule.T - 1}: make it with time_scale=1 (or give "
+                "Diffusion a time_scale= of your own)"
+            )
+        return 1.0
+    if isinstance(schedule, UnitTime):
+        return EMBEDDED / own
+    ends = schedule.model_time(prediction, torch.tensor(schedule.time_range, dtype=torch.float64))
+    return EMBEDDED / (own * float((ends[1] - ends[0]).abs()))
+
+
+def check_plan(plan: Plan, schedule: Schedule, prediction: str) -> None:
+    """Raise ValueError for a plan that was made for another prediction or on another schedule."""
+    if plan.prediction != prediction:
+        raise ValueError(
+            f"plan {plan.name} must be made for the model's prediction {prediction!r}, got one for "
+            f"{plan.prediction!r}: make it with prediction={prediction!r}, or give the sampler by its name"
+        )
+    remedy = f"make it on the model's schedule {schedule.name}, or give the sampler by its name"
+    rows = [row for row in plan.rows if row.calls_model]
+    times = torch.tensor([row.time for row in rows], dtype=torch.float64)
+    t, ok = _schedule_times(times, schedule, prediction)
+    if not bool(ok.all()):
+        raise ValueError(
+            f"plan {plan.name} must give the model times of {schedule.name}, got {float(times[~ok][0]):g}: {remedy}"
+        )
+    checked = [i for i, row in enumerate(rows) if row.q != 0.0 and math.isfinite(row.q) and not math.isnan(float(t[i]))]
+    if not checked:
+        return
+    at = t[checked].to(torch.int64) if isinstance(schedule, DiscreteSchedule) else t[checked]
+    try:
+        expected = predictions.to_x0_eps(schedule, prediction, at)[1]
+    except ValueError:  # a row at an end where the prediction does not determine x0, which samplers treat by themselves
+        return
+    found = torch.tensor([rows[i].q for i in checked], dtype=torch.float64)
+    wrong = (found - expected).abs() > TOLERANCE * expected.abs()
+    if bool(wrong.any()):
+        i = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"plan {plan.name} must fit the schedule {schedule.name}, got a row at time {float(times[checked[i]]):g} "
+            f"that reads the model times {float(found[i]):.6g} instead of {float(expected[i]):.6g}: {remedy}"
+        )
+
+
+def _schedule_times(times: Tensor, schedule: Schedule, prediction: str) -> tuple[Tensor, Tensor]:
+    """(the schedule's times of these model times, NaN where not compared; whether the schedule has them)."""
+    if isinstance(schedule, DiscreteSchedule):
+        kept = schedule.kept.to(torch.float64)
+        index = torch.searchsorted(kept, times).clamp(max=len(kept) - 1)
+        return torch.where(kept[index] == times, index.to(torch.float64), torch.nan), (times >= 0) & (times <= kept[-1])
+    if isinstance(schedule, EDMSchedule):
+        t = (4.0 * times).exp() if prediction == "edm" else times
+        return t, torch.isfinite(t) & (t >= 0)
+    return times, (times >= 0) & (times <= 1)
+
+
+def check_data(x0: Any) -> None:
+    """Raise ValueError for what are no images as floating-point numbers; warn where their range is far from [-1, 1]."""
+    if not isinstance(x0, Tensor):
+        raise ValueError(f"x0 must be a tensor [B, ...], got {type(x0).__name__}: {to_tensor(x0)}")
+    if not x0.is_floating_point():
+        raise ValueError(
+            f"x0 must be floating point in about [-1, 1], got {x0.dtype}: scale images of bytes by x0 / 127.5 - 1"
+        )
+    if x0.numel() == 0 or torch.compiler.is_compiling():
+        return
+    size = float(x0.detach().to(torch.float32).square().mean().sqrt())
+    if size > LOUD or 0.0 < size < FAINT:
+        warnings.warn(
+            f"x0 should lie in about [-1, 1], or have a standard deviation of about 1, for the noise to have its "
+            f"meaning; its root mean square is {size:.3g}: scale it (images of 0..255 by x0 / 127.5 - 1)",
+            stacklevel=4,
+        )
+
+
+def to_tensor(value: Any) -> str:
+    """How another container becomes a tensor."""
+    if type(value).__module__.startswith("PIL"):
+        return "torch.from_numpy(numpy.array(image)).permute(2, 0, 1)[None] / 127.5 - 1 makes one of an image"
+    return "torch.as_tensor makes one"
