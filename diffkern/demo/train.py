@@ -85,6 +85,8 @@ def train(
     progress: bool = True,
 ) -> Trained:
     """A UNet trained on the digits; the same machine and number of threads give the same weights for the same seed."""
+    from diffkern.diffusion import Diffusion  # only here: it stands on most of the package
+
     tqdm = need("tqdm.auto", "tqdm").tqdm
     unet, config = unet or UNetConfig(), config or TrainConfig()
     device = torch.device(device)
@@ -94,6 +96,7 @@ def train(
         model = UNet(unet).to(device)
     if device.type == "cpu":
         model = model.to(memory_format=torch.channels_last)  # convolutions run up to 2.5 times faster
+    diffusion = Diffusion(model, schedule, prediction, drop=config.drop)
     averaged = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     images, labels = digits.images.to(device), digits.labels.to(device)
@@ -104,8 +107,7 @@ def train(
         chosen = torch.randint(0, len(images), (config.batch,), generator=generator).to(device)
         seeds = losses.draw_seeds(config.batch, generator).to(device)
         t = losses.uniform_times(config.batch, schedule, generator).to(device)
-        cond = losses.drop_condition(labels[chosen], model.null_class, config.drop, seeds)
-        loss = losses.simple_loss(model, images[chosen], t, schedule, prediction, seeds=seeds, cond=cond)
+        loss = diffusion.loss(images[chosen], t, cond=labels[chosen], seeds=seeds)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.clip)

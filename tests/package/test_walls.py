@@ -84,7 +84,7 @@ WALLS = {
     "simulate": "streams tableaus checks schedules plan ops draws objectives",
     "diffusion": "checks records schedules plan ops draws samplers nn objectives sampling simulate",
     "compat": "streams tableaus checks schedules plan ops brownian samplers nn objectives sampling simulate diffkern",
-    "demo": "streams schedules plan ops samplers nn objectives sampling",
+    "demo": "streams schedules plan ops samplers nn objectives sampling diffusion",
     "command": "_load schedules plan samplers demo diffkern",
     "diffkern": "streams _load schedules plan reference ops brownian samplers objectives guidance sampling simulate "
     "diffusion",
