@@ -113,3 +113,24 @@ def misspelt(function: str, name: str, known: Iterable[str]) -> str:
     near = meant(name, known)
     text = f"{function} got an unexpected keyword argument {name!r}"
     return text if near is None else f"{text}: did you mean {near!r}?"
+
+
+def need_tensor(name: str, value: object) -> None:
+    """Raise ValueError, with the way to a tensor, unless ``value`` is one."""
+    if isinstance(value, Tensor):
+        return
+    text = f"{name} must be a tensor [B, ...], got {type(value).__name__}"
+    if isinstance(value, tuple | list):
+        raise ValueError(f"{text} of {len(value)}: torch.stack makes one of a list, {name}[0] is the first of a pair")
+    if type(value).__module__.startswith("PIL"):
+        raise ValueError(f"{text}: torch.from_numpy(numpy.array(image)).permute(2, 0, 1)[None] / 127.5 - 1 makes one")
+    if callable(value):
+        raise ValueError(f"{text}, which can be called: are the arguments in another order?")
+    raise ValueError(f"{text}: torch.as_tensor({name}) makes one")
+
+
+def need_model(value: object, name: str = "model") -> None:
+    """Raise ValueError unless ``value`` can be called."""
+    if not callable(value):
+        hint = ": are the arguments in another order?" if isinstance(value, Tensor) else ""
+        raise ValueError(f"{name} must be a function of (x, t), got {type(value).__name__}{hint}")

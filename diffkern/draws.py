@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffkern import ops, streams
+from diffkern.checks import unknown
 
 __all__ = ["PROJECTIONS", "draw_seeds", "projections", "uniform_by_address"]
 
@@ -38,6 +39,6 @@ def projections(
     ``gaussian``: standard normals; ``rademacher``: their signs, whose trace estimate varies least.
     """
     if kind not in PROJECTIONS:
-        raise ValueError(f"projection must be one of {', '.join(PROJECTIONS)}, got {kind!r}")
+        raise ValueError(unknown("projection", kind, PROJECTIONS))
     z = ops.randn(shape, seeds, streams.HUTCHINSON + k, dtype=dtype)
     return z if kind == "gaussian" else torch.where(z < 0, -1.0, 1.0).to(dtype)

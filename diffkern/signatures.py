@@ -12,6 +12,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+from diffkern.checks import misspelt
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -32,10 +34,24 @@ def shows_arguments_of(source: Callable[..., Any]) -> Callable[[F], F]:
         def checked(*args: Any, **options: Any) -> Any:
             for name in options:
                 if name not in known:  # else the error would name ``source``
-                    raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}")
+                    raise TypeError(misspelt(f"{function.__name__}()", name, known))
             return function(*args, **options)
 
         checked.__signature__ = own.replace(parameters=list(known.values()))  # type: ignore[attr-defined]
         return cast(F, checked)
 
     return shown
+
+
+def names_the_nearest(function: F) -> F:
+    """Decorator: an argument by keyword that the function does not have is answered with the nearest that it has."""
+    known = inspect.signature(function).parameters
+
+    @functools.wraps(function)
+    def checked(*args: Any, **options: Any) -> Any:
+        for name in options:
+            if name not in known:
+                raise TypeError(misspelt(f"{function.__name__}()", name, known))
+        return function(*args, **options)
+
+    return cast(F, checked)

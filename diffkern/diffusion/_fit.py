@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffkern.checks import need_tensor
 from diffkern.plan import Plan
 from diffkern.schedules import predictions
 from diffkern.schedules.base import Schedule, UnitTime
@@ -105,8 +106,7 @@ def _schedule_times(times: Tensor, schedule: Schedule, prediction: str) -> tuple
 
 def check_data(x0: Any) -> None:
     """Raise ValueError for what are no images as floating-point numbers; warn where their range is far from [-1, 1]."""
-    if not isinstance(x0, Tensor):
-        raise ValueError(f"x0 must be a tensor [B, ...], got {type(x0).__name__}: {to_tensor(x0)}")
+    need_tensor("x0", x0)
     if not x0.is_floating_point():
         raise ValueError(
             f"x0 must be floating point in about [-1, 1], got {x0.dtype}: scale images of bytes by x0 / 127.5 - 1"
@@ -120,10 +120,3 @@ def check_data(x0: Any) -> None:
             f"meaning; its root mean square is {size:.3g}: scale it (images of 0..255 by x0 / 127.5 - 1)",
             stacklevel=4,
         )
-
-
-def to_tensor(value: Any) -> str:
-    """How another container becomes a tensor."""
-    if type(value).__module__.startswith("PIL"):
-        return "torch.from_numpy(numpy.array(image)).permute(2, 0, 1)[None] / 127.5 - 1 makes one of an image"
-    return "torch.as_tensor makes one"

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from diffkern.checks import unknown
 from diffkern.guidance._guided import Branch, Guided, Model, Weight
 from diffkern.guidance._spans import time_span
 from diffkern.plan import Plan
@@ -57,7 +58,7 @@ def classifier_free(
     for what does not fit.
     """
     if form not in FORMS:
-        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+        raise ValueError(unknown("form", form, FORMS))
     return Guided(
         (Branch("uncond", model, uncond), Branch("cond", model, cond)),
         ((1, 0),),

@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
+from diffkern.checks import unknown
 from diffkern.draws import draw_seeds
 from diffkern.objectives._time_sampler import TimeSampler
 from diffkern.objectives.losses import Model, Weight, simple_loss
@@ -63,7 +64,7 @@ def flow_matching_loss(
     """
     schedule = flow() if schedule is None else schedule
     if coupling not in COUPLINGS:
-        raise ValueError(f"coupling must be one of {', '.join(COUPLINGS)}, got {coupling!r}")
+        raise ValueError(unknown("coupling", coupling, COUPLINGS))
     if seeds is not None:
         seeds = as_seeds(seeds, x1.shape[0], x1.device)
     if t is None:

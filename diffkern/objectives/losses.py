@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from diffkern import ops, streams
-from diffkern.checks import unwrapped
+from diffkern.checks import need_model, need_tensor, unwrapped
 from diffkern.draws import draw_seeds
 from diffkern.objectives._densities import LogNormal, Uniform
 from diffkern.objectives._weighting import WeightFunction, Weighting
 from diffkern.objectives.weightings import WEIGHTINGS, get_weighting
 from diffkern.ops import Seeds
-from diffkern.schedules.base import Schedule
+from diffkern.schedules.base import Schedule, Time, as_time, need_schedule
 from diffkern.schedules.discrete import DiscreteSchedule
 from diffkern.schedules.exploding import EDMSchedule
 from diffkern.schedules.makers import edm
@@ -66,14 +66,27 @@ def uniform_times(
     return Uniform().sample(n, schedule, generator=generator, device=device)
 
 
+def _times(t: Time) -> Tensor:
+    """The times as a tensor: numbers, lists and NumPy's arrays mean what they say."""
+    if isinstance(t, Tensor):
+        return t
+    try:
+        return as_time(t)
+    except (RuntimeError, TypeError, ValueError):
+        got = type(t).__name__
+        raise ValueError(f"t must be a time or one a sample, got {got}: are the arguments in another order?") from None
+
+
 def _table(schedule: Schedule, prediction: str, t: Tensor, x0: Tensor) -> tuple[Tensor, Tensor | None]:
     """(table, index) for the noising op: the schedule's own table, or one row a sample for continuous times."""
+    need_tensor("x0", x0)
     if t.dim() > 1 or (t.dim() == 1 and t.shape[0] != x0.shape[0]):
         raise ValueError(f"t must have shape [] or [{x0.shape[0]}] (one time a sample), got {list(t.shape)}")
     if isinstance(schedule, DiscreteSchedule):
         if t.is_floating_point():
             raise ValueError(f"t must be an integer index for the schedule {schedule.name}, got dtype {t.dtype}")
         return schedule.table(prediction, x0.device), t.to(x0.device)
+    need_schedule(schedule)
     return schedule.coefficients(prediction, t.reshape(-1).to(x0.device, torch.float64)), None
 
 
@@ -140,7 +153,7 @@ def _checked(weight: Tensor, rows: int) -> Tensor:
 
 def noised(
     x0: Tensor,
-    t: Tensor,
+    t: Time,
     schedule: Schedule,
     prediction: str = "eps",
     *,
@@ -150,9 +163,11 @@ def noised(
 ) -> Tensor:
     """x_t = k (alpha_t x0 + sigma_t eps), with the input scale k of the prediction (1; c_in for `edm`).
 
-    x0 [B, ...]; t [B] or []: an index for a discrete schedule, else a time; eps by address (`seeds`) or `noise`.
+    x0 [B, ...]; t [B], [] or a number: an index for a discrete schedule, else a time; eps by address (`seeds`)
+    or `noise`.
     Lectures 000, 001, 002: q(x_t | x_0).
     """
+    t = _times(t)
     table, index = _table(schedule, prediction, t, x0)
     if isinstance(schedule, EDMSchedule):
         scale = schedule.input_scale(prediction, t.reshape(-1).to(x0.device, torch.float64))
@@ -163,7 +178,7 @@ def noised(
 def prediction_loss(
     pred: Tensor,
     x0: Tensor,
-    t: Tensor,
+    t: Time,
     schedule: Schedule,
     prediction: str = "eps",
     *,
@@ -187,14 +202,14 @@ def prediction_loss(
 
     `reduction`: "none" [B], "mean", "sum". Differentiable in pred. One fused pass each way, whatever the options.
     """
-    table, index = _loss_table(schedule, prediction, target, weight, t, x0)
+    table, index = _loss_table(schedule, prediction, target, weight, _times(t), x0)
     return ops.loss(pred, x0, table, index, seeds=seeds, stream=stream, noise=noise, reduction=reduction)
 
 
 def simple_loss(
     model: Model,
     x0: Tensor,
-    t: Tensor,
+    t: Time,
     schedule: Schedule,
     prediction: str = "eps",
     *,
@@ -211,11 +226,14 @@ def simple_loss(
     drawn from torch's generator. The model gets the schedule's model time (t itself, c_noise for `edm`) in float32, or
     t as int64 for a discrete schedule.
     """
+    need_model(model)
+    need_tensor("x0", x0)
+    need_schedule(schedule)
     if seeds is None and noise is None:
         seeds = draw_seeds(x0.shape[0], device=x0.device)
     elif seeds is not None and not isinstance(seeds, Tensor):
         seeds = ops.as_seeds(seeds, x0.shape[0], x0.device)
-    t = t.to(x0.device)
+    t = _times(t).to(x0.device)
     x_t = noised(x0, t, schedule, prediction, seeds=seeds, noise=noise)
     time = schedule.model_time(prediction, t)
     pred = unwrapped(model(x_t, time.float() if time.is_floating_point() else time, **model_kwargs))

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from diffkern.checks import unknown
 from diffkern.objectives._densities import CosMap, LogitNormal, LogNormal, Mode, Uniform, stratified
 from diffkern.objectives._resampling import LossSecondMoment
 from diffkern.objectives._time_sampler import TimeSampler
@@ -66,5 +67,5 @@ def get_time_sampler(name: str | TimeSampler, **constants: float) -> TimeSampler
             raise ValueError(f"constants must go with a name, got a sampler and {', '.join(constants)}")
         return name
     if name not in TIME_SAMPLERS:
-        raise ValueError(f"time sampler must be one of {', '.join(TIME_SAMPLERS)}, got {name!r}")
+        raise ValueError(unknown("time sampler", name, TIME_SAMPLERS))
     return TIME_SAMPLERS[name](**constants)

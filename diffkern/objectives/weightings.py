@@ -34,6 +34,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffkern.checks import unknown
 from diffkern.objectives._weighting import Forms, WeightFunction, Weighting, check_positive, fold, scale
 from diffkern.schedules.base import Schedule, Time
 from diffkern.schedules.discrete import DiscreteSchedule
@@ -312,6 +313,6 @@ def get_weighting(weight: str | Weighting | WeightFunction) -> Weighting:
         return weight
     if isinstance(weight, str):
         if weight not in WEIGHTINGS:
-            raise ValueError(f"weight must be one of {', '.join(WEIGHTINGS)}, got {weight!r}")
+            raise ValueError(unknown("weight", weight, WEIGHTINGS))
         return WEIGHTINGS[weight]
     return Custom(weight)

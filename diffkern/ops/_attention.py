@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffkern.checks import unknown
 from diffkern.ops._common import native, one_device, refuse_tangents
 
 # Numbers as in csrc/bind/attention_views.h.
@@ -49,7 +50,7 @@ def spatial_attention(qkv: Tensor, num_heads: int, order: str = "new", scale: fl
     written in place of q, k and v. Everything else as in `attention`.
     """
     if order not in _ORDERS:
-        raise ValueError(f"order must be one of {', '.join(_ORDERS)}, got {order!r}")
+        raise ValueError(unknown("order", order, _ORDERS))
     if num_heads < 1:
         raise ValueError(f"num_heads must be at least 1, got {num_heads}")
     _check_strided("spatial_attention", qkv=qkv)

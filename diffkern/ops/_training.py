@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffkern.checks import unknown
 from diffkern.ops._common import (
     REDUCTIONS,
     as_dtype_of,
@@ -143,7 +144,7 @@ def loss(
     reduction "none" the weight (lambda_t of lecture 002) and mean follow Ho et al. 2020, eq. 14.
     """
     if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+        raise ValueError(unknown("reduction", reduction, REDUCTIONS))
     check_on_device("loss", index, table)
     refuse_tangents("loss", pred, x0, noise)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (pred, x0, noise))

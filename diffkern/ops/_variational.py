@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffkern._load import layout
+from diffkern.checks import unknown
 from diffkern.ops._common import (
     REDUCTIONS,
     check_on_device,
@@ -57,7 +58,7 @@ def variational(
     guided-diffusion's tanh formula is off by up to 2e-4 and stops at 1e-12.
     """
     if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+        raise ValueError(unknown("reduction", reduction, REDUCTIONS))
     check_on_device("variational", index, table)
     refuse_tangents("variational", pred, x0, noise)
     enabled = torch.is_grad_enabled()

@@ -24,9 +24,10 @@ from diffkern.schedules.base import Schedule
 from diffkern.schedules.discrete import DiscreteSchedule
 from diffkern.schedules.grids import table_times
 from diffkern.schedules.timesteps import Numbers
-from diffkern.signatures import shows_arguments_of
+from diffkern.signatures import names_the_nearest, shows_arguments_of
 
 
+@names_the_nearest
 def ddpm(
     schedule: DiscreteSchedule,
     steps: int | None = None,
@@ -67,6 +68,7 @@ def ddpm(
     return replace(plan, learned_variance=True) if learned else plan
 
 
+@names_the_nearest
 def ddim(
     schedule: DiscreteSchedule,
     steps: int | None = None,
@@ -159,6 +161,7 @@ def euler_ancestral(
     return chain("euler_ancestral", space, rows, nodes)
 
 
+@names_the_nearest
 def ddim_inversion(
     schedule: Schedule,
     steps: int | None = None,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from diffkern.schedules.base import Schedule
+from diffkern.checks import meant
+from diffkern.schedules.base import need_schedule as need_schedule
 from diffkern.schedules.discrete import DiscreteSchedule
 
 
@@ -28,7 +29,9 @@ def not_negative(argument: str, value: float) -> float:
 def choice(argument: str, value: str, allowed: Sequence[str]) -> str:
     """``value``; raises ValueError unless it is one of ``allowed``."""
     if value not in allowed:
-        raise ValueError(f"{argument} must be {' or '.join(map(repr, allowed))}, got {value!r}")
+        text = f"{argument} must be {' or '.join(map(repr, allowed))}, got {value!r}"
+        near = meant(value, allowed)
+        raise ValueError(text if near is None else f"{text}: did you mean {near!r}?")
     return value
 
 
@@ -39,15 +42,10 @@ def order_in(value: int, most: int) -> int:
     return value
 
 
-def need_schedule(schedule: object) -> None:
-    """Raise ValueError unless it is a schedule."""
-    if not isinstance(schedule, Schedule):
-        raise ValueError(f"schedule must be a diffkern Schedule, got {type(schedule).__name__}")
-
-
 def need_discrete(sampler: str, schedule: object) -> None:
     """Raise ValueError unless it is a table."""
     if not isinstance(schedule, DiscreteSchedule):
+        need_schedule(schedule)
         raise ValueError(
             f"{sampler} needs a discrete schedule (a table of alphas_cumprod), got {type(schedule).__name__}"
         )

@@ -12,8 +12,10 @@ from diffkern.samplers.nodes import Node, chain, ends_on_x0, grid, native_scale,
 from diffkern.schedules.base import Schedule
 from diffkern.schedules.discrete import DiscreteSchedule
 from diffkern.schedules.timesteps import Numbers
+from diffkern.signatures import names_the_nearest
 
 
+@names_the_nearest
 def repaint(
     schedule: Schedule,
     steps: int | None = None,

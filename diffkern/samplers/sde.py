@@ -16,8 +16,10 @@ from diffkern.schedules.base import Schedule
 from diffkern.schedules.discrete import DiscreteSchedule
 from diffkern.schedules.exploding import EDMSchedule
 from diffkern.schedules.timesteps import Numbers, check_steps, linspace, monotone
+from diffkern.signatures import names_the_nearest
 
 
+@names_the_nearest
 def euler_maruyama(
     schedule: Schedule,
     steps: int | None = None,
@@ -63,6 +65,7 @@ def euler_maruyama(
     return walk.plan(rows, at)
 
 
+@names_the_nearest
 def flow_sde(
     schedule: Schedule,
     steps: int | None = None,
@@ -97,6 +100,7 @@ def flow_sde(
     return walk.plan(rows, at)
 
 
+@names_the_nearest
 def langevin(
     schedule: Schedule,
     steps: int,
@@ -115,6 +119,7 @@ def langevin(
     return replace(_langevin("langevin", schedule, [t], steps, step_size, prediction, False), name="langevin")
 
 
+@names_the_nearest
 def annealed_langevin(
     schedule: Schedule,
     levels: int | None = None,

@@ -9,11 +9,38 @@ import torch
 from torch import Tensor
 
 from diffkern import ops
+from diffkern.checks import got, meant, need_model, need_tensor
 from diffkern.draws import draw_seeds
+from diffkern.plan import Plan
+from diffkern.schedules.base import Schedule
 
 if TYPE_CHECKING:
     from diffkern.ops import Seeds
     from diffkern.plan import Row
+
+
+def check_call(model: object, x: object, plan: object) -> None:
+    """Raise ValueError, with the remedy, unless these are a model, a tensor and a plan in this order."""
+    need_plan(plan)
+    need_model(model)
+    need_tensor("x", x)
+
+
+def need_plan(plan: object) -> None:
+    """Raise ValueError, with the way to a plan, unless it is one."""
+    if isinstance(plan, Plan):
+        return
+    text = f"plan must be a Plan, got {plan!r}" if isinstance(plan, str) else f"plan must be a Plan, got {got(plan)}"
+    if isinstance(plan, str):
+        from diffkern.samplers import SAMPLERS
+
+        name = meant(plan, SAMPLERS)
+        text += f": make one with diffkern.{name}(schedule, steps)" if name else ", and no sampler of that name"
+    elif isinstance(plan, Schedule):
+        text += ": a sampler makes one of a schedule, as in diffkern.ddim(schedule, 50)"
+    elif callable(plan):
+        text += ": call the sampler, as in diffkern.ddim(schedule, 50)"
+    raise ValueError(text)
 
 
 def check_state(x: Tensor, mask: Tensor | None = None, known: Tensor | None = None) -> None:
@@ -30,8 +57,8 @@ def check_state(x: Tensor, mask: Tensor | None = None, known: Tensor | None = No
         if value is None:
             continue
         if not isinstance(value, Tensor) or value.shape != x.shape or value.dtype not in dtypes:
-            got = f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{argument} must be {rule} of the shape of x {list(x.shape)}, got {got}")
+            found = f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{argument} must be {rule} of the shape of x {list(x.shape)}, got {found}")
 
 
 def seeds_for(
@@ -58,8 +85,8 @@ def next_noise(noises: Iterator[Tensor], row: int, x: Tensor) -> Tensor:
     if z is None:
         raise ValueError(f"noise must hold one tensor for each row that draws, got no more at row {row}")
     if not isinstance(z, Tensor) or z.shape != x.shape or z.dtype != x.dtype:
-        got = f"{z.dtype} of shape {list(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
-        raise ValueError(f"noise must be tensors like x, {x.dtype} of shape {list(x.shape)}, got {got} for row {row}")
+        found = f"{z.dtype} of shape {list(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
+        raise ValueError(f"noise must be tensors like x, {x.dtype} of shape {list(x.shape)}, got {found} for row {row}")
     return z
 
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from diffkern import ops
-from diffkern.checks import returned
+from diffkern.checks import need_model, need_tensor, returned
 from diffkern.ops import Seeds
 from diffkern.plan import COLUMNS, Plan
 from diffkern.samplers.arguments import choice
@@ -113,6 +113,8 @@ def predictor_corrector(
     states, one more for a callback's x0, model inputs where they differ from the state. No device is waited for.
     Raises ValueError, naming argument, rule and value, for input that does not fit.
     """
+    need_model(model)
+    need_tensor("x", x)
     plan, scores = rows_of(schedule, steps, corrector=corrector, **options)
     choice("norm", norm, NORMS)
     check_state(x, mask, known)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from diffkern import ops
+from diffkern.checks import need_model, need_tensor
 from diffkern.samplers.arguments import choice
 from diffkern.samplers.nodes import Coordinates, coordinates
 from diffkern.sampling._dormand_prince import Solver, in_tolerances
@@ -112,6 +113,8 @@ def rk45(
     fit, and RuntimeError for a sample that does not arrive.
     """
     space = coordinates(schedule, prediction, clip)
+    need_model(model)
+    need_tensor("x", x)
     _check(x, rtol, atol, first_step, max_steps)
     whole = choice("norm", norm, NORMS) == "batch"
     begin, end, noisy = _span(space, span)

@@ -19,11 +19,13 @@ from typing_extensions import Unpack
 from diffkern import ops, streams
 from diffkern.ops import Seeds
 from diffkern.plan import SLOTS, Plan
-from diffkern.sampling._inputs import check_state, next_noise, progress_bar, seeds_for, seeds_of
+from diffkern.sampling._inputs import check_call, check_state, need_plan, next_noise, progress_bar, seeds_for, seeds_of
 from diffkern.sampling._run import Run
 from diffkern.sampling.options import Model, Sampled, SampleOptions, Shift, StepInfo
+from diffkern.signatures import names_the_nearest
 
 
+@names_the_nearest
 def initial(
     plan: Plan,
     shape: Sequence[int],
@@ -40,6 +42,7 @@ def initial(
     image; int64 [B] is a start for each sample, and with start 0 x0 is not read. ``seeds`` is an integer or int64
     [B]. Raises ValueError for ``start`` > 0 without ``x0``.
     """
+    need_plan(plan)
     starts = _steps_of(start, plan, shape[0])
     if x0 is None and max(starts) > 0:
         raise ValueError(f"x0 must be given to start in the middle of a plan, got start={start} without x0")
@@ -92,6 +95,7 @@ def sample(
 ) -> Sampled: ...
 
 
+@names_the_nearest
 @torch.no_grad()
 def sample(
     model: Model,
@@ -142,6 +146,7 @@ def sample(
     No gradients are recorded. Buffers: two states, the plan's histories, and one model input where it differs from the
     state. Raises ValueError, naming argument, rule and value, for input that does not fit.
     """
+    check_call(model, x, plan)
     if guidance is not None:
         plan = plan.with_guidance(guidance)
     guided = guidance is not None or any(row.w != 0 for row in plan.rows)
@@ -221,6 +226,7 @@ def transition_logprob(
     they meet gradients. For policy gradients (DDPO, arXiv 2305.13301, section 4.3). Raises ValueError for a
     step of several rows, with a history or with a threshold: its density needs more than x.
     """
+    check_call(model, x, plan)
     if guidance is not None:
         plan = plan.with_guidance(guidance)
     if not isinstance(step, int) or not 0 <= step < len(plan.steps):

@@ -31,6 +31,20 @@ def check_times(ok: Tensor, t: Tensor, rule: str) -> Tensor:
     return ok
 
 
+def need_schedule(schedule: object) -> None:
+    """Raise ValueError unless it is a schedule."""
+    if isinstance(schedule, Schedule):
+        return
+    hint = ""
+    if isinstance(schedule, str):
+        hint = f": diffkern.{schedule}() makes one" if schedule.isidentifier() else ""
+    elif isinstance(schedule, Tensor):
+        hint = ": are the arguments in another order?"
+    elif callable(schedule):
+        hint = ": call it, as in diffkern.linear()"
+    raise ValueError(f"schedule must be a diffkern Schedule, got {type(schedule).__name__}{hint}")
+
+
 def as_log_snr(log_snr: Time) -> Tensor:
     """``log_snr`` as a float64 tensor; NaN on the CPU raises ValueError."""
     value = torch.as_tensor(log_snr, dtype=torch.float64)

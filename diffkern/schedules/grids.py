@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffkern.checks import unknown
 from diffkern.schedules.base import Schedule
 from diffkern.schedules.discrete import DiscreteSchedule
 from diffkern.schedules.exploding import EDMSchedule
@@ -85,7 +86,7 @@ LEVELS: dict[str, Callable[..., Tensor]] = {
 def check_spacing(spacing: str) -> str:
     """``spacing`` if it is known; raises ValueError with the known ones."""
     if spacing not in SPACINGS and spacing not in LEVELS:
-        raise ValueError(f"spacing must be one of {', '.join([*SPACINGS, *LEVELS])}, got {spacing!r}")
+        raise ValueError(unknown("spacing", spacing, [*SPACINGS, *LEVELS]))
     return spacing
 
 

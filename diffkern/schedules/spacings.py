@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from diffkern.checks import unknown
+
 SHIFTS = ("exponential", "linear")
 
 
@@ -114,7 +116,7 @@ def shifted(sigmas: Tensor, shift: float) -> Tensor:
 def dynamically_shifted(sigmas: Tensor, mu: float, kind: str = "exponential") -> Tensor:
     """`shifted` by s = e^mu ("exponential") or s = mu ("linear"): s/(s + 1/sigma - 1); see `resolution_mu`."""
     if kind not in SHIFTS:
-        raise ValueError(f"kind must be one of {', '.join(SHIFTS)}, got {kind!r}")
+        raise ValueError(unknown("kind", kind, SHIFTS))
     if not math.isfinite(mu) or (kind == "linear" and mu <= 0):
         raise ValueError(f"mu must be {'positive' if kind == 'linear' else 'finite'}, got {mu}")
     return shifted(sigmas, math.exp(mu) if kind == "exponential" else mu)

@@ -8,6 +8,8 @@ from itertools import pairwise
 
 from torch import Tensor
 
+from diffkern.checks import unknown
+
 SPACINGS = ("leading", "trailing", "linspace")
 Numbers = Sequence[float] | Tensor
 """Times or noise levels as a caller may give them."""
@@ -31,7 +33,7 @@ def spaced_timesteps(T: int, steps: int, spacing: str = "leading", offset: int =
     elif spacing == "linspace":
         times = [round(t) + offset for t in linspace(T, steps)]
     else:
-        raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}")
+        raise ValueError(unknown("spacing", spacing, SPACINGS))
     return check_timesteps(T, times)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from diffkern.checks import unknown
 from diffkern.draws import PROJECTIONS, draw_seeds, projections
 from diffkern.ops import Seeds, as_seeds
 from diffkern.simulate._process import ODE, shaped
@@ -39,11 +40,11 @@ def _derivative(value: Tensor, x: Tensor) -> Tensor:
 def drawn_directions(x: Tensor, divergence: str, probes: int, probe: str, seeds: Seeds | None) -> list[Tensor] | None:
     """Directions of `probe` for Hutchinson's estimate, float64 [B, D] each; None for the exact divergence."""
     if divergence not in DIVERGENCES:
-        raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {divergence!r}")
+        raise ValueError(unknown("divergence", divergence, DIVERGENCES))
     if isinstance(probes, bool) or not isinstance(probes, int) or probes < 1:
         raise ValueError(f"probes must be an integer of at least 1, got {probes!r}")
     if probe not in PROJECTIONS:
-        raise ValueError(f"probe must be one of {', '.join(PROJECTIONS)}, got {probe!r}")
+        raise ValueError(unknown("probe", probe, PROJECTIONS))
     if seeds is not None:
         seeds = as_seeds(seeds, len(x), x.device)
     if divergence == "exact":

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from diffkern import tableaus
-from diffkern.checks import unwrapped
+from diffkern.checks import unknown, unwrapped
 from diffkern.ops import Seeds
 from diffkern.plan import Plan
 from diffkern.schedules.base import Schedule
@@ -250,7 +250,7 @@ def _check_schedule(schedule: object) -> None:
 
 def _check_solver(solver: str, steps: int | None, rtol: float, atol: float) -> None:
     if solver not in SOLVERS:
-        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
+        raise ValueError(unknown("solver", solver, SOLVERS))
     if solver == "rk45":
         if steps is not None:
             raise ValueError(f"steps must not be given to rk45, which chooses its own, got {steps!r}")

@@ -182,8 +182,10 @@ def test_bad_models_and_states():
         ValueError, match=r"model must return a tensor of shape \[6, 2, 5, 4\], got shape \[3, 2, 5, 4\] at row 0"
     ):
         sample(lambda x, t, c: x[:3], X, DDIM, cond=C, uncond=C, guidance=2.0)
-    with pytest.raises(ValueError, match=r"model must return a tensor of shape \[3, 2, 5, 4\], got tuple at row 0"):
-        sample(lambda x, t: (x,), X, DDIM)
+    with pytest.raises(
+        ValueError, match=r"model must return a tensor of shape \[3, 2, 5, 4\], got tuple of 2.* at row 0"
+    ):
+        sample(lambda x, t: (x, x), X, DDIM)
     with pytest.raises(
         ValueError, match=r"x must be a floating point tensor \[B, \.\.\.\], got torch\.int64 of shape \[3, 2, 5, 4\]"
     ):
