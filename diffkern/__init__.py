@@ -40,7 +40,7 @@ Names that the eye confuses:
   a tensor. `flow` is that of flow matching, `path` that of any two functions alpha(t) and beta(t).
 - `objectives.flow_matching` is the loss on a `flow` or a `path`, `compat.flow_matching` the library of that name.
 - `seeds` are those of a job's samples, from one integer; `draw_seeds` draws those of a training step from torch.
-- `bits_per_dim` is the variational bound's; that of an exact density is `simulate.likelihood.bits_per_dim`.
+- `bits_per_dim` is the variational bound; `simulate.likelihood.nats_to_bits_per_dim` is the unit of an exact density.
 """
 
 from importlib import import_module

@@ -20,7 +20,7 @@ beta_tilde_0 is 0; where its logarithm is needed, beta_tilde_1 stands for it, as
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -30,6 +30,7 @@ from torch import Tensor
 from diffkern import ops, streams
 from diffkern.checks import unwrapped
 from diffkern.ops import HALF_BIN, VARIATIONAL_COLUMNS, Seeds
+from diffkern.progress import progress_bar
 from diffkern.schedules import predictions
 from diffkern.schedules.discrete import DiscreteSchedule
 
@@ -268,19 +269,20 @@ def bits_per_dim(
     seeds: Seeds,
     variance: Variance = "beta_tilde",
     clip: float = 1.0,
-    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+    progress: bool | str = False,
     **model_kwargs: object,
 ) -> BitsPerDim:
     """The whole bound of each sample: T calls ``model(x_t, t, **model_kwargs)``, t int64 [B], each with fresh noise.
 
     x0 [B, C, ...] in [-1, 1]; the noise of step t is that of the sample's seed on stream TRAINING + t, so a result does
-    not depend on the batch. `progress` wraps the loop over t (``tqdm.tqdm``). `clip` bounds the predicted x0 (inf: not
+    not depend on the batch. `progress`: a bar over t, or its label. `clip` bounds the predicted x0 (inf: not
     at all), as samplers do. arXiv 2006.11239, eq. 5; arXiv 2102.09672; lectures 000, 001, 002.
     """
     table = _table(schedule, prediction, variance, clip, 1.0, 1.0, True, x0.device)
     terms, errors = [], []
     seeds = ops.as_seeds(seeds, len(x0), x0.device)
-    for t in progress(range(schedule.T)):
+    bar = progress_bar(progress, "bits_per_dim", schedule.T)
+    for t in range(schedule.T):
         index, stream = torch.full((len(x0),), t, dtype=torch.int64, device=x0.device), streams.TRAINING + t
         x_t = ops.noising(x0, schedule.table(prediction, x0.device), index, seeds=seeds, stream=stream)[0]
         pred = unwrapped(model(x_t, index, **model_kwargs))
@@ -288,5 +290,9 @@ def bits_per_dim(
         means = ops.variational(pred, x0, table, index, seeds=seeds, stream=stream, reduction="none")[1].double()
         errors.append(means[:, 0])
         terms.append(means[:, 1])
+        if bar is not None:
+            bar.update()
+    if bar is not None:
+        bar.close()
     prior, bounds = prior_bits(x0, schedule), torch.stack(terms, dim=1)
     return BitsPerDim(prior + bounds.sum(1), prior, bounds, torch.stack(errors, dim=1))

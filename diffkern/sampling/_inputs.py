@@ -12,6 +12,7 @@ from diffkern import ops
 from diffkern.checks import got, meant, need_model, need_tensor
 from diffkern.draws import draw_seeds
 from diffkern.plan import Plan
+from diffkern.progress import progress_bar as progress_bar
 from diffkern.schedules.base import Schedule
 
 if TYPE_CHECKING:
@@ -88,12 +89,3 @@ def next_noise(noises: Iterator[Tensor], row: int, x: Tensor) -> Tensor:
         found = f"{z.dtype} of shape {list(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
         raise ValueError(f"noise must be tensors like x, {x.dtype} of shape {list(x.shape)}, got {found} for row {row}")
     return z
-
-
-def progress_bar(progress: bool | str, name: str, steps: int) -> Any:
-    """tqdm's bar over the steps, labelled with a string given or else the sampler's name; None for False."""
-    if progress is False:
-        return None
-    from tqdm.auto import tqdm
-
-    return tqdm(total=steps, desc=progress if isinstance(progress, str) else name, unit="step")

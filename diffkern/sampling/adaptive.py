@@ -23,6 +23,7 @@ from torch import Tensor
 
 from diffkern import ops
 from diffkern.checks import need_model, need_tensor
+from diffkern.progress import progress_bar
 from diffkern.samplers.arguments import choice
 from diffkern.samplers.nodes import Coordinates, coordinates
 from diffkern.sampling._dormand_prince import Solver, in_tolerances
@@ -134,7 +135,7 @@ def rk45(
     solver.start(control.u)
     control.h = _first_steps(solver, control, first_step)
     states, times = [x], [control.at() * wide]
-    bar = _progress_bar(progress, abs(end - begin))
+    bar = progress_bar(progress, "rk45", abs(end - begin), bar_format="{l_bar}{bar}|")
     rounds = 0
     try:
         while not all(control.done):
@@ -327,11 +328,3 @@ def _check(x: Tensor, rtol: float, atol: float, first_step: float | None, max_st
         raise ValueError(f"first_step must be positive, got {first_step}")
     if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
         raise ValueError(f"max_steps must be an integer of at least 1, got {max_steps!r}")
-
-
-def _progress_bar(progress: bool | str, length: float) -> Any:
-    if progress is False:
-        return None
-    from tqdm.auto import tqdm
-
-    return tqdm(total=length, desc=progress if isinstance(progress, str) else "rk45", bar_format="{l_bar}{bar}|")

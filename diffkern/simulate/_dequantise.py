@@ -17,8 +17,8 @@ def dequantise(
     """Integers 0..levels-1 with uniform noise, scaled to [-1, 1]: 2 (images + u)/levels - 1, u in (0, 1), [B, ...].
 
     E[-ln p(images + u)] bounds -ln P(images) from above (arXiv 1511.01844). u by address: Phi of the normal of the
-    element on stream DEQUANTISATION; of torch's generator without `seeds`. `bits_per_dim` has the offset that belongs
-    to it.
+    element on stream DEQUANTISATION; of torch's generator without `seeds`. `nats_to_bits_per_dim` has the offset
+    that belongs to it.
     """
     if images.dtype not in (torch.uint8, torch.int16, torch.int32, torch.int64) or images.ndim == 0:
         raise ValueError(f"images must be integers [B, ...], got {images.dtype} of shape {list(images.shape)}")
@@ -35,7 +35,7 @@ def dequantise(
     return (2.0 * (images + u) / levels - 1.0).to(dtype)
 
 
-def bits_per_dim(nats: Tensor, dims: int, *, levels: int = 256, low: float = -1.0, high: float = 1.0) -> Tensor:
+def nats_to_bits_per_dim(nats: Tensor, dims: int, *, levels: int = 256, low: float = -1.0, high: float = 1.0) -> Tensor:
     """-nats/(dims ln 2) + log2(levels/(high - low)): bits a dimension of integers 0..levels-1 scaled to [low, high].
 
     `dims` is the number of elements a sample. The offset is ln of the bins' width: 7 bits for 256 levels on [-1, 1], 8

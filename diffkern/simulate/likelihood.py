@@ -1,7 +1,7 @@
 """Exact log-likelihoods through the probability-flow ODE of any schedule, or the ODE of any velocity.
 
     found = log_likelihood(network, x, diffkern.vp(), "eps", seeds=seeds)       # x [B, ...], found.nats [B]
-    bits = bits_per_dim(found.nats, x[0].numel())                               # x = dequantise(images, seeds=seeds)
+    bits = nats_to_bits_per_dim(found.nats, x[0].numel())                      # x = dequantise(images, seeds=seeds)
 
 Along dx/dt = u_t(x) a density changes by its divergence (arXiv 1806.07366, 2011.13456 appendix D; lecture 001):
 
@@ -45,11 +45,11 @@ from diffkern.plan import Plan
 from diffkern.schedules.base import Schedule
 from diffkern.schedules.discrete import DiscreteSchedule
 from diffkern.simulate._adaptive import dormand_prince
-from diffkern.simulate._dequantise import bits_per_dim, dequantise
+from diffkern.simulate._dequantise import dequantise, nats_to_bits_per_dim
 from diffkern.simulate._divergence import drawn_directions, given_directions, pairwise_sum, with_divergence
 from diffkern.simulate._process import ODE, SDE, VectorField, column, from_model
 
-__all__ = ["LogLikelihood", "bits_per_dim", "dequantise", "log_likelihood", "ode_log_likelihood"]
+__all__ = ["LogLikelihood", "dequantise", "log_likelihood", "nats_to_bits_per_dim", "ode_log_likelihood"]
 
 FIXED = {
     "euler": tableaus.EULER,

@@ -177,3 +177,18 @@ def test_bad_input() -> None:
     check_sentence(
         lambda: variational.variational_table(flat), r"beta_tilde must be positive at every t .* got 0 at t = 2"
     )
+
+
+def test_progress_is_a_bar_a_label_or_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    x0, seeds = torch.zeros(1, 2), ops.seeds(0, 1)
+    schedule = schedules.linear(3)
+    plain = variational.bits_per_dim(lambda x, t: x, x0, schedule, seeds=seeds)
+    assert capsys.readouterr().err == ""
+    for progress, label in ((True, "bits_per_dim"), ("the bound", "the bound")):
+        found = variational.bits_per_dim(lambda x, t: x, x0, schedule, seeds=seeds, progress=progress)
+        assert torch.equal(found.total, plain.total)
+        shown = capsys.readouterr().err
+        assert label in shown
+        assert "3/3" in shown
+    with pytest.raises(ValueError, match="progress must be True, False or the label of a bar, got builtin"):
+        variational.bits_per_dim(lambda x, t: x, x0, schedule, seeds=seeds, progress=iter)  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ import diffkern
 from diffkern import ops, schedules
 from diffkern.schedules.predictions import PREDICTIONS
 from diffkern.simulate import BrownianMotion, VectorField
-from diffkern.simulate.likelihood import FIXED, bits_per_dim, dequantise, log_likelihood, ode_log_likelihood
+from diffkern.simulate.likelihood import FIXED, dequantise, log_likelihood, nats_to_bits_per_dim, ode_log_likelihood
 
 DATA, MIXTURE = Gaussian(0.4, 0.6), Mixture()
 X = torch.tensor([[-1.0, 0.3], [0.2, 0.9], [2.0, -0.4]], dtype=torch.float64)
@@ -262,10 +262,10 @@ def test_bits_per_dim_and_their_offset():
     """A uniform density over [-1, 1]^D is log2 256 = 8 bits a dimension; over [0, 1]^D as well."""
     for low, high in ((-1.0, 1.0), (0.0, 1.0)):
         nats = torch.tensor([-12 * math.log(high - low)], dtype=torch.float64)
-        assert float(bits_per_dim(nats, 12, low=low, high=high)) == pytest.approx(8.0)
-    assert float(bits_per_dim(torch.zeros(1), 5)) == 7.0
-    assert float(bits_per_dim(torch.zeros(1), 5, low=0.0)) == 8.0
-    assert float(bits_per_dim(torch.zeros(1), 5, levels=2)) == 0.0
+        assert float(nats_to_bits_per_dim(nats, 12, low=low, high=high)) == pytest.approx(8.0)
+    assert float(nats_to_bits_per_dim(torch.zeros(1), 5)) == 7.0
+    assert float(nats_to_bits_per_dim(torch.zeros(1), 5, low=0.0)) == 8.0
+    assert float(nats_to_bits_per_dim(torch.zeros(1), 5, levels=2)) == 0.0
 
 
 def test_dequantised_integers_stay_in_their_bins():
@@ -287,7 +287,7 @@ def test_dequantised_bits_bound_those_of_the_integers():
     """Gaussian of integers: E[bits of images + u] is at least -log2 of the bins' masses, and close for wide ones."""
     images = torch.randint(100, 156, (200, 6), generator=torch.Generator().manual_seed(0))
     x = dequantise(images, seeds=ops.seeds(0, 200), dtype=torch.float64)
-    bits = float(bits_per_dim(normal(x, 0.0, 0.2), 6).mean())
+    bits = float(nats_to_bits_per_dim(normal(x, 0.0, 0.2), 6).mean())
     edge = lambda v: 0.5 * torch.erfc(-(2 * v / 256 - 1) / 0.2 / math.sqrt(2))  # noqa: E731
     mass = edge(images.double() + 1) - edge(images.double())
     assert float(-mass.log2().mean()) == pytest.approx(bits, abs=0.01)
@@ -359,8 +359,8 @@ BAD = [
         lambda: dequantise(torch.zeros(2, 2, dtype=torch.int64), levels=1),
         "levels must be an integer of at least 2, got 1",
     ),
-    (lambda: bits_per_dim(X, 0), "dims must be an integer of at least 1, got 0"),
-    (lambda: bits_per_dim(X, 3, low=1.0), "low and high must be finite, low < high, got 1.0 and 1.0"),
+    (lambda: nats_to_bits_per_dim(X, 0), "dims must be an integer of at least 1, got 0"),
+    (lambda: nats_to_bits_per_dim(X, 3, low=1.0), "low and high must be finite, low < high, got 1.0 and 1.0"),
 ]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffkern.compat.score_sde import _ode
 from diffkern.compat.score_sde.models import from_flattened_numpy, get_score_fn, to_flattened_numpy
-from diffkern.simulate.likelihood import bits_per_dim, log_likelihood
+from diffkern.simulate.likelihood import log_likelihood, nats_to_bits_per_dim
 
 __all__ = ["get_div_fn", "get_likelihood_fn"]
 
@@ -76,7 +76,7 @@ def get_likelihood_fn(
             nats = nats + excess * (ends[1] - ends[0])
         else:
             nats, latent, calls = _scipy(sde, score_fn, data, probe, (eps, sde.T), rtol, atol, method)
-        bits = bits_per_dim(nats, data[0].numel()) - inverse_scaler(-1.0)
+        bits = nats_to_bits_per_dim(nats, data[0].numel()) - inverse_scaler(-1.0)
         return bits.to(data.dtype), latent.to(data.dtype), calls
 
     return likelihood_fn
