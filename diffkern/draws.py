@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from diffkern import ops, streams
 from diffkern.checks import unknown
+from diffkern.names import Projection
 
 __all__ = ["PROJECTIONS", "draw_seeds", "projections", "uniform_by_address"]
 
-PROJECTIONS = ("rademacher", "gaussian")
+PROJECTIONS = get_args(Projection)
 
 
 def draw_seeds(n: int, generator: torch.Generator | None = None, device: torch.device | str | None = None) -> Tensor:
@@ -31,7 +33,7 @@ def projections(
     shape: torch.Size | tuple[int, ...],
     seeds: ops.Seeds,
     k: int = 0,
-    kind: str = "rademacher",
+    kind: Projection = "rademacher",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The k-th random direction of each sample, [B, ...] with E[v v^T] = I, by address (stream HUTCHINSON + k).

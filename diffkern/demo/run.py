@@ -20,6 +20,7 @@ from diffkern.demo.generate import class_rows, generate, make_plan
 from diffkern.demo.train import TrainConfig, train
 from diffkern.nn import UNet
 from diffkern.plan import Plan
+from diffkern.schedules.predictions import check_prediction
 
 RUNS = (("ddpm", 250), ("ddim", 50), ("ddim", 10), ("euler", 30), ("heun", 15))
 """Samplers of the demo with their steps."""
@@ -112,7 +113,7 @@ def run_demo(config: DemoConfig | None = None) -> list[Line]:
         schedule,
         recipe.unet,
         config.train,
-        prediction=recipe.prediction,
+        prediction=check_prediction(recipe.prediction),
         device=config.device,
         progress=config.progress,
     )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from diffkern.demo import need
 from diffkern.demo.data import Digits
+from diffkern.names import Prediction
 from diffkern.nn import UNet, UNetConfig
 from diffkern.objectives import losses
 from diffkern.schedules.discrete import DiscreteSchedule
@@ -80,7 +81,7 @@ def train(
     unet: UNetConfig | None = None,
     config: TrainConfig | None = None,
     *,
-    prediction: str = "eps",
+    prediction: Prediction = "eps",
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> Trained:

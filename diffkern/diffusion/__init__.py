@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from diffkern.checks import unwrapped
 from diffkern.diffusion import _files, _fit, _plans
 from diffkern.draws import draw_seeds
+from diffkern.names import Prediction, Reduction
 from diffkern.objectives.losses import drop_condition, simple_loss
 from diffkern.objectives.time_sampling import TimeSampler, get_time_sampler
 from diffkern.objectives.weightings import Weighting, get_weighting
@@ -68,10 +69,10 @@ class Diffusion(nn.Module):
         self,
         model: nn.Module,
         schedule: Schedule,
-        prediction: str | None = None,
+        prediction: Prediction | None = None,
         *,
         weight: Weight | None = None,
-        target: str | None = None,
+        target: Prediction | None = None,
         times: str | TimeSampler | None = None,
         drop: float = 0.0,
         null: float | Tensor | None = None,
@@ -156,7 +157,7 @@ class Diffusion(nn.Module):
         cond: Any = None,
         seeds: Seeds | None = None,
         noise: Tensor | None = None,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         **model_kwargs: Any,
     ) -> Tensor:
         """The training loss of clean samples x0 [B, ...], about in [-1, 1]: `simple_loss` with all that this holds.

@@ -16,12 +16,13 @@ lectures 000 and 003, and for the diffusion paths from data to noise, where the 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
 from diffkern.checks import unknown
 from diffkern.draws import draw_seeds
+from diffkern.names import Coupling, Prediction, Reduction
 from diffkern.objectives._time_sampler import TimeSampler
 from diffkern.objectives.losses import Model, Weight, simple_loss
 from diffkern.objectives.marginals import log_joint, marginal_prediction
@@ -33,7 +34,7 @@ from diffkern.schedules.makers import flow
 
 __all__ = ["flow_matching_loss", "log_joint", "marginal_prediction", "ot_permutation", "ot_seeds"]
 
-COUPLINGS = ("independent", "ot")
+COUPLINGS = get_args(Coupling)
 
 
 def flow_matching_loss(
@@ -43,12 +44,12 @@ def flow_matching_loss(
     schedule: Schedule | None = None,
     *,
     times: str | TimeSampler = "uniform",
-    coupling: str = "independent",
-    target: str | None = None,
+    coupling: Coupling = "independent",
+    target: Prediction | None = None,
     weight: Weight | None = None,
     seeds: Seeds | None = None,
     noise: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     **model_kwargs: Any,
 ) -> Tensor:
     """Conditional flow matching (Lipman et al. 2023, arXiv 2210.02747; lectures 000, 003).

@@ -23,6 +23,7 @@ from torch import Tensor
 from diffkern import ops, streams
 from diffkern.checks import need_model, need_tensor, unwrapped
 from diffkern.draws import draw_seeds
+from diffkern.names import Prediction, Reduction
 from diffkern.objectives._densities import LogNormal, Uniform
 from diffkern.objectives._weighting import WeightFunction, Weighting
 from diffkern.objectives.weightings import WEIGHTINGS, get_weighting
@@ -155,7 +156,7 @@ def noised(
     x0: Tensor,
     t: Time,
     schedule: Schedule,
-    prediction: str = "eps",
+    prediction: Prediction = "eps",
     *,
     seeds: Seeds | None = None,
     noise: Tensor | None = None,
@@ -180,14 +181,14 @@ def prediction_loss(
     x0: Tensor,
     t: Time,
     schedule: Schedule,
-    prediction: str = "eps",
+    prediction: Prediction = "eps",
     *,
-    target: str | None = None,
+    target: Prediction | None = None,
     weight: Weight | None = None,
     seeds: Seeds | None = None,
     noise: Tensor | None = None,
     stream: int = streams.TRAINING,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """weight_t mean (error)^2 of `pred`, with the eps that `noised` used at the same seeds and stream.
 
@@ -211,13 +212,13 @@ def simple_loss(
     x0: Tensor,
     t: Time,
     schedule: Schedule,
-    prediction: str = "eps",
+    prediction: Prediction = "eps",
     *,
-    target: str | None = None,
+    target: Prediction | None = None,
     weight: Weight | None = None,
     seeds: Seeds | None = None,
     noise: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     **model_kwargs: Any,
 ) -> Tensor:
     """L_simple: noise, call ``model(x_t, t, **model_kwargs)``, compare (arXiv 2006.11239; lecture 002, Algorithm 1).
@@ -261,7 +262,7 @@ def edm_loss(
     P_std: float = 1.2,
     seeds: Seeds | None = None,
     noise: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     **model_kwargs: Any,
 ) -> Tensor:
     """The loss of EDM (Karras et al. 2022, arXiv 2206.00364, eq. 8) for the raw network F.

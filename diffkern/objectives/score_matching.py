@@ -27,6 +27,7 @@ from torch import Tensor
 
 from diffkern.checks import unwrapped
 from diffkern.draws import draw_seeds, projections
+from diffkern.names import Projection, Reduction
 from diffkern.objectives._time_sampler import TimeSampler
 from diffkern.objectives.losses import Weight, simple_loss
 from diffkern.objectives.time_sampling import get_time_sampler
@@ -60,7 +61,7 @@ def denoising_score_matching_loss(
     weight: Weight = SIGMA_SQUARED,
     seeds: Seeds | None = None,
     noise: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     **model_kwargs: Any,
 ) -> Tensor:
     """lambda(t) mean |score(x_t, t) + eps/sigma_t|^2: the score of q(x_t given x0) is -eps/sigma (lectures 001, 003).
@@ -97,7 +98,7 @@ def ncsn_loss(
     weight: Weight = SIGMA_SQUARED,
     seeds: Seeds | None = None,
     noise: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     **model_kwargs: Any,
 ) -> Tensor:
     """Noise-conditional score matching (Song and Ermon 2019, arXiv 1907.05600, eq. 5 and 6; lecture 001).
@@ -131,7 +132,7 @@ def ncsn_loss(
 
 
 def implicit_score_matching_loss(
-    score: Score, x: Tensor, t: Tensor | None = None, *, reduction: str = "mean", **model_kwargs: Any
+    score: Score, x: Tensor, t: Tensor | None = None, *, reduction: Reduction = "mean", **model_kwargs: Any
 ) -> Tensor:
     """tr(ds/dx) + 1/2 |s|^2 with the exact trace, D backward passes for D elements a sample: for small D.
 
@@ -155,9 +156,9 @@ def sliced_score_matching_loss(
     *,
     n_projections: int = 1,
     variance_reduced: bool = True,
-    projection: str = "rademacher",
+    projection: Projection = "rademacher",
     seeds: Seeds | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     **model_kwargs: Any,
 ) -> Tensor:
     """v (ds/dx) v + 1/2 (v s)^2, or + 1/2 |s|^2 if `variance_reduced`, averaged over `n_projections` random v.

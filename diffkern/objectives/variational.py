@@ -29,6 +29,7 @@ from torch import Tensor
 
 from diffkern import ops, streams
 from diffkern.checks import unwrapped
+from diffkern.names import Prediction, Reduction
 from diffkern.ops import HALF_BIN, VARIATIONAL_COLUMNS, Seeds
 from diffkern.progress import progress_bar
 from diffkern.schedules import predictions
@@ -80,7 +81,7 @@ def learned_log_variance(w: Tensor, t: Tensor, schedule: DiscreteSchedule) -> Te
 
 def variational_table(
     schedule: DiscreteSchedule,
-    prediction: str = "eps",
+    prediction: Prediction = "eps",
     variance: Variance = "learned",
     *,
     clip: float = math.inf,
@@ -142,7 +143,7 @@ def _fraction(variance: Variance) -> float:
 @lru_cache(maxsize=64)
 def _table(
     schedule: DiscreteSchedule,
-    prediction: str,
+    prediction: Prediction,
     variance: Variance,
     clip: float,
     simple_weight: float,
@@ -180,13 +181,13 @@ def hybrid_loss(
     x0: Tensor,
     t: Tensor,
     schedule: DiscreteSchedule,
-    prediction: str = "eps",
+    prediction: Prediction = "eps",
     *,
     seeds: Seeds | None = None,
     noise: Tensor | None = None,
     stream: int = streams.TRAINING,
     vlb_weight: float = 1e-3,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """L_simple + vlb_weight T L_t for a network that puts out [B, 2C, ...] = (prediction, w), fused with its gradient.
 
@@ -206,13 +207,13 @@ def vlb_loss(
     x0: Tensor,
     t: Tensor,
     schedule: DiscreteSchedule,
-    prediction: str = "eps",
+    prediction: Prediction = "eps",
     *,
     variance: Variance = "learned",
     seeds: Seeds | None = None,
     noise: Tensor | None = None,
     stream: int = streams.TRAINING,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """T L_t in bits per dimension: for uniform t an unbiased estimate of L_vlb - L_T, differentiable in pred.
 
@@ -264,7 +265,7 @@ def bits_per_dim(
     model: Model,
     x0: Tensor,
     schedule: DiscreteSchedule,
-    prediction: str = "eps",
+    prediction: Prediction = "eps",
     *,
     seeds: Seeds,
     variance: Variance = "beta_tilde",

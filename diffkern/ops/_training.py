@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffkern.checks import unknown
+from diffkern.names import Reduction
 from diffkern.ops._common import (
     REDUCTIONS,
     as_dtype_of,
@@ -132,7 +133,7 @@ def loss(
     seeds: Seeds | None = None,
     stream: int = 0,
     noise: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """Weighted squared error against a target that is never stored; its gradient is made in the same pass.
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffkern._load import layout
 from diffkern.checks import unknown
+from diffkern.names import Reduction
 from diffkern.ops._common import (
     REDUCTIONS,
     check_on_device,
@@ -36,7 +37,7 @@ def variational(
     seeds: Seeds | None = None,
     stream: int = 0,
     noise: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> tuple[Tensor, Tensor]:
     """Squared error and variational bound of a network's mean and variance, and the gradient, in one pass.
 

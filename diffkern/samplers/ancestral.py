@@ -15,6 +15,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from diffkern import streams
+from diffkern.names import Prediction, Spacing
 from diffkern.plan import Plan, Row
 from diffkern.samplers._noise_path import clock
 from diffkern.samplers.arguments import bound, need_discrete, need_schedule, not_negative
@@ -33,9 +34,9 @@ def ddpm(
     steps: int | None = None,
     *,
     timesteps: Iterable[int] | None = None,
-    spacing: str = "leading",
+    spacing: Spacing = "leading",
     variance: str | float = "beta_tilde",
-    prediction: str = "eps",
+    prediction: Prediction = "eps",
     clip: float | None = None,
 ) -> Plan:
     """Ancestral sampling: x_s = mu~(x_t, x0) + sqrt(variance) z, no noise in the last step.
@@ -74,10 +75,10 @@ def ddim(
     steps: int | None = None,
     *,
     eta: float = 0.0,
-    prediction: str = "eps",
+    prediction: Prediction = "eps",
     clip: float | None = None,
     timesteps: Iterable[int] | None = None,
-    spacing: str = "leading",
+    spacing: Spacing = "leading",
     eps_from: str | None = None,
 ) -> Plan:
     """x_s = sqrt(abar_s) x0 + sqrt(1 - abar_s - sd^2) eps + sd z with sd = eta sqrt(beta_tilde).
@@ -166,10 +167,10 @@ def ddim_inversion(
     schedule: Schedule,
     steps: int | None = None,
     *,
-    prediction: str | None = None,
+    prediction: Prediction | None = None,
     sigmas: Numbers | None = None,
     timesteps: Numbers | None = None,
-    spacing: str | None = None,
+    spacing: Spacing | None = None,
 ) -> Plan:
     """From data to noise along the probability flow: `ddim`'s steps, each solved for the state it started from.
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypedDict
 
 from diffkern import streams
+from diffkern.names import Prediction, Spacing
 from diffkern.plan import Plan, Row
 from diffkern.samplers.arguments import bound, need_schedule, not_negative
 from diffkern.schedules import predictions
@@ -148,10 +149,10 @@ def coordinates(schedule: Schedule, prediction: str | None, clip: float | None) 
 class GridOptions(TypedDict, total=False):
     """Arguments of every sampler that makes its points by `grid`, which has their defaults; `euler` explains them."""
 
-    prediction: str | None
+    prediction: Prediction | None
     sigmas: Numbers | None
     timesteps: Numbers | None
-    spacing: str
+    spacing: Spacing
     clip: float | None
 
 
@@ -159,10 +160,10 @@ def grid(
     sampler: str,
     schedule: Schedule,
     steps: int | None,
-    prediction: str | None = None,
+    prediction: Prediction | None = None,
     sigmas: Numbers | None = None,
     timesteps: Numbers | None = None,
-    spacing: str = "linspace",
+    spacing: Spacing = "linspace",
     clip: float | None = None,
 ) -> tuple[Coordinates, list[Node], Node]:
     """The points where the model is called, from noise to data, and the point where the sampler ends."""

@@ -6,6 +6,7 @@ import itertools
 import math
 
 from diffkern import streams
+from diffkern.names import Prediction, Spacing
 from diffkern.plan import Plan, Row
 from diffkern.samplers.arguments import need_schedule, not_negative
 from diffkern.samplers.nodes import Node, chain, ends_on_x0, grid, native_scale, row
@@ -23,10 +24,10 @@ def repaint(
     jump_n_sample: int = 10,
     *,
     eta: float = 1.0,
-    prediction: str | None = None,
+    prediction: Prediction | None = None,
     sigmas: Numbers | None = None,
     timesteps: Numbers | None = None,
-    spacing: str | None = None,
+    spacing: Spacing | None = None,
     clip: float | None = None,
 ) -> Plan:
     """RePaint (arXiv 2201.09865): every ``jump_length`` steps back up by as many levels, ``jump_n_sample`` - 1 times.

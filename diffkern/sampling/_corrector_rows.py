@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from typing import NamedTuple
 
+from diffkern.names import Prediction, Predictor, Spacing
 from diffkern.plan import Plan, Row
 from diffkern.samplers.arguments import choice, need_schedule
 from diffkern.samplers.nodes import Node, call_times, time_grid
@@ -39,15 +40,15 @@ def rows_of(
     steps: int | None,
     *,
     corrector: str,
-    predictor: str = "reverse_diffusion",
+    predictor: Predictor = "reverse_diffusion",
     corrector_steps: int = 1,
     snr: float = 0.16,
     variance: str | None = None,
     dt: float | None = None,
     denoise: bool = True,
-    prediction: str | None = None,
+    prediction: Prediction | None = None,
     timesteps: Numbers | None = None,
-    spacing: str = "linspace",
+    spacing: Spacing = "linspace",
 ) -> tuple[Plan, dict[int, Score]]:
     """All rows, and what the langevin rows still need."""
     need_schedule(schedule)

@@ -32,6 +32,7 @@ from typing_extensions import Unpack
 
 from diffkern import ops
 from diffkern.checks import need_model, need_tensor, returned
+from diffkern.names import Corrector, Norm
 from diffkern.ops import Seeds
 from diffkern.plan import COLUMNS, Plan
 from diffkern.samplers.arguments import choice
@@ -77,8 +78,8 @@ def predictor_corrector(
     schedule: Schedule,
     steps: int | None = None,
     *,
-    corrector: str = "langevin",
-    norm: str = "sample",
+    corrector: Corrector = "langevin",
+    norm: Norm = "sample",
     seeds: Seeds | None = None,
     cond: Any = None,
     noise: Iterable[Tensor] | None = None,
@@ -145,7 +146,7 @@ def predictor_corrector(
 
 @shows_arguments_of(rows_of)
 def pc_plan(
-    schedule: Schedule, steps: int | None = None, *, corrector: str = "ald", **options: Unpack[RowOptions]
+    schedule: Schedule, steps: int | None = None, *, corrector: Corrector = "ald", **options: Unpack[RowOptions]
 ) -> Plan:
     """`predictor_corrector` as a `Plan` for `sample`: correctors ald and none, whose coefficients are known before.
 

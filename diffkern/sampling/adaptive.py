@@ -23,6 +23,7 @@ from torch import Tensor
 
 from diffkern import ops
 from diffkern.checks import need_model, need_tensor
+from diffkern.names import Norm, Prediction
 from diffkern.progress import progress_bar
 from diffkern.samplers.arguments import choice
 from diffkern.samplers.nodes import Coordinates, coordinates
@@ -74,11 +75,11 @@ def rk45(
     *,
     rtol: float = 1e-5,
     atol: float = 1e-5,
-    prediction: str | None = None,
+    prediction: Prediction | None = None,
     span: tuple[float, float] | None = None,
     denoise: bool = True,
     clip: float | None = None,
-    norm: str = "sample",
+    norm: Norm = "sample",
     first_step: float | None = None,
     max_steps: int = 1000,
     cond: Any = None,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
+from diffkern.names import Corrector, Norm, Prediction, Predictor, Spacing
 from diffkern.ops import Seeds
 
 if TYPE_CHECKING:
@@ -71,19 +72,19 @@ class SampleOptions(LoopOptions, total=False):
 class RowOptions(TypedDict, total=False):
     """Arguments that the rows of `predictor_corrector` and `pc_plan` are made of."""
 
-    predictor: str
+    predictor: Predictor
     corrector_steps: int
     snr: float
     variance: str | None
     dt: float | None
     denoise: bool
-    prediction: str | None
+    prediction: Prediction | None
     timesteps: Numbers | None
-    spacing: str
+    spacing: Spacing
 
 
 class PredictorCorrectorOptions(RowOptions, LoopOptions, total=False):
     """Arguments of `predictor_corrector` on which the kind of its result does not depend."""
 
-    corrector: str
-    norm: str
+    corrector: Corrector
+    norm: Norm

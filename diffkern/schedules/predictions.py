@@ -19,12 +19,13 @@ so one 2x2 system, with determinant alpha v - sigma u, turns any prediction into
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
 
 from diffkern.checks import unknown
+from diffkern.names import Prediction
 
 if TYPE_CHECKING:
     from diffkern.schedules.base import Schedule, Time
@@ -32,14 +33,14 @@ if TYPE_CHECKING:
 
 Number = TypeVar("Number", float, Tensor)
 
-PREDICTIONS = ("eps", "x0", "v", "score", "velocity", "mu", "edm")
+PREDICTIONS = get_args(Prediction)
 
 
-def check_prediction(prediction: str) -> str:
+def check_prediction(prediction: str) -> Prediction:
     """Return ``prediction`` if it is known, else raise ValueError with the known ones."""
     if prediction not in PREDICTIONS:
         raise ValueError(unknown("prediction", prediction, PREDICTIONS))
-    return prediction
+    return cast(Prediction, prediction)
 
 
 def target_coefficients(schedule: Schedule, prediction: str, t: Time) -> tuple[Tensor, Tensor]:
@@ -107,7 +108,7 @@ def between(schedule: Schedule, source: str, target: str, t: Time) -> tuple[Tens
     return (u2 * v - v2 * u) / det + 0.0, (alpha * v2 - sigma * u2) / det + 0.0
 
 
-def convert(m: Tensor, x: Tensor, t: Time, schedule: Schedule, source: str, target: str) -> Tensor:
+def convert(m: Tensor, x: Tensor, t: Time, schedule: Schedule, source: Prediction, target: Prediction) -> Tensor:
     """Turn the model output ``m``, a ``source`` prediction at the noisy ``x`` and time ``t``, into a ``target`` one.
 
     ``m`` and ``x`` have one shape [B, ...]; ``t`` is a number or a tensor [B] (one time a sample). The result has the

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from diffkern.checks import unknown
 from diffkern.draws import PROJECTIONS, draw_seeds, projections
+from diffkern.names import Divergence, Projection
 from diffkern.ops import Seeds, as_seeds
 from diffkern.simulate._process import ODE, shaped
 
-DIVERGENCES = ("exact", "hutchinson")
+DIVERGENCES = get_args(Divergence)
 
 
 def with_divergence(ode: ODE, x: Tensor, t: Tensor, directions: Sequence[Tensor] | None) -> tuple[Tensor, Tensor]:
@@ -37,7 +39,9 @@ def _derivative(value: Tensor, x: Tensor) -> Tensor:
     return torch.zeros_like(x).flatten(1) if gradient is None else gradient.flatten(1)
 
 
-def drawn_directions(x: Tensor, divergence: str, probes: int, probe: str, seeds: Seeds | None) -> list[Tensor] | None:
+def drawn_directions(
+    x: Tensor, divergence: Divergence, probes: int, probe: Projection, seeds: Seeds | None
+) -> list[Tensor] | None:
     """Directions of `probe` for Hutchinson's estimate, float64 [B, D] each; None for the exact divergence."""
     if divergence not in DIVERGENCES:
         raise ValueError(unknown("divergence", divergence, DIVERGENCES))
@@ -53,7 +57,9 @@ def drawn_directions(x: Tensor, divergence: str, probes: int, probe: str, seeds:
     return [projections(x.shape, seeds, k, probe, torch.float64).flatten(1) for k in range(probes)]
 
 
-def given_directions(x: Tensor, divergence: str, seeds: Seeds | None, directions: Sequence[Tensor]) -> list[Tensor]:
+def given_directions(
+    x: Tensor, divergence: Divergence, seeds: Seeds | None, directions: Sequence[Tensor]
+) -> list[Tensor]:
     """The caller's directions, checked, float64 [B, D] each."""
     if divergence != "hutchinson":
         raise ValueError(f"directions belong to the divergence 'hutchinson', got them for {divergence!r}")

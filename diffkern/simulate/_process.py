@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffkern.checks import unwrapped
+from diffkern.names import Prediction
 from diffkern.schedules import predictions
 from diffkern.schedules.base import Schedule
 
@@ -72,7 +73,11 @@ def column(value: Tensor, x: Tensor) -> Tensor:
 
 
 def from_model(
-    model: Callable[..., Tensor], schedule: Schedule, prediction: str, target: str = "score", **model_kwargs: Any
+    model: Callable[..., Tensor],
+    schedule: Schedule,
+    prediction: Prediction,
+    target: Prediction = "score",
+    **model_kwargs: Any,
 ) -> Field:
     """The function (x, t) -> `target` ("score", "velocity", ...) of a network that was trained for `prediction`.
 

@@ -40,10 +40,12 @@ from torch import Tensor
 
 from diffkern import tableaus
 from diffkern.checks import unknown, unwrapped
+from diffkern.names import Divergence, Prediction, Projection, Solver
 from diffkern.ops import Seeds
 from diffkern.plan import Plan
 from diffkern.schedules.base import Schedule
 from diffkern.schedules.discrete import DiscreteSchedule
+from diffkern.schedules.predictions import check_prediction
 from diffkern.simulate._adaptive import dormand_prince
 from diffkern.simulate._dequantise import dequantise, nats_to_bits_per_dim
 from diffkern.simulate._divergence import drawn_directions, given_directions, pairwise_sum, with_divergence
@@ -78,15 +80,15 @@ def log_likelihood(
     model: Callable[..., Tensor],
     x: Tensor,
     schedule: Schedule,
-    prediction: str | None = None,
+    prediction: Prediction | None = None,
     *,
-    solver: str = "rk45",
+    solver: Solver = "rk45",
     steps: int | None = None,
     rtol: float = 1e-6,
     atol: float = 1e-6,
-    divergence: str = "hutchinson",
+    divergence: Divergence = "hutchinson",
     probes: int = 1,
-    probe: str = "rademacher",
+    probe: Projection = "rademacher",
     seeds: Seeds | None = None,
     directions: Sequence[Tensor] | None = None,
     t_data: float | None = None,
@@ -104,7 +106,7 @@ def log_likelihood(
     at `t_noise`. Everything else: the module's docstring.
     """
     _check_schedule(schedule)
-    prediction = schedule.default_prediction if prediction is None else prediction
+    prediction = check_prediction(schedule.default_prediction if prediction is None else prediction)
     _check_x(x)
     low, high = schedule.time_range
     ends = (low, high) if schedule.direction > 0 else (high, low)
@@ -157,13 +159,13 @@ def ode_log_likelihood(
     t_noise: float,
     prior: Prior,
     *,
-    solver: str = "rk45",
+    solver: Solver = "rk45",
     steps: int | None = None,
     rtol: float = 1e-6,
     atol: float = 1e-6,
-    divergence: str = "hutchinson",
+    divergence: Divergence = "hutchinson",
     probes: int = 1,
-    probe: str = "rademacher",
+    probe: Projection = "rademacher",
     seeds: Seeds | None = None,
     directions: Sequence[Tensor] | None = None,
 ) -> LogLikelihood:
