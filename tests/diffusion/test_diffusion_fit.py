@@ -58,7 +58,7 @@ def refused(call: Callable[[], Any], sentence: str) -> None:
         (lambda: V.sample(SHAPE, x=torch.zeros(3, 3)), r"x must have the shape \[2, 3\]"),
         (lambda: V.sample(SHAPE, start=2), "x0 must be given to start in the middle"),
         (lambda: V.sample(SHAPE, cond=torch.zeros(2), guidance=2.0), "guidance needs .* uncond or Diffusion"),
-        (lambda: V.loss(np.zeros(SHAPE)), "x0 must be a tensor .* got ndarray: torch.as_tensor makes one"),
+        (lambda: V.loss(np.zeros(SHAPE)), "x0 must be a tensor .* got ndarray: torch.as_tensor"),
         (lambda: V.loss(torch.zeros(SHAPE, dtype=torch.uint8)), r"got torch.uint8: scale .* x0 / 127.5 - 1"),
         (lambda: V.loss(torch.zeros(SHAPE), seeds=1.5), "seeds must be an integer"),
     ],
