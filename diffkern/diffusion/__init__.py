@@ -12,8 +12,7 @@ schedule, prediction and network, so that none of the three can be forgotten or 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -23,8 +22,9 @@ from diffkern.checks import unwrapped
 from diffkern.diffusion import _files, _fit, _plans
 from diffkern.draws import draw_seeds
 from diffkern.names import Prediction, Reduction
-from diffkern.objectives.losses import drop_condition, simple_loss
+from diffkern.objectives.losses import drop_condition, noised, simple_loss
 from diffkern.objectives.time_sampling import TimeSampler, get_time_sampler
+from diffkern.objectives.variational import hybrid_loss
 from diffkern.objectives.weightings import Weighting, get_weighting
 from diffkern.ops import Seeds, as_seeds
 from diffkern.plan import Plan
@@ -58,6 +58,8 @@ class Diffusion(nn.Module):
     - ``time_scale``: the network is given ``time_scale * schedule.model_time(prediction, t)``. By default 1, but for
       networks of `diffkern.nn` on a schedule of continuous time what makes their sinusoids see a range of 1000:
       1000 / config.time_scale for t in [0, 1]. Integer times of a table are given as they are, int64.
+    - ``learned_variance``: the network returns [B, 2C, ...], its prediction and what it says of the variance (a table
+      only): trained by `hybrid_loss`, sampled by ``ddpm`` with its variance, by all others with its prediction.
 
     It is an `nn.Module`: ``.to``, DistributedDataParallel and torch.compile take it whole, `forward` is `loss`. Raises
     ValueError, naming argument, rule and value, for what does not fit.
@@ -78,6 +80,7 @@ class Diffusion(nn.Module):
         null: float | Tensor | None = None,
         shape: Sequence[int] | None = None,
         time_scale: float | None = None,
+        learned_variance: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -99,22 +102,11 @@ class Diffusion(nn.Module):
             times = "log_normal" if isinstance(schedule, EDMSchedule) else "uniform"
         self.times = get_time_sampler(times)
         self.time_scale = _fit.time_scale(model, schedule, self.prediction, time_scale)
-        network = _fit.bare(model)
-        if null is None and getattr(network, "classes", None) is not None:
-            null = getattr(network, "null_class", None)
-        self.register_buffer("null", None if null is None else torch.as_tensor(null))
-        if not 0.0 <= drop < 1.0:
-            raise ValueError(f"drop must lie in [0, 1), got {drop}")
-        if drop > 0.0 and self.null is None:
-            raise ValueError(
-                f"null must be the condition that means none where some are dropped, got drop={drop} alone"
-            )
-        self.drop = float(drop)
-        if shape is None:
-            config = getattr(network, "config", None)
-            sizes = [getattr(config, name, None) for name in ("in_channels", "image_size", "image_size")]
-            shape = sizes if all(isinstance(size, int) for size in sizes) else None  # type: ignore[assignment]
-        self.shape = None if shape is None else tuple(int(size) for size in shape)
+        self.register_buffer("null", _fit.null_of(model, null, drop))
+        self.drop, self.shape = float(drop), _fit.shape_of(model, shape)
+        self.learned_variance = learned_variance
+        if learned_variance and not (isinstance(schedule, DiscreteSchedule) and weight is target is None):
+            raise ValueError("learned_variance needs a table, and a loss of its own: no weight and no target")
         self._data_seen = False
 
     # ------------------------------------------------------------------------------------------------- the network
@@ -129,6 +121,11 @@ class Diffusion(nn.Module):
         given = (x, time) if cond is None else (x, time, cond)
         return unwrapped(self.model(*given, **model_kwargs))
 
+    def _prediction(self, x: Tensor, time: Tensor, cond: Any = None, **model_kwargs: Any) -> Tensor:
+        """`network` without what it says of the variance."""
+        m = self.network(x, time, cond, **model_kwargs)
+        return m[:, : x.shape[1]] if self.learned_variance else m
+
     def denoise(self, x: Tensor, t: Time, cond: Any = None, **model_kwargs: Any) -> Tensor:
         """E[x0 given x_t], the network's estimate of the clean sample: [B, ...] like x.
 
@@ -140,7 +137,7 @@ class Diffusion(nn.Module):
         time = self.schedule.model_time(self.prediction, t)
         time = (time.to(torch.float32) if time.is_floating_point() else time).expand(x.shape[:1])
         given = per_sample(scale, x, x.dtype) * x if self.prediction == "edm" else x
-        m = self.network(given, time, cond, **model_kwargs)
+        m = self._prediction(given, time, cond, **model_kwargs)
         return convert(m, x, t, self.schedule, self.prediction, "x0")
 
     # --------------------------------------------------------------------------------------------------- training
@@ -183,6 +180,14 @@ class Diffusion(nn.Module):
             assert self.null is not None
             cond = drop_condition(cond, self.null.to(cond.device, cond.dtype), self.drop, seeds)
 
+        given: dict[str, Any] = {"seeds": seeds if noise is None else None, "noise": noise}
+        if self.learned_variance:
+            assert isinstance(self.schedule, DiscreteSchedule)
+            x_t = noised(x0, t, self.schedule, self.prediction, **given)
+            time = self.schedule.model_time(self.prediction, t)
+            m = self.network(x_t, time, cond, **model_kwargs)
+            return hybrid_loss(m, x0, as_time(t), self.schedule, self.prediction, **given, reduction=reduction)
+
         def network(x_t: Tensor, time: Tensor) -> Tensor:
             return self.network(x_t, time, cond, **model_kwargs)
 
@@ -194,9 +199,8 @@ class Diffusion(nn.Module):
             self.prediction,
             target=self.target,
             weight=self.weight,
-            seeds=seeds if noise is None else None,
-            noise=noise,
             reduction=reduction,
+            **given,
         )
 
     # --------------------------------------------------------------------------------------------------- sampling
@@ -204,10 +208,10 @@ class Diffusion(nn.Module):
     def plan(self, sampler: Sampler | None = None, steps: int | None = None, **options: Any) -> Plan:
         """The plan of a sampler, by its name, a function that makes one, or a `Plan`, checked to fit this model.
 
-        The default is ``ddim`` on a table, ``heun`` on an EDM schedule, ``euler`` elsewhere; 50 ``steps`` (a
-        table's T if it has fewer) if neither they nor a grid are given.
+        The default is ``ddim`` on a table (``ddpm`` where the variance is learned), ``heun`` on an EDM schedule,
+        ``euler`` elsewhere; 50 ``steps`` (a table's T if it has fewer) if neither they nor a grid are given.
         """
-        return _plans.plan_of(self.schedule, self.prediction, sampler, steps, options)
+        return _plans.plan_of(self.schedule, self.prediction, sampler, steps, options, self.learned_variance)
 
     @overload
     def sample(
@@ -280,6 +284,8 @@ class Diffusion(nn.Module):
         """
         own, given = _plans.split(options)
         plan = self.plan(sampler, steps, **given)
+        if plan.init_scale == 0.0 and x is None:
+            raise ValueError(f"x must be given for {plan.name}, which starts from data, got none")
         shape = self._shape_of(n)
         device, model_dtype = self._home(dtype)
         drawn = draw_seeds(shape[0]).to(device) if seeds is None else as_seeds(seeds, shape[0], device)
@@ -292,9 +298,9 @@ class Diffusion(nn.Module):
             uncond = self._uncond(cond)
         by_tensor = own.get("noise") is not None and own.get("mask") is None
         own.setdefault("model_dtype", model_dtype)
-        with self._evaluating():
+        with _fit.evaluating(self):
             return run_plan(
-                self.network,
+                self.network if plan.learned_variance else self._prediction,
                 x,
                 plan,
                 seeds=None if by_tensor else drawn,
@@ -309,9 +315,9 @@ class Diffusion(nn.Module):
         """ln p(x) in nats through the probability-flow ODE, `diffkern.log_likelihood` with its ``options``."""
 
         def network(x: Tensor, time: Tensor) -> Tensor:
-            return self.network(x, time, cond)
+            return self._prediction(x, time, cond)
 
-        with self._evaluating():
+        with _fit.evaluating(self):
             return log_likelihood(network, x, self.schedule, self.prediction, **options)
 
     # ---------------------------------------------------------------------------------------------------- storing
@@ -377,14 +383,3 @@ class Diffusion(nn.Module):
             got = f"cond = {type(cond).__name__}" + (" and no null" if self.null is None else "")
             raise ValueError(f"guidance needs cond as a tensor, and uncond or Diffusion(..., null=), got {got}")
         return self.null.to(cond.device, cond.dtype).expand(cond.shape)
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Evaluation mode for a while, module by module."""
-        training = [module for module in self.modules() if module.training]
-        self.eval()
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True

@@ -22,7 +22,20 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 KEY, FORMAT = "diffkern_diffusion", 1
-FIELDS = ("prediction", "schedule", "weight", "target", "times", "drop", "null", "shape", "time_scale", "network")
+FIELDS = (
+    "learned_variance",
+    "prediction",
+    "schedule",
+    "weight",
+    "target",
+    "times",
+    "drop",
+    "null",
+    "shape",
+    "time_scale",
+    "learned_variance",
+    "network",
+)
 PLACES = 9
 
 
@@ -52,6 +65,7 @@ def save(diffusion: Diffusion, folder: str | os.PathLike[str]) -> None:
         "null": None if null is None else {"shape": list(null.shape), "dtype": str(null.dtype).removeprefix("torch.")},
         "shape": None if diffusion.shape is None else list(diffusion.shape),
         "time_scale": diffusion.time_scale,
+        "learned_variance": diffusion.learned_variance,
         "network": _network_to(network),
     }
     text = json.dumps(config, indent=1, allow_nan=False) + "\n"
@@ -103,6 +117,7 @@ def load(
         null=null,
         shape=data["shape"],
         time_scale=data["time_scale"],
+        learned_variance=data["learned_variance"] is True,
     )
     stored = _Stored(bare(model), found.null)
     if ours and len(dtypes & _FLOATS.keys()) == 1:

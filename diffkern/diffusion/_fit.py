@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,6 +36,39 @@ def bare(model: nn.Module) -> nn.Module:
         if inside is None:
             return model
         model = inside
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while, put back module by module."""
+    training = [inside for inside in module.modules() if inside.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for inside in training:
+            inside.training = True
+
+
+def null_of(model: nn.Module, null: float | Tensor | None, drop: float) -> Tensor | None:
+    """The condition that means none: the one given, or that of a network with classes."""
+    network = bare(model)
+    if null is None and getattr(network, "classes", None) is not None:
+        null = getattr(network, "null_class", None)
+    if not 0.0 <= drop < 1.0:
+        raise ValueError(f"drop must lie in [0, 1), got {drop}")
+    if drop > 0.0 and null is None:
+        raise ValueError(f"null must be given, the condition that means none, where some are dropped, got drop={drop}")
+    return None if null is None else torch.as_tensor(null)
+
+
+def shape_of(model: nn.Module, shape: Sequence[int] | None) -> tuple[int, ...] | None:
+    """The shape of a sample: the one given, or that of a network that says its own."""
+    if shape is not None:
+        return tuple(int(size) for size in shape)
+    config = getattr(bare(model), "config", None)
+    channels, size = getattr(config, "in_channels", None), getattr(config, "image_size", None)
+    return (channels, size, size) if isinstance(channels, int) and isinstance(size, int) else None
 
 
 def time_scale(model: nn.Module, schedule: Schedule, prediction: str, given: float | None) -> float:
@@ -79,11 +114,12 @@ def check_plan(plan: Plan, schedule: Schedule, prediction: str) -> None:
         return
     at = t[checked].to(torch.int64) if isinstance(schedule, DiscreteSchedule) else t[checked]
     try:
-        expected = predictions.to_x0_eps(schedule, prediction, at)[1]
-    except ValueError:  # a row at an end where the prediction does not determine x0, which samplers treat by themselves
+        u, v = predictions.target_coefficients(schedule, prediction, at)
+    except ValueError:  # a row at an end where the prediction has no value, which samplers treat by themselves
         return
+    expected = predictions.solve(schedule.alpha(at), schedule.sigma(at), u, v)[1]
     found = torch.tensor([rows[i].q for i in checked], dtype=torch.float64)
-    wrong = (found - expected).abs() > TOLERANCE * expected.abs()
+    wrong = expected.isfinite() & ((found - expected).abs() > TOLERANCE * expected.abs())
     if bool(wrong.any()):
         i = int(wrong.nonzero()[0])
         raise ValueError(

@@ -36,16 +36,21 @@ def plan_of(
     sampler: str | Plan | Callable[..., Plan] | None,
     steps: int | None,
     options: dict[str, Any],
+    learned: bool,
 ) -> Plan:
     """The plan, checked; see `Diffusion.plan`."""
     if isinstance(sampler, Plan):
         if steps is not None or options:
             given = ", ".join((["steps"] if steps is not None else []) + list(options))
             raise ValueError(f"{given} must be given to the sampler that made the plan {sampler.name}, not with it")
+        if sampler.learned_variance and not learned:
+            raise ValueError(
+                f"plan {sampler.name} needs a model of learned variance: Diffusion(..., learned_variance=True)"
+            )
         check_plan(sampler, schedule, prediction)
         return sampler
     if sampler is None:
-        sampler = "ddim" if isinstance(schedule, DiscreteSchedule) else "euler"
+        sampler = ("ddpm" if learned else "ddim") if isinstance(schedule, DiscreteSchedule) else "euler"
         sampler = "heun" if isinstance(schedule, EDMSchedule) else sampler
     if isinstance(sampler, str):
         make: Callable[..., Plan] = get_sampler(sampler)
@@ -53,6 +58,8 @@ def plan_of(
         make = sampler
     else:
         raise ValueError(f"sampler must be a name, a Plan or a function that makes one, got {type(sampler).__name__}")
+    if learned and make is get_sampler("ddpm"):
+        options = {"variance": "learned", **options}
     known = inspect.signature(make).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in known.values())
     for name in options:

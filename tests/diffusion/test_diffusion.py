@@ -206,3 +206,20 @@ def test_a_network_in_sixteen_bits_keeps_a_state_in_float32() -> None:
     net = small_unet().to(torch.bfloat16)
     found = Diffusion(net, schedules.cosine(), "v").sample(2, steps=2, seeds=0)
     assert found.dtype == torch.float32
+
+
+def test_a_learned_variance_is_trained_and_sampled() -> None:
+    schedule = schedules.cosine(20)
+    net = small_unet(out_channels=2).eval()
+    diffusion = Diffusion(net, schedule, "eps", learned_variance=True)
+    t = torch.tensor([0, 5, 10, 19])
+    x_t = diffkern.noised(X0, t, schedule, seeds=SEEDS)
+    expected = diffkern.hybrid_loss(net(x_t, t), X0, t, schedule, seeds=SEEDS)
+    assert torch.equal(diffusion.loss(X0, t, seeds=5), expected)
+    plan = diffkern.ddpm(schedule, 5, variance="learned")
+    start = diffkern.initial(plan, X0.shape, SEEDS)
+    assert torch.equal(diffusion.sample(4, steps=5, seeds=5), diffkern.sample(net, start, plan, seeds=SEEDS))
+    plan = diffkern.ddim(schedule, 5)
+    half = diffkern.sample(lambda x, t: net(x, t)[:, :1], start, plan)
+    assert torch.equal(diffusion.sample(4, "ddim", 5, seeds=5), half)
+    assert diffusion.denoise(X0, 5).shape == X0.shape

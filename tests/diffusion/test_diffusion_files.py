@@ -63,7 +63,18 @@ def test_all_that_it_holds_comes_back(tmp_path: Path) -> None:
     back = Diffusion.from_pretrained(tmp_path / "a" / "b")
     assert torch.equal(torch.get_rng_state(), before), "torch's generator stays where it was"
     assert not back.training
-    names = ("schedule", "prediction", "weight", "target", "times", "drop", "time_scale", "shape", "null")
+    names = (
+        "schedule",
+        "prediction",
+        "weight",
+        "target",
+        "times",
+        "drop",
+        "time_scale",
+        "shape",
+        "null",
+        "learned_variance",
+    )
     assert {name: getattr(back, name) for name in names} == {name: getattr(diffusion, name) for name in names}
     assert back.model.config == diffusion.model.config
     x0 = torch.linspace(-1.0, 1.0, 64).reshape(1, 1, 8, 8)

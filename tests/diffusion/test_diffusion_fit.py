@@ -56,6 +56,11 @@ def refused(call: Callable[[], Any], sentence: str) -> None:
         (lambda: V.sample(4), "n must be a whole shape .* for a network that does not say its own, got 4"),
         (lambda: V.sample(True), "n must be a number of samples or a whole shape"),
         (lambda: V.sample(SHAPE, x=torch.zeros(3, 3)), r"x must have the shape \[2, 3\]"),
+        (lambda: V.sample(SHAPE, "ddim_inversion", 4), "x must be given for ddim_inversion, which starts from data"),
+        (
+            lambda: V.sample(SHAPE, diffkern.ddpm(TABLE, 4, prediction="v", variance="learned")),
+            "learned_variance=True",
+        ),
         (lambda: V.sample(SHAPE, start=2), "x0 must be given to start in the middle"),
         (lambda: V.sample(SHAPE, cond=torch.zeros(2), guidance=2.0), "guidance needs .* uncond or Diffusion"),
         (lambda: V.loss(np.zeros(SHAPE)), "x0 must be a tensor .* got ndarray: torch.as_tensor"),
@@ -78,6 +83,10 @@ def test_what_does_not_fit_is_refused(call: Callable[[], Any], sentence: str) ->
         (lambda: Diffusion(Exact(TABLE, "v"), schedules.vp(), "mu"), "prediction 'mu' needs a discrete schedule"),
         (lambda: Diffusion(small_unet(time_scale=1000.0), TABLE), "meant for times in .* make it with time_scale=1"),
         (lambda: Diffusion(Exact(TABLE, "v"), TABLE, time_scale=-1.0), "time_scale must be a positive number"),
+        (
+            lambda: Diffusion(Exact(TABLE, "v"), schedules.vp(), "v", learned_variance=True),
+            "learned_variance needs a table",
+        ),
         (lambda: Diffusion(Exact(TABLE, "v"), TABLE, drop=0.1), "null must be .* where some are dropped"),
         (lambda: Diffusion(Exact(TABLE, "v"), TABLE, drop=1.5, null=0), r"drop must lie in \[0, 1\), got 1.5"),
         (lambda: Diffusion(Exact(TABLE, "v"), TABLE, weight=torch.ones(3)), "weight must be a name"),
