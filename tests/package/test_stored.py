@@ -42,6 +42,12 @@ def test_a_weighting_comes_back_equal(weighting: weightings.Weighting) -> None:
     assert weightings.Weighting.from_json(weighting.to_json()) == weighting
 
 
+@pytest.mark.parametrize("name", sorted(set(time_sampling.TIME_SAMPLERS) - {"loss_second_moment"}))
+def test_a_time_sampler_comes_back_equal(name: str) -> None:
+    sampler = time_sampling.get_time_sampler(name)
+    assert time_sampling.TimeSampler.from_json(sampler.to_json()) == sampler
+
+
 def test_constants_are_kept() -> None:
     for sampler in (time_sampling.LogitNormal(-0.5, 2.0, stratified=True), time_sampling.Mode(0.3)):
         assert time_sampling.TimeSampler.from_json(sampler.to_json()) == sampler
