@@ -224,8 +224,14 @@ def _network_from(data: Any, shapes: dict[str, list[int]], null: Tensor | None, 
             raise ValueError(
                 f"network.config.{field} must fit the {len(shapes)} tensors of the file, got {value!r:.80}"
             )
-    with torch.device("meta"):
-        planned = {key: list(t.shape) for key, t in _Stored(network_class(config), null).state_dict().items()}
+    try:
+        with torch.device("meta"):
+            planned = {key: list(t.shape) for key, t in _Stored(network_class(config), null).state_dict().items()}
+    except (RuntimeError, TypeError, OverflowError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"network.config in {path} must be that of a {name}, got one that fails: {reason[:200]}"
+        ) from None
     for key in sorted({*planned, *shapes}):
         if planned.get(key) != shapes.get(key):
             raise ValueError(
