@@ -130,7 +130,9 @@ def need_tensor(name: str, value: object) -> None:
 
 
 def need_model(value: object, name: str = "model") -> None:
-    """Raise ValueError unless ``value`` can be called."""
+    """Raise ValueError unless ``value`` can be called, and for a `Diffusion`, whose call is its loss."""
+    if hasattr(type(value), "denoise") and hasattr(type(value), "network"):
+        raise ValueError(f"{name} must be a function of (x, t), got a Diffusion: use its methods, or give its .network")
     if not callable(value):
         hint = ": are the arguments in another order?" if isinstance(value, Tensor) else ""
         raise ValueError(f"{name} must be a function of (x, t), got {type(value).__name__}{hint}")

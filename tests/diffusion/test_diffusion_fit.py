@@ -55,6 +55,11 @@ def refused(call: Callable[[], Any], sentence: str) -> None:
         (lambda: V.sample(SHAPE, lambda schedule, steps, prediction: None), "got one that returns NoneType"),
         (lambda: V.sample(4), "n must be a whole shape .* for a network that does not say its own, got 4"),
         (lambda: V.sample(True), "n must be a number of samples or a whole shape"),
+        (
+            lambda: diffkern.sample(V, torch.zeros(SHAPE), V.plan()),
+            "got a Diffusion: use its methods, or give its .network",
+        ),
+        (lambda: diffkern.simple_loss(V, torch.zeros(SHAPE), 3, TABLE), "got a Diffusion: use its methods"),
         (lambda: V.sample(SHAPE, x=torch.zeros(3, 3)), r"x must have the shape \[2, 3\]"),
         (lambda: V.sample(SHAPE, "ddim_inversion", 4), "x must be given for ddim_inversion, which starts from data"),
         (
