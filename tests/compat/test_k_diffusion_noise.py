@@ -154,3 +154,11 @@ def test_more_steps_converge_along_the_path(name: str) -> None:
     errors = [float((run(n) - fine).square().mean().sqrt()) for n in (9, 17, 33)]
     assert errors[1] < 0.8 * errors[0]
     assert errors[2] < 0.8 * errors[1]
+
+
+@pytest.mark.parametrize("name", ["dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde"])
+def test_a_single_step_to_data_draws_nothing(name: str) -> None:
+    """One level is left (image to image at a low strength): no path is needed, and what is denoised comes out."""
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    found = getattr(k_diffusion, f"sample_{name}")(denoiser, x, torch.tensor([5.0, 0.0]), disable=True)
+    torch.testing.assert_close(found, x / 26)

@@ -213,6 +213,9 @@ def _asks(plan: Plan) -> Asks:
     return found
 
 
-def brownian_over(levels: Levels) -> Callable[[Tensor], NoiseSampler]:
-    """One path over all levels but a last 0, which is stepped to without noise."""
-    return lambda x: BrownianTreeNoiseSampler(x, min(level for level in levels if level > 0.0), levels[0])
+def brownian_over(levels: Levels) -> Callable[[Tensor], NoiseSampler] | None:
+    """One path over all levels but a last 0, which is stepped to without noise; None where no other level is left."""
+    lowest = min((level for level in levels if level > 0.0), default=0.0)
+    if not lowest < levels[0]:
+        return None
+    return lambda x: BrownianTreeNoiseSampler(x, lowest, levels[0])
