@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,25 @@ from diffkern.compat.diffusers._host import host
 from diffkern.compat.kit.rows import with_columns
 
 Value = TypeVar("Value")
+
+
+class Past(NamedTuple):
+    """The steps before each step. One of no length leaves the state and what is remembered as they are: what its level
+    says comes again with the next step, and no line goes through two estimates at one level."""
+
+    idle: list[bool]
+    """Whether a step has no length."""
+    earlier: list[int]
+    """How many steps with a length come before it."""
+    last: Tensor
+    """[S]: the last of these (0 where there is none)."""
+
+    def nearest(self, most: int) -> list[Tensor]:
+        """The ``most`` last steps with a length before each step, the latest first, [S] each."""
+        found = [self.last]
+        while len(found) < most:
+            found.append(self.last[found[-1]])
+        return found[:most]
 
 
 class MultistepEngine(Engine):
@@ -33,7 +52,10 @@ class MultistepEngine(Engine):
             # A run from the first timestep starts there (the original skips a level where it stands twice, and runs
             # past the end); from another one, by the original's rule.
             known = at is not None and (at == 0 or self.exact)
-            scheduler._step_index = at if known else self.index(scheduler, clock.value(timestep))
+            value = None if known else clock.value(timestep)
+            if self.exact and value == clock.times[0]:
+                at, known = 0, True
+            scheduler._step_index = at if known else self.index(scheduler, value)
 
     def index(self, scheduler: DropIn, value: Any) -> int:
         """The original's rule: the second of equal timesteps, the last step for one that is none of them."""
@@ -53,14 +75,17 @@ class MultistepEngine(Engine):
             self.hot = Hot(key, found, config, (sigmas,))
         return found
 
-    def earlier(self, scheduler: DropIn, i: int) -> list[Any]:
-        """m1 and m2 as the histories of step i: a ring, in which the estimate of step j lies in slot j % 2."""
+    def earlier(self, scheduler: DropIn, count: int) -> list[Any]:
+        """m1 and m2 as the histories of a step: a ring, in which the estimate of the n-th step lies in slot n % 2."""
         past, order = scheduler.model_outputs, scheduler.config.solver_order
         m1, m2 = past[-1] if order > 1 else None, past[-2] if order > 2 else None
-        return [m2, m1] if i % 2 == 0 else [m1, m2]
+        return [m2, m1] if count % 2 == 0 else [m1, m2]
 
-    def remember(self, scheduler: DropIn, m0: Tensor | None) -> None:
-        """Ends a step: its estimate goes behind the earlier ones."""
+    def remember(self, scheduler: DropIn, m0: Tensor | None, idle: bool) -> None:
+        """Ends a step: its estimate goes behind the earlier ones, but that of a step of no length (`Past`)."""
+        if idle:
+            scheduler._step_index += 1
+            return
         past = scheduler.model_outputs
         past[:-1] = past[1:]
         past[-1] = m0
@@ -104,9 +129,47 @@ class MultistepEngine(Engine):
         return levels[[none, *order, none]].contiguous()
 
 
-def ring(m1: Tensor, m2: Tensor) -> dict[str, Tensor]:
+def past_of(idle: Tensor) -> Past:
+    """Of S steps, of which bool [S] have no length."""
+    last = torch.where(idle, 0, torch.arange(len(idle))).cummax(0).values.roll(1)
+    last[0] = 0
+    return Past(idle.tolist(), ((~idle).cumsum(0) - (~idle).long()).tolist(), last)
+
+
+def past_between(scheduler: DropIn, levels: Tensor, h: Tensor) -> Past:
+    """Of the S steps between the levels [S + 1], of lengths h [S] in log-SNR; refuses a single level."""
+    past = past_of((h == 0) | (levels[1:] == levels[:-1]))
+    check_levels(scheduler, past)
+    return past
+
+
+def check_levels(scheduler: DropIn, past: Past) -> None:
+    """Raise ValueError where there are more steps than one and a single level: no sample comes of that."""
+    steps, config = len(past.idle), scheduler.config
+    if steps > 1 and all(past.idle[:-1]):
+        raise ValueError(
+            f"sigmas must fall from noise to data, got {float(scheduler.sigmas[0]):g} at each of {steps} steps: take "
+            f"fewer, or another timestep_spacing than {config.timestep_spacing!r} (num_train_timesteps is "
+            f"{config.num_train_timesteps})"
+        )
+
+
+def check_repeats(scheduler: DropIn, past: Past, i: int) -> None:
+    """Raise ValueError where the original divides by the length of the step before step i, which has none: its samples
+    are NaN from there on. With ``exact`` such a step counts as none (`Past`); the last step is of first order."""
+    config = scheduler.config
+    if scheduler._engine.exact or config.solver_order < 2 or not 0 < i < len(past.idle) - 1 or not past.idle[i - 1]:
+        return
+    raise ValueError(
+        f"sigmas must fall from noise to data, got {float(scheduler.sigmas[i]):g} for steps {i - 1} and {i}, from "
+        f"where on {type(scheduler).__name__} of order {config.solver_order} gives NaN in diffusers: "
+        "scheduler.diffkern(exact=True) takes no step between equal levels, or take fewer steps"
+    )
+
+
+def ring(past: Past, m1: Tensor, m2: Tensor) -> dict[str, Tensor]:
     """The columns of the weights of m1 and m2, [S] each, for `MultistepEngine.earlier`."""
-    even = torch.arange(len(m1)) % 2 == 0
+    even = torch.tensor(past.earlier) % 2 == 0
     return {"e0": torch.where(even, m2, m1), "e1": torch.where(even, m1, m2)}
 
 

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffkern.compat.diffusers._multistep import Past
+
 
 class Levels(NamedTuple):
     """The S + 1 noise levels, and what the solver makes of them."""
@@ -15,6 +17,11 @@ class Levels(NamedTuple):
     sigma: Tensor
     predict_x0: bool
     solver_type: str
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """ln(alpha/sigma)."""
+        return torch.log(self.alpha) - torch.log(self.sigma)
 
 
 class Half(NamedTuple):
@@ -33,10 +40,10 @@ class Half(NamedTuple):
     new: Tensor
 
 
-def halves(levels: Levels, orders: Tensor) -> Half:
+def halves(levels: Levels, orders: Tensor, past: Past) -> Half:
     """`Half` of every step, of the given order (int [S]); in the dtype of the levels, as the original computes it."""
     alpha, sigma = levels.alpha, levels.sigma
-    lam = torch.log(alpha) - torch.log(sigma)
+    lam = levels.log_ratio
     h = lam[1:] - lam[:-1]
     hh = -h if levels.predict_x0 else h
     phi = torch.expm1(hh)
@@ -45,6 +52,8 @@ def halves(levels: Levels, orders: Tensor) -> Half:
         keep, scale = sigma[1:] / sigma[:-1], alpha[1:]
     else:
         keep, scale = alpha[1:] / alpha[:-1], sigma[1:]
+    idle = torch.tensor(past.idle)
+    keep = torch.where(idle & (sigma[1:] == sigma[:-1]), 1.0, keep)  # also from 0 to 0
     first = -scale * phi
     if not levels.predict_x0:  # at sigma = 0 the original multiplies 0 by infinity
         first = torch.where(sigma[1:] == 0, -keep * sigma[:-1], first)
@@ -54,11 +63,13 @@ def halves(levels: Levels, orders: Tensor) -> Half:
     corrector = torch.zeros(steps, most - 1, dtype=torch.float64)
     new = torch.full((steps,), 0.5, dtype=torch.float64)
     slope = torch.where(torch.isfinite(rate), -scale * rate, 0.0)  # no estimate is older where h is infinite
+    first = torch.where(idle, 0.0, first)
+    nearest = past.nearest(max(most - 1, 1))
     for order in range(2, most + 1):
         at = (orders == order).nonzero().flatten()
         if not len(at):
             continue
-        ratios = [(lam[at - k] - lam[at]) / h[at] for k in range(1, order)]
+        ratios = [(lam[nearest[k - 1][at]] - lam[at]) / h[at] for k in range(1, order)]
         r = torch.stack([*ratios, torch.ones_like(h[at])], 1)
         system = torch.stack([torch.pow(r, power) for power in range(order)], 1)
         right, factorial, term = [], 1, phi[at] / hh[at] - 1

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffkern.compat.diffusers._engine import Attached, DropIn, Rows
 from diffkern.compat.diffusers._host import host
-from diffkern.compat.diffusers._multistep import MultistepEngine, fits, ring
+from diffkern.compat.diffusers._multistep import MultistepEngine, Past, fits, past_between, ring
 from diffkern.compat.diffusers._plans import plan_of
 from diffkern.compat.kit.rows import as_dtype, table_of
 from diffkern.plan import Plan
@@ -29,6 +29,7 @@ class Steps(NamedTuple):
     """[S, 21]: x0 alone, for what is done to it before the step."""
     from_x0: Tensor
     """[S, 21]: the steps of a model that gives x0."""
+    past: Past
 
 
 class DEISMultistepScheduler(DropIn, Original):
@@ -54,10 +55,10 @@ class DEISMultistepScheduler(DropIn, Original):
             self._init_step_index(timestep)
         i = self._step_index
         done = min(self.lower_order_nums, config.solver_order)
-        rows, kept, estimate, from_x0 = steps_of(self, done, model_output, sample)
+        rows, kept, estimate, from_x0, past = steps_of(self, done, model_output, sample)
         if i >= rows.count:
             self.sigmas[i + 1]  # the original's exception
-        older = engine.earlier(self, i)
+        older = engine.earlier(self, past.earlier[i])
         if config.thresholding:
             x0, *_ = engine.run(sample, model_output, table=estimate, row=i)
             x0 = engine.threshold(self, x0)
@@ -69,7 +70,7 @@ class DEISMultistepScheduler(DropIn, Original):
             out, m0, _, _ = engine.run(sample, model_output, *older, table=rows.table, row=i, want_x0=not kept)
             if kept:  # as the steps after this one read it
                 m0 = as_dtype(model_output, out.dtype).expand(out.shape)
-        engine.remember(self, m0)
+        engine.remember(self, m0, past.idle[i])
         return SchedulerOutput(prev_sample=out) if return_dict else (out,)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -82,9 +83,10 @@ class DEISMultistepScheduler(DropIn, Original):
             raise ValueError("a plan with thresholding=True steps in x0, and DEIS steps in eps: use step")
         order, times = self.config.solver_order, self._engine.clock(self.timesteps).times
         parts, saves = [], []
-        for i in range(len(times)):
-            parts.append(steps_of(self, min(i, order)).rows.table[i : i + 1])
-            saves.append(((i % 2, "x0"),) if order > 1 else ())
+        past = steps_of(self, 0).past
+        for i, (idle, count, _) in enumerate(zip(past.idle, past.earlier, times, strict=False)):
+            parts.append(steps_of(self, min(count, order)).rows.table[i : i + 1])
+            saves.append(((count % 2, "x0"),) if order > 1 and not idle else ())
         return plan_of("deis", torch.cat(parts), times, self.config.prediction_type, saves=saves)
 
 
@@ -101,7 +103,9 @@ def made(scheduler: DEISMultistepScheduler, done: int, model_output: Tensor | No
     """`steps_of`, from the sigmas."""
     levels, kind = host(scheduler.sigmas, scheduler._engine.exact), scheduler.config.prediction_type
     alpha, sigma = scheduler._sigma_to_alpha_sigma_t(levels)
-    moves = tuple(weight.double() for weight in weights(alpha, sigma, orders(scheduler, done, len(levels) - 1)))
+    h = (torch.log(alpha) - torch.log(sigma)).diff()
+    past = past_between(scheduler, levels, h)
+    moves = tuple(weight.double() for weight in weights(alpha, sigma, h, past, orders(scheduler, done, past)))
     alpha, sigma, levels = (t[:-1].double() for t in (alpha, sigma, levels))
     zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
     to_x0 = {
@@ -119,38 +123,40 @@ def made(scheduler: DEISMultistepScheduler, done: int, model_output: Tensor | No
     kept = kind == "epsilon"
     eps = (zero, one) if kept else ((1 - alpha * p) / over, -alpha * q / over)
     return Steps(
-        Rows(table_of_moves(moves, *eps), want_x0=not kept),
+        Rows(table_of_moves(past, moves, *eps), want_x0=not kept),
         kept,
         table_of(len(p), p=p, q=q, b=1.0),
-        table_of_moves(moves, 1 / over, -alpha / over),
+        table_of_moves(past, moves, 1 / over, -alpha / over),
+        past,
     )
 
 
-def table_of_moves(moves: tuple[Tensor, ...], p: Tensor, q: Tensor) -> Tensor:
+def table_of_moves(past: Past, moves: tuple[Tensor, ...], p: Tensor, q: Tensor) -> Tensor:
     """x' = cx x + c0 m0 + c1 m1 + c2 m2 with m0 = p x + q m, which is written but not read: at the first levels of a
     cosine table cx is 1e4, and c0 p as large."""
     x, m0, m1, m2 = moves
-    return table_of(len(x), p=p, q=q, a=x + m0 * p, d=m0 * q, **ring(m1, m2))
+    return table_of(len(x), p=p, q=q, a=x + m0 * p, d=m0 * q, **ring(past, m1, m2))
 
 
-def orders(scheduler: DEISMultistepScheduler, done: int, steps: int) -> Tensor:
+def orders(scheduler: DEISMultistepScheduler, done: int, past: Past) -> Tensor:
     """Order of each step after ``done`` earlier ones; never more than the steps before it give."""
     config, count = scheduler.config, len(scheduler.timesteps)  # a user may have cut the timesteps
-    at = torch.arange(steps)
-    order = torch.full((steps,), min(config.solver_order, done + 1, 3))
+    at = torch.arange(len(past.earlier))
+    order = torch.full((len(at),), min(config.solver_order, done + 1, 3))
     if config.lower_order_final and count < 15:
         order = torch.where(at == count - 1, 1, torch.where(at == count - 2, order.clamp(max=2), order))
-    return torch.minimum(order, at + 1)
+    return torch.minimum(order, torch.tensor(past.earlier) + 1)
 
 
-def weights(alpha: Tensor, sigma: Tensor, order: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def weights(
+    alpha: Tensor, sigma: Tensor, h: Tensor, past: Past, order: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of x, m0, m1 and m2 in each step, [S] each, of its order [S]; by the original's operations in the original's
     order, as its float32 rounds differences of nearby numbers."""
     rho = sigma / alpha
     log = torch.from_numpy(np.log(rho.numpy()))
-    h = (torch.log(alpha) - torch.log(sigma)).diff()
-    log0, log1, log2 = log[:-1], log[:-1].roll(1), log[:-1].roll(2)
-    # Where levels are equal the original divides 0 by 0: a polynomial through fewer.
+    log0, log1, log2 = log[:-1], *(log[at] for at in past.nearest(2))
+    # Where logarithms are equal the original divides 0 by 0: a polynomial through fewer.
     order = torch.where((order == 3) & ((log2 == log1) | (log2 == log0)), 2, order)
     order = torch.where(log1 == log0, 1, order)
 
@@ -174,4 +180,6 @@ def weights(alpha: Tensor, sigma: Tensor, order: Tensor) -> tuple[Tensor, Tensor
     x, m0, m1, m2 = (
         torch.where(order == 1, a, torch.where(order == 2, b, c)) for a, b, c in zip(first, second, third, strict=True)
     )
+    idle = torch.tensor(past.idle)
+    m0, m1, m2 = (torch.where(idle, 0.0, weight) for weight in (m0, m1, m2))
     return x, m0, m1, m2

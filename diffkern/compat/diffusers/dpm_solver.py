@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffkern.compat.diffusers._engine import Attached, DropIn, Rows
 from diffkern.compat.diffusers._host import host
-from diffkern.compat.diffusers._multistep import MultistepEngine, fits, ring
+from diffkern.compat.diffusers._multistep import MultistepEngine, Past, check_repeats, fits, past_between, ring
 from diffkern.compat.diffusers._plans import plan_of, thresholded
 from diffkern.compat.kit.rows import promote, table_of
 from diffkern.plan import Plan
@@ -24,6 +24,7 @@ class Steps(NamedTuple):
     kept: bool
     """Whether m0 is the model output itself."""
     stochastic: bool
+    past: Past
 
 
 class DPMSolverMultistepScheduler(DropIn, Original):
@@ -57,9 +58,12 @@ class DPMSolverMultistepScheduler(DropIn, Original):
         i = self._step_index
         if config.variance_type in ("learned", "learned_range") and config.prediction_type == "epsilon":
             model_output = model_output[:, : sample.shape[1]]  # the original takes 3 channels whatever the sample has
-        rows, kept, stochastic = steps_of(self, min(self.lower_order_nums, config.solver_order), model_output, sample)
+        done = min(self.lower_order_nums, config.solver_order)
+        rows, kept, stochastic, past = steps_of(self, done, model_output, sample)
         if i >= rows.count:
             self.sigmas[i + 1]  # the original's exception
+        if done and past.idle[i - 1]:
+            check_repeats(self, past, i)
         dtype = model_output.dtype if kept else promote(model_output.dtype, sample.dtype)
         noise = seeds = None
         if stochastic:
@@ -69,7 +73,7 @@ class DPMSolverMultistepScheduler(DropIn, Original):
                 noise, seeds = engine.noise(like, generator, torch.float32)
             else:
                 noise = noise.to(model_output.device)
-        older = engine.earlier(self, i)
+        older = engine.earlier(self, past.earlier[i])
         operands: dict[str, Any] = {"row": i, "noise": noise, "seeds": seeds}
         free = seeds is None and not config.thresholding and (noise is None or noise.shape == sample.shape)
         if free and fits(model_output, sample, *older, noise):
@@ -84,7 +88,7 @@ class DPMSolverMultistepScheduler(DropIn, Original):
             out, m0, _, _ = engine.run(sample, model_output, *older, table=rows.table, want_x0=not kept, **operands)
             if kept:  # in the state's shape, as the steps after this one read it
                 m0 = model_output if model_output.shape == out.shape else model_output.expand(out.shape)
-        engine.remember(self, m0)
+        engine.remember(self, m0, past.idle[i])
         out = out if out.dtype == dtype else out.to(dtype)
         return SchedulerOutput(prev_sample=out) if return_dict else (out,)
 
@@ -103,9 +107,12 @@ class DPMSolverMultistepScheduler(DropIn, Original):
         order, times = self.config.solver_order, self._engine.clock(self.timesteps).times
         rows: list[Tensor] = []
         saves: list[tuple[tuple[int, str], ...]] = []
-        for i in range(len(times)):
-            rows.append(steps_of(self, min(i, order)).rows.table[i : i + 1])
-            saves.append(((i % 2, "x0"),) if order > 1 else ())
+        past = steps_of(self, 0).past
+        for i, (idle, count, _) in enumerate(zip(past.idle, past.earlier, times, strict=False)):
+            if count:
+                check_repeats(self, past, i)
+            rows.append(steps_of(self, min(count, order)).rows.table[i : i + 1])
+            saves.append(((count % 2, "x0"),) if order > 1 and not idle else ())
         plan = plan_of("dpm_solver", torch.cat(rows), times, self.config.prediction_type, saves=saves)
         return thresholded(plan, self.config)
 
@@ -130,11 +137,16 @@ def made(
     lam = torch.log(alpha) - torch.log(sigma)
     steps = len(levels) - 1
     # In the original's float32, whose rounding of h is part of its result.
-    h, h0, h1 = lam[1:] - lam[:-1], lam[:-1] - lam[:-1].roll(1), lam[:-1].roll(1) - lam[:-1].roll(2)
+    h = lam[1:] - lam[:-1]
+    past = past_between(scheduler, levels, h)
+    lam0, lam1, lam2 = (lam[at] for at in (torch.arange(steps), *past.nearest(2)))
+    h0, h1 = lam0 - lam1, lam1 - lam2
     # Where a step has no length, or none that is finite, the original divides by it: order 1.
-    order = torch.where((h == 0) | (sigma[1:] == 0), 1, orders(scheduler, done, steps))
+    order = torch.where(torch.tensor(past.idle) | (sigma[1:] == 0), 1, orders(scheduler, done, past))
     r0, r1 = (h0 / h).double(), (h1 / h).double()
     x, d0, d1, d2, g = weights(scheduler, kind, h, alpha, sigma, order)
+    same = levels[1:] == levels[:-1]  # also 0 and 0, between which h is no number
+    x, d0, g = torch.where(same, 1.0, x), torch.where(same, 0.0, d0), torch.where(same, 0.0, g)
     if bool(((order == 3) & torch.isnan(d2)).any()):
         raise NotImplementedError(f"solver_order=3 is not implemented for algorithm_type={kind!r}: take 2")
     # D1 = (m0 - m1)/r0 and, of third order, D1 and D2 through m0, m1, m2.
@@ -145,14 +157,15 @@ def made(
     first = torch.where(second, d1 / r0, torch.where(third, along / r0, zero))
     last = torch.where(third, across / r1, zero)
     known = {"known_s": alpha[1:].double(), "known_n": sigma[1:].double()}
-    weights_of_earlier = ring(last - first, -last)
+    weights_of_earlier = ring(past, last - first, -last)
     table = table_of(steps, p=p[:-1], q=q[:-1], a=x, b=d0 + first, g=g, **weights_of_earlier, **known)
-    return Steps(Rows(table, want_x0=not kept), kept, kind.startswith("sde"))
+    return Steps(Rows(table, want_x0=not kept), kept, kind.startswith("sde"), past)
 
 
-def orders(scheduler: DPMSolverMultistepScheduler, done: int, steps: int) -> Tensor:
+def orders(scheduler: DPMSolverMultistepScheduler, done: int, past: Past) -> Tensor:
     """Order of each step after ``done`` earlier ones; never more than the steps before it give."""
     config, last = scheduler.config, len(scheduler.timesteps) - 1  # a user may have cut the timesteps
+    steps = len(past.earlier)
     short = config.lower_order_final and last < 14
     order = torch.full((steps,), min(config.solver_order, done + 1, 3))
     at = torch.arange(steps)
@@ -160,7 +173,7 @@ def orders(scheduler: DPMSolverMultistepScheduler, done: int, steps: int) -> Ten
         order = torch.where(at == last - 1, order.clamp(max=2), order)
     if config.euler_at_final or short or config.final_sigmas_type == "zero":
         order = torch.where(at == last, 1, order)
-    return torch.minimum(order, at + 1)
+    return torch.minimum(order, torch.tensor(past.earlier) + 1)
 
 
 def to_m0(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffkern.compat.diffusers._engine import Attached, DropIn, Rows
 from diffkern.compat.diffusers._host import host
-from diffkern.compat.diffusers._multistep import MultistepEngine, fits
+from diffkern.compat.diffusers._multistep import MultistepEngine, Past, check_repeats, fits, past_between
 from diffkern.compat.diffusers._plans import plan_of, thresholded
 from diffkern.compat.diffusers._unipc_rows import Levels, Step, combine, halves
 from diffkern.compat.kit.rows import column, table_of
@@ -36,6 +36,7 @@ class Steps(NamedTuple):
     corrected: list[Tensor]
     """The corrected sample and, beyond `FUSED_ORDER`, x' as sums (`sum_tables`)."""
     total: list[Tensor]
+    past: Past
 
 
 class Done(NamedTuple):
@@ -60,6 +61,10 @@ class Done(NamedTuple):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return copy.deepcopy(corrected_now(self), memo)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled, like a deep copy, as the corrected sample."""
+        return torch.detach, (corrected_now(self).detach(),)
 
 
 class UniPCMultistepScheduler(DropIn, Original):
@@ -113,6 +118,8 @@ class UniPCMultistepScheduler(DropIn, Original):
         mode, last = mode_of(self, i, sample)
         reached, kept = min(self.lower_order_nums, order), keeps_output(self)
         steps = steps_of(self, reached, mode, model_output, sample)
+        if reached and steps.past.idle[i - 1]:
+            check_repeats(self, steps.past, i)
         estimates: list[Tensor | None] = [None, *reversed(self.model_outputs)]
         thresholds = self.predict_x0 and config.thresholding
         if thresholds:
@@ -135,9 +142,9 @@ class UniPCMultistepScheduler(DropIn, Original):
             m = model_output if own else estimates[0]
             assert m is not None
             rows = steps.made if own else steps.given if kept else engine.taken(steps.made.table)
-            older: list[Tensor | None] = [None] * FUSED_ORDER  # a ring: the estimate of step j lies in slot j % order
+            older: list[Tensor | None] = [None] * FUSED_ORDER  # a ring: that of the n-th step lies in slot n % order
             for k in range(order):
-                older[(i - 1 - k) % order] = estimates[1 + k]
+                older[(steps.past.earlier[i] - 1 - k) % order] = estimates[1 + k]
             if fits(m, sample, *older, last):
                 h0, h1, h2 = older
                 out, x0, _, _ = rows.plain(sample, m, i, h0=h0, h1=h1, h2=h2, h3=last)
@@ -153,7 +160,7 @@ class UniPCMultistepScheduler(DropIn, Original):
             if out.is_inference() or sample.is_inference():
                 self.last_sample  # noqa: B018  (made while both are as they were: writes go uncounted)
         self.this_order = order_at(self, reached, i)
-        engine.remember(self, estimates[0])
+        engine.remember(self, estimates[0], steps.past.idle[i])
         return SchedulerOutput(prev_sample=out) if return_dict else (out,)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -166,10 +173,13 @@ class UniPCMultistepScheduler(DropIn, Original):
         if self.solver_p or order > FUSED_ORDER:
             raise ValueError(f"a plan has solver_order <= {FUSED_ORDER} and no solver_p, got {order}, {self.solver_p}")
         parts, saves = [], []
-        for i in range(len(times)):
+        past = steps_of(self, 0, "plain").past
+        for i, (idle, count, _) in enumerate(zip(past.idle, past.earlier, times, strict=False)):
+            if count:
+                check_repeats(self, past, i)
             mode = "plain" if i == 0 or i - 1 in self.disable_corrector else "merged"
-            parts.append(steps_of(self, min(i, order), mode).made.table[i : i + 1])
-            saves.append(((i % order, "x0"),))
+            parts.append(steps_of(self, min(count, order), mode).made.table[i : i + 1])
+            saves.append(() if idle else ((count % order, "x0"),))
         plan = plan_of("unipc", torch.cat(parts), times, self.config.prediction_type, saves=saves)
         return thresholded(plan, self.config) if self.predict_x0 else plan  # in eps the original thresholds nothing
 
@@ -224,14 +234,17 @@ def made(
     values = host(scheduler.sigmas, scheduler._engine.exact)
     alpha, sigma = scheduler._sigma_to_alpha_sigma_t(values)
     levels = Levels(alpha, sigma, predict_x0, config.solver_type)
+    lam = levels.log_ratio
+    past = past_between(scheduler, values, lam[1:] - lam[:-1])
+    earlier = torch.tensor(past.earlier)
     # Where a step has no length, or ends at sigma = 0, older estimates divide by 0 or infinity: order 1.
-    single = (values[1:] == values[:-1]) | (values[1:] == 0)
+    single = torch.tensor(past.idle) | (values[1:] == 0)
     before = None
     if mode != "plain":
-        orders = torch.tensor([order_at(scheduler, max(min(reached, i + 1) - 1, 0), i) for i in range(steps)])
-        before = halves(levels, torch.where(single, 1, orders))
-    orders = torch.tensor([min(order_at(scheduler, reached, i), i + 1) for i in range(steps)])
-    weights = combine(before, halves(levels, torch.where(single, 1, orders)), mode)
+        orders = torch.tensor([order_at(scheduler, max(reached - 1, 0), i) for i in range(steps)])
+        before = halves(levels, torch.where(single, 1, torch.minimum(orders, earlier + 1)), past)
+    orders = torch.tensor([order_at(scheduler, reached, i) for i in range(steps)])
+    weights = combine(before, halves(levels, torch.where(single, 1, torch.minimum(orders, earlier + 1)), past), mode)
     alpha, sigma, values = alpha.double(), sigma.double(), values.double()
     zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
     known = {
@@ -258,9 +271,9 @@ def made(
     if config.solver_order <= FUSED_ORDER:
         for i in range(steps):
             for k, weight in enumerate(total[i, 3 : 3 + config.solver_order].tolist()):
-                column(table, f"e{(i - 1 - k) % config.solver_order}")[i] = weight
+                column(table, f"e{(past.earlier[i] - 1 - k) % config.solver_order}")[i] = weight
     sums = (sum_tables(weights.corrected), sum_tables(total))
-    return Steps(weights, Rows(table, want_x0=True), Rows(table), estimate, *sums)
+    return Steps(weights, Rows(table, want_x0=True), Rows(table), estimate, *sums, past)
 
 
 # ---------------------------------------------------------------------------------------------------------- the ops
