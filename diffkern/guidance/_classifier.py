@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from diffkern import ops
 from diffkern.checks import must_return, returned, unwrapped
 from diffkern.guidance._conditions import batch_times
 from diffkern.guidance._guided import Model
+from diffkern.integers import as_integer
 from diffkern.plan import COLUMNS
 from diffkern.schedules.base import Schedule
 from diffkern.schedules.discrete import DiscreteSchedule
@@ -33,8 +35,11 @@ def classifier_gradient(classifier: Model, y: Tensor | int, scale: float | Tenso
     if isinstance(y, Tensor):
         if y.ndim > 1 or y.is_floating_point() or y.dtype == torch.bool:
             raise ValueError(f"y must be a class or int64 [B], got {y.dtype} {list(y.shape)}")
-    elif isinstance(y, bool) or not isinstance(y, int):
-        raise ValueError(f"y must be a class or int64 [B], got {type(y).__name__}")
+    else:
+        label_of_all = as_integer(y)
+        if label_of_all is None:
+            raise ValueError(f"y must be a class or int64 [B], got {type(y).__name__}")
+        y = label_of_all
 
     def log_prob(x: Tensor, t: Any, *args: Any, **kwargs: Any) -> Tensor:
         batch = x.shape[0]
@@ -61,7 +66,7 @@ def _gradient(log_prob: Callable[..., Tensor], scale: float | Tensor, name: str)
     if isinstance(scale, Tensor):
         if scale.ndim > 1 or not scale.is_floating_point():
             raise ValueError(f"scale must be a number or one a sample [B], got {scale.dtype} {list(scale.shape)}")
-    elif isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+    elif isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
         raise ValueError(f"scale must be a finite number or one a sample [B], got {scale!r}")
 
     def gradient(x: Tensor, t: Any, *args: Any, **kwargs: Any) -> Tensor:

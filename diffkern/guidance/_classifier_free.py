@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -201,7 +202,7 @@ def interval_weights(
 def _plus_one(weight: Weight) -> Weight:
     if callable(weight) and not isinstance(weight, Tensor):
         return _later(weight)
-    return weight if isinstance(weight, bool) or not isinstance(weight, int | float | Tensor) else 1.0 + weight
+    return weight if isinstance(weight, bool) or not isinstance(weight, Real | Tensor) else 1.0 + weight
 
 
 def _later(weight: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

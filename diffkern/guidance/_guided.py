@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -340,7 +341,7 @@ def _checked(name: str, weight: Weight) -> Weight:
         return weight
     if callable(weight):
         return weight
-    if isinstance(weight, bool) or not isinstance(weight, int | float):
+    if isinstance(weight, bool) or not isinstance(weight, Real):
         got = type(weight).__name__
         raise ValueError(f"{name} must be a number, one number a sample [B] or a function of t, got {got}")
     if not math.isfinite(weight):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diffkern.integers import integer
 from diffkern.objectives._time_sampler import TimeSampler, require
 from diffkern.schedules.base import Schedule
 from diffkern.schedules.discrete import DiscreteSchedule
@@ -35,9 +36,7 @@ class LossSecondMoment(TimeSampler):
         permute: bool = True,
         device: torch.device | str = "cpu",
     ) -> None:
-        for argument, value in (("T", T), ("history", history)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{argument} must be an integer of at least 1, got {value!r}")
+        T, history = integer("T", T), integer("history", history)
         if not 0.0 < uniform_share <= 1.0:
             raise ValueError(f"uniform_share must lie in (0, 1], got {uniform_share}")
         self.T, self.history, self.uniform_share = T, history, uniform_share

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffkern import streams
+from diffkern.integers import integer
 from diffkern.records import parsed
 from diffkern.schedules.base import Schedule
 from diffkern.schedules.discrete import DiscreteSchedule
@@ -98,8 +99,7 @@ class TimeSampler(ABC):
         from diffkern.draws import uniform_by_address  # with the ops, which densities do without
         from diffkern.ops import as_seeds
 
-        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
-            raise ValueError(f"n must be an integer of at least 0, got {n!r}")
+        n = integer("n", n, 0)
         if seeds is not None and generator is not None:
             raise ValueError("seeds or generator must be given, not both")
         if seeds is not None:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from diffkern.checks import unwrapped
 from diffkern.draws import draw_seeds, projections
+from diffkern.integers import integer
 from diffkern.names import Projection, Reduction
 from diffkern.objectives._time_sampler import TimeSampler
 from diffkern.objectives.losses import Weight, simple_loss
@@ -83,8 +84,7 @@ def geometric_sigmas(L: int, sigma_1: float, sigma_L: float) -> Tensor:
 
     Rising or falling: the lecture counts from the smallest, the paper from the largest.
     """
-    if isinstance(L, bool) or not isinstance(L, int) or L < 2:
-        raise ValueError(f"L must be an integer of at least 2, got {L!r}")
+    L = integer("L", L, 2)
     sigmas = exponential_sigmas(L, min(sigma_1, sigma_L), max(sigma_1, sigma_L))[:-1]
     return sigmas if sigma_1 > sigma_L else sigmas.flip(0)
 
@@ -167,8 +167,7 @@ def sliced_score_matching_loss(
     `implicit_score_matching_loss` at the cost of one backward pass a projection. The v are `projections` of the
     samples' `seeds`, fresh ones from torch's generator if not given. Everything else as there.
     """
-    if isinstance(n_projections, bool) or not isinstance(n_projections, int) or n_projections < 1:
-        raise ValueError(f"n_projections must be an integer of at least 1, got {n_projections!r}")
+    n_projections = integer("n_projections", n_projections)
     seeds = draw_seeds(x.shape[0], device=x.device) if seeds is None else as_seeds(seeds, x.shape[0], x.device)
     keep = torch.is_grad_enabled()
     with torch.enable_grad():

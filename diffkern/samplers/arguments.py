@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from diffkern.checks import meant
+from diffkern.integers import integer
 from diffkern.schedules.base import need_schedule as need_schedule
 from diffkern.schedules.discrete import DiscreteSchedule
 
@@ -37,9 +38,7 @@ def choice(argument: str, value: str, allowed: Sequence[str]) -> str:
 
 def order_in(value: int, most: int) -> int:
     """``value``; raises ValueError unless it is an integer in 1..most."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise ValueError(f"order must be an integer in 1..{most}, got {value!r}")
-    return value
+    return integer("order", value, 1, most)
 
 
 def need_discrete(sampler: str, schedule: object) -> None:

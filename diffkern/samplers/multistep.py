@@ -30,7 +30,7 @@ def lms(
     quadrature. In sigma this is also rho-AB DEIS (arXiv 2204.13902). Grid and arguments as for `euler`. The first steps
     are of lower order, so the order of the whole is min(order, 2) unless they are small.
     """
-    order_in(order, SLOTS + 1)
+    order = order_in(order, SLOTS + 1)
     space, nodes, end = grid("lms", schedule, steps, **options)
     return chain("lms", space, _rows(nodes, end, order, exponential=False), nodes)
 
@@ -49,7 +49,7 @@ def deis(
     schedules. A step to sigma = 0 is an Euler step. Orders 1 (Euler) to 5, default 3. Grid and arguments as for
     `euler`.
     """
-    order_in(order, SLOTS + 1)
+    order = order_in(order, SLOTS + 1)
     space, nodes, end = grid("deis", schedule, steps, **options)
     if space.in_time:
         raise ValueError(f"deis needs a schedule that is integrated in sigma, got {schedule.name}")

@@ -175,7 +175,7 @@ def grid(
         )
     space = coordinates(schedule, prediction, clip)
     if steps is not None:
-        check_steps(steps, schedule.T if isinstance(schedule, DiscreteSchedule) else None)
+        steps = check_steps(steps, schedule.T if isinstance(schedule, DiscreteSchedule) else None)
     if space.in_time:
         if sigmas is not None:
             raise ValueError(f"a {schedule.name} schedule takes steps or timesteps, got sigmas")
@@ -199,7 +199,7 @@ def grid(
 def time_grid(schedule: Schedule, steps: int | None) -> list[float]:
     """``steps`` even steps in time from the noise end to the end of the range that samplers stay in, [steps + 1]."""
     assert steps is not None
-    check_steps(steps)
+    steps = check_steps(steps)
     begin, stop = schedule.noise_end, schedule.data_end + schedule.direction * schedule.time_eps
     return [begin + (stop - begin) * (i / steps) for i in range(steps)] + [stop]
 

@@ -6,6 +6,7 @@ import itertools
 import math
 
 from diffkern import streams
+from diffkern.integers import integer
 from diffkern.names import Prediction, Spacing
 from diffkern.plan import Plan, Row
 from diffkern.samplers.arguments import need_schedule, not_negative
@@ -47,9 +48,7 @@ def repaint(
     ``jump_n_sample`` = 1 is the ancestral sampler alone, 10 and 10 of 250 steps are the paper's.
     """
     not_negative("eta", eta)
-    for argument, value in (("jump_length", jump_length), ("jump_n_sample", jump_n_sample)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{argument} must be an integer of at least 1, got {value!r}")
+    jump_length, jump_n_sample = integer("jump_length", jump_length), integer("jump_n_sample", jump_n_sample)
     need_schedule(schedule)
     if spacing is None:
         spacing = "leading" if isinstance(schedule, DiscreteSchedule) else "linspace"

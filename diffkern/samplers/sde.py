@@ -115,7 +115,7 @@ def langevin(
     step_size/(2V))). Noise in every step. Lecture 000 prints this form and, in its algorithm, alpha/2 score +
     sqrt(alpha) z: the same with step_size = alpha/2. arXiv 1907.05600, eq. 4.
     """
-    check_steps(steps)
+    steps = check_steps(steps)
     return replace(_langevin("langevin", schedule, [t], steps, step_size, prediction, False), name="langevin")
 
 
@@ -139,14 +139,14 @@ def annealed_langevin(
     2006.09011). A step of the plan is one Langevin step.
     """
     need_schedule(schedule)
-    check_steps(each)
+    each = check_steps(each)
     if (levels is None) == (timesteps is None):
         raise ValueError("annealed_langevin needs exactly one of levels and timesteps, got none or both")
     if timesteps is not None:
         times = monotone("timesteps", timesteps, rising=schedule.direction < 0, least=1)
     else:
         assert levels is not None
-        check_steps(levels, schedule.T if isinstance(schedule, DiscreteSchedule) else None)
+        levels = check_steps(levels, schedule.T if isinstance(schedule, DiscreteSchedule) else None)
         if isinstance(schedule, DiscreteSchedule):
             times = linspace(schedule.T, levels)
         elif levels == 1:
@@ -241,7 +241,7 @@ def _times(sampler: str, schedule: Schedule, steps: int | None, timesteps: Numbe
     if timesteps is not None:
         return monotone("timesteps", timesteps, rising=schedule.direction < 0)
     assert steps is not None
-    check_steps(steps, schedule.T if isinstance(schedule, DiscreteSchedule) else None)
+    steps = check_steps(steps, schedule.T if isinstance(schedule, DiscreteSchedule) else None)
     if isinstance(schedule, EDMSchedule):
         return [float(v) for v in schedule.sigmas(steps + 1)[:-1]]
     if isinstance(schedule, DiscreteSchedule):

@@ -43,7 +43,7 @@ def unipc(
     order). The order of convergence is ``order`` + 1 with the corrector, ``order`` without, less where the first and
     last steps hold it back. State, grid and arguments as for `dpmpp_2m`.
     """
-    order_in(order, 3)
+    order = order_in(order, 3)
     choice("variant", variant, ("bh1", "bh2"))
     space, nodes, end = grid("unipc", schedule, steps, **options)
     points = [space.native(node) for node in (*nodes, end)]

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from typing import NamedTuple
 
+from diffkern.integers import integer
 from diffkern.names import Prediction, Predictor, Spacing
 from diffkern.plan import Plan, Row
 from diffkern.samplers.arguments import choice, need_schedule
@@ -56,8 +57,7 @@ def rows_of(
     choice("corrector", corrector, CORRECTORS)
     if predictor == corrector == "none":
         raise ValueError("predictor and corrector must not both be 'none', got both")
-    if isinstance(corrector_steps, bool) or not isinstance(corrector_steps, int) or corrector_steps < 1:
-        raise ValueError(f"corrector_steps must be an integer of at least 1, got {corrector_steps!r}")
+    corrector_steps = integer("corrector_steps", corrector_steps)
     if not 0.0 < snr < math.inf:
         raise ValueError(f"snr must be positive, got {snr}")
     if variance is not None:
@@ -117,7 +117,7 @@ def _times(schedule: Schedule, steps: int | None, timesteps: Numbers | None, spa
     if (steps is None) == (timesteps is None):
         raise ValueError("predictor_corrector needs exactly one of steps and timesteps, got none or both")
     if steps is not None:
-        check_steps(steps, schedule.T if isinstance(schedule, DiscreteSchedule) else None)
+        steps = check_steps(steps, schedule.T if isinstance(schedule, DiscreteSchedule) else None)
         if isinstance(schedule, EDMSchedule):
             return [float(sigma) for sigma in schedule.sigmas(steps)[:-1]]
         if isinstance(schedule, FlowSchedule | PathSchedule):

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from diffkern import ops
 from diffkern.checks import need_model, need_tensor
+from diffkern.integers import integer
 from diffkern.names import Norm, Prediction
 from diffkern.progress import progress_bar
 from diffkern.samplers.arguments import choice
@@ -327,5 +328,4 @@ def _check(x: Tensor, rtol: float, atol: float, first_step: float | None, max_st
         raise ValueError("rtol and atol must not both be 0, got 0 and 0")
     if first_step is not None and not 0.0 < first_step < math.inf:
         raise ValueError(f"first_step must be positive, got {first_step}")
-    if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
-        raise ValueError(f"max_steps must be an integer of at least 1, got {max_steps!r}")
+    integer("max_steps", max_steps)

@@ -146,7 +146,7 @@ def whole_times(schedule: DiscreteSchedule, n: int, spacing: str = "log_snr", **
     Levels that are closer than the table is fine share a nearest entry; all but the last such then move on to the next
     free one towards the noise (other libraries visit one entry several times). Ties round to even.
     """
-    check_steps(n, schedule.T)
+    n = check_steps(n, schedule.T)
     if check_spacing(spacing) in SPACINGS:
         return spaced_timesteps(schedule.T, n, spacing, **options)
     rounded = torch.round(times(schedule, n, spacing, **options)).to(torch.int64).tolist()

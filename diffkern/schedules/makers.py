@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from diffkern.integers import integer
 from diffkern.schedules.base import Schedule, UnitTime
 from diffkern.schedules.continuous import (
     CosineSchedule,
@@ -263,6 +264,4 @@ def _fractions(T: int) -> Tensor:
 
 
 def _steps(T: int) -> int:
-    if isinstance(T, bool) or not isinstance(T, int) or T < 1:
-        raise ValueError(f"T must be an integer of at least 1, got {T!r}")
-    return T
+    return integer("T", T)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffkern.checks import unknown
+from diffkern.integers import integer
 
 SHIFTS = ("exponential", "linear")
 
@@ -153,8 +154,7 @@ def _ending_in_0(levels: Tensor) -> Tensor:
 
 
 def _check_count(n: int) -> None:
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
+    integer("n", n)
 
 
 def _check_levels(n: int, sigma_min: float, sigma_max: float) -> None:

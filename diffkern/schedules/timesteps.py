@@ -9,6 +9,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from diffkern.checks import unknown
+from diffkern.integers import integer
 
 SPACINGS = ("leading", "trailing", "linspace")
 Numbers = Sequence[float] | Tensor
@@ -24,7 +25,7 @@ def spaced_timesteps(T: int, steps: int, spacing: str = "leading", offset: int =
     Ties round to even and are made in numpy's arithmetic, so that every number of steps gives the times of other code.
     DPM-Solver and UniPC there visit ``leading`` and ``linspace`` times of one step more, without the last.
     """
-    check_steps(steps, T)
+    steps = check_steps(steps, T)
     if spacing == "leading":
         times = [i * (T // steps) + offset for i in reversed(range(steps))]
     elif spacing == "trailing":
@@ -46,11 +47,9 @@ def linspace(T: int, steps: int) -> list[float]:
     return [float(T - 1), *inner, 0.0][:steps]
 
 
-def check_steps(steps: int, most: int | None = None) -> None:
-    """Raise ValueError unless ``steps`` is an integer of at least 1, and at most ``most``."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1 or (most is not None and steps > most):
-        rule = "of at least 1" if most is None else f"in 1..{most} (T = {most})"
-        raise ValueError(f"steps must be an integer {rule}, got {steps!r}")
+def check_steps(steps: int, most: int | None = None) -> int:
+    """``steps``; raises ValueError unless it is an integer of at least 1, and at most ``most``."""
+    return integer("steps", steps, 1, most, None if most is None else f"in 1..{most} (T = {most})")
 
 
 def check_timesteps(T: int, timesteps: Iterable[float]) -> list[int]:

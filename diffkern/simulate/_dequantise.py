@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffkern import ops, streams
+from diffkern.integers import integer
 from diffkern.ops import Seeds
 
 
@@ -22,7 +23,7 @@ def dequantise(
     """
     if images.dtype not in (torch.uint8, torch.int16, torch.int32, torch.int64) or images.ndim == 0:
         raise ValueError(f"images must be integers [B, ...], got {images.dtype} of shape {list(images.shape)}")
-    _check_levels(levels)
+    levels = integer("levels", levels, 2)
     if images.device.type == "cpu" and images.numel() and not 0 <= int(images.min()) <= int(images.max()) < levels:
         raise ValueError(f"images must lie in 0..{levels - 1}, got {int(images.min())}..{int(images.max())}")
     if seeds is None:
@@ -41,14 +42,8 @@ def nats_to_bits_per_dim(nats: Tensor, dims: int, *, levels: int = 256, low: flo
     `dims` is the number of elements a sample. The offset is ln of the bins' width: 7 bits for 256 levels on [-1, 1], 8
     on [0, 1]. Without it the number would be that of the scaled, continuous data.
     """
-    _check_levels(levels)
-    if isinstance(dims, bool) or not isinstance(dims, int) or dims < 1:
-        raise ValueError(f"dims must be an integer of at least 1, got {dims!r}")
+    levels = integer("levels", levels, 2)
+    dims = integer("dims", dims)
     if not -math.inf < low < high < math.inf:
         raise ValueError(f"low and high must be finite, low < high, got {low} and {high}")
     return -nats / (dims * math.log(2.0)) + math.log2(levels / (high - low))
-
-
-def _check_levels(levels: int) -> None:
-    if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:
-        raise ValueError(f"levels must be an integer of at least 2, got {levels!r}")

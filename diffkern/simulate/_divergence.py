@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffkern.checks import unknown
 from diffkern.draws import PROJECTIONS, draw_seeds, projections
+from diffkern.integers import integer
 from diffkern.names import Divergence, Projection
 from diffkern.ops import Seeds, as_seeds
 from diffkern.simulate._process import ODE, shaped
@@ -45,8 +46,7 @@ def drawn_directions(
     """Directions of `probe` for Hutchinson's estimate, float64 [B, D] each; None for the exact divergence."""
     if divergence not in DIVERGENCES:
         raise ValueError(unknown("divergence", divergence, DIVERGENCES))
-    if isinstance(probes, bool) or not isinstance(probes, int) or probes < 1:
-        raise ValueError(f"probes must be an integer of at least 1, got {probes!r}")
+    probes = integer("probes", probes)
     if probe not in PROJECTIONS:
         raise ValueError(unknown("probe", probe, PROJECTIONS))
     if seeds is not None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffkern import ops, streams, tableaus
+from diffkern.integers import integer
 from diffkern.ops import Seeds
 from diffkern.simulate._process import ODE, SDE, column, shaped
 
@@ -38,8 +39,7 @@ class Simulator(ABC):
     def simulate_trajectory(self, x: Tensor, ts: Times, every: int = 1) -> Tensor:
         """The states [M, B, ...] at the first time, after each `every`-th step and at the last time."""
         times = self._times(x, ts)
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"every must be an integer of at least 1, got {every!r}")
+        every = integer("every", every)
         states, last = [x], times.shape[-1] - 2
         for k in range(last + 1):
             x = self.step(x, times[..., k], times[..., k + 1] - times[..., k], k)

@@ -40,6 +40,7 @@ from torch import Tensor
 
 from diffkern import tableaus
 from diffkern.checks import unknown, unwrapped
+from diffkern.integers import integer
 from diffkern.names import Divergence, Prediction, Projection, Solver
 from diffkern.ops import Seeds
 from diffkern.plan import Plan
@@ -259,5 +260,5 @@ def _check_solver(solver: str, steps: int | None, rtol: float, atol: float) -> N
         for name, value in (("rtol", rtol), ("atol", atol)):
             if not 0.0 < value < math.inf:
                 raise ValueError(f"{name} must be positive, got {value}")
-    elif isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be an integer of at least 1 for {solver}, got {steps!r}")
+    else:
+        integer("steps", steps, rule=f"of at least 1 for {solver}")

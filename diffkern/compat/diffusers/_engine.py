@@ -19,6 +19,7 @@ from diffkern import ops
 from diffkern.compat.diffusers._host import Clock
 from diffkern.compat.kit.rows import as_dtype, promote, split
 from diffkern.compat.kit.tables import Tables
+from diffkern.integers import as_integer
 
 try:
     from diffusers import SchedulerMixin as SchedulerMixin
@@ -299,7 +300,7 @@ class DropIn:
                 raise ValueError(
                     f"seeds must be an integer or int64 [B], got {seeds.dtype} of shape {list(seeds.shape)}"
                 )
-            if not isinstance(seeds, int | Tensor):
+            if not isinstance(seeds, Tensor) and as_integer(seeds) is None:
                 raise ValueError(f"seeds must be an integer or int64 [B], got {type(seeds).__name__}")
             engine.seeds = seeds
         if exact is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffkern import ops, streams
+from diffkern.integers import as_integer
 
 Level = float | Tensor
 NoiseSampler = Callable[[Level, Level], Tensor]
@@ -48,8 +49,9 @@ class BrownianTreeNoiseSampler:
         self.shape, self.dtype = x.shape, x.dtype
         if seed is None:
             seed = int(torch.randint(0, 2**63 - 1, []))
-        if isinstance(seed, int):
-            self.seeds = ops.seeds(seed, x.shape[0], device=x.device)
+        job = as_integer(seed)
+        if job is not None and not isinstance(seed, Tensor):
+            self.seeds = ops.seeds(job, x.shape[0], device=x.device)
         else:
             self.seeds = torch.as_tensor(seed, dtype=torch.int64).to(x.device)
             if self.seeds.shape != x.shape[:1]:
