@@ -2,6 +2,7 @@
 // they pose.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 
@@ -214,14 +215,18 @@ inline AttentionProblem spatial_problem(const char* op, const Operand& qkv, int6
   p.dtype = attention_dtype(op, qkv);
   const SpatialView view = spatial_view(op, qkv);
   if (heads < 1) fail(op, "heads must be at least 1, got ", heads);
-  if (view.channels < 1 || view.channels % (3 * heads) != 0) {
-    fail(op, "the channels of qkv must be divisible by 3 heads = ", 3 * heads, ", got ", view.channels);
+  if (heads > std::max(view.channels, int64_t{3})) {  // beyond, 3 heads may not be a number
+    fail(op, "heads must be at most a third of the channels of qkv, ", view.channels / 3, ", got ", heads);
+  }
+  if (view.channels < 1 || view.channels % 3 != 0 || view.channels / 3 % heads != 0) {
+    fail(op, "the channels of qkv must be divisible by 3 heads = ", 3 * static_cast<uint64_t>(heads), ", got ",
+         view.channels);
   }
   if (order < 0 || order > 2) fail(op, "order must be 0 (new), 1 (legacy) or 2 (edm), got ", order);
   p.batch = qkv.sizes[0];
   p.heads = heads;
   p.queries = p.keys = view.tokens;
-  p.dim = view.channels / (3 * heads);
+  p.dim = view.channels / 3 / heads;
   check_head_dim(op, "the channels of a head (those of qkv / 3 / heads)", p.dim);
   check_scale(op, scale);
   p.scale = scale;

@@ -8,11 +8,14 @@
 
 namespace dk::bind {
 
+// Several elements in one place: none in an empty tensor.
 inline bool has_zero_stride(const Operand& o) {
+  bool found = false;
   for (int64_t d = 0; d < o.dims; ++d) {
-    if (o.sizes[d] > 1 && o.strides[d] == 0) return true;
+    if (o.sizes[d] == 0) return false;
+    found = found || (o.sizes[d] > 1 && o.strides[d] == 0);
   }
-  return false;
+  return found;
 }
 
 // Bytes from the first to one past the last element; nothing for an empty tensor.

@@ -88,14 +88,25 @@ inline std::string dtype_text(int32_t dtype) {
   if (dtype == aoti_torch_dtype_##TORCH()) return #TORCH;
   DK_STORED_DTYPES(DK_TEXT)
 #undef DK_TEXT
-  if (dtype == aoti_torch_dtype_int64()) return "int64";
-  if (dtype == aoti_torch_dtype_int32()) return "int32";
-  if (dtype == aoti_torch_dtype_bool()) return "bool";
-  if (dtype == aoti_torch_dtype_uint8()) return "uint8";
-  if (dtype == aoti_torch_dtype_int8()) return "int8";
-  if (dtype == aoti_torch_dtype_int16()) return "int16";
-  if (dtype == aoti_torch_dtype_complex64()) return "complex64";
-  if (dtype == aoti_torch_dtype_complex128()) return "complex128";
+#define DK_TEXT(TORCH) \
+  if (dtype == aoti_torch_dtype_##TORCH()) return #TORCH;
+  DK_TEXT(int64)
+  DK_TEXT(int32)
+  DK_TEXT(bool)
+  DK_TEXT(uint8)
+  DK_TEXT(int8)
+  DK_TEXT(int16)
+  DK_TEXT(uint16)
+  DK_TEXT(uint32)
+  DK_TEXT(uint64)
+  DK_TEXT(float8_e5m2)
+  DK_TEXT(float8_e4m3fn)
+  DK_TEXT(float8_e5m2fnuz)
+  DK_TEXT(float8_e4m3fnuz)
+  DK_TEXT(complex32)
+  DK_TEXT(complex64)
+  DK_TEXT(complex128)
+#undef DK_TEXT
   return "dtype number " + std::to_string(dtype);
 }
 

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from diffkern.checks import unknown
+from diffkern.integers import integer
 from diffkern.ops._common import native, one_device, refuse_tangents
+from diffkern.ops._explained import explained
 
 # Numbers as in csrc/bind/attention_views.h.
 _ORDERS = {"new": 0, "legacy": 1, "edm": 2}
 
 
+@explained("attention")
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """softmax(scale Q K^T) V (Vaswani et al. 2017), nothing of size N x N in memory (Dao et al. 2022).
 
@@ -33,6 +36,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     return native.attention(q, k, v, _scale(scale, q.shape[-1]))[0]
 
 
+@explained("spatial_attention")
 def spatial_attention(qkv: Tensor, num_heads: int, order: str = "new", scale: float | None = None) -> Tensor:
     """Self-attention over the positions of [B, 3 C, H, W], or [B, 3 C, N], or more dimensions: [B, C, H, W].
 
@@ -51,8 +55,7 @@ def spatial_attention(qkv: Tensor, num_heads: int, order: str = "new", scale: fl
     """
     if order not in _ORDERS:
         raise ValueError(unknown("order", order, _ORDERS))
-    if num_heads < 1:
-        raise ValueError(f"num_heads must be at least 1, got {num_heads}")
+    num_heads = integer("num_heads", num_heads, 1, 2**63 - 1, "of at least 1, below 2^63")
     _check_strided("spatial_attention", qkv=qkv)
     refuse_tangents("spatial_attention", qkv)
     qkv = _autocast(qkv)

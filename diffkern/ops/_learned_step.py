@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from diffkern.ops._common import check_on_device, empty_like, native, one_device, refuse_grad, wrote
+from diffkern.ops._explained import explained
 from diffkern.ops._noise import Seeds, numbered
 
 
+@explained("learned_step")
 def learned_step(
     x: Tensor,
     m: Tensor | None,
@@ -37,9 +39,9 @@ def learned_step(
     of it). `table`: float64 [rows, 23], the columns of `step` and r0, r1 (`LEARNED_COLUMNS`): r0 + r1 v is the natural
     logarithm of the variance. A range in [-1, 1] between the two bounds of the posterior variance (Nichol and Dhariwal
     2021, arXiv 2102.09672, eq. 15) has r0 = (ln beta + ln beta~) / 2, r1 = (ln beta - ln beta~) / 2; a network that
-    predicts the log-variance itself has r0 = 0, r1 = 1; r1 = 0 reads no v. g is 1, or 0 in the last row, where neither
-    z nor v is read. w, r, e0 .. e3, A, B and D must be 0. Everything else is as in `step`, rows outside the table and
-    operands that a device row lacks give NaN.
+    predicts the log-variance itself has r0 = 0, r1 = 1; r1 = 0 reads no v. g is 1, or 0 in the last row, where
+    neither z nor v is read. The mask may be [B, 1, ...], as in `step`. w, r, e0 .. e3, A, B and D must be 0.
+    Everything else is as in `step`, rows outside the table and operands that a device row lacks give NaN.
     Returns (x', x0 or None, next or None); next = k x' in next_dtype (m's by default), [next_copies B, C, ...].
     Not differentiable.
     """
@@ -52,6 +54,7 @@ def learned_step(
     return out
 
 
+@explained("learned_step_out")
 def learned_step_out(
     x: Tensor,
     m: Tensor | None,

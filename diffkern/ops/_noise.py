@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffkern.ops._common import native, one_device, refuse_grad, wrote
+from diffkern.ops._explained import explained
 
 _INTEGERS = (int, np.integer, torch.SymInt)
 
@@ -68,6 +69,7 @@ def numbered(given: Seeds | None, *operands: Tensor | None) -> Tensor | None:
     return as_seeds(given, like.shape[0] if like.ndim else 0, like.device)
 
 
+@explained("randn")
 def randn(
     shape: Sequence[int],
     seeds: Seeds,
@@ -108,6 +110,7 @@ def _(seeds: Tensor, stream: int, out: Tensor) -> None:
     one_device("randn", out=out, seeds=seeds)
 
 
+@explained("noise_sum")
 def noise_sum(
     size: Sequence[int],
     seeds: Seeds,
@@ -129,6 +132,7 @@ def noise_sum(
     return native.noise_sum(list(size), seeds, streams, weights, dtype)
 
 
+@explained("noise_sum_out")
 def noise_sum_out(seeds: Seeds, streams: Tensor, weights: Tensor, out: Tensor) -> Tensor:
     """`noise_sum` into `out`, [B, ...] of any floating dtype and any strides; returns it."""
     refuse_grad("noise_sum", out)

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from diffkern.ops._common import empty_like, native, one_device, refuse_grad, wrote
+from diffkern.ops._explained import explained
 
 
+@explained("quantile")
 def quantile(x: Tensor, q: float) -> Tensor:
     """The q-quantile of |x| over each sample, [B]: `torch.quantile(x.float().abs().flatten(1), q, dim=1)`.
 
@@ -31,6 +33,7 @@ def _(x: Tensor, q: float) -> Tensor:
     return x.new_empty([x.shape[0]], dtype=_wide(x))
 
 
+@explained("dynamic_threshold")
 def dynamic_threshold(x0: Tensor, q: float = 0.995, maximum: float = math.inf) -> Tensor:
     """Dynamic thresholding of a predicted x0 [B, ...]: each sample clamped to its own quantile, and scaled back.
 
@@ -51,6 +54,7 @@ def _(x0: Tensor, q: float, maximum: float) -> Tensor:
     return empty_like(x0)
 
 
+@explained("dynamic_threshold_out")
 def dynamic_threshold_out(x0: Tensor, q: float = 0.995, maximum: float = math.inf, *, out: Tensor) -> Tensor:
     """`dynamic_threshold` into `out` of the shape and dtype of x0, which may be x0 itself; returns `out`."""
     refuse_grad("dynamic_threshold", x0, out)
@@ -64,6 +68,7 @@ def _(x0: Tensor, q: float, maximum: float, out: Tensor) -> None:
     one_device("dynamic_threshold", x0=x0, out=out)
 
 
+@explained("moments")
 def moments(x: Tensor) -> Tensor:
     """Mean and unbiased standard deviation of each sample, [B, 2]: `torch.std_mean` over all its elements.
 

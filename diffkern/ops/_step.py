@@ -20,11 +20,13 @@ from diffkern.ops._common import (
     times,
     wrote,
 )
+from diffkern.ops._explained import explained
 from diffkern.ops._noise import Seeds, numbered
 
 _COLUMNS: tuple[str, ...] = tuple(layout()["columns"]["step"])
 
 
+@explained("step")
 def step(
     x: Tensor | None,
     m: Tensor | None,
@@ -60,6 +62,8 @@ def step(
     the device), or `index` (int [] or [B], on the device): every sample may be at a step of its own; on CUDA an index
     outside the table, and an operand that such a row lacks, give NaN (DIFFKERN_CHECK=1 raises for the index).
     Returns (x', x0 or None, s or None, next or None); next = k x' in next_dtype (m's by default), [next_copies B, ...].
+    The mask has the shape of x, or [B, 1, ...] for all channels: the one operand that broadcasts. A mask of numbers is
+    taken as it is, also outside [0, 1].
     Differentiable in x, m, m2, the histories, noise and known.
     """
     if seeds is not None and not isinstance(seeds, Tensor):
@@ -77,6 +81,7 @@ def _wants_grad(*tensors: Tensor | None) -> bool:
     return torch.compiler.is_compiling() or any(t is not None and t.requires_grad for t in tensors)
 
 
+@explained("step_out")
 def step_out(
     x: Tensor | None,
     m: Tensor | None,

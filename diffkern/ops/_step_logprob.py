@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from diffkern.ops._common import check_on_device, empty_like, native, one_device, refuse_tangents, scaled_gradient
+from diffkern.ops._explained import explained
 
 
+@explained("step_logprob")
 def step_logprob(
     after: Tensor,
     x: Tensor | None,

@@ -23,10 +23,12 @@ from diffkern.ops._common import (
     times,
     wrote,
 )
+from diffkern.ops._explained import explained
 from diffkern.ops._noise import Seeds, numbered
 
 
 # ---------------------------------------------------------------------------------------------------- noising
+@explained("noising")
 def noising(
     x0: Tensor,
     table: Tensor,
@@ -53,6 +55,7 @@ def noising(
     return native.noising(x0, table, index, seeds, stream, noise, want_target, want_eps)
 
 
+@explained("noising_out")
 def noising_out(
     x0: Tensor,
     table: Tensor,
@@ -124,6 +127,7 @@ torch.library.register_autograd("diffkern::noising", _noising_backward, setup_co
 
 
 # ------------------------------------------------------------------------------------------------------- loss
+@explained("loss")
 def loss(
     pred: Tensor,
     x0: Tensor,

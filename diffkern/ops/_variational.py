@@ -19,6 +19,7 @@ from diffkern.ops._common import (
     refuse_tangents,
     scaled_gradient,
 )
+from diffkern.ops._explained import explained
 from diffkern.ops._noise import Seeds, numbered
 
 VARIATIONAL_COLUMNS: tuple[str, ...] = layout()["columns"]["variational"]
@@ -28,6 +29,7 @@ HALF_BIN = 1.0 / 255.0
 """Half a bin of 8-bit data scaled to [-1, 1], for the column ``bin``."""
 
 
+@explained("variational")
 def variational(
     pred: Tensor,
     x0: Tensor,

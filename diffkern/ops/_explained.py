@@ -1,0 +1,78 @@
+"""What torch says of operands that no kernel is ever given, in the ops' own sentences.
+
+None for a tensor, lists and arrays, sparse and quantised tensors are refused before csrc/bind sees them, in words about
+schemas and dispatch. The ops look again only where something was raised.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from diffkern.ops._common import native
+
+P = ParamSpec("P")
+R = TypeVar("R")
+_KINDS = {"Tensor": "a tensor", "Tensor | None": "a tensor or None"}
+"""The annotations of operands."""
+
+
+def explained(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorates the typed function of the op ``name``: it raises RuntimeError that says which operand is none."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                return function(*args, **kwargs)
+            except Exception as error:
+                if not str(error).startswith("diffkern."):
+                    _explain(name, function, args, kwargs, error)
+                raise
+
+        return call
+
+    return decorate
+
+
+def _explain(name: str, function: Callable[..., Any], args: Any, kwargs: Any, error: Exception) -> None:
+    signature = inspect.signature(function)
+    try:
+        given = signature.bind(*args, **kwargs).arguments
+    except TypeError:  # an argument too many, or one left out: said by Python
+        return
+    for argument, value in given.items():
+        kind = _KINDS.get(str(signature.parameters[argument].annotation))
+        rule = None if kind is None else _broken(kind, value, argument in _written(name), error)
+        if rule is not None:
+            raise RuntimeError(f"diffkern.{name.removesuffix('_out')}: {argument} must {rule}") from error
+
+
+def _broken(kind: str, value: object, written: bool, error: Exception) -> str | None:
+    """The rule that an operand breaks and what it is; None for one that csrc/bind has looked at."""
+    if value is None and kind.endswith("None"):
+        return None
+    if not isinstance(value, Tensor):
+        return f"be {kind}, got {type(value).__name__ if value is not None else None}"
+    if value.layout != torch.strided:
+        return f"be a dense (strided) tensor, got layout {value.layout}"
+    if value.is_quantized:
+        return f"be float64, float32, float16 or bfloat16, got {str(value.dtype).removeprefix('torch.')}"
+    if written and (value.is_neg() or value.is_conj()):
+        return "be written as it lies in memory, got a view that torch negates lazily: call resolve_neg() first"
+    if isinstance(error, IndexError) and value.dim() == 0:
+        return "have a batch dimension, got a tensor without dimensions"
+    return None
+
+
+@functools.lru_cache(maxsize=64)
+def _written(name: str) -> frozenset[str]:
+    """The operands that the op or its variant into given tensors writes."""
+    op = getattr(native, name if name.endswith("_out") or not hasattr(native, f"{name}_out") else f"{name}_out")
+    arguments = op.default._schema.arguments
+    return frozenset(a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write)
