@@ -53,7 +53,7 @@ struct LearnedStepOps {
     check_same_device(op, o.m, out);
     check_learned_prediction(op, o.m, out);
     const Dtype m_dtype = o.m ? float_dtype(op, o.m) : state;
-    const Dtype mask_dtype = check_mask(op, o.mask, out, state);
+    const Mask mask(op, o.mask, out, state);
     const NextInput next(op, o.next, out, m_dtype);
     check_one_noise(op, o.seeds, o.noise, o.mask);
 
@@ -69,18 +69,18 @@ struct LearnedStepOps {
     }
     for (const Operand* w : {&out, &o.x0, &o.next}) {
       if (*w) {
-        check_output(op, *w, {&o.x, &o.noise, &o.mask, &o.known}, {&o.m, &o.table, &o.index, &o.seeds},
+        check_output(op, *w, {&o.x, &o.noise, &mask.whole, &o.known}, {&o.m, &o.table, &o.index, &o.seeds},
                      {&out, &o.x0, &o.next});
       }
     }
     const Halves m(op, o.m, out.dims > 1 ? out.sizes[1] : 1, true);
-    args.space = make_space(op, out, {&out, &o.x, &m.first, &m.second, &o.noise, &o.mask, &o.known, &o.x0, &o.next},
+    args.space = make_space(op, out, {&out, &o.x, &m.first, &m.second, &o.noise, &mask.whole, &o.known, &o.x0, &o.next},
                             draws, Backend::kMaxChannels);
     args.x = make_view(args.space, o.x, state);
     args.m = make_view(args.space, m.first, m_dtype);
     args.v = make_view(args.space, m.second, m_dtype);
     args.noise = make_view(args.space, o.noise, state);
-    args.mask = make_view(args.space, o.mask, mask_dtype);
+    args.mask = make_view(args.space, mask.whole, mask.dtype);
     args.known = make_view(args.space, o.known, state);
     args.out = make_view(args.space, out, state);
     args.x0 = make_view(args.space, o.x0, state);

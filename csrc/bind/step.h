@@ -85,7 +85,7 @@ struct StepOps {
       check_shape(op, o.m2, out);
       check_dtype(op, o.m2, o.m);
     }
-    const Dtype mask_dtype = check_mask(op, o.mask, out, state);
+    const Mask mask(op, o.mask, out, state);
     const NextInput next(op, o.next, out, m_dtype);
     check_one_noise(op, o.seeds, o.noise, o.mask);
     StepArgs args{};
@@ -100,12 +100,12 @@ struct StepOps {
     }
     for (const Operand* w : {&out, &o.x0, &o.s, &o.next}) {
       if (*w) {
-        check_output(op, *w, {&o.x, &o.m, &o.m2, &o.h[0], &o.h[1], &o.h[2], &o.h[3], &o.noise, &o.mask, &o.known},
+        check_output(op, *w, {&o.x, &o.m, &o.m2, &o.h[0], &o.h[1], &o.h[2], &o.h[3], &o.noise, &mask.whole, &o.known},
                      {&o.table, &o.index, &o.seeds}, {&out, &o.x0, &o.s, &o.next});
       }
     }
-    std::vector<const Operand*> operands{&out,    &o.x,     &o.m,    &o.m2,    &o.h[0], &o.h[1], &o.h[2],
-                                         &o.h[3], &o.noise, &o.mask, &o.known, &o.x0,   &o.s,    &o.next};
+    std::vector<const Operand*> operands{&out,    &o.x,     &o.m,        &o.m2,    &o.h[0], &o.h[1], &o.h[2],
+                                         &o.h[3], &o.noise, &mask.whole, &o.known, &o.x0,   &o.s,    &o.next};
     args.space = make_space(op, out, operands, draws, Backend::kMaxChannels);
     args.x = make_view(args.space, o.x, state);
     args.u = make_view(args.space, o.m, m_dtype);
@@ -116,7 +116,7 @@ struct StepOps {
     }
     for (int k = 0; k < kHistories; ++k) args.h[k] = make_view(args.space, o.h[k], state);
     args.noise = make_view(args.space, o.noise, state);
-    args.mask = make_view(args.space, o.mask, mask_dtype);
+    args.mask = make_view(args.space, mask.whole, mask.dtype);
     args.known = make_view(args.space, o.known, state);
     args.out = make_view(args.space, out, state);
     args.x0 = make_view(args.space, o.x0, state);

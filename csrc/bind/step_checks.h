@@ -25,18 +25,33 @@ struct Halves {
   Halves(const Halves&) = delete;
 };
 
-// The dtype in which a mask is read; an absent one is a u8.
-inline Dtype check_mask(const char* op, const Operand& mask, const Operand& out, Dtype state) {
-  if (!mask) return Dtype::u8;
-  check_same_device(op, mask, out);
-  check_shape(op, mask, out);
-  if (is_mask_dtype(mask.dtype)) return Dtype::u8;
-  if (mask.dtype != out.dtype) {
-    fail(op, "mask must be bool, uint8 or the dtype of the state (", dtype_text(out.dtype), "), got ",
-         dtype_text(mask.dtype));
+// A mask as the kernels read it: of the state's shape, or [B, 1, ...] for all channels of [B, C, ...]. It is the one
+// operand that broadcasts, and its channels the one dimension. Absent, it is a u8.
+struct Mask {
+  std::vector<int64_t> strides;
+  Operand whole;
+  Dtype dtype = Dtype::u8;
+  Mask(const char* op, const Operand& mask, const Operand& out, Dtype state) : whole(mask) {
+    if (!mask) return;
+    check_same_device(op, mask, out);
+    bool shared = mask.dims == out.dims && out.dims > 1 && mask.sizes[1] == 1;
+    for (int64_t d = 0; shared && d < out.dims; ++d) shared = d == 1 || mask.sizes[d] == out.sizes[d];
+    if (shared) {
+      strides.assign(mask.strides, mask.strides + mask.dims);
+      if (out.sizes[1] != 1) strides[1] = 0;
+      whole.sizes = out.sizes;
+      whole.strides = strides.data();
+    }
+    check_shape(op, whole, out);
+    if (is_mask_dtype(mask.dtype)) return;
+    if (mask.dtype != out.dtype) {
+      fail(op, "mask must be bool, uint8 or the dtype of the state (", dtype_text(out.dtype), "), got ",
+           dtype_text(mask.dtype));
+    }
+    dtype = state;
   }
-  return state;
-}
+  Mask(const Mask&) = delete;
+};
 
 // The next model input: [B, ...] or [2B, ...], in any dtype.
 struct NextInput {

@@ -44,8 +44,9 @@ def need_plan(plan: object) -> None:
     raise ValueError(text)
 
 
-def check_state(x: Tensor, mask: Tensor | None = None, known: Tensor | None = None) -> None:
-    """Raise ValueError unless x is a state, and mask and known are both absent or fit it."""
+def check_state(x: Tensor, mask: Tensor | None = None, known: Tensor | None = None) -> Tensor | None:
+    """The mask in the shape of x, also of [B, 1, ...], which all channels share; ValueError unless x is a state, and
+    mask and known are both absent or fit it."""
     if not x.is_floating_point() or x.ndim < 1:
         raise ValueError(f"x must be a floating point tensor [B, ...], got {x.dtype} of shape {list(x.shape)}")
     if (mask is None) != (known is None):
@@ -57,9 +58,20 @@ def check_state(x: Tensor, mask: Tensor | None = None, known: Tensor | None = No
     for argument, (value, rule, dtypes) in rules.items():
         if value is None:
             continue
-        if not isinstance(value, Tensor) or value.shape != x.shape or value.dtype not in dtypes:
-            found = f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{argument} must be {rule} of the shape of x {list(x.shape)}, got {found}")
+        shapes = [x.shape, (x.shape[0], 1, *x.shape[2:])] if argument == "mask" and x.ndim > 1 else [x.shape]
+        if not isinstance(value, Tensor) or value.shape not in shapes or value.dtype not in dtypes:
+            got = f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            shape = f"{list(x.shape)}{' or of one channel' if argument == 'mask' else ''}"
+            raise ValueError(f"{argument} must be {rule} of the shape of x {shape}, got {got}")
+    if mask is None:
+        return None
+    if mask.is_floating_point() and mask.device.type == "cpu" and not torch.compiler.is_compiling():
+        inside = (mask >= 0) & (mask <= 1)
+        if not bool(inside.all()):
+            got = mask[~inside][0].item()
+            raise ValueError(f"mask must lie in [0, 1], 1 where the state is kept and 0 where it is known, got {got:g}")
+    # Once a run, so that every step reads it as it reads the state.
+    return mask if mask.shape == x.shape else torch.empty_like(x, dtype=mask.dtype).copy_(mask.expand(x.shape))
 
 
 def seeds_for(

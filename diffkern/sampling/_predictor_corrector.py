@@ -118,7 +118,7 @@ def predictor_corrector(
     need_tensor("x", x)
     plan, scores = rows_of(schedule, steps, corrector=corrector, **options)
     choice("norm", norm, NORMS)
-    check_state(x, mask, known)
+    mask = check_state(x, mask, known)
     drawn = seeds_for(plan.rows, x, seeds, noise, mask)
     run = _Run(plan, scores, x, model_dtype or x.dtype, cond, mask, known, norm, drawn)
     noises: Iterator[Tensor] | None = None if noise is None else iter(noise)

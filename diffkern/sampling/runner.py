@@ -17,6 +17,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from diffkern import ops, streams
+from diffkern.integers import as_integer, integer
 from diffkern.ops import Seeds
 from diffkern.plan import SLOTS, Plan
 from diffkern.sampling._inputs import check_call, check_state, need_plan, next_noise, progress_bar, seeds_for, seeds_of
@@ -134,7 +135,9 @@ def sample(
       ln p(y given x) this is classifier guidance as in arXiv 2105.05233, algorithm 1; meant for ancestral samplers.
     - ``noise``: tensors like ``x``, one for each row that draws, instead of drawing by address: parity with other code.
     - ``mask``, ``known``: inpainting; after each row the state is kept where the mask is 1 and is ``known`` noised to
-      the row's level where it is 0 (blended between), with noise on ``streams.KNOWN`` + row.
+      the row's level where it is 0 (blended between), with noise on ``streams.KNOWN`` + row. ``known`` has the shape of
+      ``x``, the mask too, or is [B, 1, ...] for all channels (the one operand that broadcasts): bool, uint8 (1 where it
+      is not 0) or of the dtype of ``x``, in [0, 1].
     - ``start``: index of the first step to run; ``x`` is then the state before that step (see `initial`). int64 [B]:
       one a sample; the samples with less noise wait for the others, so all end together.
     - ``callback``: called after each step with i, t, x, x0 (`StepInfo`).
@@ -158,7 +161,7 @@ def sample(
         raise ValueError(f"mean_shift needs a plan that leaves history {SLOTS - 1} free, got {plan.name}")
     if logprob:
         _check_logprob(plan, mask, mean_shift)
-    check_state(x, mask, known)
+    mask = check_state(x, mask, known)
     drawing = sum(row.draws for row in rows)
     if isinstance(noise, list | tuple) and len(noise) != drawing:
         raise ValueError(f"noise must hold one tensor for each row that draws ({drawing}), got {len(noise)}")
@@ -229,8 +232,8 @@ def transition_logprob(
     check_call(model, x, plan)
     if guidance is not None:
         plan = plan.with_guidance(guidance)
-    if not isinstance(step, int) or not 0 <= step < len(plan.steps):
-        raise ValueError(f"step must lie in 0..{len(plan.steps) - 1} ({plan.name} has {len(plan.steps)}), got {step}")
+    last = len(plan.steps) - 1
+    step = integer("step", step, 0, last, f"in 0..{last} ({plan.name} has {len(plan.steps)})")
     number = plan.steps[step].start
     row = plan.rows[number]
     if len(plan.steps[step]) > 1 or row.reads or plan.threshold is not None:
@@ -254,16 +257,17 @@ def transition_logprob(
 
 def _steps_of(start: int | Tensor, plan: Plan, batch: int) -> list[int]:
     """The first step of every sample, or of all of them."""
-    if isinstance(start, Tensor):
+    whole = as_integer(start)
+    if whole is not None and not (isinstance(start, Tensor) and start.ndim):  # one of int64 [1] is a sample's
+        starts = [whole]
+    elif isinstance(start, Tensor):
         if start.dtype != torch.int64 or start.shape != (batch,):
             raise ValueError(
                 f"start must be an integer or int64 [{batch}], got {start.dtype} of shape {list(start.shape)}"
             )
         starts = [int(value) for value in start.tolist()] or [0]
-    elif isinstance(start, bool) or not isinstance(start, int):
-        raise ValueError(f"start must be an integer or int64 [{batch}], got {start!r}")
     else:
-        starts = [start]
+        raise ValueError(f"start must be an integer or int64 [{batch}], got {start!r}")
     for value in set(starts):
         if not 0 <= value < len(plan.steps):
             raise ValueError(
