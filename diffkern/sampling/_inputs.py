@@ -68,8 +68,8 @@ def check_state(x: Tensor, mask: Tensor | None = None, known: Tensor | None = No
     if mask.is_floating_point() and mask.device.type == "cpu" and not torch.compiler.is_compiling():
         inside = (mask >= 0) & (mask <= 1)
         if not bool(inside.all()):
-            got = mask[~inside][0].item()
-            raise ValueError(f"mask must lie in [0, 1], 1 where the state is kept and 0 where it is known, got {got:g}")
+            bad = mask[~inside][0].item()
+            raise ValueError(f"mask must lie in [0, 1], 1 where the state is kept and 0 where it is known, got {bad:g}")
     # Once a run, so that every step reads it as it reads the state.
     return mask if mask.shape == x.shape else torch.empty_like(x, dtype=mask.dtype).copy_(mask.expand(x.shape))
 

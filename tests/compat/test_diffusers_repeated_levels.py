@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -199,3 +200,29 @@ def test_timesteps_given_twice() -> None:
     ours.set_timesteps(timesteps=[999, 700, 700, 300, 10])
     with pytest.raises(ValueError, match="for steps 1 and 2, from where on DPMSolverMultistepScheduler of order 2"):
         ours.plan()
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("FlowMatchEulerDiscreteScheduler", {}),
+        ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}),
+        (UNIPC, {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}),
+    ],
+)
+def test_one_level_has_no_terminal_to_shift(name: str, config: dict[str, Any]) -> None:
+    """shift_terminal stretches the levels so that the last is there; the original divides 0 by 0 where there is one."""
+    original, ours = pair(name, shift_terminal=0.1, **config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of numpy, about that division
+        for scheduler in (original, ours):
+            scheduler.set_timesteps(1)
+    assert math.isnan(float(original.sigmas[0]))
+    for call in (lambda: ours.step(start(), ours.timesteps[0], start()), lambda: ours.plan()):
+        with pytest.raises(
+            ValueError, match=r"sigmas must be numbers, got \[nan, 0\.0\] \(shift_terminal=0\.1 moves the last"
+        ):
+            call()
+    ours.set_timesteps(2)
+    assert float(ours.sigmas[1]) == pytest.approx(0.1)
+    assert bool(ours.step(start(), ours.timesteps[0], start()).prev_sample.isfinite().all())

@@ -21,6 +21,16 @@ def host(table: Any, exact: bool = False) -> Tensor:
     return found.double() if exact else found
 
 
+def check_numbers(scheduler: Any, sigmas: Tensor) -> None:
+    """Raise ValueError where a level on the CPU is NaN: every sample would be."""
+    if not bool(sigmas.isnan().any()):
+        return
+    why = ""
+    if scheduler.config.get("shift_terminal") and len(sigmas) == 2:
+        why = f" (shift_terminal={scheduler.config.shift_terminal} moves the last of several: take 2 steps or more)"
+    raise ValueError(f"sigmas must be numbers, got {sigmas.tolist()}{why}")
+
+
 class HostCopy:
     """What both copies are: numbers that belong to one tensor as it was."""
 

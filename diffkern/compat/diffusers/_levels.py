@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from diffkern import ops
 from diffkern.compat.diffusers._engine import DropIn, Engine, Hot, Results, Rows, free
-from diffkern.compat.diffusers._host import Levels
+from diffkern.compat.diffusers._host import Levels, check_numbers
 from diffkern.compat.diffusers._plans import plan_of
 from diffkern.compat.kit.rows import as_dtype, column, promote, table_of, with_columns
 from diffkern.compat.kit.tables import version
@@ -87,7 +87,9 @@ class LevelsEngine(Engine):
         """What tables are made of: the host copy of the sigmas, made once a `set_timesteps`, and the config."""
         sigmas, found = scheduler.sigmas, self._levels
         if found is None or not found.is_of(sigmas):
-            found = self._levels = Levels(sigmas)
+            found = Levels(sigmas)
+            check_numbers(scheduler, found.values)
+            self._levels = found
         return found, scheduler._internal_dict
 
     def levels(self, scheduler: DropIn) -> Tensor:

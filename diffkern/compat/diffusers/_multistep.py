@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from diffkern.compat.diffusers._engine import DropIn, Engine, Hot, Rows
-from diffkern.compat.diffusers._host import host
+from diffkern.compat.diffusers._host import check_numbers, host
 from diffkern.compat.kit.rows import with_columns
 
 Value = TypeVar("Value")
@@ -137,7 +137,8 @@ def past_of(idle: Tensor) -> Past:
 
 
 def past_between(scheduler: DropIn, levels: Tensor, h: Tensor) -> Past:
-    """Of the S steps between the levels [S + 1], of lengths h [S] in log-SNR; refuses a single level."""
+    """Of the S steps between the levels [S + 1], of lengths h [S] in log-SNR; refuses a single level and NaN."""
+    check_numbers(scheduler, levels)
     past = past_of((h == 0) | (levels[1:] == levels[:-1]))
     check_levels(scheduler, past)
     return past
