@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -31,8 +31,11 @@ def explained(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
             try:
                 return function(*args, **kwargs)
             except Exception as error:
-                if not str(error).startswith("diffkern."):
-                    _explain(name, function, args, kwargs, error)
+                try:
+                    given = inspect.signature(function).bind(*args, **kwargs).arguments
+                except TypeError:  # an argument too many, or one left out: said by Python
+                    raise error from None
+                explain(name, function, given, error)
                 raise
 
         return call
@@ -40,15 +43,15 @@ def explained(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return decorate
 
 
-def _explain(name: str, function: Callable[..., Any], args: Any, kwargs: Any, error: Exception) -> None:
-    signature = inspect.signature(function)
-    try:
-        given = signature.bind(*args, **kwargs).arguments
-    except TypeError:  # an argument too many, or one left out: said by Python
+def explain(name: str, function: Callable[..., Any], given: Mapping[str, Any], error: Exception) -> None:
+    """What `explained` does with an error, for ops that cannot wait for a decorator: ``given`` are their arguments."""
+    if str(error).startswith("diffkern."):
         return
-    for argument, value in given.items():
-        kind = _KINDS.get(str(signature.parameters[argument].annotation))
-        rule = None if kind is None else _broken(kind, value, argument in _written(name), error)
+    for argument, parameter in inspect.signature(function).parameters.items():
+        kind = _KINDS.get(str(parameter.annotation))
+        if kind is None or argument not in given:
+            continue
+        rule = _broken(kind, given[argument], argument in _written(name), error)
         if rule is not None:
             raise RuntimeError(f"diffkern.{name.removesuffix('_out')}: {argument} must {rule}") from error
 

@@ -20,13 +20,12 @@ from diffkern.ops._common import (
     times,
     wrote,
 )
-from diffkern.ops._explained import explained
+from diffkern.ops._explained import explain, explained
 from diffkern.ops._noise import Seeds, numbered
 
 _COLUMNS: tuple[str, ...] = tuple(layout()["columns"]["step"])
 
 
-@explained("step")
 def step(
     x: Tensor | None,
     m: Tensor | None,
@@ -66,13 +65,17 @@ def step(
     taken as it is, also outside [0, 1].
     Differentiable in x, m, m2, the histories, noise and known.
     """
-    if seeds is not None and not isinstance(seeds, Tensor):
-        seeds = numbered(seeds, x, h0, h1, h2, h3, noise, known, m)
-    args = (x, m, m2, h0, h1, h2, h3, table, row, index, seeds, noise, mask, known)
-    check_on_device("step", index, table)
-    refuse_tangents("step", x, m, m2, h0, h1, h2, h3, noise, known)
-    op = native.step_ad if _wants_grad(x, m, m2, h0, h1, h2, h3, noise, known) else native.step
-    return op(*args, want_x0, want_s, next_copies, next_dtype)
+    try:
+        if seeds is not None and not isinstance(seeds, Tensor):
+            seeds = numbered(seeds, x, h0, h1, h2, h3, noise, known, m)
+        args = (x, m, m2, h0, h1, h2, h3, table, row, index, seeds, noise, mask, known)
+        check_on_device("step", index, table)
+        refuse_tangents("step", x, m, m2, h0, h1, h2, h3, noise, known)
+        op = native.step_ad if _wants_grad(x, m, m2, h0, h1, h2, h3, noise, known) else native.step
+        return op(*args, want_x0, want_s, next_copies, next_dtype)
+    except Exception as error:
+        explain("step", step, locals(), error)
+        raise
 
 
 def _wants_grad(*tensors: Tensor | None) -> bool:

@@ -23,12 +23,11 @@ from diffkern.ops._common import (
     times,
     wrote,
 )
-from diffkern.ops._explained import explained
+from diffkern.ops._explained import explain, explained
 from diffkern.ops._noise import Seeds, numbered
 
 
 # ---------------------------------------------------------------------------------------------------- noising
-@explained("noising")
 def noising(
     x0: Tensor,
     table: Tensor,
@@ -49,10 +48,14 @@ def noising(
     `noise` (dtype of x0). Returns (x_t, target or None, eps or None), all in the dtype and memory format of x0.
     Differentiable in x0 and noise.
     """
-    check_on_device("noising", index, table)
-    refuse_tangents("noising", x0, noise)
-    seeds = numbered(seeds, x0)
-    return native.noising(x0, table, index, seeds, stream, noise, want_target, want_eps)
+    try:
+        check_on_device("noising", index, table)
+        refuse_tangents("noising", x0, noise)
+        seeds = numbered(seeds, x0)
+        return native.noising(x0, table, index, seeds, stream, noise, want_target, want_eps)
+    except Exception as error:
+        explain("noising", noising, locals(), error)
+        raise
 
 
 @explained("noising_out")
