@@ -272,7 +272,7 @@ def test_bad_model_and_states():
 
 @pytest.mark.parametrize(("given", "words"), [
     ({"mask": torch.ones(SHAPE[1:], dtype=torch.bool)},
-     r"mask must be bool, uint8 or torch.float64 of the shape of x \[3, 2, 4, 5\], got torch.bool of shape \[2, 4"),
+     r"mask must be bool, uint8 or torch.float64 of the shape of x \[3, 2, 4, 5\] or of one channel, got torch.bool"),
     ({"mask": torch.ones(SHAPE)}, r"mask must be bool, uint8 or torch.float64 .*, got torch.float32 of shape"),
     ({"mask": 1}, "mask must be .*, got int"),
     ({"known": torch.zeros(SHAPE)}, r"known must be torch.float64 of the shape of x .*, got torch.float32 of shape"),

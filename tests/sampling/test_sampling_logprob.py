@@ -132,7 +132,7 @@ def test_bad_input_says_what_is_wrong():
     noisy = replace(ddpm, rows=(replace(ddpm.rows[0], r=0.5), *ddpm.rows[1:]))
     with pytest.raises(ValueError, match=r"logprob needs rows whose noise is added to the state alone, got r = 0"):
         sample(network, x, noisy, seeds=SEEDS, logprob=True)
-    with pytest.raises(ValueError, match=r"step must lie in 0\.\.11 \(ddpm has 12\), got 12"):
+    with pytest.raises(ValueError, match=r"step must be an integer in 0\.\.11 \(ddpm has 12\), got 12"):
         transition_logprob(network, x, x, ddpm, 12)
     with pytest.raises(ValueError, match=r"step must be one row that reads no history, .* got step 0 of heun"):
         transition_logprob(network, x, x, PLANS["heun"], 0)

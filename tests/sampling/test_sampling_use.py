@@ -191,12 +191,12 @@ def test_bad_models_and_states():
     ):
         sample(network, X.long(), DDIM)
     for argument, value, got in (
-        ("mask", X[:, :1], r"torch\.float32 of shape \[3, 1, 5, 4\]"),
+        ("mask", X[:1, :1], r"torch\.float32 of shape \[1, 1, 5, 4\]"),
         ("mask", X.long(), r"torch\.int64 of shape"),
         ("mask", 1.0, "float"),
         ("known", X.double(), r"torch\.float64 of shape"),
     ):
-        with pytest.raises(ValueError, match=rf"{argument} must be .* of the shape of x \[3, 2, 5, 4\], got {got}"):
+        with pytest.raises(ValueError, match=rf"{argument} must be .* of the shape of x \[3, 2, 5, 4\].*, got {got}"):
             sample(network, X, DDIM, seeds=3, **{"mask": X, "known": X, argument: value})
     with pytest.raises(ValueError, match=r"start must be an integer or int64 \[3\], got 1\.0"):
         sample(network, X, DDIM, start=1.0)

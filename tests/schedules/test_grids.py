@@ -257,7 +257,7 @@ def no_numbers() -> Tensor:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: grids.karras_sigmas(0, 0.1, 1), r"n must be at least 1, got 0"),
+        (lambda: grids.karras_sigmas(0, 0.1, 1), r"n must be an integer of at least 1, got 0"),
         (lambda: grids.exponential_sigmas(3, 0.0, 1.0), r"must be 0 < sigma_min <= sigma_max, got 0\.0 and 1\.0"),
         (lambda: grids.polyexponential_sigmas(3, 0.1, 1.0, 0.0), r"rho must be positive, got 0\.0"),
         (lambda: grids.beta_sigmas(3, 0.1, 1.0, a=0.0), r"a must be positive, got 0\.0"),

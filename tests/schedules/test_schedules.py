@@ -305,7 +305,7 @@ def test_times_outside_a_schedule_give_nan_where_looking_would_stall_the_device(
         (lambda: schedules.flow(1.0), r"sigma_min must lie in \[0, 1\), got 1\.0"),
         (lambda: schedules.edm(sigma_min=3, sigma_max=2), r"must be 0 < sigma_min < sigma_max, got 3 and 2"),
         (lambda: schedules.edm(rho=0), r"rho must be positive, got 0"),
-        (lambda: schedules.edm().sigmas(0), r"n must be at least 1, got 0"),
+        (lambda: schedules.edm().sigmas(0), r"n must be an integer of at least 1, got 0"),
         (lambda: schedules.linear().alpha(1000), r"t must be an integer in -1\.\.999 \(T = 1000\), got 1000"),
         (
             lambda: schedules.linear().alpha(torch.tensor([3, -2])),
