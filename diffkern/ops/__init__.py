@@ -18,9 +18,10 @@ from diffkern.ops._bound_step import BoundStepOut as BoundStepOut
 from diffkern.ops._bound_step import Stepped as Stepped
 from diffkern.ops._bound_step import bound_step, bound_step_out
 from diffkern.ops._learned_step import learned_step, learned_step_out
-from diffkern.ops._noise import Seeds as Seeds
-from diffkern.ops._noise import as_seeds as as_seeds
-from diffkern.ops._noise import noise_sum, noise_sum_out, randn, seeds
+from diffkern.ops._noise import noise_sum, noise_sum_out, randn
+from diffkern.ops._seeds import Seeds as Seeds
+from diffkern.ops._seeds import as_seeds as as_seeds
+from diffkern.ops._seeds import seeds
 from diffkern.ops._statistics import dynamic_threshold, dynamic_threshold_out, moments, quantile
 from diffkern.ops._step import step, step_out
 from diffkern.ops._step_logprob import step_logprob

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from diffkern.ops._common import native, refuse_tangents
-from diffkern.ops._noise import Seeds, numbered
+from diffkern.ops._seeds import Seeds, numbered
 
 
 class Stepped(NamedTuple):

@@ -18,8 +18,8 @@ from diffkern.ops._common import native
 
 P = ParamSpec("P")
 R = TypeVar("R")
-_KINDS = {"Tensor": "a tensor", "Tensor | None": "a tensor or None"}
-"""The annotations of operands."""
+_KINDS = {"Tensor": "a tensor", "Tensor | None": "a tensor or None", "Seeds": "", "Seeds | None": ""}
+"""The annotations of operands, and what they say; of seeds that are no tensor `as_seeds` says it."""
 
 
 def explained(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -58,7 +58,7 @@ def explain(name: str, function: Callable[..., Any], given: Mapping[str, Any], e
 
 def _broken(kind: str, value: object, written: bool, error: Exception) -> str | None:
     """The rule that an operand breaks and what it is; None for one that csrc/bind has looked at."""
-    if value is None and kind.endswith("None"):
+    if not isinstance(value, Tensor) and (not kind or (value is None and kind.endswith("None"))):
         return None
     if not isinstance(value, Tensor):
         return f"be {kind}, got {type(value).__name__ if value is not None else None}"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffkern.ops._common import check_on_device, empty_like, native, one_device, refuse_grad, wrote
 from diffkern.ops._explained import explained
-from diffkern.ops._noise import Seeds, numbered
+from diffkern.ops._seeds import Seeds, numbered
 
 
 @explained("learned_step")

@@ -1,72 +1,15 @@
-"""Noise by address: the seeds of samples, `randn`, and `noise_sum`."""
+"""Noise by address: `randn` and `noise_sum`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from diffkern.ops._common import native, one_device, refuse_grad, wrote
 from diffkern.ops._explained import explained
-
-_INTEGERS = (int, np.integer, torch.SymInt)
-
-
-def _mix64(z: np.ndarray) -> np.ndarray:
-    """A bijection of 64-bit integers with full avalanche: the finaliser of splitmix64 (Steele, Lea, Flood 2014)."""
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
-Seeds = int | Tensor
-"""What every function takes as its ``seeds``: an integer, of which `seeds` makes one a sample, or int64 [B]."""
-
-
-def seeds(s: int, n: int, first: int = 0, device: torch.device | str | None = None) -> Tensor:
-    """Seeds of the samples first, ..., first + n - 1 of a job with seed `s`, int64 [n].
-
-        seed_j = mix64(mix64(s + 0x9E3779B97F4A7C15) xor mix64(j + 0xD1B54A32D192ED03))
-
-    mix64 is the finaliser of splitmix64. Sample j has the same seed in every split of the job, and jobs with
-    neighbouring s share nothing. Who wants image j to have seed s + j passes that tensor instead. Raises ValueError
-    unless s, n and first are integers (NumPy's too), and 0 <= first, first + n < 2^63.
-    """
-    for name, value in (("s", s), ("n", n), ("first", first)):
-        if isinstance(value, bool) or not isinstance(value, _INTEGERS):
-            raise ValueError(f"{name} must be an integer, got {value!r}")
-    s, n, first = (int(value) if isinstance(value, np.integer) else value for value in (s, n, first))
-    if n < 0 or first < 0:
-        raise ValueError(f"n and first must not be negative, got n={n}, first={first}")
-    if first + n >= 2**63:
-        raise ValueError(f"first + n must be below 2**63, got first={first}, n={n}")
-    with np.errstate(over="ignore"):
-        job = _mix64(np.array([s % 2**64], dtype=np.uint64) + np.uint64(0x9E3779B97F4A7C15))
-        sample = np.arange(first, first + n, dtype=np.uint64) + np.uint64(0xD1B54A32D192ED03)
-        mixed = _mix64(job ^ _mix64(sample))
-    return torch.from_numpy(mixed.view(np.int64)).to(device)
-
-
-def as_seeds(given: Seeds, n: int, device: torch.device | str | None = None) -> Tensor:
-    """The seeds of n samples, int64 [n] on the device: those given, checked, or those of the job that an integer is."""
-    if not isinstance(given, Tensor):
-        if isinstance(given, bool) or not isinstance(given, _INTEGERS):
-            raise ValueError(f"seeds must be an integer or int64 [{n}], got {given!r}")
-        return seeds(given, n, device=device)
-    if given.dtype != torch.int64 or given.ndim != 1 or given.shape[0] != n:
-        shape = list(given.shape)
-        raise ValueError(f"seeds must be an integer or int64 [{n}], got {given.dtype} of shape {shape}")
-    return given.to(device)
-
-
-def numbered(given: Seeds | None, *operands: Tensor | None) -> Tensor | None:
-    """`as_seeds` for an op whose batch is that of its first operand; tensors are left to the op's own checks."""
-    if given is None or isinstance(given, Tensor):
-        return given
-    like = next(t for t in operands if t is not None)
-    return as_seeds(given, like.shape[0] if like.ndim else 0, like.device)
+from diffkern.ops._seeds import Seeds, as_seeds, numbered
 
 
 @explained("randn")

@@ -24,7 +24,7 @@ from diffkern.ops._common import (
     wrote,
 )
 from diffkern.ops._explained import explain, explained
-from diffkern.ops._noise import Seeds, numbered
+from diffkern.ops._seeds import Seeds, numbered
 
 
 # ---------------------------------------------------------------------------------------------------- noising

@@ -20,7 +20,7 @@ from diffkern.ops._common import (
     scaled_gradient,
 )
 from diffkern.ops._explained import explained
-from diffkern.ops._noise import Seeds, numbered
+from diffkern.ops._seeds import Seeds, numbered
 
 VARIATIONAL_COLUMNS: tuple[str, ...] = layout()["columns"]["variational"]
 """The columns of the table of `variational`, in order: u, v, q, clip, k2, r0, r1, inv_std, bin, w_squares, w_bound,

@@ -88,7 +88,7 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "likelihood": lambda n: (
         likelihood.log_likelihood(model, X, FLOW, "velocity", solver="heun", steps=n, probes=n, seeds=SEEDS).nats
     ),
-    "bits": lambda n: likelihood.bits_per_dim(torch.ones(2), n, levels=n),
+    "bits": lambda n: likelihood.nats_to_bits_per_dim(torch.ones(2), n, levels=n),
     "class": lambda n: diffkern.guidance.classifier_gradient(lambda x, t: x.flatten(1), n)(X, torch.zeros(2)),
 }
 
