@@ -1,4 +1,4 @@
-"""What a function of the user's returned, checked; and how errors say it."""
+"""What a function of the user's returned, checked; how errors say it; what a mask means."""
 
 from __future__ import annotations
 
@@ -136,3 +136,8 @@ def need_model(value: object, name: str = "model") -> None:
     if not callable(value):
         hint = ": are the arguments in another order?" if isinstance(value, Tensor) else ""
         raise ValueError(f"{name} must be a function of (x, t), got {type(value).__name__}{hint}")
+
+
+def opened(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """How far a mask lets x' through, from 0 to 1: its numbers, or for bool and integers 1 where they are not 0."""
+    return mask.to(dtype) if mask.is_floating_point() else (mask != 0).to(dtype)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffkern.checks import opened
 from diffkern.plan import COLUMNS
 
 __all__ = [
@@ -229,7 +230,7 @@ def step(
         s = term(c["A"], x) + c["B"] * x0 + c["D"] * model + zero
         if mask is not None:
             kn = term(c["known_s"], known) + (c["known_n"] * draw(c["known_stream"]) if c["known_n"] != 0 else zero)
-            open_ = mask[b].to(compute)
+            open_ = opened(mask[b], compute)
             blend = open_ * new + (1 - open_) * kn
             new = torch.where(open_ == 1, new, torch.where(open_ == 0, kn, blend))
         results.append((new, x0, s, c["k"] * new))

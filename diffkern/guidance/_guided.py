@@ -310,7 +310,7 @@ class Guided:
             raise ValueError(f"rescale needs samples of more than one element, got x of shape {list(x.shape)}")
         wanted, got = sample_std(found[self.kept][channels]), sample_std(m[channels])
         factor = 1.0 + self.rescale * (torch.where(got == 0, 1.0, wanted / got) - 1.0)
-        if m.requires_grad:  # a table holds no gradients
+        if m.requires_grad:  # in plain torch the factor has a gradient, and any number of times
             scaled = m[channels] * factor.to(torch.promote_types(m.dtype, torch.float32)).reshape(
                 -1, *[1] * (x.ndim - 1)
             )

@@ -2,7 +2,8 @@
 `variational`, `step`, `learned_step`, `step_logprob`, `attention`, `spatial_attention`, `quantile`,
 `dynamic_threshold`, `moments`.
 
-Every op runs on CPU and CUDA tensors, under torch.compile and torch.export. Dimension 0 is the batch. Tables of
+Every op runs on CPU and CUDA tensors, under torch.compile and torch.export; those that return new tensors (except
+`learned_step` and `noise_sum`) under torch.func's reverse mode and vmap. Dimension 0 is the batch. Tables of
 coefficients are float64; arithmetic is float32 (float64 for float64 tensors) and rounds once, at the store.
 Wrong input raises RuntimeError with one sentence that names the argument, the rule and the value.
 
@@ -11,7 +12,10 @@ Noise is an address: element i of a sample is a fixed function of (seed of the s
 
 from __future__ import annotations
 
+import torch
+
 from diffkern import _load  # noqa: F401  (registers the ops, before the modules below speak of them)
+from diffkern.ops import _training, _variational, _vmap
 from diffkern.ops._attention import attention, spatial_attention
 from diffkern.ops._bound_step import BoundStep as BoundStep
 from diffkern.ops._bound_step import BoundStepOut as BoundStepOut
@@ -30,6 +34,9 @@ from diffkern.ops._variational import HALF_BIN as HALF_BIN
 from diffkern.ops._variational import VARIATIONAL_COLUMNS as VARIATIONAL_COLUMNS
 from diffkern.ops._variational import variational
 from diffkern.plan import LEARNED_COLUMNS as LEARNED_COLUMNS
+
+for _name, _rule in _vmap.rules(weight=_training.WEIGHT, bound=_variational.WEIGHTS).items():
+    torch.library.register_vmap(f"diffkern::{_name}", _rule)
 
 __all__ = [
     "attention",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from diffkern.checks import unknown
 from diffkern.integers import integer
-from diffkern.ops._common import native, one_device, refuse_tangents
+from diffkern.ops._common import active, function, native, once, one_device, refuse_tangents
 from diffkern.ops._explained import explained
 
 # Numbers as in csrc/bind/attention_views.h.
@@ -18,7 +18,7 @@ _ORDERS = {"new": 0, "legacy": 1, "edm": 2}
 
 
 @explained("attention")
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | Tensor | None = None) -> Tensor:
     """softmax(scale Q K^T) V (Vaswani et al. 2017), nothing of size N x N in memory (Dao et al. 2022).
 
         S_ij = scale q_i . k_j,    out_i = sum_j exp(S_ij - lse_i) v_j,    lse_i = ln sum_j exp(S_ij)
@@ -28,16 +28,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     a view of [B, N, H, D] or of [B, C, height, width] is read as it lies. The result has the axis order of q. Logits,
     softmax and sums are float32 whatever the dtype (float64 on the CPU for float64); NaN propagates. A sample's
     result depends neither on the others of the batch nor on threads. Differentiable once, deterministically; under
-    autocast the inputs are cast as those of F.scaled_dot_product_attention are.
+    autocast the inputs are cast as those of F.scaled_dot_product_attention are. A scale that requires grad (one number,
+    as of cosine attention) multiplies q beforehand, and has its gradient from there.
     """
     _check_strided("attention", q=q, k=k, v=v)
-    refuse_tangents("attention", q, k, v)
+    refuse_tangents("attention", q, k, v, scale if isinstance(scale, Tensor) else None)
     q, k, v = (_autocast(t) for t in (q, k, v))
-    return native.attention(q, k, v, _scale(scale, q.shape[-1]))[0]
+    if _is_learned(scale):
+        q, scale = _times(q, scale), 1.0
+    op = _Attention.apply if active() else native.attention
+    return op(q, k, v, _scale(scale, q.shape[-1]))[0]
 
 
 @explained("spatial_attention")
-def spatial_attention(qkv: Tensor, num_heads: int, order: str = "new", scale: float | None = None) -> Tensor:
+def spatial_attention(qkv: Tensor, num_heads: int, order: str = "new", scale: float | Tensor | None = None) -> Tensor:
     """Self-attention over the positions of [B, 3 C, H, W], or [B, 3 C, N], or more dimensions: [B, C, H, W].
 
     `attention` on q, k and v as a 1 x 1 convolution wrote them, without moving them: contiguous or channels_last (the
@@ -57,14 +61,41 @@ def spatial_attention(qkv: Tensor, num_heads: int, order: str = "new", scale: fl
         raise ValueError(unknown("order", order, _ORDERS))
     num_heads = integer("num_heads", num_heads, 1, 2**63 - 1, "of at least 1, below 2^63")
     _check_strided("spatial_attention", qkv=qkv)
-    refuse_tangents("spatial_attention", qkv)
+    refuse_tangents("spatial_attention", qkv, scale if isinstance(scale, Tensor) else None)
     qkv = _autocast(qkv)
     dim = qkv.shape[1] // (3 * num_heads) if qkv.dim() > 1 else 0
-    return native.spatial_attention(qkv, num_heads, _ORDERS[order], _scale(scale, dim))[0]
+    if _is_learned(scale) and dim > 0 and qkv.shape[1] == 3 * num_heads * dim:
+        qkv, scale = _times(qkv, _of_queries(qkv, num_heads, dim, order, scale)), 1.0
+    op = _SpatialAttention.apply if active() else native.spatial_attention
+    return op(qkv, num_heads, _ORDERS[order], _scale(scale, dim))[0]
 
 
-def _scale(scale: float | None, dim: int) -> float:
+def _scale(scale: float | Tensor | None, dim: int) -> float:
     return float(scale) if scale is not None else 1.0 / math.sqrt(max(dim, 1))
+
+
+def _is_learned(scale: float | Tensor | None) -> TypeGuard[Tensor]:
+    if not isinstance(scale, Tensor) or not (active() or (scale.requires_grad and torch.is_grad_enabled())):
+        return False
+    if scale.numel() != 1:
+        raise ValueError(f"scale must be one number, got shape {list(scale.shape)}")
+    return True
+
+
+def _times(x: Tensor, factor: Tensor) -> Tensor:
+    """Their product in the dtype of x, rounded once."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (x.to(wide) * factor.to(x.device, wide)).to(x.dtype)
+
+
+def _of_queries(qkv: Tensor, heads: int, dim: int, order: str, scale: Tensor) -> Tensor:
+    """[3 C, 1, ...]: the scale in the channels of q, 1 in those of k and v."""
+    axes, part = {"new": ((3, heads * dim), 0), "legacy": ((heads, 3, dim), 1), "edm": ((heads * dim, 3), 1)}[order]
+    shape = [1] * len(axes)
+    shape[part] = 3
+    one = torch.ones_like(scale).reshape(1)
+    factors = torch.cat([scale.reshape(1), one, one]).reshape(shape).expand(axes)
+    return factors.reshape(-1, *(1,) * (qkv.dim() - 2))
 
 
 def _check_strided(op: str, **tensors: Tensor) -> None:
@@ -153,13 +184,6 @@ def _(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int, order
 
 
 # ------------------------------------------------------------------------------------------------------- gradients
-def _refuse_twice(op: str) -> None:
-    if torch.is_grad_enabled():  # create_graph: the gradient would pass for a constant
-        raise RuntimeError(
-            f"diffkern.{op}: differentiable once only, use diffkern.reference.{op} for higher derivatives"
-        )
-
-
 def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.scale = inputs
     ctx.save_for_backward(*tensors, *output)
@@ -170,8 +194,8 @@ def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
 def _attention_backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Any, ...]:
     if grad_out is None:
         return (None,) * 4
-    _refuse_twice("attention")
-    return (*native.attention_grad(grad_out, *ctx.saved_tensors, ctx.scale), None)
+    given = grad_out, *ctx.saved_tensors
+    return (*once("attention", lambda: native.attention_grad(*given, ctx.scale), *given), None)
 
 
 def _spatial_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -184,9 +208,12 @@ def _spatial_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _spatial_backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Any, ...]:
     if grad_out is None:
         return (None,) * 4
-    _refuse_twice("spatial_attention")
-    return native.spatial_attention_grad(grad_out, *ctx.saved_tensors, *ctx.numbers), None, None, None
+    given = grad_out, *ctx.saved_tensors
+    made = once("spatial_attention", lambda: (native.spatial_attention_grad(*given, *ctx.numbers),), *given)
+    return made[0], None, None, None
 
 
 torch.library.register_autograd("diffkern::attention", _attention_backward, setup_context=_attention_setup)
 torch.library.register_autograd("diffkern::spatial_attention", _spatial_backward, setup_context=_spatial_setup)
+_Attention: Any = function(native.attention, _attention_setup, _attention_backward)
+_SpatialAttention: Any = function(native.spatial_attention, _spatial_setup, _spatial_backward)

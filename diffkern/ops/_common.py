@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 native = torch.ops.diffkern
+active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+"""Whether a transform of torch.func, or vmap, is at work."""
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _CHECKED = os.environ.get("DIFFKERN_CHECK", "") not in ("", "0")
 
@@ -97,9 +102,34 @@ def refuse_grad(op: str, *tensors: Tensor | None) -> None:
     refuse_tangents(op, *tensors)
     if not torch.is_grad_enabled():
         return
+    transformed = active()
     for t in tensors:  # a loop: any() with a generator takes twice as long
-        if t is not None and t.requires_grad:
+        if t is not None and (t.requires_grad or (transformed and is_tracked(t))):
             raise RuntimeError(f"diffkern.{op}: not differentiable, and a tensor requires grad: use torch.no_grad()")
+
+
+def is_tracked(t: Tensor) -> bool:
+    """Whether a transform of torch.func, at any of its levels, records the gradient of a tensor."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(t):
+        if functorch.is_gradtrackingtensor(t):
+            return True
+        t = functorch.get_unwrapped(t)
+    return t.requires_grad
+
+
+def is_plain(t: Tensor) -> bool:
+    """Whether a tensor is itself: no fake of a tracer, no wrapper of torch.func or vmap."""
+    return type(t) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+
+
+def refuse_batches(op: str, *tensors: Tensor | None) -> None:
+    """Ops that vmap has no rule for: said, with what to use."""
+    if active() and any(t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
+        instead = f"diffkern.ops.{op.removesuffix('_out')}" if op.endswith("_out") else f"diffkern.reference.{op}"
+        raise NotImplementedError(
+            f"diffkern.{op}: has no part in torch.func and vmap, got a tensor of theirs: use {instead}"
+        )
 
 
 def wrote(*outputs: Tensor | None) -> None:
@@ -121,10 +151,127 @@ def one_device(op: str, *, row_by_value: bool = False, **tensors: Tensor | None)
             )
 
 
+def refuse_twice(op: str) -> None:
+    """In a backward pass whose gradient torch cannot differentiate: said, as it would pass for a constant."""
+    if torch.is_grad_enabled():  # create_graph
+        raise RuntimeError(
+            f"diffkern.{op}: differentiable once only, use diffkern.reference.{op} for higher derivatives"
+        )
+
+
+_SMALL = 2**18
+
+
+def widened(pred: Tensor) -> Tensor:
+    """A 16-bit prediction that requires grad in float32 where that is small (1 MiB), else itself.
+
+    A loss then stores its gradient unrounded, which is quicker than to make it in the backward pass.
+    """
+    narrow = pred.dtype in (torch.float16, torch.bfloat16) and pred.requires_grad and torch.is_grad_enabled()
+    return pred.to(torch.float32) if narrow and not torch.compiler.is_compiling() and pred.numel() <= _SMALL else pred
+
+
+def stores_gradient(pred: Tensor, x0: Tensor) -> bool:
+    """Whether a loss makes its gradient in the forward pass.
+
+    Not where that would round it to less than the arithmetic has before the incoming gradient (a loss scale of 65536,
+    say) is there: the backward pass makes it then, from what the forward pass read.
+    """
+    return pred.dtype == torch.float64 or (pred.dtype == torch.float32 and x0.dtype != torch.float64)
+
+
 def scaled_gradient(grad: Tensor, g_value: Tensor) -> Tensor:
     """The gradient that a forward pass stored, times that of its value ([] or [B])."""
-    one = type(g_value) is Tensor and not g_value.is_cuda and g_value.numel() > 0 and not any(g_value.stride())
+    one = is_plain(g_value) and not g_value.is_cuda and g_value.numel() > 0 and not any(g_value.stride())
     if one and g_value[(0,) * g_value.dim()].item() == 1.0:
         return grad  # the usual loss.backward() or value.sum(): nothing to scale, and reading a CPU value costs nothing
     scale = g_value.reshape(-1, *(1,) * (grad.dim() - 1)) if g_value.dim() else g_value
     return (grad * scale).to(grad.dtype)
+
+
+def weighted_by(table: Tensor, index: Tensor | None, g_value: Tensor, columns: slice) -> tuple[Tensor, Tensor | None]:
+    """(table, index) whose `columns`, the weights, are multiplied in float64 by a gradient that came in ([] or [B])."""
+    if g_value.dim():
+        rows, index = table if index is None else gather(table, index), None
+        g_value = g_value[:, None]
+        rows = rows.expand(g_value.shape[0], -1)
+    else:
+        rows = table
+    parts = rows[:, : columns.start], rows[:, columns] * g_value, rows[:, columns.stop :]
+    return torch.cat([part for part in parts if part.shape[1]], 1), index
+
+
+def dot(a: Tensor | float | None, b: Tensor | float | None) -> Tensor | float:
+    """sum a b of each sample, float64 [B]: products in the arithmetic of the kernels, their sum in float64.
+
+    0.0 where one is absent.
+    """
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return 0.0
+    wide = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
+    products = a.to(wide) * b.to(wide)
+    return products.reshape(products.shape[0], math.prod(products.shape[1:])).sum(1, dtype=torch.float64)
+
+
+def table_gradient(
+    columns: Sequence[Tensor | float], table: Tensor, index: Tensor | None, row: int | None = None
+) -> Tensor:
+    """The gradient of a table from that of each sample's row, given by columns ([B] or 0.0)."""
+    like = next(column for column in columns if isinstance(column, Tensor))
+    each = torch.stack([column + torch.zeros_like(like) for column in columns], 1)
+    if index is None and row is None:
+        return each if table.shape[0] == each.shape[0] else each.sum(0, keepdim=True)
+    if index is None:
+        return torch.zeros_like(table).index_add(
+            0, torch.tensor([row], device=table.device), each.sum(0, keepdim=True).to(table.device)
+        )
+    at = index.reshape(-1).long().clamp(0, table.shape[0] - 1)  # outside: NaN is what is added
+    each = each if len(at) == len(each) else each.sum(0, keepdim=True)
+    return torch.zeros_like(table, device=each.device).index_add(0, at, each).to(table.device)
+
+
+# ------------------------------------------------------------------------------------------------------- torch.func
+class _Once(torch.autograd.Function):
+    """Gradients that a kernel made, of which there is no derivative: said where one is asked for."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(op: str, count: int, *tensors: Any) -> Any:
+        return tuple(None if t is None else t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.op = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        with torch.enable_grad():
+            refuse_twice(ctx.op)
+
+
+def once(op: str, make: Callable[[], Sequence[Tensor | None]], *of: Tensor | None) -> Sequence[Tensor | None]:
+    """``make()``, gradients by a kernel as functions of the tensors ``of``: not differentiable again.
+
+    Raises RuntimeError where a graph of them is recorded; torch.func records one always, so that it is told later.
+    """
+    if not active():
+        refuse_twice(op)
+        return make()
+    with torch.no_grad():
+        made = make()
+    found: Sequence[Tensor | None] = _Once.apply(op, len(made), *made, *of)
+    return found
+
+
+def function(
+    op: Callable[..., Any], setup: Callable[..., None], backward: Callable[..., Any]
+) -> type[torch.autograd.Function]:
+    """An op with its gradient for torch.func, which does not take those of torch.library.register_autograd."""
+    members = {
+        "forward": staticmethod(lambda *args: op(*args)),
+        "setup_context": staticmethod(setup),
+        "backward": staticmethod(backward),
+        "generate_vmap_rule": True,
+    }
+    return type("Transformed", (torch.autograd.Function,), members)

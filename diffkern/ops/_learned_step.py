@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffkern.ops._common import check_on_device, empty_like, native, one_device, refuse_grad, wrote
+from diffkern.ops._common import check_on_device, empty_like, native, one_device, refuse_batches, refuse_grad, wrote
 from diffkern.ops._explained import explained
 from diffkern.ops._seeds import Seeds, numbered
 
@@ -46,7 +46,8 @@ def learned_step(
     Not differentiable.
     """
     check_on_device("learned_step", index, table)
-    refuse_grad("learned_step", x, m, noise, known)
+    refuse_grad("learned_step", x, m, noise, mask, known, table)
+    refuse_batches("learned_step", x, m)
     seeds = numbered(seeds, x)
     out: tuple[Tensor, Tensor | None, Tensor | None] = native.learned_step(
         x, m, table, row, index, seeds, noise, mask, known, want_x0, next_copies, next_dtype
@@ -72,7 +73,8 @@ def learned_step_out(
 ) -> Tensor:
     """`learned_step` into given tensors, for loops that allocate nothing; `out` may be x, never m."""
     check_on_device("learned_step", index, table)
-    refuse_grad("learned_step_out", x, m, noise, known, out, x0, next)
+    refuse_grad("learned_step_out", x, m, noise, mask, known, table, out, x0, next)
+    refuse_batches("learned_step_out", x, m, out)
     seeds = numbered(seeds, x)
     native.learned_step_out(x, m, table, row, index, seeds, noise, mask, known, out, x0, next)
     wrote(out, x0, next)

@@ -72,13 +72,14 @@ def noise_sum(
     """
     if not isinstance(seeds, Tensor):
         seeds = as_seeds(seeds, size[0] if len(size) else 0)
+    refuse_grad("noise_sum", weights)
     return native.noise_sum(list(size), seeds, streams, weights, dtype)
 
 
 @explained("noise_sum_out")
 def noise_sum_out(seeds: Seeds, streams: Tensor, weights: Tensor, out: Tensor) -> Tensor:
     """`noise_sum` into `out`, [B, ...] of any floating dtype and any strides; returns it."""
-    refuse_grad("noise_sum", out)
+    refuse_grad("noise_sum", out, weights)
     native.noise_sum_out(numbered(seeds, out), streams, weights, out)
     wrote(out)
     return out

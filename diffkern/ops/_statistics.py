@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from diffkern.ops._common import empty_like, native, one_device, refuse_grad, wrote
+from diffkern.ops._common import empty_like, native, one_device, refuse_batches, refuse_grad, wrote
 from diffkern.ops._explained import explained
 
 
@@ -58,6 +58,7 @@ def _(x0: Tensor, q: float, maximum: float) -> Tensor:
 def dynamic_threshold_out(x0: Tensor, q: float = 0.995, maximum: float = math.inf, *, out: Tensor) -> Tensor:
     """`dynamic_threshold` into `out` of the shape and dtype of x0, which may be x0 itself; returns `out`."""
     refuse_grad("dynamic_threshold", x0, out)
+    refuse_batches("dynamic_threshold_out", x0, out)
     native.dynamic_threshold_out(x0, q, maximum, out)
     wrote(out)
     return out

@@ -7,23 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffkern._load import layout
+from diffkern.ops import _step_gradient
 from diffkern.ops._common import (
-    as_dtype_of,
+    active,
     check_on_device,
     empty_like,
-    gather,
     native,
     one_device,
+    refuse_batches,
     refuse_grad,
     refuse_tangents,
-    times,
     wrote,
 )
 from diffkern.ops._explained import explain, explained
 from diffkern.ops._seeds import Seeds, numbered
-
-_COLUMNS: tuple[str, ...] = tuple(layout()["columns"]["step"])
 
 
 def step(
@@ -61,17 +58,24 @@ def step(
     the device), or `index` (int [] or [B], on the device): every sample may be at a step of its own; on CUDA an index
     outside the table, and an operand that such a row lacks, give NaN (DIFFKERN_CHECK=1 raises for the index).
     Returns (x', x0 or None, s or None, next or None); next = k x' in next_dtype (m's by default), [next_copies B, ...].
-    The mask has the shape of x, or [B, 1, ...] for all channels: the one operand that broadcasts. A mask of numbers is
-    taken as it is, also outside [0, 1].
-    Differentiable in x, m, m2, the histories, noise and known.
+    The mask has the shape of x, or [B, 1, ...] for all channels: the one operand that broadcasts. bool and uint8 are
+    open where they are not 0; a mask of numbers is taken as it is, also outside [0, 1].
+    Differentiable in x, m, m2, the histories, noise, known and table (its streams are whole numbers: no gradient).
     """
     try:
         if seeds is not None and not isinstance(seeds, Tensor):
             seeds = numbered(seeds, x, h0, h1, h2, h3, noise, known, m)
         args = (x, m, m2, h0, h1, h2, h3, table, row, index, seeds, noise, mask, known)
         check_on_device("step", index, table)
-        refuse_tangents("step", x, m, m2, h0, h1, h2, h3, noise, known)
-        op = native.step_ad if _wants_grad(x, m, m2, h0, h1, h2, h3, noise, known) else native.step
+        refuse_tangents("step", x, m, m2, h0, h1, h2, h3, noise, known, table)
+        if mask is not None and mask.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                "diffkern.step: mask must not require grad, as it selects: detach it, or blend in plain torch"
+            )
+        if active():
+            op = _step_gradient.Step.apply
+        else:
+            op = native.step_ad if _wants_grad(x, m, m2, h0, h1, h2, h3, noise, known, table) else native.step
         return op(*args, want_x0, want_s, next_copies, next_dtype)
     except Exception as error:
         explain("step", step, locals(), error)
@@ -108,7 +112,8 @@ def step_out(
 ) -> Tensor:
     """`step` into given tensors, for loops that allocate nothing; `out` may be x (in place). Not differentiable."""
     check_on_device("step", index, table)
-    refuse_grad("step_out", x, m, m2, h0, h1, h2, h3, noise, known, out, x0, s, next)
+    refuse_grad("step_out", x, m, m2, h0, h1, h2, h3, noise, mask, known, table, out, x0, s, next)
+    refuse_batches("step_out", x, m, m2, out)
     seeds = numbered(seeds, out)
     native.step_out(x, m, m2, h0, h1, h2, h3, table, row, index, seeds, noise, mask, known, out, x0, s, next)
     wrote(out, x0, s, next)
@@ -159,57 +164,4 @@ def _(*args: Any) -> None:
     one_device("step", row_by_value=True, out=out, **inputs, **others)
 
 
-def _step_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    x, m, m2, h0, h1, h2, h3, table, row, index, seeds, noise, mask, known, *_, next_copies, _ = inputs
-    ctx.save_for_backward(x, m, m2, h0, h1, h2, h3, table, index, seeds, noise, mask, known)
-    ctx.row, ctx.copies, ctx.batch = row, next_copies, output[0].shape[0]
-
-
-def _step_backward(
-    ctx: Any, g_out: Tensor, g_x0: Tensor | None, g_s: Tensor | None, g_next: Tensor | None
-) -> tuple[Any, ...]:
-    """The transposed row. In plain torch: differentiable again, and off the hot path of sampling."""
-    x, m, m2, *histories, table, index, seeds, noise, mask, known = ctx.saved_tensors
-    state = g_out
-    rows = table[ctx.row].reshape(1, -1) if index is None else gather(table, index)
-    rows = rows.to(state.device).reshape(*rows.shape, *(1,) * (state.dim() - 1))
-    c = dict(zip(_COLUMNS, rows.unbind(1), strict=True))
-    if g_next is not None:
-        wide = g_next.to(torch.float64 if state.dtype == torch.float64 else torch.float32)
-        halves = wide[: ctx.batch] + wide[ctx.batch :] if ctx.copies == 2 else wide
-        g_out = g_out + times(c["k"], halves)
-    g_known = None
-    if mask is not None:
-        open_ = mask.to(g_out.dtype)
-        if ctx.needs_input_grad[13]:
-            g_known = as_dtype_of(times(c["known_s"], g_out * (1 - open_)), state)
-        g_out = g_out * open_
-    g_clean = times(c["b"], g_out) + times(c["B"], g_s) + (0.0 if g_x0 is None else g_x0)
-    known_on_host = type(table) is Tensor and not table.is_cuda and not torch.compiler.is_compiling()  # not traced
-    if not known_on_host or bool(torch.isfinite(c["clip"]).any()):  # the gradient passes where x0 was inside
-        inputs = (x, m, m2, *histories, table, ctx.row, index, seeds, noise, None, known)
-        x0 = native.step(*inputs, True, False, 0, None)[1]
-        g_clean = g_clean * (x0.abs() < c["clip"].to(x0.dtype))
-    g_m = times(c["d"], g_out) + times(c["q"], g_clean) + times(c["D"], g_s)
-    g_first = g_second = None
-    if m is not None and (m2 is not None or m.shape[0] != ctx.batch):
-        g_cond = times(c["w"], g_m)
-        g_first, g_second = as_dtype_of(g_m - g_cond, m), as_dtype_of(g_cond, m)
-        if m2 is None:
-            g_first = torch.cat([g_first, g_second])
-    elif m is not None:
-        g_first = as_dtype_of(g_m, m)
-    return (
-        None if x is None else as_dtype_of(times(c["a"], g_out) + times(c["p"], g_clean) + times(c["A"], g_s), state),
-        g_first,
-        None if m2 is None else g_second,
-        *(None if h is None else as_dtype_of(times(c[f"e{k}"], g_out), state) for k, h in enumerate(histories)),
-        *(None,) * 4,
-        None if noise is None else as_dtype_of(times(c["g"], g_out) + times(c["r"], g_clean), state),
-        None,
-        g_known,
-        *(None,) * 4,
-    )
-
-
-torch.library.register_autograd("diffkern::step_ad", _step_backward, setup_context=_step_setup)
+torch.library.register_autograd("diffkern::step_ad", _step_gradient.backward, setup_context=_step_gradient.setup)

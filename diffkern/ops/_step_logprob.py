@@ -7,7 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffkern.ops._common import check_on_device, empty_like, native, one_device, refuse_tangents, scaled_gradient
+from diffkern.ops._common import (
+    active,
+    check_on_device,
+    empty_like,
+    function,
+    is_plain,
+    native,
+    once,
+    one_device,
+    refuse_tangents,
+    scaled_gradient,
+    stores_gradient,
+)
 from diffkern.ops._explained import explained
 
 
@@ -50,16 +62,19 @@ def step_logprob(
     """
     check_on_device("step_logprob", index, table)
     refuse_tangents("step_logprob", after, x, m, m2, h0, h1, h2, h3)
+    given = (after, x, m, m2, h0, h1, h2, h3, table, row, index)
     wants = False
     if torch.is_grad_enabled():
-        for t in (after, x, h0, h1, h2, h3):
+        for t in (after, x, h0, h1, h2, h3, table):
             if t is not None and t.requires_grad:
                 raise RuntimeError(
-                    "diffkern.step_logprob: differentiable in m and m2 only, and after, x or a history requires grad: "
-                    "detach it, or use diffkern.reference.step_logprob"
+                    "diffkern.step_logprob: differentiable in m and m2 only, and after, x, a history or the table "
+                    "requires grad: detach it, or use diffkern.reference.step_logprob"
                 )
-        wants = any(t is not None and t.requires_grad for t in (m, m2))
-    return native.step_logprob(after, x, m, m2, h0, h1, h2, h3, table, row, index, wants)[0]
+        wants = m is not None and stores_gradient(m, after) and any(t is not None and t.requires_grad for t in (m, m2))
+    if active():
+        return _StepLogprob.apply(*given, False)[0]
+    return native.step_logprob(*given, wants)[0]
 
 
 @torch.library.register_fake("diffkern::step_logprob")
@@ -85,26 +100,63 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    *tensors, table, ctx.row, index, _ = inputs
     _, grad, grad2 = output
-    ctx.save_for_backward(grad, grad2)
+    if grad is None:
+        ctx.save_for_backward(None, None, *tensors, table, index)
+    else:
+        ctx.save_for_backward(grad, grad2, *(None,) * (len(tensors) + 2))
     ctx.mark_non_differentiable(*(t for t in (grad, grad2) if t is not None))
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, g_value: Tensor | None, g_grad: None, g_grad2: None) -> tuple[Any, ...]:
-    grad, grad2 = ctx.saved_tensors
+    grad, grad2, *given = ctx.saved_tensors
     if g_value is None:
         return (None,) * 12
-    if grad is None:
-        raise RuntimeError("diffkern.step_logprob: want_grad must be true where a gradient is asked for")
-    if torch.is_grad_enabled():  # create_graph: the stored gradient would pass for a constant
-        raise RuntimeError(
-            "diffkern.step_logprob: differentiable once only, use diffkern.reference.step_logprob for higher "
-            "derivatives"
-        )
-    first = g_value if grad.shape[0] == g_value.shape[0] else torch.cat([g_value, g_value])  # [uncond | cond]
-    second = None if grad2 is None else scaled_gradient(grad2, g_value)
-    return None, None, scaled_gradient(grad, first), second, *(None,) * 8
+
+    def make() -> tuple[Tensor, Tensor | None]:
+        if grad is None:
+            return _made_now(g_value, ctx.row, *given)
+        first = g_value if grad.shape[0] == g_value.shape[0] else torch.cat([g_value, g_value])  # [uncond | cond]
+        return scaled_gradient(grad, first), None if grad2 is None else scaled_gradient(grad2, g_value)
+
+    return None, None, *once("step_logprob", make, g_value, *given[2:4]), *(None,) * 8
+
+
+_PIECE = 2**18
+
+
+def _made_now(
+    g_value: Tensor, row: int, after: Tensor, x: Tensor | None, m: Tensor, m2: Tensor | None, *more: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of m and m2 times that of the value, rounded once: from a wide m, some samples at a time."""
+    *histories, table, index = more
+    batch = after.shape[0]
+    doubled = m2 is None and m.shape[0] != batch
+    firsts = [m[:batch], m[batch:]] if doubled else [m, m2]
+    slices = [slice(None)]
+    if is_plain(after) and after.numel() > _PIECE:  # not traced
+        step = max(1, _PIECE // after[0].numel())
+        slices = [slice(i, i + step) for i in range(0, batch, step)]
+    pieces: list[tuple[Tensor | None, ...]] = []
+    for part in slices:
+        u, c = (None if t is None else t[part].to(g_value.dtype) for t in firsts)
+        state = (None if t is None else t[part] for t in histories)
+        at = index if index is None or index.dim() == 0 else index[part]
+        given = (after[part], None if x is None else x[part], u, c, *state, table, row, at, True)
+        made = native.step_logprob(*given)[1:]
+        scale = g_value[part].reshape(-1, *(1,) * (m.dim() - 1))
+        pieces.append(tuple(None if t is None else (t * scale).to(m.dtype) for t in made))
+    first, second = (_joined(parts) for parts in zip(*pieces, strict=True))
+    assert first is not None
+    return (torch.cat([first, second]), None) if doubled and second is not None else (first, second)
+
+
+def _joined(parts: tuple[Tensor | None, ...]) -> Tensor | None:
+    found = [part for part in parts if part is not None]
+    return torch.cat(found) if found else None
 
 
 torch.library.register_autograd("diffkern::step_logprob", _backward, setup_context=_setup)
+_StepLogprob: Any = function(native.step_logprob, _setup, _backward)

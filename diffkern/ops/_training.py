@@ -11,16 +11,25 @@ from diffkern.checks import unknown
 from diffkern.names import Reduction
 from diffkern.ops._common import (
     REDUCTIONS,
+    active,
     as_dtype_of,
     check_on_device,
+    dot,
     empty_like,
+    function,
     native,
+    once,
     one_device,
+    refuse_batches,
     refuse_grad,
     refuse_tangents,
     rows_of,
     scaled_gradient,
+    stores_gradient,
+    table_gradient,
     times,
+    weighted_by,
+    widened,
     wrote,
 )
 from diffkern.ops._explained import explain, explained
@@ -46,13 +55,14 @@ def noising(
     `table` float64 [rows, 4] holds (s, n, u, v), `index` (int [B] or []) picks the row of each sample; without it the
     table has one row for all samples or one row a sample. eps is noise by address (`seeds`, `stream`) or the tensor
     `noise` (dtype of x0). Returns (x_t, target or None, eps or None), all in the dtype and memory format of x0.
-    Differentiable in x0 and noise.
+    Differentiable in x0, noise and table.
     """
     try:
         check_on_device("noising", index, table)
-        refuse_tangents("noising", x0, noise)
+        refuse_tangents("noising", x0, noise, table)
         seeds = numbered(seeds, x0)
-        return native.noising(x0, table, index, seeds, stream, noise, want_target, want_eps)
+        op = _Noising.apply if active() else native.noising
+        return op(x0, table, index, seeds, stream, noise, want_target, want_eps)
     except Exception as error:
         explain("noising", noising, locals(), error)
         raise
@@ -73,7 +83,8 @@ def noising_out(
 ) -> Tensor:
     """`noising` into given tensors; `out` may be x0 or noise itself, in place. Not differentiable."""
     check_on_device("noising", index, table)
-    refuse_grad("noising_out", x0, noise, out, target, eps)
+    refuse_grad("noising_out", x0, noise, table, out, target, eps)
+    refuse_batches("noising_out", x0, noise, out)
     seeds = numbered(seeds, x0)
     native.noising_out(x0, table, index, seeds, stream, noise, out, target, eps)
     wrote(out, target, eps)
@@ -111,22 +122,32 @@ def _(
 
 
 def _noising_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    x0, table, index, _, _, noise, *_ = inputs
-    ctx.save_for_backward(table, index)
+    x0, table, index, seeds, ctx.stream, noise, *_ = inputs
+    by_table = ctx.needs_input_grad[1]
+    ctx.save_for_backward(table, index, *((x0, seeds, noise) if by_table else (None, None, None)))
     ctx.shape, ctx.has_noise = x0.shape, noise is not None
 
 
 def _noising_backward(ctx: Any, g_x: Tensor, g_target: Tensor | None, g_eps: Tensor | None) -> tuple[Any, ...]:
-    table, index = ctx.saved_tensors
+    table, index, x0, seeds, noise = ctx.saved_tensors
     s, n, u, v = rows_of(table, index, len(ctx.shape)).unbind(1)
     g_x0 = as_dtype_of(times(s, g_x) + times(u, g_target), g_x)
-    g_noise = None
+    g_noise = g_table = None
     if ctx.has_noise:
         g_noise = as_dtype_of(times(n, g_x) + times(v, g_target) + (0.0 if g_eps is None else g_eps), g_x)
-    return g_x0, None, None, None, None, g_noise, None, None
+    if ctx.needs_input_grad[1]:
+        eps = noise if noise is not None else _draw(x0, seeds, ctx.stream)
+        g_table = table_gradient([dot(g, t) for g in (g_x, g_target) for t in (x0, eps)], table, index)
+    return g_x0, g_table, None, None, None, g_noise, None, None
+
+
+def _draw(x0: Tensor, seeds: Tensor, stream: int) -> Tensor:
+    """eps by address as the kernels have it: float32 for 16-bit samples."""
+    return native.randn(x0.shape, seeds, stream, torch.float64 if x0.dtype == torch.float64 else torch.float32)
 
 
 torch.library.register_autograd("diffkern::noising", _noising_backward, setup_context=_noising_setup)
+_Noising: Any = function(native.noising, _noising_setup, _noising_backward)
 
 
 # ------------------------------------------------------------------------------------------------------- loss
@@ -149,15 +170,21 @@ def loss(
     `table` float64 [rows, 3] holds (u, v, weight); index, seeds, stream and noise as in `noising`: the same address
     gives the same eps. `reduction`: "none" [B], "mean" or "sum" over the batch. The value is float32 (float64 for
     float64 x0) and has the same bits for any thread count; L_b does not depend on the other samples. With
-    reduction "none" the weight (lambda_t of lecture 002) and mean follow Ho et al. 2020, eq. 14.
+    reduction "none" the weight (lambda_t of lecture 002) and mean follow Ho et al. 2020, eq. 14. Differentiable once in
+    pred, x0, noise and table. The gradient that comes in (a loss scale) is applied before the one rounding to a 16-bit
+    pred: its backward pass makes the gradient anew, where that of a float32 pred hands out what forward stored.
     """
     if reduction not in REDUCTIONS:
         raise ValueError(unknown("reduction", reduction, REDUCTIONS))
     check_on_device("loss", index, table)
-    refuse_tangents("loss", pred, x0, noise)
-    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (pred, x0, noise))
+    refuse_tangents("loss", pred, x0, noise, table)
     seeds = numbered(seeds, x0)
-    return native.loss(pred, x0, table, index, seeds, stream, noise, REDUCTIONS[reduction], differentiable)[0]
+    pred = widened(pred)
+    if active():
+        return _Loss.apply(pred, x0, table, index, seeds, stream, noise, REDUCTIONS[reduction], False)[0]
+    want = torch.is_grad_enabled() and not table.requires_grad and stores_gradient(pred, x0)
+    want = want and any(t is not None and t.requires_grad for t in (pred, x0, noise))
+    return native.loss(pred, x0, table, index, seeds, stream, noise, REDUCTIONS[reduction], want)[0]
 
 
 @torch.library.register_fake("diffkern::loss")
@@ -179,34 +206,54 @@ def _(
 
 
 def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    _, x0, table, index, _, _, noise, *_ = inputs
+    pred, x0, table, index, seeds, ctx.stream, noise, ctx.reduction, _ = inputs
     grad = output[1]
-    ctx.save_for_backward(grad, table, index)
-    ctx.dtypes = x0.dtype, noise.dtype if noise is not None else None
     if grad is not None:
         ctx.mark_non_differentiable(grad)
+    if grad is not None and not ctx.needs_input_grad[2]:
+        ctx.save_for_backward(grad, None, None, table, index, None, None)
+    else:
+        ctx.save_for_backward(None, pred, x0, table, index, seeds, noise)
+    ctx.dtypes = x0.dtype, noise.dtype if noise is not None else None
     ctx.set_materialize_grads(False)  # else every backward makes zeros as large as pred, for `grad`
 
 
 def _loss_backward(ctx: Any, g_value: Tensor | None, g_grad: None) -> tuple[Any, ...]:
-    grad, table, index = ctx.saved_tensors
+    grad, pred, x0, table, index, seeds, noise = ctx.saved_tensors
     if g_value is None:
         return (None,) * 9
-    if grad is None:
-        raise RuntimeError("diffkern.loss: want_grad must be true where a gradient is asked for")
-    if torch.is_grad_enabled():  # create_graph: the stored gradient would pass for a constant
-        raise RuntimeError(
-            "diffkern.loss: differentiable once only, use diffkern.reference.loss for higher derivatives"
-        )
-    g_pred = scaled_gradient(grad, g_value)
-    g_x0 = g_noise = None
-    if ctx.needs_input_grad[1] or ctx.needs_input_grad[6]:
-        u, v, _ = rows_of(table, index, grad.dim()).unbind(1)
-        if ctx.needs_input_grad[1]:
-            g_x0 = (-times(u, g_pred)).to(ctx.dtypes[0])  # type: ignore[union-attr]
-        if ctx.needs_input_grad[6]:
-            g_noise = (-times(v, g_pred)).to(ctx.dtypes[1])  # type: ignore[union-attr]
-    return g_pred, g_x0, None, None, None, None, g_noise, None, None
+    _, by_x0, by_table, _, _, _, by_noise, *_ = ctx.needs_input_grad
+
+    def make() -> tuple[Tensor | None, ...]:
+        """The gradient of pred (wide where others are made of it, unrounded), and the mean squares."""
+        if grad is not None:
+            return scaled_gradient(grad, g_value), None
+        rows, at = weighted_by(table, index, g_value, WEIGHT)
+        given = pred.to(torch.promote_types(pred.dtype, g_value.dtype)) if by_x0 or by_table or by_noise else pred
+        wide = native.loss(given, x0, rows, at, seeds, ctx.stream, noise, ctx.reduction, True)[1]
+        if not by_table:
+            return wide, None
+        alone = torch.cat([table[:, :2], torch.ones_like(table[:, 2:])], 1)
+        return wide, native.loss(pred, x0, alone, index, seeds, ctx.stream, noise, REDUCTIONS["none"], False)[0]
+
+    wide, squares = once("loss", make, pred, x0, table, noise, g_value)
+    assert wide is not None
+    g_pred = wide if pred is None else wide.to(pred.dtype)
+    g_x0 = g_table = g_noise = None
+    if by_x0 or by_noise:
+        u, v, _ = rows_of(table, index, wide.dim()).unbind(1)
+        if by_x0:
+            g_x0 = (-times(u, wide)).to(ctx.dtypes[0])  # type: ignore[union-attr]
+        if by_noise:
+            g_noise = (-times(v, wide)).to(ctx.dtypes[1])  # type: ignore[union-attr]
+    if by_table:
+        assert squares is not None
+        by_weight = squares * g_value / (x0.shape[0] if ctx.reduction == REDUCTIONS["mean"] else 1)
+        eps = noise if noise is not None else _draw(x0, seeds, ctx.stream)
+        g_table = table_gradient([dot(-wide, x0), dot(-wide, eps), by_weight.double()], table, index)
+    return g_pred, g_x0, g_table, None, None, None, g_noise, None, None
 
 
+WEIGHT = slice(2, 3)
 torch.library.register_autograd("diffkern::loss", _loss_backward, setup_context=_loss_setup)
+_Loss: Any = function(native.loss, _loss_setup, _loss_backward)

@@ -12,12 +12,18 @@ from diffkern.checks import unknown
 from diffkern.names import Reduction
 from diffkern.ops._common import (
     REDUCTIONS,
+    active,
     check_on_device,
     empty_like,
+    function,
     native,
+    once,
     one_device,
     refuse_tangents,
     scaled_gradient,
+    stores_gradient,
+    weighted_by,
+    widened,
 )
 from diffkern.ops._explained import explained
 from diffkern.ops._seeds import Seeds, numbered
@@ -65,13 +71,18 @@ def variational(
     check_on_device("variational", index, table)
     refuse_tangents("variational", pred, x0, noise)
     enabled = torch.is_grad_enabled()
-    if enabled and (x0.requires_grad or (noise is not None and noise.requires_grad)):
+    if enabled and (x0.requires_grad or table.requires_grad or (noise is not None and noise.requires_grad)):
         raise RuntimeError(
-            "diffkern.variational: differentiable in pred only, and x0 or noise requires grad: detach it, or use "
-            "diffkern.reference.variational"
+            "diffkern.variational: differentiable in pred only, and x0, noise or table requires grad: detach it, or "
+            "use diffkern.reference.variational"
         )
-    wants = enabled and pred.requires_grad
     seeds = numbered(seeds, x0)
+    pred = widened(pred)
+    if active():
+        given = (pred, x0, table, index, seeds, stream, noise, REDUCTIONS[reduction], False)
+        value, means, _ = _Variational.apply(*given)
+        return value, means
+    wants = enabled and pred.requires_grad and stores_gradient(pred, x0)
     value, means, _ = native.variational(pred, x0, table, index, seeds, stream, noise, REDUCTIONS[reduction], wants)
     return value, means
 
@@ -94,24 +105,33 @@ def _(
     return value, x0.new_empty([x0.shape[0], 2], dtype=dtype), empty_like(pred) if want_grad else None
 
 
+WEIGHTS = slice(VARIATIONAL_COLUMNS.index("w_squares"), VARIATIONAL_COLUMNS.index("w_bound") + 1)
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    pred, x0, table, index, seeds, ctx.stream, noise, ctx.reduction, _ = inputs
     _, means, grad = output
-    ctx.save_for_backward(grad)
+    if grad is None:
+        ctx.save_for_backward(None, pred, x0, table, index, seeds, noise)
+    else:
+        ctx.save_for_backward(grad, *(None,) * 6)
     ctx.mark_non_differentiable(*(t for t in (means, grad) if t is not None))
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, g_value: Tensor | None, g_means: None, g_grad: None) -> tuple[Any, ...]:
-    (grad,) = ctx.saved_tensors
+    grad, pred, x0, table, index, seeds, noise = ctx.saved_tensors
     if g_value is None:
         return (None,) * 9
-    if grad is None:
-        raise RuntimeError("diffkern.variational: want_grad must be true where a gradient is asked for")
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "diffkern.variational: differentiable once only, use diffkern.reference.variational for higher derivatives"
-        )
-    return scaled_gradient(grad, g_value), *(None,) * 8
+
+    def make() -> tuple[Tensor]:
+        if grad is not None:
+            return (scaled_gradient(grad, g_value),)
+        rows, at = weighted_by(table, index, g_value, WEIGHTS)
+        return (native.variational(pred, x0, rows, at, seeds, ctx.stream, noise, ctx.reduction, True)[2],)
+
+    return once("variational", make, pred, x0, g_value)[0], *(None,) * 8
 
 
 torch.library.register_autograd("diffkern::variational", _backward, setup_context=_setup)
+_Variational: Any = function(native.variational, _setup, _backward)

@@ -120,6 +120,44 @@ def test_against_the_reference(state: torch.dtype, model: torch.dtype) -> None:
         check(o, e, p, name, max(state, model, key=lambda dtype: torch.finfo(dtype).eps))
 
 
+@pytest.mark.parametrize("kind", ["bytes", "bools", "numbers"])
+def test_what_a_mask_lets_through(kind: str) -> None:
+    """Integers and bools open where they are not 0: a byte of 255 is 1, not 255, forward and backward.
+
+    x' = 0.5 x where open, 0.25 known where closed: the slopes, and the other's 0.
+    """
+    bits = torch.tensor([[0, 255, 1, 7], [255, 0, 0, 2]], dtype=torch.uint8)
+    opens = (bits != 0).double()
+    mask = {"bytes": bits, "bools": bits != 0, "numbers": opens.float()}[kind]
+    x, known = (values((2, 4), k).requires_grad_() for k in (1, 2))
+    right = 0.5 * opens * x.double() + 0.25 * (1 - opens) * known.double()
+    out = ops.step(x, None, table=table({"a": 0.5, "known_s": 0.25}), mask=mask, known=known)[0]
+    again = reference.step(x, None, table=table({"a": 0.5, "known_s": 0.25}), mask=mask, known=known)[0]
+    for found in (out, again):
+        torch.testing.assert_close(found.double(), right, rtol=1e-6, atol=1e-6)
+        g_x, g_known = torch.autograd.grad(found.sum(), (x, known))
+        torch.testing.assert_close(g_x.double(), 0.5 * opens, rtol=0, atol=0)
+        torch.testing.assert_close(g_known.double(), 0.25 * (1 - opens), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("index", [None, torch.tensor([1, 0])], ids=["row", "index"])
+def test_noise_tensor_with_an_image_noised_by_address(index: Tensor | None) -> None:
+    """Both sources in one row: `noise` is z, the seeds are those of the known image. x0 = x - 0.5 m inside the clip.
+
+    x' = 0.5 x0 + 0.3 z where open: d/dx = 0.5, d/dm = -0.25, d/dz = 0.3; none outside the clip.
+    """
+    row = {"clip": 1.0, "p": 1.0, "q": -0.5, "b": 0.5, "g": 0.3, "known_s": 0.8, "known_n": 0.2, "stream": 5.0}
+    rows = table({**row, "known_stream": 6.0}, {**row, "known_stream": 7.0})
+    x = torch.tensor([[0.0, 0.2, 3.0, 0.1]] * 2, requires_grad=True)
+    m, noise, known = torch.zeros(2, 4, requires_grad=True), *(values((2, 4), k).requires_grad_() for k in (1, 2))
+    mask = torch.tensor([[True, False, True, True]] * 2)
+    out = ops.step(x, m, table=rows, index=index, seeds=SEEDS, noise=noise, mask=mask, known=known)[0]
+    g_x, g_m, g_noise, g_known = torch.autograd.grad(out.sum(), (x, m, noise, known))
+    for found, right in ((g_x, [0.5, 0, 0, 0.5]), (g_m, [-0.25, 0, 0, -0.25]), (g_noise, [0.3, 0, 0.3, 0.3])):
+        torch.testing.assert_close(found, torch.tensor([right] * 2))
+    torch.testing.assert_close(g_known, torch.tensor([[0.0, 0.8, 0, 0]] * 2))
+
+
 def test_sampling_can_be_differentiated_through() -> None:
     """Three steps of DDIM-like rows with a linear model: the gradient of the image with respect to the noise."""
     rows = table(*({**ROWS["eps"], "k": 1.0, "p": 1.0 + 0.1 * k} for k in range(3)))

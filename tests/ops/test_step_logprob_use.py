@@ -39,7 +39,7 @@ def test_gradcheck_of_a_learned_variance() -> None:
 
 def test_only_m_has_a_gradient() -> None:
     given = operands((3, 2, 5), torch.float32, torch.float32)
-    says = r"differentiable in m and m2 only, and after, x or a history requires grad: detach it, or use diffkern\.refe"
+    says = r"differentiable in m and m2 only, and after, x, a history or the table requires grad: detach it, or"
     for name in ("after", "x", "h2"):
         leaf = given | {name: given[name].clone().requires_grad_()}
         check_sentence(lambda leaf=leaf: ops.step_logprob(**leaf, table=TABLE), says)
@@ -220,12 +220,9 @@ def test_bad_input() -> None:
     for column, name in ((0, "w"), (9, "e1")):
         bad = rows(0, LEARNED, **{name: 1.5})
         check_sentence(lambda bad=bad: call(table=bad, m=wide), excess + str(column))
-    leaf = given["m"].clone().requires_grad_()
     native = torch.ops.diffkern.step_logprob
     nothing = (None,) * 6
     check_sentence(
         lambda: native(given["after"], given["x"], None, *nothing[:5], TABLE, 3, None, True),
         r"m must be given where a gradient is asked for, got None",
     )
-    value = native(given["after"], given["x"], leaf, *nothing[:5], TABLE, 0, None, False)[0]
-    check_sentence(lambda: value.sum().backward(), r"want_grad must be true where a gradient is asked for")

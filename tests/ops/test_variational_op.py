@@ -239,7 +239,7 @@ def test_bad_input() -> None:
     check_sentence(lambda: call(reduction="max"), r"reduction must be one of none, mean, sum, got 'max'")
     check_sentence(lambda: call(index=torch.tensor([0, 1])), r"index must be in \[0, 1\), the rows of the table, got 1")
     check_sentence(
-        lambda: call(x0=x0.clone().requires_grad_()), r"differentiable in pred only, and x0 or noise requires"
+        lambda: call(x0=x0.clone().requires_grad_()), r"differentiable in pred only, and x0, noise or table requires"
     )
     check_sentence(lambda: call(x0=x0.int()), r"x0 must be float64, float32, float16 or bfloat16, got int32")
     check_sentence(lambda: call(pred.to("meta")), r"pred must be on the device of x0 \(cpu\)")

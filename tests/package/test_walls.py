@@ -75,7 +75,7 @@ WALLS = {
     "_load": "",
     "schedules": "integers checks names records",
     "plan": "streams schedules",
-    "reference": "plan",
+    "reference": "checks plan",
     "ops": "integers checks names _load plan",
     "brownian": "streams ops",
     "draws": "streams checks names ops",

@@ -39,7 +39,7 @@ class RePaintScheduler(DropIn, Original):
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> Any:
-        """One step, as the original's: ``mask`` is 1 where ``original_image`` is known."""
+        """One step, as the original's: ``mask`` is 1 (an integer: not 0) where ``original_image`` is known."""
         engine = self._engine
         row, index = engine.row(self, timestep, sample.device)
         unknown, known = tables_for(self)
@@ -48,6 +48,8 @@ class RePaintScheduler(DropIn, Original):
         if mask.is_floating_point():
             state = promote(state, mask.dtype)
             mask = as_dtype(mask, state)
+        else:
+            mask = mask != 0
         other, other_row = noise, row
         if seeds is not None:
             call, apart = engine.call_number(self.timesteps), int(engine.exact)

@@ -123,7 +123,7 @@ def moved(
     state = promote(x.dtype, m.dtype, dtype)
     x, z = as_dtype(x, state), None if z is None else as_dtype(z, state)
     m = returned(m, x.shape)
-    if triples.requires_grad:  # a step size made of the score: the op has no gradient in its table
+    if triples.requires_grad:  # a step size made of the score: in plain torch its gradient is cheaper
         keep, pull, std = (column(values, x).to(state) for values in triples.unbind(1))
         mean = keep * x + pull * m
         return mean if z is None else mean + std * z, mean
