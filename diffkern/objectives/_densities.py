@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffkern.objectives._time_sampler import TimeSampler, level_index, require
-from diffkern.schedules.base import Schedule
+from diffkern.schedules.base import Schedule, check_constants
 from diffkern.schedules.discrete import DiscreteSchedule
 from diffkern.schedules.exploding import EDMSchedule
 
@@ -20,6 +20,7 @@ def _normal(x: Tensor, mean: float, std: float) -> Tensor:
 
 
 def _check_normal(mean: float, std: float) -> None:
+    check_constants(mean=mean, std=std)
     if not math.isfinite(mean):
         raise ValueError(f"mean must be finite, got {mean}")
     if not 0.0 < std < math.inf:
@@ -73,6 +74,7 @@ class Uniform(_Share):
     name = "uniform"
 
     def __post_init__(self) -> None:
+        check_constants(low=self.low, high=self.high)
         if not 0.0 <= self.low < self.high <= 1.0:
             raise ValueError(f"low and high must be 0 <= low < high <= 1, got {self.low} and {self.high}")
 
@@ -136,6 +138,7 @@ class Mode(_Share):
     name = "mode"
 
     def __post_init__(self) -> None:
+        check_constants(scale=self.scale)
         if not -1.0 <= self.scale <= 2.0 / (math.pi - 2.0):
             raise ValueError(f"scale must lie in [-1, 2/(pi - 2)], got {self.scale}")
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from diffkern.integers import integer
 from diffkern.objectives._time_sampler import TimeSampler, require
-from diffkern.schedules.base import Schedule
+from diffkern.schedules.base import Schedule, readable
 from diffkern.schedules.discrete import DiscreteSchedule
 
 
@@ -64,7 +64,7 @@ class LossSecondMoment(TimeSampler):
         self._check(t)
         losses = losses.detach()
         finite = torch.isfinite(losses)
-        if losses.device.type == "cpu" and not bool(finite.all()):
+        if readable(losses) and not bool(finite.all()):
             raise ValueError(f"losses must be finite, got {losses[~finite][0].item()}")
         order = torch.argsort(t, stable=True)
         t, losses = t[order].to(self._counts.device), losses[order].to(self._losses)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffkern.records import parsed
-from diffkern.schedules.base import Schedule, Time
+from diffkern.schedules.base import Schedule, Time, check_constants
 from diffkern.schedules.predictions import check_prediction, target_coefficients
 
 WeightFunction = Callable[[Tensor, str], Tensor]
@@ -21,6 +21,7 @@ WeightFunction = Callable[[Tensor, str], Tensor]
 
 def check_positive(**values: float) -> None:
     """Raise ValueError unless every constant is positive and finite."""
+    check_constants(**values)
     for argument, value in values.items():
         if not 0.0 < value < math.inf:
             raise ValueError(f"{argument} must be positive and finite, got {value}")

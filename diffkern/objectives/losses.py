@@ -28,7 +28,7 @@ from diffkern.objectives._densities import LogNormal, Uniform
 from diffkern.objectives._weighting import WeightFunction, Weighting
 from diffkern.objectives.weightings import WEIGHTINGS, get_weighting
 from diffkern.ops import Seeds
-from diffkern.schedules.base import Schedule, Time, as_time, need_schedule
+from diffkern.schedules.base import Schedule, Time, as_time, need_schedule, readable, untransformed
 from diffkern.schedules.discrete import DiscreteSchedule
 from diffkern.schedules.exploding import EDMSchedule
 from diffkern.schedules.makers import edm
@@ -107,7 +107,7 @@ def _discrete_rows(
     return _rows(table, weight), bool(torch.isfinite(weight).all())
 
 
-_cached_rows = lru_cache(maxsize=64)(_discrete_rows)
+_cached_rows = lru_cache(maxsize=64)(untransformed()(_discrete_rows))
 
 
 def _loss_table(
@@ -125,7 +125,7 @@ def _loss_table(
         rows = _rows(table, weighting.at(schedule, prediction, t.reshape(-1).to(x0.device), target))
     if isinstance(weight, Tensor):
         rows = torch.cat([rows[:, :2], rows[:, 2:] * _checked(weight, len(rows)).to(rows.device)[:, None]], dim=1)
-    if not finite and rows.device.type == "cpu":
+    if not finite and readable(rows) and readable(t):
         what = f"target {target!r}" if weight is None or isinstance(weight, Tensor) else f"weight {weighting.name!r}"
         at = t.reshape(-1)
         _require_finite(rows[:, 2] if index is None else rows[at.clamp(0, len(rows) - 1), 2], at, what, prediction)
@@ -146,7 +146,7 @@ def _checked(weight: Tensor, rows: int) -> Tensor:
         raise ValueError(f"weight must have shape [{rows}], got {list(weight.shape)}")
     weight = weight.to(torch.float64)
     bad = ~(torch.isfinite(weight) & (weight >= 0))
-    if weight.device.type == "cpu" and bool(bad.any()):
+    if readable(weight) and bool(bad.any()):
         i = int(bad.nonzero()[0])
         raise ValueError(f"weight must be finite and not negative, got weight[{i}] = {float(weight[i])}")
     return weight

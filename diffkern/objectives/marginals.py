@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffkern.schedules import predictions
-from diffkern.schedules.base import as_time
+from diffkern.schedules.base import as_time, readable
 
 if TYPE_CHECKING:
     from diffkern.schedules.base import Schedule
@@ -54,7 +54,7 @@ def log_joint(data: Tensor, x: Tensor, t: Tensor, schedule: Schedule, weights: T
     if t.ndim > 1 or (t.ndim == 1 and len(t) != len(x)):
         raise ValueError(f"t must have shape [] or [{len(x)}] (one time a sample), got {list(t.shape)}")
     alpha, sigma = (rate.reshape(-1, 1).to(x.device) for rate in (schedule.alpha(t), schedule.sigma(t)))
-    if x.device.type == "cpu" and not bool((sigma > 0).all()):
+    if readable(x) and not bool((sigma > 0).all()):
         raise ValueError(f"sigma must be positive for a marginal prediction, got {sigma.min().item()}")
     points, state = data.flatten(1).to(torch.float64), x.flatten(1).to(torch.float64)
     gap = state[:, None] - alpha[..., None] * points  # [B, N, D]

@@ -34,7 +34,7 @@ from diffkern.objectives.losses import Weight, simple_loss
 from diffkern.objectives.time_sampling import get_time_sampler
 from diffkern.objectives.weightings import UniformIn
 from diffkern.ops import Seeds, as_seeds
-from diffkern.schedules.base import Schedule
+from diffkern.schedules.base import Schedule, readable
 from diffkern.schedules.makers import edm
 from diffkern.schedules.spacings import exponential_sigmas
 
@@ -113,7 +113,7 @@ def ncsn_loss(
     sigmas = torch.as_tensor(sigmas, dtype=torch.float64)
     if sigmas.ndim != 1 or len(sigmas) == 0:
         raise ValueError(f"sigmas must be a non-empty list of noise levels, got shape {list(sigmas.shape)}")
-    if sigmas.device.type == "cpu" and not bool((torch.isfinite(sigmas) & (sigmas > 0)).all()):
+    if readable(sigmas) and not bool((torch.isfinite(sigmas) & (sigmas > 0)).all()):
         i = int((~(torch.isfinite(sigmas) & (sigmas > 0))).nonzero()[0])
         raise ValueError(f"sigmas must be positive and finite, got sigmas[{i}] = {float(sigmas[i])}")
     batch = x0.shape[0]
@@ -122,7 +122,7 @@ def ncsn_loss(
         index = (share * len(sigmas)).long().clamp(max=len(sigmas) - 1)
     if index.is_floating_point() or index.shape != (batch,):
         raise ValueError(f"index must be integers of shape [{batch}], got {index.dtype} {list(index.shape)}")
-    if index.device.type == "cpu" and not bool(((index >= 0) & (index < len(sigmas))).all()):
+    if readable(index) and not bool(((index >= 0) & (index < len(sigmas))).all()):
         bad = index[(index < 0) | (index >= len(sigmas))][0].item()
         raise ValueError(f"index must lie in 0..{len(sigmas) - 1} (L = {len(sigmas)}), got {bad}")
     sigma = sigmas.to(x0.device)[index.to(x0.device)]
@@ -138,11 +138,11 @@ def implicit_score_matching_loss(
 
     Hyvarinen 2005; lecture 001, which prints the second term as |1/2 grad s|^2. x [B, ...] are samples of the density
     whose score is wanted, ``score(x)`` or ``score(x, t)`` treats each alone. "none" gives [B]; float32, float64 for
-    float64 x. Differentiable in what the score depends on; not in x.
+    float64 x. Differentiable in x, t and what the score depends on.
     """
     keep = torch.is_grad_enabled()
     with torch.enable_grad():
-        x, s = _score(score, x, t, model_kwargs)
+        x, s = _score(score, x, t, model_kwargs, keep)
         loss = 0.5 * s.square().sum(1)
         for d in range(s.shape[1]):
             loss = loss + _gradient(s[:, d].sum(), x, keep)[:, d]
@@ -171,7 +171,7 @@ def sliced_score_matching_loss(
     seeds = draw_seeds(x.shape[0], device=x.device) if seeds is None else as_seeds(seeds, x.shape[0], x.device)
     keep = torch.is_grad_enabled()
     with torch.enable_grad():
-        x, s = _score(score, x, t, model_kwargs)
+        x, s = _score(score, x, t, model_kwargs, keep)
         loss = 0.5 * s.square().sum(1) if variance_reduced else torch.zeros_like(s[:, 0])
         for k in range(n_projections):
             v = projections(x.shape, seeds, k, projection, s.dtype).flatten(1)
@@ -181,11 +181,13 @@ def sliced_score_matching_loss(
     return _reduce(loss if keep else loss.detach(), reduction)
 
 
-def _score(score: Score, x: Tensor, t: Tensor | None, model_kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _score(
+    score: Score, x: Tensor, t: Tensor | None, model_kwargs: dict[str, Any], keep: bool
+) -> tuple[Tensor, Tensor]:
     """(x that gradients can be taken with respect to, s as [B, D] in at least float32)."""
     if x.ndim < 2 or not x.is_floating_point():
         raise ValueError(f"x must be floating-point samples [B, ...], got {x.dtype} {list(x.shape)}")
-    x = x.detach().requires_grad_()
+    x = x if x.requires_grad and keep else x.detach().requires_grad_()
     s = unwrapped(score(x, **model_kwargs) if t is None else score(x, t, **model_kwargs), "score")
     if s.shape != x.shape:
         raise ValueError(f"score must return the shape of x, {list(x.shape)}, got {list(s.shape)}")

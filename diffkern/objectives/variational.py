@@ -33,6 +33,7 @@ from diffkern.names import Prediction, Reduction
 from diffkern.ops import HALF_BIN, VARIATIONAL_COLUMNS, Seeds
 from diffkern.progress import progress_bar
 from diffkern.schedules import predictions
+from diffkern.schedules.base import check_constants, untransformed
 from diffkern.schedules.discrete import DiscreteSchedule
 
 __all__ = [
@@ -95,6 +96,7 @@ def variational_table(
     prediction: eps, x0, v, score, velocity or mu. variance: "beta", "beta_tilde", "learned", or a number v in [0, 1]
     for exp(v ln beta + (1 - v) ln beta_tilde). clip bounds the x0 that follows from the prediction.
     """
+    check_constants(variance=variance, clip=clip, simple_weight=simple_weight, vlb_weight=vlb_weight)
     if not clip > 0:
         raise ValueError(f"clip must be positive (inf: no clipping), got {clip}")
     if not half_bin > 0:
@@ -141,6 +143,7 @@ def _fraction(variance: Variance) -> float:
 
 
 @lru_cache(maxsize=64)
+@untransformed()
 def _table(
     schedule: DiscreteSchedule,
     prediction: Prediction,
@@ -196,6 +199,7 @@ def hybrid_loss(
     RESCALED_MSE). The eps is that of `noised` at the same seeds and stream. arXiv 2102.09672, eq. 16; lecture 002.
     """
     _check(pred, x0, t, schedule, "learned")
+    check_constants(vlb_weight=vlb_weight)
     table = _table(schedule, prediction, "learned", math.inf, 1.0, vlb_weight * schedule.T, False, x0.device)
     return ops.variational(
         pred, x0, table, t.to(x0.device), seeds=seeds, noise=noise, stream=stream, reduction=reduction
@@ -221,6 +225,7 @@ def vlb_loss(
     probabilities p_t multiply by 1 / (T p_t). arXiv 2006.11239, eq. 5; lectures 000, 001, 002.
     """
     _check(pred, x0, t, schedule, variance)
+    check_constants(variance=variance)
     table = _table(schedule, prediction, variance, math.inf, 0.0, float(schedule.T), True, x0.device)
     return ops.variational(
         pred, x0, table, t.to(x0.device), seeds=seeds, noise=noise, stream=stream, reduction=reduction
@@ -240,6 +245,7 @@ def decoder_bits(x0: Tensor, mean: Tensor, std: float, half_bin: float = HALF_BI
     The bin of x0 in (-1, 1) is [x0 - half_bin, x0 + half_bin]; the first reaches to -inf and the last to inf.
     arXiv 2006.11239, eq. 13; lecture 000.
     """
+    check_constants(std=std, half_bin=half_bin)
     if not std > 0:
         raise ValueError(f"std must be positive, got {std}")
     row = {"u": 1.0, "q": 1.0, "clip": math.inf, "inv_std": 1.0 / std, "bin": half_bin, "w_bound": 1.0, "w_mean": 1.0}

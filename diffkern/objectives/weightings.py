@@ -36,7 +36,7 @@ from torch import Tensor
 
 from diffkern.checks import unknown
 from diffkern.objectives._weighting import Forms, WeightFunction, Weighting, check_positive, fold, scale
-from diffkern.schedules.base import Schedule, Time
+from diffkern.schedules.base import Schedule, Time, check_constants
 from diffkern.schedules.discrete import DiscreteSchedule
 from diffkern.schedules.predictions import check_prediction
 
@@ -170,6 +170,7 @@ class P2(Weighting):
 
     def __post_init__(self) -> None:
         check_positive(k=self.k)
+        check_constants(gamma=self.gamma)
         if not 0.0 <= self.gamma < math.inf:
             raise ValueError(f"gamma must be finite and not negative, got {self.gamma}")
 

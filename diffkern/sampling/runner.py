@@ -242,6 +242,10 @@ def transition_logprob(
         )
     _check_logprob(plan, None, None)
     check_state(x)
+    if torch.is_grad_enabled() and (x.requires_grad or after.requires_grad):
+        raise ValueError(
+            "x and after must not require grad, as only the model's parameters have a gradient: detach them"
+        )
     run = Run(
         plan,
         x.detach(),

@@ -5,12 +5,42 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 Time = int | float | Tensor
+
+
+def check_constants(**values: object) -> None:
+    """Raise ValueError for what is a constant here and requires a gradient, which would be lost in silence."""
+    for argument, value in values.items():
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise ValueError(
+                f"{argument} must be a constant, got a tensor that requires grad: detach it (a learned schedule is a "
+                "diffkern.path of functions that hold parameters, a learned weight a tensor or a function)"
+            )
+
+
+def readable(values: Tensor) -> bool:
+    """Whether values may be looked at: on the CPU, where it costs nothing, and not one of torch.func's or vmap's."""
+    return values.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(values)
+
+
+@contextmanager
+def untransformed() -> Iterator[None]:
+    """Inside: ordinary tensors, also within torch.func, for what is kept for later calls."""
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        yield
+        return
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    with temporarily_clear_interpreter_stack():
+        yield
 
 
 def as_time(t: Time) -> Tensor:
@@ -26,7 +56,7 @@ def as_time(t: Time) -> Tensor:
 
 def check_times(ok: Tensor, t: Tensor, rule: str) -> Tensor:
     """``ok`` itself; raises the rule with the first offending value if ``t`` is on the CPU."""
-    if t.device.type == "cpu" and not bool(ok.all()):
+    if readable(t) and not bool(ok.all()):
         raise ValueError(f"t must {rule}, got {t[~ok].flatten()[0].item()}")
     return ok
 
@@ -48,7 +78,7 @@ def need_schedule(schedule: object) -> None:
 def as_log_snr(log_snr: Time) -> Tensor:
     """``log_snr`` as a float64 tensor; NaN on the CPU raises ValueError."""
     value = torch.as_tensor(log_snr, dtype=torch.float64)
-    if value.device.type == "cpu" and bool(value.isnan().any()):
+    if readable(value) and bool(value.isnan().any()):
         raise ValueError("log_snr must be a number, got nan")
     return value
 
@@ -57,7 +87,7 @@ def check_log_snrs(value: Tensor, lowest: Tensor | float, highest: Tensor | floa
     """Where ``value`` lies in the range, up to rounding; raises ValueError with the first that does not on the CPU."""
     slack = 1e-9 * (1.0 + torch.where(value.isinf(), 0.0, value.abs()))
     ok = (value >= lowest - slack) & (value <= highest + slack)
-    if value.device.type == "cpu" and not bool(ok.all()):
+    if readable(value) and not bool(ok.all()):
         raise ValueError(
             f"log_snr must lie in the schedule's range [{float(lowest):.6g}, {float(highest):.6g}], "
             f"got {value[~ok].flatten()[0].item():.6g}"
@@ -67,7 +97,7 @@ def check_log_snrs(value: Tensor, lowest: Tensor | float, highest: Tensor | floa
 
 def check_sigmas(sigma: Tensor) -> None:
     """Raise ValueError on the CPU unless every noise level is a number >= 0."""
-    if sigma.device.type == "cpu" and not bool((sigma >= 0).all()):
+    if readable(sigma) and not bool((sigma >= 0).all()):
         raise ValueError(f"sigma must be a noise level >= 0, got {sigma[~(sigma >= 0)].flatten()[0].item()}")
 
 
@@ -91,6 +121,11 @@ class Schedule(ABC):
     split of the reverse SDE into ODE and Langevin part leaves out the sqrt(beta) dw of the latter; the forms above and
     that lecture's Euler step are right. (Its product for abar_t runs to t, where it prints T.)
     """
+
+    def __new__(cls, *args: object, **kwargs: object) -> Self:
+        """Parameters are numbers; only functions (`path`) may hold some that are learned."""
+        check_constants(**{f"argument {i + 1} of {cls.__name__}": value for i, value in enumerate(args)}, **kwargs)
+        return super().__new__(cls)
 
     name: str
     default_prediction: str = "eps"

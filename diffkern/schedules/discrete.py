@@ -8,7 +8,17 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from diffkern.schedules.base import Schedule, Time, as_log_snr, as_time, check_log_snrs, check_times
+from diffkern.schedules.base import (
+    Schedule,
+    Time,
+    as_log_snr,
+    as_time,
+    check_constants,
+    check_log_snrs,
+    check_times,
+    readable,
+    untransformed,
+)
 
 __all__ = ["DiscreteSchedule"]
 
@@ -130,7 +140,8 @@ class DiscreteSchedule(Schedule):
     def _on(self, key: str, device: torch.device, value: Tensor) -> Tensor:
         found = self._cache.get((key, str(device)))
         if found is None:
-            found = self._cache[key, str(device)] = value.to(device)
+            with untransformed():
+                found = self._cache[key, str(device)] = value.to(device)
         return found
 
     def _gather(self, key: str, values: Tensor, t: Tensor, first: int) -> Tensor:
@@ -210,7 +221,7 @@ class DiscreteSchedule(Schedule):
         """abar at t and at s (t - 1 by default), with -1 <= s < t checked."""
         t = as_time(t)
         s = t - 1 if s is None else as_time(s).to(t.device)
-        if t.device.type == "cpu" and not bool((s < t).all()):
+        if readable(t) and not bool((s < t).all()):
             raise ValueError(f"s must be less than t, got s={s.tolist()} and t={t.tolist()}")
         return self.abar(t), self.abar(s)
 
@@ -256,7 +267,8 @@ class DiscreteSchedule(Schedule):
         device = torch.device(device)
         key = ("table:" + prediction, str(device))
         if key not in self._cache:
-            self._cache[key] = self.coefficients(prediction, torch.arange(self.T)).to(device)
+            with untransformed():
+                self._cache[key] = self.coefficients(prediction, torch.arange(self.T)).to(device)
         return self._cache[key]
 
     def step_table(self) -> Tensor:
@@ -319,6 +331,7 @@ class DiscreteSchedule(Schedule):
 
 
 def float64_vector(argument: str, values: Tensor | Iterable[float]) -> Tensor:
+    check_constants(**{argument: values})
     tensor = values if isinstance(values, Tensor) else torch.as_tensor(list(values), dtype=torch.float64)
     tensor = tensor.detach().to(device="cpu", dtype=torch.float64).clone()
     if tensor.ndim != 1 or tensor.numel() == 0:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffkern.integers import integer
-from diffkern.schedules.base import Schedule, UnitTime
+from diffkern.schedules.base import Schedule, UnitTime, check_constants
 from diffkern.schedules.continuous import (
     CosineSchedule,
     LaplaceSchedule,
@@ -68,11 +68,13 @@ def from_betas(betas: Tensor | Iterable[float], name: str = "from_betas") -> Dis
 
 def linear(T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> DiscreteSchedule:
     """Betas evenly spaced from beta_start to beta_end (arXiv 2006.11239; lectures 000, 002)."""
+    check_constants(beta_start=beta_start, beta_end=beta_end)
     return from_betas(torch.linspace(beta_start, beta_end, _steps(T), dtype=torch.float64), "linear")
 
 
 def scaled_linear(T: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> DiscreteSchedule:
     """Square roots of the betas evenly spaced: the schedule of latent diffusion (arXiv 2112.10752)."""
+    check_constants(beta_start=beta_start, beta_end=beta_end)
     for argument, value in (("beta_start", beta_start), ("beta_end", beta_end)):
         if not 0.0 < value < 1.0:
             raise ValueError(f"beta must lie in (0, 1), got {argument} = {value}")

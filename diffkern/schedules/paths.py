@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from diffkern.schedules.base import LogSNRDefined, Schedule, Time, UnitTime
+from diffkern.schedules.base import LogSNRDefined, Schedule, Time, UnitTime, readable
 
 __all__ = ["FlowSchedule", "LogSNRSchedule", "PathSchedule"]
 
@@ -80,19 +80,23 @@ def call(name: str, function: Function, t: Tensor) -> Tensor:
 
 
 def derivative(name: str, function: Function, t: Tensor) -> Tensor:
-    """d function/dt by automatic differentiation, in float64; 0 for a constant. Needs a function of each t alone."""
+    """d function/dt by automatic differentiation, in float64; 0 for a constant. Needs a function of each t alone.
+
+    Itself differentiable in t and in what the function holds, where gradients are recorded and either requires one.
+    """
+    learned = torch.is_grad_enabled() and (t.requires_grad or call(name, function, t).requires_grad)
     with torch.inference_mode(False), torch.enable_grad():
-        leaf = t.detach().clone().requires_grad_(True)
-        value = call(name, function, leaf)
+        at = t.clone() if learned and t.requires_grad else t.detach().clone().requires_grad_(True)
+        value = call(name, function, at)
         if not value.requires_grad:
             return torch.zeros_like(t)
-        (slope,) = torch.autograd.grad(value.sum(), leaf, allow_unused=True)
+        (slope,) = torch.autograd.grad(value.sum(), at, create_graph=learned, allow_unused=True)
     return torch.zeros_like(t) if slope is None else slope
 
 
 def _check(name: str, value: Tensor, t: Tensor, ok: Tensor, rule: str) -> Tensor:
     """``value``; raises the rule with the first offending time if it is on the CPU."""
-    if value.device.type == "cpu" and not bool(ok.all()):
+    if readable(value) and not bool(ok.all()):
         bad, where = value[~ok].flatten()[0].item(), t[~ok].flatten()[0].item()
         raise ValueError(f"{name} must {rule} for every t in [0, 1], got {name}({where:g}) = {bad:g}")
     return value
@@ -120,9 +124,10 @@ class PathSchedule(UnitTime):
     """Any Gaussian path x_t = alpha(t) x0 + beta(t) eps, t in [0, 1]: lecture 003's names, beta for sigma.
 
     ``alpha`` and ``beta`` are functions of a float64 tensor of times, made of torch operations, each value of its own
-    time alone; their derivatives are taken automatically unless ``alpha_slope`` and ``beta_slope`` give them. Both must
-    be finite and not negative, which is checked on a grid at once and at each use. The end with the higher
-    signal-to-noise ratio is the data end: lecture 003 has alpha_0 = beta_1 = 0 and alpha_1 = beta_0 = 1, noise at 0.
+    time alone; their derivatives are taken automatically unless ``alpha_slope`` and ``beta_slope`` give them. They may
+    hold parameters, in which `noised` and the losses have gradients. Both must be finite and not negative, which is
+    checked on a grid at once and at each use. The end with the higher signal-to-noise ratio is the data end: lecture
+    003 has alpha_0 = beta_1 = 0 and alpha_1 = beta_0 = 1, noise at 0.
 
     The log-SNR need not be monotone; its inverse and the diffusion need that and raise ValueError otherwise.
     arXiv 2210.02747, section 4; arXiv 2303.08797; lectures 000, 003.
@@ -145,6 +150,11 @@ class PathSchedule(UnitTime):
                 raise ValueError(f"{argument} must be a function of t, got {value!r}")
         if not 0.0 <= self.time_eps < 1.0:
             raise ValueError(f"time_eps must lie in [0, 1), got {self.time_eps}")
+        with torch.no_grad():
+            self._look()
+
+    def _look(self) -> None:
+        """At the grid: that there is a path, and which end is which."""
         grid = _grid()
         alpha, beta = self.alpha(grid), self.sigma(grid)
         none = (alpha == 0) & (beta == 0)
@@ -217,8 +227,9 @@ class LogSNRSchedule(LogSNRDefined):
     def __post_init__(self) -> None:
         if not callable(self.function):
             raise ValueError(f"log_snr must be a function of t, got {self.function!r}")
-        self.log_snr(_grid())
-        turns = _falling(self)
+        with torch.no_grad():
+            self.log_snr(_grid())
+            turns = _falling(self)
         if turns:
             raise ValueError(f"log_snr must fall from t = 0 (data) to t = 1 (noise), got {turns}")
 

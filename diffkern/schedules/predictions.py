@@ -59,7 +59,7 @@ def target_coefficients(schedule: Schedule, prediction: str, t: Time) -> tuple[T
     if prediction == "v":
         return -sigma, alpha
     if prediction == "score":
-        if sigma.device.type == "cpu" and bool((sigma == 0).any()):
+        if _readable(sigma) and bool((sigma == 0).any()):
             raise ValueError(
                 f"prediction 'score' is -eps/sigma and has no value where sigma is 0: {schedule.name}, t={_show(t)}"
             )
@@ -156,11 +156,17 @@ def per_sample(coefficient: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _check_det(det: Tensor, schedule: Schedule, prediction: str, t: Time) -> None:
     # On a device the check would wait for it; there the result is inf or NaN, as for a time outside the table.
-    if det.device.type == "cpu" and bool((det == 0).any()):
+    if _readable(det) and bool((det == 0).any()):
         raise ValueError(
             f"prediction {prediction!r} does not determine x0 and eps where alpha v - sigma u is 0: "
             f"{schedule.name}, t={_show(t)}"
         )
+
+
+def _readable(values: Tensor) -> bool:
+    from diffkern.schedules.base import readable  # which imports this module
+
+    return readable(values)
 
 
 def _show(t: Time) -> str:
