@@ -18,6 +18,7 @@ from diffkern.checks import returned
 from diffkern.plan import COLUMNS
 from diffkern.samplers.nodes import Coordinates
 from diffkern.samplers.points import Points, points
+from diffkern.sampling import _states
 from diffkern.sampling.options import Model
 
 _PAIR = tableaus.DORMAND_PRINCE
@@ -61,14 +62,13 @@ class Solver:
         six = [new - old for new, old in zip(A[4][:4], A[3], strict=True)]
         reads = [(0.0, *A[1][:1]), (0.0, *A[2][:2]), (0.0, *A[3][:3]), six, (0.0, *A[5][2:5]), self._error[2:6]]
         self._slopes = _host([[*row, *[0.0] * (4 - len(row))] for row in reads])
-        self.x = x.clone()
+        self.x = _states.buffer(x).copy_(x)
         # Two stages by turns, the base of the last one (then the error), and slopes; k[1] becomes k_7.
-        self._turn = [torch.empty_like(x), torch.empty_like(x)]
+        self._turn = [_states.buffer(x), _states.buffer(x)]
         self._base = torch.empty_like(x)
         self._k = [torch.empty_like(x) for _ in range(6)]
-        scaled = not space.in_time or model_dtype != x.dtype
-        # Two model inputs: a model may return the one it was given.
-        self._inputs = [torch.empty_like(x, dtype=model_dtype) for _ in range(2)] if scaled else None
+        # Not the states, which a model may write into; two of them, as it may return the one it was given.
+        self._inputs = [_states.buffer(x, model_dtype) for _ in range(2)]
         self._index = torch.arange(self.batch, device=x.device) if not batch_norm else None
         self._unit = _host([[0.0, 0.0, 1.0]]).to(x.device)
 
@@ -108,11 +108,7 @@ class Solver:
     def _slope(self, u: list[float], x: Tensor, out: Tensor) -> None:
         """The slope at one point a sample, into ``out``; the input is scaled by an op of its own."""
         at = points(self.space, _host(u))
-        given = x
-        if self._inputs is not None:
-            given = self._inputs[0]
-            self._step(self._table(a=1.0, k=at.k), x, None, out=self._turn[0], into=given)
-        m = self._call(given, self._times(at.time))
+        m = self._call(self._scaled(x, at.k), self._times(at.time))
         table = self._table(p=at.p, q=at.q, clip=self.space.clip, a=at.sx, b=at.s0, d=at.sm)
         self._step(table, x, m, out=out)
 
@@ -142,14 +138,13 @@ class Solver:
         squares = packed[second:].view(-1, 3)
         x, k, base = self.x, self._k, self._base
         one, two = self._turn
-        given = self._input(0)
-        self._step(tables[0], x, k[0], out=one, s=base, into=given)
-        m = self._call(one if given is None else given, stamps[0])
+        self._step(tables[0], x, k[0], out=one, s=base, into=self._inputs[0])
+        m = self._call(self._inputs[0], stamps[0])
         reads = ((x, k[0]), (x, k[0], k[1]), (x, *k[:3]), tuple(k[:4]), (base, *k[2:5]))
         for j, histories in enumerate(reads):
-            given = self._input(j + 1)
+            given = self._inputs[(j + 1) % 2]
             self._step(tables[j + 1], one, m, *histories, out=two, s=k[j + 1], into=given)
-            m = self._call(two if given is None else given, stamps[j + 1])
+            m = self._call(given, stamps[j + 1])
             one, two = two, one
         # k_7 takes the place of k_2, the error that of the base.
         self._step(tables[6], one, m, *k[2:6], out=base, s=k[1])
@@ -164,8 +159,12 @@ class Solver:
         ]).double().cpu().sqrt()  # fmt: skip
         return [in_tolerances(e, atol + rtol * max(a, b)) for e, a, b in zip(*found.tolist(), strict=True)]
 
-    def _input(self, j: int) -> Tensor | None:
-        return None if self._inputs is None else self._inputs[j % 2]
+    def _scaled(self, x: Tensor, k: Tensor | float) -> Tensor:
+        """The model's input k x, by an op of its own; a copy where k is 1."""
+        if self.space.in_time:
+            return self._inputs[0].copy_(x)
+        self._step(self._table(a=1.0, k=k), x, None, out=self._turn[0], into=self._inputs[0])
+        return self._inputs[0]
 
     def squares(self, *states: Tensor) -> list[Tensor]:
         """Mean squares [B]."""
@@ -216,10 +215,7 @@ class Solver:
     def denoise(self, u: float) -> None:
         """The model's x0 at u."""
         node = self.space.node(u if self.space.in_time else math.exp(u))
-        given = self.x
-        if self._inputs is not None:
-            given = self._inputs[0]
-            self._step(self._table(a=1.0, k=node.k), self.x, None, out=self._turn[0], into=given)
+        given = self._scaled(self.x, node.k)
         m = self._call(given, self._times(torch.full((self.count,), node.time, dtype=torch.float64, device="cpu")))
         self._step(self._table(p=node.p, q=node.q, clip=node.clip, b=1.0), self.x, m, out=self._turn[0])
         self.x = self._turn[0]

@@ -36,6 +36,7 @@ from diffkern.names import Corrector, Norm
 from diffkern.ops import Seeds
 from diffkern.plan import COLUMNS, Plan
 from diffkern.samplers.arguments import choice
+from diffkern.sampling import _states
 from diffkern.sampling._corrector_rows import Score, rows_of
 from diffkern.sampling._inputs import check_state, next_noise, progress_bar, seeds_for
 from diffkern.sampling.options import Model, PredictorCorrectorOptions, RowOptions, Sampled, StepInfo
@@ -111,7 +112,7 @@ def predictor_corrector(
       the known part, noised to the row's level on ``streams.KNOWN + i``, of ``seeds`` also where ``noise`` is given.
 
     Model calls: corrector_steps + 1 a step; a corrector alone has corrector_steps, a predictor alone 1. Buffers: two
-    states, one more for a callback's x0, model inputs where they differ from the state. No device is waited for.
+    states, one more for a callback's x0, two model inputs. No device is waited for.
     Raises ValueError, naming argument, rule and value, for input that does not fit.
     """
     need_model(model)
@@ -130,17 +131,17 @@ def predictor_corrector(
         for i, step in enumerate(plan.steps):
             for row in step:
                 z = next_noise(noises, row, x) if noises is not None and plan.rows[row].draws else None
-                run.row(model, row, z, want_x0=callback is not None)
+                run.row(model, row, None if z is None else z.to(run.state.dtype), want_x0=callback is not None)
             if states is not None:
                 states[i + 1] = run.state
             if callback is not None:
-                callback({"i": i, "t": plan.rows[step.start].time, "x": run.state, "x0": run.x0})
+                run.call_back(callback, i, plan.rows[step.start].time, step[-1])
             if bar is not None:
                 bar.update()
     finally:
         if bar is not None:
             bar.close()
-    out = run.state if out_dtype is None else run.state.to(out_dtype)
+    out = run.state.to(out_dtype or x.dtype)
     return out if states is None else Sampled(out, states)
 
 
@@ -159,7 +160,7 @@ def pc_plan(
 
 
 class _Run:
-    """The buffers of one run, and one row at a time."""
+    """The buffers of one run, and one row at a time; states are float32 for an x of 16 bits, as in `sample`."""
 
     def __init__(
         self,
@@ -173,21 +174,21 @@ class _Run:
         norm: str,
         seeds: Tensor | None,
     ) -> None:
+        self.dtype = x.dtype
+        x = x.to(_states.wide(x.dtype))
         self.plan, self.scores, self.state, self.norm = plan, scores, x, norm
-        self.cond, self.mask, self.known = cond, mask, known
+        self.cond = cond
+        self.mask = mask if mask is None or not mask.is_floating_point() else mask.to(x.dtype)
+        self.known = None if known is None else known.to(x.dtype)
         self.seeds = seeds
         self.x0: Tensor | None = None
         batch, device = x.shape[0], x.device
         times = torch.tensor([row.time for row in plan.rows], dtype=getattr(torch, plan.time_dtype), device="cpu")
         self._times = times.to(device)[:, None].repeat(1, batch)
-        self._free = [torch.empty_like(x), torch.empty_like(x)]
-        scaled = model_dtype != x.dtype or plan.first_k != 1.0 or any(row.k != 1.0 for row in plan.rows)
-        # Two of them: a model may return the input it was given.
-        self._inputs = [torch.empty_like(x, dtype=model_dtype) for _ in range(2)] if scaled else None
-        self._input = x
-        if self._inputs is not None:
-            wide = torch.promote_types(x.dtype, torch.float32)
-            self._input = self._inputs[0].copy_((x.to(wide) * plan.first_k).to(model_dtype))
+        self._free = [_states.buffer(x), _states.buffer(x)]
+        # Not the state, which a model may write into; two of them, as it may return the input it was given.
+        self._inputs = [_states.buffer(x, model_dtype) for _ in range(2)]
+        self._input = self._inputs[0].copy_(x if plan.first_k == 1.0 else x * plan.first_k)
         if scores:
             # On the device: the coefficients of all rows, the norms' rows, and a table with a row for each sample.
             self._base = plan.table.to(device)
@@ -212,11 +213,9 @@ class _Run:
         if i in self.scores:
             table, index = self._langevin(i, m, noise), self._index
         out = self._free.pop()
-        into: Tensor | None = None
-        if self._inputs is not None and i + 1 < len(self.plan.rows):
-            into = self._inputs[0] if self._inputs[1] is self._input else self._inputs[1]
+        into = None if i + 1 == len(self.plan.rows) else self._inputs[self._inputs[0] is self._input]
         if want_x0 and self.x0 is None:
-            self.x0 = torch.empty_like(x)
+            self.x0 = _states.buffer(x)
         ops.step_out(
             x,
             m,
@@ -234,7 +233,16 @@ class _Run:
         if len(self._free) == 0:  # x was one of ours, not the caller's
             self._free.append(x)
         self.state = out
-        self._input = out if into is None else into
+        if into is not None:
+            self._input = into
+
+    def call_back(self, callback: Callable[[StepInfo], object], step: int, time: float, last: int) -> None:
+        """Show a callback the state after a step that ends with row ``last``; what it writes into x is the state."""
+        assert self.x0 is not None  # no row reads it
+        x0 = self.x0.to(self.dtype)
+        edited = _states.shown(self.state, self.dtype, callback, i=step, t=time, x0=x0)
+        if edited and last + 1 < len(self.plan.rows):
+            self._input.copy_(self.state * self.plan.rows[last].k)
 
     def _langevin(self, i: int, m: Tensor, noise: Tensor | None) -> Tensor:
         """The table of row i, a row a sample: its step size is size (norm(z)/norm(score))^2."""

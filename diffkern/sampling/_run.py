@@ -1,13 +1,11 @@
 """One run of a plan: its buffers, worked out before the loop, and its rows one at a time.
 
-A row is a model call and one fused op. Which buffer a row reads and writes depends on the plan alone, so `allocate`
-says it once, and the loop only looks it up.
+A row is a model call and one fused op.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,68 +14,14 @@ from torch import Tensor
 
 from diffkern import brownian, ops
 from diffkern.checks import returned
-from diffkern.plan import COLUMNS, SLOTS, Plan, Row
+from diffkern.plan import COLUMNS, Plan, Row
+from diffkern.sampling import _states
+from diffkern.sampling._buffers import Call, allocate
 
 if TYPE_CHECKING:
-    from diffkern.sampling.options import Model, Shift
+    from diffkern.sampling.options import Model, Shift, StepInfo
 
 _W = COLUMNS.index("w")
-
-
-class Call(NamedTuple):
-    """The buffers of a row: 0 is the caller's x, -1 none."""
-
-    x: int
-    out: int
-    x0: int
-    s: int
-    h: tuple[int, int, int, int]
-    next: int
-    """How many times the new state stands in the next model input; 0: the input is the state itself, or not needed."""
-    seeded: bool
-    """Whether it draws by address."""
-
-
-def allocate(
-    plan: Plan, first: int, copies: Sequence[int], *, want_x0: bool, masked: bool, converts: bool
-) -> list[Call]:
-    """The buffers of the rows from ``first`` on: two states, the histories that are still read, and x0 where wanted.
-
-    ``copies`` is how many times the state stands in each row's model input, ``converts`` whether that has a dtype of
-    its own.
-    """
-    calls = [Call(-1, -1, -1, -1, (-1, -1, -1, -1), 0, False)] * first
-    state = 0
-    held = -1  # the step's x0, which a callback may look at
-    slots = [-1] * SLOTS
-    starts = {step.start for step in plan.steps}
-    for i in range(first, len(plan.rows)):
-        row = plan.rows[i]
-        if i in starts:
-            held = -1
-        sources = {source for _, source in row.saves}
-        wanted = [True, "x0" in sources or (want_x0 and row.makes_x0), "s" in sources]
-        busy = {state, held, *slots}
-        taken = []
-        for want in wanted:
-            free = next(b for b in itertools.count(1) if b not in busy) if want else -1
-            busy.add(free)
-            taken.append(free)
-        out, x0, s = taken
-        h = [slots[k] if k in row.reads else -1 for k in range(SLOTS)]
-        following = 0
-        if i + 1 < len(plan.rows) and plan.rows[i + 1].calls_model and (row.k != 1.0 or converts or copies[i + 1] != 1):
-            following = copies[i + 1]
-        seeded = (row.draws and row.path is None) or (masked and row.known_n != 0)
-        calls.append(Call(state, out, x0, s, (h[0], h[1], h[2], h[3]), following, seeded))
-        found = {"x": state, "x0": x0, "s": s}
-        for slot, source in row.saves:
-            slots[slot] = found[source]
-        slots = [b if slot in plan.live[i + 1] else -1 for slot, b in enumerate(slots)]
-        state = out
-        if row.makes_x0:
-            held = x0
-    return calls
 
 
 class _Operands(NamedTuple):
@@ -93,7 +37,14 @@ class _Operands(NamedTuple):
 
 
 class Run:
-    """The buffers of one run, and one row at a time."""
+    """The buffers of one run, and one row at a time.
+
+    States and histories are float32 for an x of 16 bits: an update of less than half a unit would be lost.
+
+    What the model writes into its input changes no state. The input is written by the step before, beside the state, or
+    where it holds the same it is the state itself; then the op that made a state that was written to makes it again,
+    and the rows after it write an input of their own. The first row's is a copy.
+    """
 
     def __init__(
         self,
@@ -112,29 +63,38 @@ class Run:
         mean_shift: Shift | None = None,
         want_x0: bool = False,
         want_logprob: bool = False,
+        own_inputs: bool = False,
     ) -> None:
         if plan.learned_variance and x.ndim < 2:
             raise ValueError(f"learned variance needs x of shape [B, C, ...], got {list(x.shape)}")
         if not guided and uncond is not None:
             raise ValueError("uncond is used with guidance only, got uncond without guidance")
         self.plan, self.model_dtype, self.seeds = plan, model_dtype, seeds
-        self.mask, self.known, self.shift, self.want_logprob = mask, known, mean_shift, want_logprob
-        self.state, self.batch = x, x.shape[0]
-        self.x0: Tensor | None = None
+        self.dtype, wide = x.dtype, _states.wide(x.dtype)
+        self.mask = mask if mask is None or not mask.is_floating_point() else mask.to(wide)
+        self.known = None if known is None else known.to(wide)
+        self.shift, self.want_logprob = mean_shift, want_logprob
+        self.state, self.batch = x.to(wide), x.shape[0]
+        self._x0 = -1  # the buffer of the step's x0, and whether later rows read it as a history
+        self._x0_kept = False
         self._before: _Operands | None = None  # of the last row, where logprob will be asked for
         self.guided, self.cond, self.uncond = guided, cond, uncond
         self._pair = _pair(cond, uncond, self.batch) if guided else None
         self._copies = [2 if guided and row.w not in (0.0, 1.0) else 1 for row in plan.rows]
-        key = (first, want_x0, mask is not None, model_dtype != x.dtype, guided)
+        converts = model_dtype is not wide
+        key = (first, want_x0, mask is not None, guided, converts)
         if key not in plan.cache:
             plan.cache[key] = allocate(
-                plan, first, self._copies, want_x0=want_x0, masked=mask is not None, converts=model_dtype != x.dtype
+                plan, first, self._copies, want_x0=want_x0, masked=mask is not None, converts=converts
             )
         self._calls: list[Call] = plan.cache[key]
         most = max(buffer for call in self._calls[first:] for buffer in call[:4])
         # The list ends in None, so that number -1 is "none".
-        self._buffers: list[Tensor | None] = [x, *(torch.empty_like(x) for _ in range(most)), None]
+        self._buffers: list[Tensor | None] = [self.state, *(_states.buffer(self.state) for _ in range(most)), None]
         self._inputs: list[Tensor] = []
+        # Whether the model is known to write into its input; a trace, and noise that is not ours, are not run again.
+        self._writes = own_inputs or torch.compiler.is_compiling()
+        self._made: tuple[Callable[..., object], Tensor | None, dict[str, Any]] | None = None
         self._spare: dict[str, Tensor] = {}
         channels = 2 * x.shape[1] if plan.learned_variance else x.shape[1] if x.ndim > 1 else None
         tail = [] if channels is None else [channels, *x.shape[2:]]
@@ -155,17 +115,16 @@ class Run:
             self._all_run = int(begin.max())
         self._step = ops.bound_step_out(self.table)
         self._times = _times(plan, self._copies, self.batch, x.device)
-        self._input = self._first_input(first)
+        # A model may change the time it was given in place.
+        self._shift_times = [t.clone() for t in self._times] if mean_shift is not None else []
+        self._input = self._made_input(first)
 
-    def _first_input(self, first: int) -> Tensor:
-        """The model input of the first row."""
-        x, plan = self.state, self.plan
-        k = plan.first_k if first == 0 else plan.rows[first - 1].k
-        if k == 1.0 and self._copies[first] == 1 and self.model_dtype == x.dtype:
-            return x
-        work = torch.promote_types(x.dtype, torch.float32)
-        made = self._input_buffer(self._copies[first], avoid=None)
-        scaled = (x.to(work) * k).to(self.model_dtype)
+    def _made_input(self, i: int) -> Tensor:
+        """The input of row i's model call, of the state as it is now."""
+        plan = self.plan
+        k = plan.first_k if i == 0 else plan.rows[i - 1].k
+        made = self._input_buffer(self._copies[i], avoid=None)
+        scaled = self.state if k == 1.0 else self.state * k
         for copy in made.split(self.batch) if self.batch else ():
             copy.copy_(scaled)
         return made
@@ -174,11 +133,14 @@ class Run:
         """Call the model if row i does, then make the row's outputs."""
         row, call, buffers = self.plan.rows[i], self._calls[i], self._buffers
         m = self.call(model, i) if row.calls_model else None
-        into = self._input_buffer(call.next, avoid=m) if call.next else None
+        own = call.next and (self._writes or not call.shared)
+        into = self._input_buffer(call.next, avoid=m) if own else None
         m2 = m if self.batch == 0 and self._copies[i] == 2 else None  # two halves of an empty batch
         if self.plan.threshold is not None and m is not None:
             m, m2 = self._thresholded(i, m, m2), None
-        if row.path is not None and noise is None and row.draws:
+        if noise is not None:
+            noise = noise.to(self.state.dtype)
+        elif row.path is not None and row.draws:
             noise = self._increment(row.path)
         index = None if self._index is None else self._index[i]
         seeds = self.seeds if call.seeded and (noise is None or self.mask is not None) else None
@@ -196,44 +158,47 @@ class Run:
             if self.shift is not None and row.draws:
                 noise = self._learned_shift(i, m, noise)
                 seeds = seeds if self.mask is not None else None
-            ops.learned_step_out(
-                self.state, m, table=self.table, row=i, index=index, seeds=seeds, noise=noise, mask=mask,
-                known=self.known, out=out, x0=x0, next=into,
-            )  # fmt: skip
+            operands = {
+                "x": self.state, "m": m, "table": self.table, "row": i, "index": index, "seeds": seeds, "noise": noise,
+                "mask": mask, "known": self.known, "out": out, "x0": x0, "next": into,
+            }  # fmt: skip
+            step: Callable[..., object] = ops.learned_step_out
         else:
             if self.shift is not None and row.draws:
                 h3 = self._gradient(i)
-            self._step(
-                self.state,
-                m,
-                i,
-                out=out,
-                x0=x0,
-                s=buffers[call.s],
-                next=into,
-                m2=m2,
-                h0=h0,
-                h1=h1,
-                h2=h2,
-                h3=h3,
-                index=index,
-                noise=noise,
-                seeds=seeds,
-                mask=mask,
-                known=self.known,
-            )
+            operands = {
+                "x": self.state, "m": m, "row": i, "out": out, "x0": x0, "s": buffers[call.s], "next": into, "m2": m2,
+                "h0": h0, "h1": h1, "h2": h2, "h3": h3, "index": index, "noise": noise, "seeds": seeds, "mask": mask,
+                "known": self.known,
+            }  # fmt: skip
+            step = self._step
+        step(**operands)
+        self._made = step, m, operands
         if self.want_logprob:
             self._before = _Operands(self.state, m, m2, (h0, h1, h2, h3), i, index)
         self.state = out
         if row.makes_x0:
-            self.x0 = x0
+            self._x0, self._x0_kept = call.x0, any(source == "x0" for _, source in row.saves)
         self._input = out if into is None else into
 
+    def call_back(self, callback: Callable[[StepInfo], object], step: int, time: float, last: int) -> None:
+        """Show a callback the state after a step that ends with row ``last``; what it writes into x is the state."""
+        x0 = self._buffers[self._x0]
+        if x0 is not None and (self._x0_kept or x0.dtype is not self.dtype):
+            x0 = x0.to(self.dtype, copy=True)
+        edited = _states.shown(self.state, self.dtype, callback, i=step, t=time, x0=x0)
+        if edited and last + 1 < len(self.plan.rows) and self.plan.rows[last + 1].calls_model:
+            self._input = self._made_input(last + 1)
+        self._x0 = -1
+
     def logprob(self) -> Tensor:
-        """ln p(new state given the one before) of the row that has just run, [B]."""
+        """ln p(new state given the one before) of the row that has just run, [B]; of states of 16 bits as they are in
+        the trajectory, where `transition_logprob` finds them."""
         assert self._before is not None
         x, m, m2, histories, row, index = self._before
-        return ops.step_logprob(self.state, x, m, m2, *histories, table=self.table, row=row, index=index)
+        after, x = self.state.to(self.dtype), x.to(self.dtype)
+        older = (None if h is None else h.to(self.dtype) for h in histories)
+        return ops.step_logprob(after, x, m, m2, *older, table=self.table, row=row, index=index)
 
     def call(self, model: Model, i: int) -> Tensor:
         """The model's output at row i, checked."""
@@ -241,8 +206,33 @@ class Run:
         cond = self.cond
         if self.guided:
             cond = self._pair if copies == 2 else cond if self.plan.rows[i].w == 1.0 else self.uncond
-        m = model(self._input, self._times[i]) if cond is None else model(self._input, self._times[i], cond)
+        given, t = self._input, self._times[i]
+        if self._writes:
+            m = model(given, t) if cond is None else model(given, t, cond)
+        else:
+            writes = given._version
+            m = model(given, t) if cond is None else model(given, t, cond)
+            if given._version != writes:
+                self._writes = True
+                if given is self.state:
+                    m = self._made_again(m)
         return returned(m, self._want[copies - 1], row=i)
+
+    def _made_again(self, output: Any) -> Any:
+        """The state that the model has written into, by the op that made it, whose operands are as they were; the
+        model's output, which may be that state."""
+        assert self._made is not None
+        step, m, operands = self._made
+        if isinstance(output, Tensor):
+            if m is not None and _overlap(m, output):
+                raise ValueError(
+                    "model must write into its input from its first call on or never, or return a new tensor each "
+                    "time, got one that does neither: give it a copy, lambda x, t: model(x.clone(), t)"
+                )
+            if _overlap(output, self.state):
+                output = output.clone()
+        step(**operands)
+        return output
 
     def _thresholded(self, i: int, m: Tensor, m2: Tensor | None) -> Tensor:
         """The thresholded x0; before the variance in a model of learned variance."""
@@ -266,11 +256,11 @@ class Run:
         return ops.noise_sum_out(self.seeds, streams, weights, out=self._room("path", self.state))
 
     def _gradient(self, i: int) -> Tensor:
-        """The mean shift's function at the state of row i."""
+        """The mean shift's function at the state of row i, of which it has a copy."""
         assert self.shift is not None
-        state = self.state
-        given = self.shift(state, self._times[i][: self.batch])
-        return returned(given, state.shape, "mean_shift", i).to(state.dtype)
+        state = self.state.to(self.dtype, copy=True)
+        given = self.shift(state, self._shift_times[i][: self.batch])
+        return returned(given, state.shape, "mean_shift", i).to(self.state.dtype)
 
     def _learned_shift(self, i: int, m: Tensor, noise: Tensor | None) -> Tensor:
         """z + std gradient, which the learned std turns into std z + variance gradient."""
@@ -288,7 +278,7 @@ class Run:
     def _room(self, name: str, like: Tensor) -> Tensor:
         """A buffer in the dtype of the state, kept for the whole run."""
         if name not in self._spare:
-            self._spare[name] = torch.empty_like(like, dtype=self.state.dtype)
+            self._spare[name] = _states.buffer(like, self.state.dtype)
         return self._spare[name]
 
     def _input_buffer(self, copies: int, avoid: Tensor | None) -> Tensor:
@@ -299,10 +289,15 @@ class Run:
             if not first <= place < first + buffer.nbytes:
                 break
         else:
-            like = torch.empty_like(self.state, dtype=self.model_dtype)
-            buffer = like if max(self._copies) == 1 else torch.empty_like(torch.cat([like, like]))
+            like = _states.buffer(self.state, self.model_dtype)
+            buffer = like if max(self._copies) == 1 else _states.buffer(torch.cat([like, like]))
             self._inputs.append(buffer)
         return buffer if buffer.shape[0] == copies * self.batch else buffer[: copies * self.batch]
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether both lie in one storage."""
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _pair(cond: Any, uncond: Any, batch: int) -> Tensor:

@@ -28,6 +28,7 @@ from diffkern.names import Norm, Prediction
 from diffkern.progress import progress_bar
 from diffkern.samplers.arguments import choice
 from diffkern.samplers.nodes import Coordinates, coordinates
+from diffkern.sampling import _states
 from diffkern.sampling._dormand_prince import Solver, in_tolerances
 from diffkern.sampling.options import Model
 from diffkern.schedules.base import Schedule
@@ -37,7 +38,10 @@ NORMS = ("sample", "batch")
 
 
 class AdaptiveInfo(TypedDict):
-    """What a callback is given after each round of attempts; ``x`` is reused, so clone what you keep."""
+    """What a callback is given after each round of attempts; ``x`` is reused, so clone what you keep.
+
+    What it writes into x in place is the state that goes on, at the cost of one more model call for its slope.
+    """
 
     i: int
     """Index of the round."""
@@ -150,7 +154,9 @@ def rk45(
                 times.append(control.at() * wide)
             if callback is not None:
                 at = control.at() * wide
-                callback({"i": rounds, "at": at, "h": tried * wide, "accepted": moved * wide, "x": solver.x})
+                info: dict[str, Any] = {"i": rounds, "at": at, "h": tried * wide, "accepted": moved * wide}
+                if _states.shown(solver.x, x.dtype, callback, **info) and not all(control.done):
+                    solver.start(control.u)
             rounds += 1
             if bar is not None:
                 bar.update(min(abs(u - begin) for u in control.u) - bar.n)

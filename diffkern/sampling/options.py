@@ -22,16 +22,18 @@ Shift = Callable[[Tensor, Tensor], Tensor]
 
 
 class StepInfo(TypedDict):
-    """What a callback is given after each step; the tensors are reused, so clone what you keep."""
+    """What a callback is given after each step, in the dtype of ``x``; the tensors are reused: clone what you keep."""
 
     i: int
     """Index of the step, from ``start``."""
     t: float
     """Time the model was given in the step's first call."""
     x: Tensor
-    """The state after the step."""
+    """The state after the step. What is written into it in place (as torch counts writes: not through ``.data`` or
+    numpy) is the state that the next step starts from; of 16 bits, elements that are as they were keep what 16 bits do
+    not hold."""
     x0: Tensor | None
-    """The x0 estimate of the step's last model call; 0 for a sample that waits for its start."""
+    """The x0 estimate of the step's last model call, to look at; 0 for a sample that waits for its start."""
 
 
 class Sampled(NamedTuple):

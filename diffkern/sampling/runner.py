@@ -123,7 +123,8 @@ def sample(
 
     ``model(x_in, t)``, or ``model(x_in, t, cond)`` when ``cond`` is given, returns the plan's prediction in the shape
     of ``x`` (twice the channels for a plan of learned variance); t is [B] in the plan's ``time_dtype``. ``x`` is not
-    written to; `initial` makes it. With ``trajectory`` or ``logprob`` the result is a `Sampled`.
+    written to; `initial` makes it. What the model writes into its input changes no state. With ``trajectory`` or
+    ``logprob`` the result is a `Sampled`.
 
     - ``seeds``: an integer (`ops.seeds` makes one seed a sample of it) or int64 [B]; sample b then depends on seeds[b]
       alone. None draws them from torch's default generator if the plan needs noise.
@@ -140,14 +141,20 @@ def sample(
       is not 0) or of the dtype of ``x``, in [0, 1].
     - ``start``: index of the first step to run; ``x`` is then the state before that step (see `initial`). int64 [B]:
       one a sample; the samples with less noise wait for the others, so all end together.
-    - ``callback``: called after each step with i, t, x, x0 (`StepInfo`).
+    - ``callback``: called after each step with i, t, x, x0 (`StepInfo`). What it writes into x in place is the state
+      of all later steps (the trajectory has the step's own state); what it writes into x0 changes nothing.
     - ``logprob``: also the log-density of every step, see `Sampled`. Not with a mask, whose known part is no draw.
     - ``progress``: a progress bar over the steps; a string is its label.
     - ``out_dtype``: dtype of the final state, that of ``x`` by default.
     - ``model_dtype``: dtype of the model's input, that of ``x`` by default; the output may have any floating dtype.
 
-    No gradients are recorded. Buffers: two states, the plan's histories, and one model input where it differs from the
-    state. Raises ValueError, naming argument, rule and value, for input that does not fit.
+    For an ``x`` of 16 bits the states inside are float32: an update below half a unit of 16 bits would be lost, and
+    with it, over hundreds of steps, the sample. Model input, callback, trajectory and result have the dtype of ``x``,
+    each rounded once.
+
+    No gradients are recorded. Buffers: two states, the plan's histories, and one model input, the first row's, which
+    others use where it differs from the state. Raises ValueError, naming argument, rule and value, for input that does
+    not fit.
     """
     check_call(model, x, plan)
     if guidance is not None:
@@ -181,6 +188,7 @@ def sample(
         mean_shift=mean_shift,
         want_x0=callback is not None,
         want_logprob=logprob,
+        own_inputs=noises is not None,
     )
     states = torch.empty((len(steps) + 1, *x.shape), dtype=x.dtype, device=x.device) if trajectory else None
     if states is not None:
@@ -190,7 +198,6 @@ def sample(
     bar = progress_bar(progress, plan.name, len(steps))
     try:
         for i, step in enumerate(steps):
-            run.x0 = None
             for row in step:
                 draws = plan.rows[row].draws
                 run.row(model, row, None if noises is None or not draws else next_noise(noises, row, x))
@@ -199,13 +206,13 @@ def sample(
             if states is not None:
                 states[i + 1] = run.state
             if callback is not None:
-                callback({"i": begin + i, "t": plan.rows[step.start].time, "x": run.state, "x0": run.x0})
+                run.call_back(callback, begin + i, plan.rows[step.start].time, step[-1])
             if bar is not None:
                 bar.update()
     finally:
         if bar is not None:
             bar.close()
-    out = run.state if out_dtype is None else run.state.to(out_dtype)
+    out = run.state.to(out_dtype or x.dtype)
     return Sampled(out, states, densities) if trajectory or logprob else out
 
 

@@ -20,9 +20,15 @@ RowModel = Callable[[Tensor, float], Tensor]
 
 
 def run_plan(
-    plan: Plan, model: RowModel, x: Tensor, noises: Iterable[Tensor] = (), rows: range | None = None
+    plan: Plan,
+    model: RowModel,
+    x: Tensor,
+    noises: Iterable[Tensor] = (),
+    rows: range | None = None,
+    edit: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """The rows of a plan from the state x, straight from the formulas of diffkern.plan (no guidance, no mask)."""
+    """The rows of a plan from the state x, straight from the formulas of diffkern.plan (no guidance, no mask); after
+    each step the state is ``edit`` of it."""
     rows = rows or range(len(plan.rows))
     draws = iter(noises)
     k = plan.first_k if rows.start == 0 else plan.rows[rows.start - 1].k
@@ -37,7 +43,7 @@ def run_plan(
             new = new + getattr(row, f"e{slot}") * history[slot]
         made = {"x": x, "x0": x0, "s": row.A * x + row.B * x0 + row.D * m}
         history.update({slot: made[source] for slot, source in row.saves})
-        x, k = new, row.k
+        x, k = new if edit is None or not row.ends_step else edit(new), row.k
     return x
 
 
