@@ -66,7 +66,7 @@ def edm_sampler(
         m: Tensor = net(x, times[i], class_labels)
         return m
 
-    def noise(x: Tensor, i: int) -> Tensor | None:
+    def noise(dtype: torch.dtype, i: int) -> Tensor | None:
         # Asked with the first state, whose layout decides which element gets which draw.
         return randn_like(first) if rows[i].ends_step and i + 1 < len(rows) else None
 

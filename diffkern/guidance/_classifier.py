@@ -129,7 +129,8 @@ class ClassifierGuided:
     def __call__(self, x: Tensor, t: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The shifted prediction at x [B, ...] and time t, [B], [] or a number; more arguments go to the model."""
         t = batch_times(t, len(x))
-        m = unwrapped(self.model(x, t, *args, **kwargs))
+        # Both may write into what they are given.
+        m = unwrapped(self.model(x.clone(), t.clone() if isinstance(t, Tensor) else t, *args, **kwargs))
         learned = x.ndim > 1 and m.shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:])
         m = m if learned else returned(m, x.shape)
         time = t if isinstance(t, Tensor) else torch.tensor(t, device=x.device)
@@ -139,7 +140,7 @@ class ClassifierGuided:
             clean = ops.step(x, None, table=_table("a", scale), index=_index(scale, x))[0]
             found = self.gradient(clean, time.to(t.dtype if isinstance(t, Tensor) else torch.float32))
         else:
-            found = self.gradient(x, t)
+            found = self.gradient(x, t.clone() if isinstance(t, Tensor) else t)
         found = returned(found, x.shape, "gradient")
         table, index = self._rows(time, x)
         first = m[:, : x.shape[1]] if learned else m

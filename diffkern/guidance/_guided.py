@@ -231,7 +231,12 @@ class Guided:
         """The predictions of these branches, from one call where they share a model."""
         batch, copies = x.shape[0], len(needed)
         if copies == 1 or not self._batchable:
-            found = {b: self._given(b, self._condition((b,), batch), x, t, args, kwargs) for b in needed}
+            # A model may write into what it is given, which the next one is given, too.
+            own = [(x.clone(), t.clone() if isinstance(t, Tensor) else t) for _ in needed[1:]]
+            found = {
+                b: self._given(b, self._condition((b,), batch), *given, args, kwargs)
+                for b, given in zip(needed, [*own, (x, t)], strict=True)
+            }
             for m in found.values():
                 _check_prediction(m, x, 1)
             _check_same(found)

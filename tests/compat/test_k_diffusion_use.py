@@ -99,6 +99,7 @@ def test_one_op_a_model_call(name: str) -> None:
     # What is left is made once a run, whatever the number of steps: levels, and views of them.
     assert set(ops) <= {
         "aten._to_copy",
+        "aten.clone",
         "aten.unbind",
         "aten.unsqueeze",
         "aten.repeat",

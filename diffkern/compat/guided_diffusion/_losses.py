@@ -261,7 +261,7 @@ class Losses(GaussianOps):
         state = wide(x_start.dtype)
         x_0, noise = as_dtype(x_start, state), as_dtype(noise, state)
         x_t = self._dk_noised(x_0, noise, t)
-        m = self._dk_output(model(x_t, time, **kwargs), x_t)
+        m = self._dk_output(model(x_t.clone(), time.clone(), **kwargs), x_t)
         x0 = self._dk_mean(x_t, m, Rows(t), clip, None)[1]
         return {
             "vb": self._dk_bound(m, x_0, x_t, time, clip=clip, frozen=False, row=t),

@@ -41,7 +41,8 @@ TO_EPS = frozenset({"_predict_eps_from_xstart"})
 
 
 class Calls(NamedTuple):
-    """The user's functions with the times that they are given."""
+    """The user's functions with the times that they are given, each its own; states are copied for them, as they may
+    write into what they are given."""
 
     model: Model
     time: Tensor
@@ -50,11 +51,11 @@ class Calls(NamedTuple):
     kwargs: Mapping[str, Any]
 
     def output(self, x: Tensor) -> Tensor:
-        return self.model(x, self.time, **self.kwargs)
+        return self.model(x.clone(), self.time, **self.kwargs)
 
     def gradient(self, x: Tensor) -> Any:
         assert self.cond_fn is not None
-        return self.cond_fn(x, self.cond_time, **self.kwargs)
+        return self.cond_fn(x.clone(), self.cond_time, **self.kwargs)
 
 
 class Sampling(GaussianOps):
@@ -162,9 +163,11 @@ class Sampling(GaussianOps):
     def _dk_calls(
         self, model: Model, cond_fn: Model | None, t: Tensor, model_kwargs: Mapping[str, Any] | None
     ) -> Calls:
-        time = self._scale_timesteps(t)
-        cond = None if cond_fn is None else self._dk_model(cond_fn)
-        return Calls(self._dk_model(model), time, cond, time, model_kwargs or {})
+        time = self._scale_timesteps(t.clone())
+        cond, cond_time = None, None
+        if cond_fn is not None:
+            cond, cond_time = self._dk_model(cond_fn), self._scale_timesteps(t.clone())
+        return Calls(self._dk_model(model), time, cond, cond_time, model_kwargs or {})
 
     def _dk_p(self, calls: Calls, x: Tensor, rows: Rows, clip: bool, denoised_fn: Change | None) -> Step:
         m = self._dk_output(calls.output(x), x)
@@ -341,7 +344,8 @@ class Sampling(GaussianOps):
                 self._dk_check(x, ts[0])
                 call, times = self._dk_times(model, all_t)
                 cond, cond_times = (None, None) if cond_fn is None else self._dk_times(cond_fn, all_t)
-                every, every_cond = times.unbind(), None if cond_times is None else cond_times.unbind()
+                every = times.clone().unbind()
+                every_cond = None if cond_times is None else cond_times.clone().unbind()
         for i in _counted(range(self.num_timesteps)[::-1], progress):
             with torch.no_grad():
                 if not fused:

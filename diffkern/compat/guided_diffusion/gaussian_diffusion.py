@@ -157,7 +157,7 @@ class GaussianDiffusion(Sampling, Losses, GaussianOps):
         """
         self._dk_check(x, t)
         model = self._dk_model(model)
-        m = self._dk_output(model(x, self._scale_timesteps(t), **(model_kwargs or {})), x)
+        m = self._dk_output(model(x.clone(), self._scale_timesteps(t.clone()), **(model_kwargs or {})), x)
         variance, log_variance = self._dk_variance(m, x, t)
         if self._dk_own(PARTS):
             mean, pred_xstart = self._dk_mean(x, m, self._dk_rows_of(t), clip_denoised, denoised_fn)
@@ -217,7 +217,7 @@ class GaussianDiffusion(Sampling, Losses, GaussianOps):
 
         Half precision is widened to float32. arXiv 2105.05233, algorithm 1.
         """
-        gradient = self._dk_model(cond_fn)(x, self._scale_timesteps(t), **(model_kwargs or {}))
+        gradient = self._dk_model(cond_fn)(x.clone(), self._scale_timesteps(t.clone()), **(model_kwargs or {}))
         mean = p_mean_var["mean"]
         state = wide(mean.dtype)
         moved: Tensor = as_dtype(mean, state) + p_mean_var["variance"] * as_dtype(gradient, wide(gradient.dtype))
@@ -235,7 +235,7 @@ class GaussianDiffusion(Sampling, Losses, GaussianOps):
 
         The result is not clamped.
         """
-        gradient = self._dk_model(cond_fn)(x, self._scale_timesteps(t), **(model_kwargs or {}))
+        gradient = self._dk_model(cond_fn)(x.clone(), self._scale_timesteps(t.clone()), **(model_kwargs or {}))
         out = p_mean_var.copy()
         if self._dk_own(CONVERSIONS):
             x0 = self._dk_guided_x0(out["pred_xstart"], gradient, self._dk_rows_of(t))

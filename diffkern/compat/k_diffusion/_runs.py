@@ -29,6 +29,8 @@ Asks = dict[int, tuple[int, float]]
 """For each row that asks a noise sampler: its step, whose level it gives, and the level that it asks up to."""
 SLOPES = ("euler", "heun", "dpm_2", "euler_ancestral", "dpm_2_ancestral", "lms")
 """The samplers whose every update goes through k-diffusion's to_d."""
+SLOPES_SEEN = ("euler", "heun", "dpm_2", "lms")
+"""Those of them that have their slope before the callback is called."""
 
 
 def levels_of(sigmas: Tensor) -> Levels:
@@ -108,7 +110,7 @@ class _Run:
     ) -> None:
         self.plan, self.model, self.callback, self.disable = plan, model, callback, disable
         self.extra = {} if extra_args is None else extra_args
-        self.sigmas = sigmas.unbind()
+        self.sigmas = sigmas.clone().unbind()  # a callback is given them
         # Slopes are divided by sigma with a dimension, which widens a state of half precision to the dtype of sigmas.
         slopes: Sequence[int] = range(len(plan.rows)) if plan.name in SLOPES else ()
         if plan.name in ("dpmpp_2s_ancestral", "dpmpp_sde"):
@@ -122,13 +124,20 @@ class _Run:
         return self.model(x, self.times[i], **self.extra)
 
     def seen(self, x: Tensor, j: int, m: Tensor) -> None:
-        if self.callback is not None:
-            hat = self.hats[self.plan.steps[j].start]
-            self.callback({"x": x, "i": j, "sigma": self.sigmas[j], "sigma_hat": hat, "denoised": m})
+        assert self.callback is not None
+        hat = self.hats[self.plan.steps[j].start]
+        self.callback({"x": x, "i": j, "sigma": self.sigmas[j], "sigma_hat": hat, "denoised": m})
 
     def __call__(self, x: Tensor, noise: loop.Noise) -> Tensor:
         prepared = loop.of_plan(self.plan)
-        return loop.run(prepared, x, self.call, noise, seen=self.seen, steps=self._steps(), widening=self.widening)
+        seen = None if self.callback is None else self.seen
+        return loop.run(
+            *(prepared, x, self.call, noise),
+            seen=seen,
+            seen_after=self.plan.name in SLOPES_SEEN,
+            steps=self._steps(),
+            widening=self.widening,
+        )
 
     def _steps(self) -> Iterable[int]:
         from tqdm.auto import trange
@@ -159,9 +168,9 @@ def churned(
         return x
     run = _Run(plan, model, x, sigmas, extra_args, callback, disable)
 
-    def noise(x: Tensor, i: int) -> Tensor | None:
+    def noise(dtype: torch.dtype, i: int) -> Tensor | None:
         # In the layout of the first state, which plain torch would have kept: it decides which element gets which draw.
-        return torch.randn_like(first, dtype=x.dtype) if plan.rows[i].ends_step and i + 1 < len(plan.rows) else None
+        return torch.randn_like(first, dtype=dtype) if plan.rows[i].ends_step and i + 1 < len(plan.rows) else None
 
     first = x
     return run(loop.added(x, torch.randn_like(x), loop.churn_before_start(plan, levels[0])), noise)
@@ -184,11 +193,11 @@ def noised(
     run = _Run(plan, model, x, sigmas, extra_args, callback, disable)
     sampler = noise_sampler if noise_sampler is not None or default is None else default(x)
     if sampler is None:
-        return run(x, lambda x, i: None)
+        return run(x, lambda dtype, i: None)
     asks = _asks(plan)
     own = isinstance(sampler, BrownianTreeNoiseSampler)  # takes levels from the host: no device read
 
-    def noise(x: Tensor, i: int) -> Tensor | None:
+    def noise(dtype: torch.dtype, i: int) -> Tensor | None:
         if i not in asks or (own and not plan.rows[i].draws):
             return None
         j, to = asks[i]

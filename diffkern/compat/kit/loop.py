@@ -10,23 +10,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffkern import ops
 from diffkern.checks import returned
-from diffkern.compat.kit.rows import as_dtype, promote, row_of, table_by_rows
+from diffkern.compat.kit.rows import AT, as_dtype, promote, row_of, table_by_rows
+from diffkern.compat.kit.state import State, shifted
 from diffkern.plan import SLOTS, Plan
 
 Call = Callable[[Tensor, int], Tensor]
 """(state, row) -> the model's output."""
-Noise = Callable[[Tensor, int], Tensor | None]
-"""(state, row) -> the noise or None; asked after each model call, so that it can draw what the row leaves out."""
+Noise = Callable[[torch.dtype, int], Tensor | None]
+"""(the state's dtype, row) -> the noise or None; asked after each model call, so that it can draw what the row leaves
+out."""
 Seen = Callable[[Tensor, int, Tensor], None]
-"""(state, step, model output), after the first model call of a step."""
+"""(state, step, model output), after the first model call of a step; it may write into both."""
 Late = Callable[[int, Tensor, Tensor | None], Tensor | None]
 """(row, model output, noise) -> a table [1, 21] for a row that depends on them; None: the row as it was prepared."""
 
@@ -81,44 +84,64 @@ def run(
     noise: Noise,
     *,
     seen: Seen | None = None,
+    seen_after: bool = False,
     steps: Iterable[int] | None = None,
     widening: Mapping[int, torch.dtype] = MappingProxyType({}),
     late: Late | None = None,
 ) -> Tensor:
     """The state after all rows; a new tensor each row, so a callback may keep what it sees.
 
-    ``steps`` counts the steps (a progress bar). The state is widened as plain torch would: by a model output of wider
-    dtype, and to the dtype that ``widening`` has for a row.
+    What the model writes into the state changes nothing (`State`); what ``seen`` writes into state or output is what
+    the row is computed from. ``seen_after``: it is shown what the row has been computed from, so that its writes move
+    the state and those of the rest of the step by as much, and a write into the output changes nothing. ``steps``
+    counts the steps (a progress bar). The state is widened as plain torch would: by a model output of wider dtype, and
+    to the dtype that ``widening`` has for a row.
     """
     table, moves, all_steps = prepared
     h: list[Tensor | None] = [None] * (SLOTS + 1)  # the last one stays empty
+    shape, state = x.shape, State(x)
     for j in range(len(all_steps)) if steps is None else steps:
         for i in all_steps[j]:
             reads, wants_x0, wants_s, saves, dies = moves[i]
-            m = returned(call(x, i), x.shape)
+            m = returned(state.call(call, i), shape)
+            before: Tensor | None = None
             if seen is not None and i == all_steps[j].start:
-                seen(x, j, m)
-            if m.dtype is not x.dtype or widening:
-                wide = promote(x.dtype, m.dtype, widening.get(i, x.dtype))
-                if wide is not x.dtype:
-                    x, h = x.to(wide), [None if t is None else t.to(wide) for t in h]
-            z = noise(x, i)
+                before = state.show(partial(_show, seen, j, m.clone() if seen_after else m), keep=seen_after)
+            if m.dtype is not state.dtype or widening:
+                wide = promote(state.dtype, m.dtype, widening.get(i, state.dtype))
+                if wide is not state.dtype:
+                    state.widen(wide)
+                    h = [None if t is None else as_dtype(t, state.value.dtype) for t in h]
+            after = state.value
+            x = after if before is None else as_dtype(before, after.dtype)
+            z = noise(state.dtype, i)
             if z is not None:
                 z = as_dtype(z, x.dtype)
             own = None if late is None else late(i, m, z)
             # The row's x0 is the model's output: where dtypes agree it need not be written again to be kept.
             shared = m if m.dtype is x.dtype else None
             a, b, c, d = reads
-            new, x0, s, _ = ops.step(
-                x, m, None, h[a], h[b], h[c], h[d], table=table if own is None else own, row=i if own is None else 0,
-                noise=z, want_x0=wants_x0 and shared is None, want_s=wants_s,
+            step = partial(
+                ops.step, x, m, None, h[a], h[b], h[c], h[d], table=table if own is None else own,
+                row=i if own is None else 0, noise=z, want_x0=wants_x0 and shared is None, want_s=wants_s,
             )  # fmt: skip
+            new, x0, s, _ = step()
+            if s is not None and x is not after and round(sum(table[i, AT[c]].item() for c in ("A", "B", "D"))):
+                s = shifted(s, x, after)  # it has the state beside the slope
             for slot, source in saves:
-                h[slot] = x if source == "x" else s if source == "s" else x0 if shared is None else shared
+                h[slot] = after if source == "x" else s if source == "s" else x0 if shared is None else shared
             for slot in dies:
                 h[slot] = None
-            x = new
-    return x
+            state.move(shifted(new, x, after), partial(_again, step, x, after), m)
+    return state.end()
+
+
+def _show(seen: Seen, j: int, m: Tensor, x: Tensor) -> None:
+    seen(x, j, m)
+
+
+def _again(step: Callable[[], tuple[Tensor, Any, Any, Any]], x: Tensor, after: Tensor) -> Tensor:
+    return shifted(step()[0], x, after)
 
 
 def added(x: Tensor, z: Tensor, scale: float) -> Tensor:

@@ -87,6 +87,9 @@ def _blank(device: torch.device) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------------------- dtypes and layouts
+SIXTEEN = (torch.float16, torch.bfloat16)
+
+
 def promote(*dtypes: torch.dtype) -> torch.dtype:
     """What torch promotes these to."""
     found, *others = dtypes

@@ -68,7 +68,7 @@ def prepared_run(
         assert z is not None
         return _rows.table(corrector.scaled(found[at], m, z, None)) if update < steps else None
 
-    return loop.run(loop.of_table(table), x, call, lambda x, i: drawn, late=late if norms else None)
+    return loop.run(loop.of_table(table), x, call, lambda dtype, i: drawn, late=late if norms else None)
 
 
 def _finite(update: Any, triples: Tensor) -> Tensor:

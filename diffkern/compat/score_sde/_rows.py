@@ -91,10 +91,11 @@ class NetworkScore(abc.ABC):
 
 
 def evaluate(score_fn: Any, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(m, scale): of `models.get_score_fn`'s functions the network's output, of any other the score itself."""
+    """(m, scale): of `models.get_score_fn`'s functions the network's output, of any other the score itself; they are
+    given copies, as they may write into them."""
     if isinstance(score_fn, NetworkScore) and score_fn.fits:
-        return score_fn.network(x, t), score_fn.scale(t)
-    score: Tensor = score_fn(x, t)
+        return score_fn.network(x.clone(), t), score_fn.scale(t)
+    score: Tensor = score_fn(x.clone(), t.clone())
     return score, None
 
 

@@ -97,7 +97,7 @@ class _Reverse:
             drift = _rows.combined(x, t, self.score_fn, rate, self.pull * -(g.double() ** 2))
         else:
             drift, g = getattr(self.forward, method)(x, t)
-            drift = drift - _rows.column(g, x) ** 2 * self.score_fn(x, t) * self.pull
+            drift = drift - _rows.column(g, x) ** 2 * self.score_fn(x.clone(), t.clone()) * self.pull
         # Zeros, where score_sde's Euler-Maruyama predictor met a float 0 and raised TypeError.
         return drift, torch.zeros_like(g) if self.probability_flow else g
 

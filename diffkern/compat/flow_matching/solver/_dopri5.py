@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from diffkern import ops
-from diffkern.compat.flow_matching.solver._stages import Field, State, fitted, run_stage, stages_of
+from diffkern.compat.flow_matching.solver._stages import Field, State, copied, fitted, run_stage, stages_of
 from diffkern.compat.flow_matching.solver._times import check_times
 from diffkern.compat.kit.rows import row_of, table_by_rows
 from diffkern.tableaus import DORMAND_PRINCE, SHAMPINE_ERROR
@@ -60,7 +60,7 @@ def run(field: Field, y: State, time_grid: Tensor, rtol: float, atol: float, eve
         """0-dim times as the model is given them, in one upload."""
         return (sign * torch.tensor(times, dtype=torch.float64, device="cpu")).to(y[0].device, dtypes[0]).unbind()
 
-    t, first = at[0], slope(clock(at[0])[0], y)
+    t, first = at[0], slope(clock(at[0])[0], _copied(y))
     h = _first_step(slope, clock, t, y, first, sign, rtol, atol)
     last = (y, y, [first] * 7, t, 1.0)
     for j, point in enumerate(at[1:], 1):
@@ -89,8 +89,13 @@ def _attempt(slope: Slope, times: tuple[Tensor, ...], y: State, first: State, h:
     for i, stage in enumerate(_STAGES.stages):
         state, k = run_stage(stage, y, ks, m, table, i)
         ks.append(k)
-        m = slope(times[i], state)
+        m = slope(times[i], _copied(state) if stage.ends else state)
     return state, [*ks, m]
+
+
+def _copied(state: State) -> State:
+    """What a model may write into, while the samples are read again."""
+    return (copied(state[0]), *state[1:])
 
 
 def _error(y: State, new: State, ks: list[State], h: float, rtol: float, atol: float) -> float:

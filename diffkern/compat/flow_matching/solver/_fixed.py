@@ -10,18 +10,19 @@ divergence of a likelihood) and is differentiable, and states are wanted between
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffkern import ops, tableaus
-from diffkern.compat.flow_matching.solver._stages import Field, Stages, State, fitted, run_stage, stages_of
+from diffkern.compat.flow_matching.solver._stages import Field, Stages, State, copied, fitted, run_stage, stages_of
 from diffkern.compat.flow_matching.solver._times import check_times
-from diffkern.compat.kit.rows import row_of, table_by_rows
+from diffkern.compat.kit.rows import as_dtype, promote, row_of, table_by_rows
+from diffkern.compat.kit.state import WRITES, overlap, wider
 
 TABLEAUS: dict[str, tableaus.Tableau] = {
     "euler": tableaus.EULER,
@@ -117,11 +118,22 @@ def _outs(t: Tensor, start: Tensor, end: Tensor, wanted: Iterable[int]) -> tuple
 
 
 def run(method: str, field: Field, y: State, grid: Grid) -> dict[int, State]:
-    """The states at the time points that the grid was made for, by their number."""
+    """The states at the time points that the grid was made for, by their number.
+
+    A state of 16 bits is float32 here, so that updates below half a unit add up; the field is given it rounded.
+    """
+    dtype = y[0].dtype  # of the samples as the field sees them
+    y = tuple(as_dtype(part, wider(part.dtype)) for part in y)
     stages, table, ends = grid.stages.stages, grid.table, grid.times
     count = len(stages)
     found: dict[int, State] = {}
     clock: dict[torch.dtype, tuple[Tensor, ...]] = {}
+    # A model may write into its input, and a step's first state is read again: it is made again then, by the op that
+    # made it. Where it can not be (the caller's, writes that go uncounted) the model is given a copy.
+    again: Callable[[], State] | None = None
+    source: Tensor | None = None
+    counts = not torch.is_inference_mode_enabled()
+    remakes = counts and method != ADAMS
     adams = _Adams() if method == ADAMS else None
     for step in range(len(grid.steps)):
         state: State = y
@@ -129,23 +141,41 @@ def run(method: str, field: Field, y: State, grid: Grid) -> dict[int, State]:
         base = y
         for i, stage in enumerate(stages):
             row = step * count + i
-            dtype = state[0].dtype
             if dtype not in clock:
                 # A copy: the grid is kept for later runs, and a model may scale its time in place.
                 clock[dtype] = ends.to(state[0].device, dtype, copy=True).unbind()
-            m = field(clock[dtype][row], state)
+            given = as_dtype(state[0], dtype)
+            if i == 0 and given is y[0]:
+                given = given if again is not None else copied(given)
+            writes = given._version if counts else 0
+            m = field(clock[dtype][row], (given, *state[1:]))
+            if i == 0 and counts and given._version != writes:
+                if given is y[0]:
+                    assert again is not None
+                    if source is not None and isinstance(m[0], Tensor) and overlap(m[0], source):
+                        raise ValueError(f"velocity_model {WRITES}")
+                    base = y = again()
+                    found.update((point, y) for point, was in found.items() if was[0] is given)
+                remakes, again = False, None
             base, ks, m = fitted(base, ks, m)
+            dtype = promote(dtype, m[0].dtype)
             if adams is not None and i == 0:
                 jumped = adams.step(base, m, grid.steps[step])
                 if jumped is not None:
                     state = jumped
                     break
             state, k = run_stage(stage, base, ks, m, table, row)
+            if remakes and stage.ends:
+                again, source = partial(_end_of, stage, base, ks, m, table, row), m[0]
             ks.append(k)
         for out in grid.outs[step]:
             found[out.point] = between(y, state, out.share)
         y = state
     return found
+
+
+def _end_of(*operands: Any) -> State:
+    return run_stage(*operands)[0]
 
 
 def between(y: State, after: State, share: float) -> State:

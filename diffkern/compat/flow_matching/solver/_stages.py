@@ -93,3 +93,9 @@ def fitted(y: State, ks: list[State], m: State) -> tuple[State, list[State], Sta
     y = tuple(base.to(dtype) for base, dtype in zip(y, wide, strict=True))
     ks = [tuple(k.to(dtype) for k, dtype in zip(old, wide, strict=True)) for old in ks]
     return y, ks, tuple(torch.broadcast_to(slope, base.shape) for base, slope in zip(y, m, strict=True))
+
+
+def copied(x: Tensor) -> Tensor:
+    """A copy for a model that may write into it, which asks for a gradient as x does."""
+    copy = x.clone()
+    return copy.requires_grad_() if x.requires_grad and not copy.requires_grad else copy
