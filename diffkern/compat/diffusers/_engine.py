@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -17,8 +17,8 @@ from torch.autograd import forward_ad
 
 from diffkern import ops
 from diffkern.compat.diffusers._host import Clock
-from diffkern.compat.kit.rows import as_dtype, promote, split
-from diffkern.compat.kit.tables import Tables
+from diffkern.compat.kit.rows import SIXTEEN, as_dtype, column, promote, split
+from diffkern.compat.kit.tables import Tables, version
 from diffkern.integers import as_integer
 
 try:
@@ -37,7 +37,7 @@ RNGS = ("torch", "counter")
 class Rows:
     """A table and the op bound to it, for what it gives beside x': what steps are run with, made once."""
 
-    __slots__ = ("count", "onward", "plain", "table", "wants")
+    __slots__ = ("_narrow", "count", "onward", "plain", "table", "wants")
 
     def __init__(self, table: Tensor, *, want_x0: bool = False, want_s: bool = False) -> None:
         self.table, self.count = table, len(table)
@@ -45,6 +45,48 @@ class Rows:
         self.plain = ops.bound_step(table, **self.wants)
         self.onward = ops.bound_step(table, next_copies=1, **self.wants)
         """The same, and the next model's input."""
+        self._narrow: dict[torch.dtype, ops.BoundStep] = {}
+
+    def narrow(self, dtype: torch.dtype) -> ops.BoundStep:
+        """The same on a float32 state, and x' in this dtype in the place of the model's input."""
+        found = self._narrow.get(dtype)
+        if found is None:
+            table = unscaled(self.table)
+            found = self._narrow[dtype] = ops.bound_step(table, next_copies=1, next_dtype=dtype, **self.wants)
+        return found
+
+
+def unscaled(table: Tensor) -> Tensor:
+    """The rows with x' itself as the model's input."""
+    with torch.inference_mode(False):
+        copy = table.clone()
+        column(copy, "k").fill_(1.0)
+        return copy
+
+
+def unrounded(x: Tensor, wide: Tensor) -> Tensor:
+    """``wide`` where x is what it rounds to, else x in its dtype; the gradient is that of x."""
+    same = x.to(wide.dtype)
+    kept = (wide.to(x.dtype) == x) & x.isfinite()
+    return torch.where(kept, same + (wide - same).detach(), same)
+
+
+class Carried(NamedTuple):
+    """What 16 bits do not hold of a loop's state: the float32 state behind the sample that a step returned.
+
+    The next step starts from it wherever its sample is what it rounds to, element by element: where it was edited, or
+    is another sample, it starts from the sample. So it is never more than half a unit away from the sample it is given.
+    """
+
+    state: Tensor
+    """float32, without a graph."""
+    out: Tensor
+    """What the step returned; the look at each element is left out where the next step is given this, unwritten."""
+    writes: int
+    run: Any
+    """What a run has for its own: the timesteps' host copy, or the sigmas."""
+    at: int
+    """The number of the step that comes next in the run."""
 
 
 def free(*tensors: Tensor | None) -> bool:
@@ -86,7 +128,8 @@ class Engine:
     exact: bool = False
 
     hot: Hot | None = None
-    own: tuple[str, ...] = ("hot",)
+    carried: Carried | None = None
+    own: tuple[str, ...] = ("hot", "carried")
     """Attributes that copies do without: what belongs to tensors of this engine's loop, by identity and version."""
 
     def __init__(self) -> None:
@@ -147,6 +190,45 @@ class Engine:
             ("seeds", job, batch, str(like.device)), lambda: ops.seeds(job, batch, device=like.device)
         )
 
+    # ---------------------------------------------------------------------------------------------- 16 bits
+    def widened(self, x: Tensor, run: Any, at: int) -> Tensor:
+        """The float32 state that a sample of 16 bits stands for at step ``at`` of a run; see `Carried`."""
+        carried = self.carried
+        if carried is None or carried.run is not run or carried.at != at:
+            return x.to(torch.float32)
+        state = carried.state
+        if carried.out.dtype is not x.dtype or state.shape != x.shape or state.device != x.device:
+            return x.to(torch.float32)
+        graph = torch.is_grad_enabled() and x.requires_grad
+        if x is carried.out and not graph and not x.is_inference() and x._version == carried.writes:
+            return state
+        if not graph:
+            return torch.where(state.to(x.dtype) == x, state, x)
+        return unrounded(x, state)
+
+    def carry(self, state: Tensor, out: Tensor, run: Any, at: int) -> None:
+        """Keeps the state behind ``out`` for step ``at``."""
+        self.carried = Carried(state.detach() if state.requires_grad else state, out, version(out), run, at)
+
+    def start_from(self, x: Tensor, dtype: torch.dtype, run: Any, at: int | None) -> tuple[Tensor, dict[str, Any]]:
+        """(the state that the step of a sample starts from, what its op is asked for beside) for results of ``dtype``.
+
+        For 16 bits a float32 state and x' in both, of which `end_with` makes the step's result.
+        """
+        if dtype not in SIXTEEN or at is None:
+            return x, {}
+        wants = {"state": torch.float32, "next_copies": 1, "next_dtype": dtype}
+        return self.widened(x, run, at) if x.dtype is dtype else x.to(torch.float32), wants
+
+    def end_with(self, found: Results, wants: dict[str, Any], run: Any, at: int | None) -> Results:
+        """(x' as the step returns it, x0, s, None) of what an op gave after `start_from`; x0 and s stay float32."""
+        if not wants:
+            return found
+        assert at is not None
+        out, x0, s, narrow = found
+        self.carry(out, narrow, run, at + 1)
+        return narrow, x0, s, None
+
     # ---------------------------------------------------------------------------------------------- the op
     def run(
         self,
@@ -188,7 +270,7 @@ class Engine:
     ) -> Results:
         """`run` with the original's dynamic thresholding between x0 and x': three fused ops."""
         first, second = self.tables.get(("split", id(table)), lambda: split(table), table)
-        estimate = self.run(x, m, table=first, row=row, index=index)[0]
+        estimate = self.run(x, m, table=first, row=row, index=index, state=wants.get("state"))[0]
         x0 = self.threshold(scheduler, estimate)
         out, _, s, following = self.run(x, m, x0, *histories, table=second, row=row, index=index, **wants)
         return out, x0, s, following

@@ -46,8 +46,10 @@ class HostCopy:
 
     def is_of(self, tensor: Tensor) -> bool:
         """Whether this is the copy of a tensor as it is now."""
+        if self.source is not tensor:
+            return False
         now = tensor._version if self.counts else written(tensor)
-        return self.source is tensor and self.version == now
+        return bool(self.version == now)
 
     def content(self) -> Hashable:
         """The numbers, for `kit.tables`."""

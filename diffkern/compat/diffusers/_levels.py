@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from diffkern import ops
-from diffkern.compat.diffusers._engine import DropIn, Engine, Hot, Results, Rows, free
+from diffkern.compat.diffusers._engine import Carried, DropIn, Engine, Hot, Results, Rows, free, unscaled
 from diffkern.compat.diffusers._host import Levels, check_numbers
 from diffkern.compat.diffusers._plans import plan_of
-from diffkern.compat.kit.rows import as_dtype, column, promote, table_of, with_columns
+from diffkern.compat.kit.rows import SIXTEEN, as_dtype, column, promote, table_of
 from diffkern.compat.kit.tables import version
-from diffkern.plan import Plan
+from diffkern.plan import SLOTS, Plan
 
 
 class LevelsEngine(Engine):
@@ -32,7 +32,7 @@ class LevelsEngine(Engine):
     # ---------------------------------------------------------------------------------------------- which row
     def start(self, scheduler: DropIn, timestep: Any) -> None:
         """The first step's index."""
-        begin = scheduler.begin_index
+        begin, self.carried = scheduler.begin_index, None
         scheduler._step_index = self.index(scheduler, timestep) if begin is None else begin
 
     def index(self, scheduler: DropIn, timestep: Any) -> int:
@@ -110,8 +110,8 @@ class LevelsEngine(Engine):
         """Notes what `step` returned, where a model's input is made of it."""
 
     def repeat(self, scheduler: DropIn, m: Tensor, timestep: Any, x: Tensor, key: Any) -> Results | None:
-        """(x', x0, ...) of a step without noise whose rows are at hand (`keep`), for float32 operands with nothing to
-        convert; None where anything is new: then the long way runs."""
+        """(x', x0, ...) of a step without noise whose rows are at hand (`keep`), for operands of float32, or of 16 bits
+        whose state is at hand (`carry`); None where anything is new: then the long way runs."""
         hot, row = self.hot, scheduler._step_index
         if hot is None or row is None or hot.key != key or hot.config is not scheduler._internal_dict:
             return None
@@ -122,18 +122,32 @@ class LevelsEngine(Engine):
             or row >= rows.count
             or type(timestep) is not Tensor
             or not timestep.is_floating_point()
-            or x.dtype is not torch.float32
-            or m.dtype is not torch.float32
+            or x.dtype is not m.dtype
             or x.shape != m.shape
             or (torch.is_grad_enabled() and (x.requires_grad or m.requires_grad))
             or forward_ad._current_level >= 0
         ):
             return None
+        if x.dtype is not torch.float32:
+            return self.repeat_narrow(scheduler, rows, m, x, row)
         run = rows.onward if self.scales_next and row + 1 < rows.count else rows.plain
         found: Results = run(x, m, row)
         self.look_ahead(scheduler, found, row, rows.count)
         scheduler._step_index = row + 1
         return found
+
+    def repeat_narrow(self, scheduler: DropIn, rows: Rows, m: Tensor, x: Tensor, row: int) -> Results | None:
+        """`repeat` of 16 bits."""
+        carried, sigmas = self.carried, scheduler.sigmas
+        if carried is None or carried.out is not x or carried.run is not sigmas or carried.at != row:
+            return None
+        if x.is_inference() or x._version != carried.writes:
+            return None
+        state, x0, s, out = rows.narrow(x.dtype)(carried.state, m, row)
+        assert out is not None
+        self.carried = Carried(state, out, version(out), sigmas, row + 1)
+        scheduler._step_index = row + 1
+        return out, x0, s, None
 
     def run_upcast(
         self,
@@ -155,25 +169,50 @@ class LevelsEngine(Engine):
         check_row(scheduler, row, table)
         dtype = m.dtype if dtype is None else dtype
         state = torch.float64 if torch.float64 in (m.dtype, dtype) else torch.float32
-        narrow = dtype != state
-        if narrow:
-            table = self.tables.get(("narrow", id(table)), lambda: with_columns(rows.table, k=1.0), table)
-        operands.update(rows.wants, state=state, next_copies=int(narrow), next_dtype=dtype)
-        out, x0, s, narrowed = self.run(as_dtype(x, torch.float32), m, *histories, table=table, row=row, **operands)
-        return narrowed if narrow else out, x0, s
+        place = scheduler.sigmas, row if operands.get("index") is None else None
+        x, wants = self.start_from(x, dtype, *place)
+        if dtype != state:
+            table = self.tables.get(("narrow", id(table)), lambda: unscaled(rows.table), table)
+            operands.update(next_copies=1, next_dtype=dtype)
+        operands.update(rows.wants, state=state)
+        found = self.run(as_dtype(x, torch.float32), m, *histories, table=table, row=row, **operands)
+        out, x0, s, narrowed = self.end_with(found, wants, *place)
+        return out if narrowed is None else narrowed, x0, s
 
     def run_promoted(
-        self, scheduler: DropIn, rows: Rows, x: Tensor, m: Tensor, *histories: Tensor | None, row: int
+        self,
+        scheduler: DropIn,
+        rows: Rows,
+        x: Tensor,
+        m: Tensor,
+        *histories: Tensor | None,
+        row: int,
+        start: Tensor | None = None,
     ) -> Results:
-        """The step in the dtype that the operands promote to, for originals that upcast nothing."""
-        if x.dtype is m.dtype and x.shape == m.shape:
+        """The step in the dtype that the operands promote to, for originals that upcast nothing; of 16 bits, x0 and s
+        are float32, and ``start`` is what `start_from` gave, where it has been asked."""
+        if x.dtype is m.dtype and x.shape == m.shape and x.dtype not in SIXTEEN:
             for h in histories:
                 if h is not None and h.dtype is not x.dtype:  # an earlier step was of another
                     break
             else:
                 return self.run_plain(scheduler, rows, x, m, *histories, row=row)
         check_row(scheduler, row, rows.table)
-        state = promote(x.dtype, m.dtype, *(h.dtype for h in histories if h is not None))
+        dtype = promote(x.dtype, m.dtype)
+        if dtype in SIXTEEN:
+            place = scheduler.sigmas, row
+            if start is None:
+                start, _ = self.start_from(x, dtype, *place)
+            wants: dict[str, Any] = {"state": torch.float32, "next_copies": 1, "next_dtype": dtype}
+            wide = all(h is None or h.dtype is torch.float32 for h in histories)
+            if wide and x.shape == m.shape and free(x, m, *histories):
+                h0, h1, h2, h3 = [*histories, None, None, None, None][:SLOTS]
+                found: Results = rows.narrow(dtype)(start, m, row, h0=h0, h1=h1, h2=h2, h3=h3)
+            else:
+                table = self.tables.get(("narrow", id(rows.table)), lambda: unscaled(rows.table), rows.table)
+                found = self.run(start, m, *histories, table=table, row=row, **rows.wants, **wants)
+            return self.end_with(found, wants, *place)
+        state = promote(dtype, *(h.dtype for h in histories if h is not None))
         return self.run(x, m, *histories, table=rows.table, row=row, state=state, **rows.wants)
 
     def run_plain(
@@ -253,7 +292,7 @@ def check_row(scheduler: DropIn, row: int, table: Tensor) -> None:
 class KarrasEngine(LevelsEngine):
     """x = x0 + sigma z: the model's input, made by the step before where a loop asks for it in that way."""
 
-    own = ("hot", "ahead")
+    own = ("hot", "carried", "ahead")
     ahead: tuple[Tensor, int, int, Tensor | None, Tensor, Any] | None = None
     """(x', the row that starts from it, writes to x' and the sigmas, the model's input made of it or None, the sigmas,
     the config)."""
@@ -280,8 +319,13 @@ class KarrasEngine(LevelsEngine):
             if self.scales_next and scaled is not None and same and writes == version(sample) + version(sigmas):
                 return scaled
         row, index = self.row(scheduler, timestep, sample.device)
-        rows = self.tables.get(("input",), lambda: self.input_rows(scheduler), *self.sources(scheduler))
-        out, *_ = super().run_plain(scheduler, rows, sample, None, row=row, index=index)
+        sources = self.sources(scheduler)
+        if sample.dtype in SIXTEEN and index is None:  # the same product, at a third of the time
+            scales = self.tables.get(("input scales",), lambda: self.input_scale(scheduler).tolist(), *sources)
+            out = sample * scales[row]
+        else:
+            rows = self.tables.get(("input",), lambda: self.input_rows(scheduler), *sources)
+            out, *_ = super().run_plain(scheduler, rows, sample, None, row=row, index=index)
         if hasattr(scheduler, "is_scale_input_called"):
             scheduler.is_scale_input_called = True
         return out

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from diffkern.compat.diffusers._engine import DropIn, Engine, Hot, Rows
+from diffkern.compat.diffusers._engine import DropIn, Engine, Hot, Rows, unrounded
 from diffkern.compat.diffusers._host import check_numbers, host
-from diffkern.compat.kit.rows import with_columns
+from diffkern.compat.kit.rows import SIXTEEN, with_columns
+from diffkern.compat.kit.tables import version
 
 Value = TypeVar("Value")
 
@@ -38,9 +39,13 @@ class Past(NamedTuple):
 class MultistepEngine(Engine):
     """Finds the first step's index, keeps the rows, adds noise of the levels of the current timesteps."""
 
+    own = ("hot", "carried", "unrounded")
+    unrounded: tuple[tuple[Tensor, int, Tensor], ...] = ()
+    """Estimates of 16 bits, their counts of writes, and what was rounded to them; as `Carried` for the state."""
+
     def start(self, scheduler: DropIn, timestep: Any) -> None:
         """The first step's index, from the host copy of the timesteps."""
-        scheduler._step_index = scheduler._begin_index
+        scheduler._step_index, self.carried = scheduler._begin_index, None
         if scheduler._begin_index is None:
             clock = self.clock(scheduler.timesteps)
             at = clock.position(timestep)
@@ -80,6 +85,23 @@ class MultistepEngine(Engine):
         past, order = scheduler.model_outputs, scheduler.config.solver_order
         m1, m2 = past[-1] if order > 1 else None, past[-2] if order > 2 else None
         return [m2, m1] if count % 2 == 0 else [m1, m2]
+
+    def wide(self, m: Tensor | None) -> Tensor | None:
+        """An earlier estimate beside a float32 state: as it was before it was rounded, where it is that one."""
+        if m is None or m.dtype not in SIXTEEN:
+            return m
+        for rounded, writes, before in self.unrounded:
+            if rounded is m and writes == version(m):
+                return unrounded(m, before) if m.requires_grad or m.is_inference() else before
+        return m.to(torch.float32)
+
+    def rounded(self, m0: Tensor | None, dtype: torch.dtype, given: Tensor | None = None) -> Tensor | None:
+        """An estimate as the scheduler keeps it (``given``: the model output that it is), noted for `wide`."""
+        if m0 is None or m0.dtype is dtype:
+            return m0
+        out = m0.to(dtype) if given is None else given
+        self.unrounded = ((out, version(out), m0.detach()), *self.unrounded[:2])
+        return out
 
     def remember(self, scheduler: DropIn, m0: Tensor | None, idle: bool) -> None:
         """Ends a step: its estimate goes behind the earlier ones, but that of a step of no length (`Past`)."""

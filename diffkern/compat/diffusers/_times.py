@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from diffkern import streams
-from diffkern.compat.diffusers._engine import DropIn, Engine, Hot, Results, Rows
-from diffkern.compat.diffusers._host import host
-from diffkern.compat.kit.rows import column
+from diffkern.compat.diffusers._engine import Carried, DropIn, Engine, Hot, Results, Rows
+from diffkern.compat.diffusers._host import Clock, host
+from diffkern.compat.kit.rows import SIXTEEN, column
 
 EPS_AT_PURE_NOISE = 2.0**-24
 """abar in place of 0 where the model predicts eps: the value that diffusers' other schedulers write there."""
@@ -46,7 +46,17 @@ class TimesEngine(Engine):
         at, off = divmod(timestep.data_ptr() - clock.start, clock.stride)
         if off or not 0 <= at < len(clock.times):
             return None
-        return hot.rows.plain(x, m, clock.times[at])
+        if x.dtype not in SIXTEEN:
+            return hot.rows.plain(x, m, clock.times[at])
+        carried = self.carried
+        if carried is None or carried.out is not x or carried.run is not clock or carried.at != at:
+            return None
+        if x.is_inference() or x._version != carried.writes:
+            return None
+        state, x0, s, out = hot.rows.narrow(x.dtype)(carried.state, m, clock.times[at])
+        assert out is not None
+        self.carried = Carried(state, out, 0 if out.is_inference() else out._version, clock, at + 1)
+        return out, x0, s, None
 
     def keep(self, scheduler: DropIn, key: Any, rows: Rows, end: Tensor) -> None:
         """Keeps the rows of a step for `repeat`."""
@@ -55,6 +65,14 @@ class TimesEngine(Engine):
         fits = not clock.dtype.is_floating_point and min(times) >= 0 and max(times) < rows.count
         if fits and not any(source.is_inference() for source in sources):
             self.hot = Hot(key, rows, scheduler._internal_dict, sources, clock)
+
+    def place(self, scheduler: DropIn, timestep: Any, row: int, index: Tensor | None) -> tuple[Clock, int | None]:
+        """(the run, the number of its step) for a step that `row` found; None off the run, or for a step a sample."""
+        clock = self.clock(scheduler.timesteps)
+        if index is not None:
+            return clock, None
+        at = clock.position(timestep)
+        return clock, clock.positions.get(row, [None])[0] if at is None else at
 
     def row(self, scheduler: DropIn, timestep: Any, device: torch.device) -> tuple[int, Tensor | None]:
         """(row, None), or (0, index) where every sample has a timestep of its own."""

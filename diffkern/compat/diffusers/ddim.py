@@ -13,7 +13,7 @@ from diffkern.compat.diffusers._engine import Attached, DropIn, Rows
 from diffkern.compat.diffusers._host import host
 from diffkern.compat.diffusers._plans import plan_of, thresholded
 from diffkern.compat.diffusers._times import TimesEngine, to_x0
-from diffkern.compat.kit.rows import table_of
+from diffkern.compat.kit.rows import as_dtype, promote, table_of
 from diffkern.plan import Plan
 
 
@@ -60,13 +60,16 @@ class DDIMScheduler(DropIn, Original):
                 if noise is None:
                     noise, seeds = engine.noise(model_output, generator)
             operands: dict[str, Any] = {"table": rows.table, "row": row, "index": index, "noise": noise, "seeds": seeds}
+            place = engine.place(self, timestep, row, index)
+            x, narrow = engine.start_from(sample, promote(sample.dtype, model_output.dtype), *place)
             if self.config.thresholding:
-                found = engine.run_thresholded(self, sample, model_output, **operands)
+                found = engine.run_thresholded(self, x, model_output, **operands, **narrow)
             else:
-                found = engine.run(sample, model_output, want_x0=True, **operands)
-                if eta == 0:  # a number of its own: tensors may be written to
-                    engine.keep(self, (*key[:2], float(eta), key[3]), rows, self.final_alpha_cumprod)
-        out, x0, _, _ = found
+                found = engine.run(x, model_output, want_x0=True, **operands, **narrow)
+            found = engine.end_with(found, narrow, *place)
+            if eta == 0 and not self.config.thresholding:  # a number of its own: tensors may be written to
+                engine.keep(self, (*key[:2], float(eta), key[3]), rows, self.final_alpha_cumprod)
+        out, x0 = found[0], as_dtype(found[1], found[0].dtype)
         if not return_dict:
             return out, x0
         return DDIMSchedulerOutput(prev_sample=out, pred_original_sample=x0)

@@ -13,7 +13,7 @@ from diffkern.compat.diffusers._engine import Attached, DropIn, Rows
 from diffkern.compat.diffusers._host import host
 from diffkern.compat.diffusers._plans import plan_of
 from diffkern.compat.diffusers._times import TimesEngine, to_x0
-from diffkern.compat.kit.rows import table_of
+from diffkern.compat.kit.rows import as_dtype, promote, table_of
 from diffkern.plan import Plan
 
 
@@ -32,9 +32,12 @@ class DDIMInverseScheduler(DropIn, Original):
         if found is None:
             row, index = engine.row(self, timestep, sample.device)
             rows = rows_of(self)
-            found = engine.run(sample, model_output, table=rows.table, row=row, index=index, want_x0=True)
+            place = engine.place(self, timestep, row, index)
+            x, narrow = engine.start_from(sample, promote(sample.dtype, model_output.dtype), *place)
+            found = engine.run(x, model_output, table=rows.table, row=row, index=index, want_x0=True, **narrow)
+            found = engine.end_with(found, narrow, *place)
             engine.keep(self, key, rows, end)
-        out, x0, _, _ = found
+        out, x0 = found[0], as_dtype(found[1], found[0].dtype)
         if not return_dict:
             return out, x0
         return DDIMSchedulerOutput(prev_sample=out, pred_original_sample=x0)

@@ -61,18 +61,21 @@ class DDPMScheduler(DropIn, Original):
         noise, seeds = engine.noise(model_output, generator) if draws else (None, None)
         rows = rows_of(self)
         operands: dict[str, Any] = {"row": row, "index": index}
-        found: tuple[Any, ...]
+        place = engine.place(self, timestep, row, index)
+        x, narrow = engine.start_from(sample, promote(sample.dtype, model_output.dtype), *place)
+        found: Any
         if predicted is not None and in_one_op(self, sample, model_output):
-            found = run_learned(self, rows, sample, both, noise=noise, seeds=seeds, **operands)
+            found = run_learned(self, rows, x, both, noise=noise, seeds=seeds, **operands, **narrow)
         else:
             if draws and self.variance_type in LEARNED:
                 noise, seeds = spread(self, rows, predicted, noise, seeds, model_output, **operands), None
-            operands.update(table=rows.table, noise=noise, seeds=seeds)
+            operands.update(table=rows.table, noise=noise, seeds=seeds, **narrow)
             if self.config.thresholding:
-                found = engine.run_thresholded(self, sample, model_output, **operands)
+                found = engine.run_thresholded(self, x, model_output, **operands)
             else:
-                found = engine.run(sample, model_output, want_x0=True, **operands)
-        out, x0 = found[:2]
+                found = engine.run(x, model_output, want_x0=True, **operands)
+        out, x0, *_ = engine.end_with(found, narrow, *place)
+        x0 = as_dtype(x0, out.dtype)
         if not return_dict:
             return out, x0
         return DDPMSchedulerOutput(prev_sample=out, pred_original_sample=x0)
@@ -169,20 +172,23 @@ def run_learned(
     index: Tensor | None,
     noise: Tensor | None,
     seeds: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    state: torch.dtype | None = None,
+    **wants: Any,
+) -> tuple[Tensor, Any, None, Tensor | None]:
     """std = exp((r0 + r1 v)/2) made in the op of the step; with a threshold x0 takes the place of the model's
     first half: two ops and a copy before it."""
-    engine, state, table = scheduler._engine, promote(x.dtype, m.dtype), rows.learned
+    engine, state, table = scheduler._engine, state or promote(x.dtype, m.dtype), rows.learned
     if scheduler.config.thresholding:
         first, table = engine.tables.get(("split learned", id(table)), lambda: estimated(rows.learned), table)
         values, variance = m.split(x.shape[1], 1)
-        x0 = engine.threshold(scheduler, engine.run(x, values, table=first, row=row, index=index)[0])
+        x0 = engine.threshold(scheduler, engine.run(x, values, table=first, row=row, index=index, state=state)[0])
         m = torch.cat([x0, as_dtype(variance, state)], 1)
     if index is not None:
         table = engine.tables.on(table, x.device)
     noise = None if noise is None else as_dtype(noise, state)
     operands: dict[str, Any] = {"row": row, "index": index, "noise": noise, "seeds": seeds}
-    return ops.learned_step(as_dtype(x, state), m, table=table, want_x0=True, **operands)
+    out, found, following = ops.learned_step(as_dtype(x, state), m, table=table, want_x0=True, **operands, **wants)
+    return out, found, None, following
 
 
 def spread(

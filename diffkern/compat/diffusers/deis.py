@@ -15,7 +15,7 @@ from diffkern.compat.diffusers._engine import Attached, DropIn, Rows
 from diffkern.compat.diffusers._host import host
 from diffkern.compat.diffusers._multistep import MultistepEngine, Past, fits, past_between, ring
 from diffkern.compat.diffusers._plans import plan_of
-from diffkern.compat.kit.rows import as_dtype, table_of
+from diffkern.compat.kit.rows import as_dtype, promote, table_of
 from diffkern.plan import Plan
 
 
@@ -59,18 +59,26 @@ class DEISMultistepScheduler(DropIn, Original):
         if i >= rows.count:
             self.sigmas[i + 1]  # the original's exception
         older = engine.earlier(self, past.earlier[i])
+        sigmas, idle = self.sigmas, past.idle[i]
+        dtype = promote(sample.dtype, model_output.dtype)
+        x, narrow = engine.start_from(sample, dtype, sigmas, i)
+        if narrow:
+            older = [engine.wide(m) for m in older]
         if config.thresholding:
-            x0, *_ = engine.run(sample, model_output, table=estimate, row=i)
+            x0, *_ = engine.run(x, model_output, table=estimate, row=i, state=narrow.get("state"))
             x0 = engine.threshold(self, x0)
-            out, m0, _, _ = engine.run(sample, x0, *older, table=from_x0, row=i, want_x0=True)
-        elif fits(model_output, sample, *older):
+            found = engine.run(x, x0, *older, table=from_x0, row=i, want_x0=True, **narrow)
+            out, m0, _, _ = engine.end_with(found, narrow, sigmas, i)
+        elif not narrow and fits(model_output, sample, *older):
             out, m0, _, _ = rows.plain(sample, model_output, i, h0=older[0], h1=older[1])
             m0 = model_output if kept else m0
         else:
-            out, m0, _, _ = engine.run(sample, model_output, *older, table=rows.table, row=i, want_x0=not kept)
-            if kept:  # as the steps after this one read it
+            own = bool(narrow) or not kept
+            found = engine.run(x, model_output, *older, table=rows.table, row=i, want_x0=own, **narrow)
+            out, m0, _, _ = engine.end_with(found, narrow, sigmas, i)
+            if not own:  # as the steps after this one read it
                 m0 = as_dtype(model_output, out.dtype).expand(out.shape)
-        engine.remember(self, m0, past.idle[i])
+        engine.remember(self, engine.rounded(m0, dtype) if narrow and not idle else m0, idle)
         return SchedulerOutput(prev_sample=out) if return_dict else (out,)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

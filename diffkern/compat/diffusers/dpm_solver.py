@@ -74,21 +74,34 @@ class DPMSolverMultistepScheduler(DropIn, Original):
             else:
                 noise = noise.to(model_output.device)
         older = engine.earlier(self, past.earlier[i])
-        operands: dict[str, Any] = {"row": i, "noise": noise, "seeds": seeds}
-        free = seeds is None and not config.thresholding and (noise is None or noise.shape == sample.shape)
+        sigmas, (x, narrow) = self.sigmas, engine.start_from(sample, dtype, self.sigmas, i)
+        if narrow:
+            older = [engine.wide(m) for m in older]
+        operands: dict[str, Any] = {"row": i, "noise": noise, "seeds": seeds, **narrow}
+        free = (
+            seeds is None and not narrow and not config.thresholding and (noise is None or noise.shape == sample.shape)
+        )
         if free and fits(model_output, sample, *older, noise):
             out, m0, _, _ = rows.plain(sample, model_output, i, h0=older[0], h1=older[1], noise=noise)
             m0 = model_output if kept else m0
         elif config.thresholding and "++" in config.algorithm_type:
-            out, m0, _, _ = engine.run_thresholded(self, sample, model_output, *older, table=rows.table, **operands)
+            found = engine.run_thresholded(self, x, model_output, *older, table=rows.table, **operands)
+            out, m0, _, _ = engine.end_with(found, narrow, sigmas, i)
         elif config.thresholding:
             m0 = self.convert_model_output(model_output, sample=sample)
-            out, *_ = engine.run(sample, m0, *older, table=engine.taken(rows.table).table, **operands)
+            found = engine.run(x, m0, *older, table=engine.taken(rows.table).table, **operands)
+            out, *_ = engine.end_with(found, narrow, sigmas, i)
         else:
-            out, m0, _, _ = engine.run(sample, model_output, *older, table=rows.table, want_x0=not kept, **operands)
-            if kept:  # in the state's shape, as the steps after this one read it
+            own = bool(narrow) or not kept
+            found = engine.run(x, model_output, *older, table=rows.table, want_x0=own, **operands)
+            out, m0, _, _ = engine.end_with(found, narrow, sigmas, i)
+            if not own:  # in the state's shape, as the steps after this one read it
                 m0 = model_output if model_output.shape == out.shape else model_output.expand(out.shape)
-        engine.remember(self, m0, past.idle[i])
+        idle = past.idle[i]
+        if narrow and not idle:
+            as_it_is = kept and model_output.shape == out.shape and model_output.dtype is dtype
+            m0 = engine.rounded(m0, dtype, model_output if as_it_is else None)
+        engine.remember(self, m0, idle)
         out = out if out.dtype == dtype else out.to(dtype)
         return SchedulerOutput(prev_sample=out) if return_dict else (out,)
 

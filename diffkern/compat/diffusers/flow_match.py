@@ -224,9 +224,10 @@ class FlowMatchHeunDiscreteScheduler(DropIn, OriginalHeun):
             rows, noise, seeds = calls.first, None, None
             if calls.draws[row]:
                 rows, (noise, seeds) = calls.churned, engine.noise(model_output, generator)
+            start, _ = engine.start_from(sample, model_output.dtype, self.sigmas, row)
             out, hat, slope = engine.run_upcast(self, rows, sample, model_output, row=row, noise=noise, seeds=seeds)
             self.prev_derivative = slope
-            self.sample = as_dtype(sample, torch.float32) if hat is None else hat
+            self.sample = as_dtype(start, torch.float32) if hat is None else hat
             self.dt = calls.onward[row]
         else:
             if calls.draws[row - 1] and engine.rng == "torch":

@@ -16,7 +16,7 @@ from diffkern.compat.diffusers._level_rows import inverse, to_x0
 from diffkern.compat.diffusers._levels import KarrasEngine
 from diffkern.compat.diffusers._multistep import Past, check_levels, past_of
 from diffkern.compat.diffusers.euler import UNSCALED
-from diffkern.compat.kit.rows import table_of
+from diffkern.compat.kit.rows import SIXTEEN, as_dtype, table_of
 from diffkern.plan import COLUMNS, SLOTS, Plan
 
 
@@ -58,16 +58,21 @@ class LMSDiscreteScheduler(DropIn, Original):
         rows, rest, past = rows_of(self, order, len(before))
         given = self.config.prediction_type == "sample"
         out, x0, slope, _ = engine.run_promoted(self, rows, sample, model_output, *before[:SLOTS], row=row)
-        for j, more in enumerate(rest, start=1):
-            slopes = before[j * SLOTS : (j + 1) * SLOTS]
-            out, *_ = engine.run_plain(self, more, out, None, *slopes, row=row)
+        if rest:
+            narrow = out.dtype in SIXTEEN
+            total = engine.carried.state if narrow and engine.carried is not None else out
+            for j, more in enumerate(rest, start=1):
+                slopes = before[j * SLOTS : (j + 1) * SLOTS]
+                total, *_ = engine.run_plain(self, more, total, None, *slopes, row=row)
+            out = as_dtype(total, out.dtype)
+            if narrow:
+                engine.carry(total, out, self.sigmas, row + 1)
         if not past.idle[row]:
             self.derivatives.append(slope)
             if len(self.derivatives) > order:
                 self.derivatives.pop(0)
         self._step_index += 1
-        if given:
-            x0 = model_output
+        x0 = model_output if given else as_dtype(x0, out.dtype)
         if not return_dict:
             return out, x0
         return LMSDiscreteSchedulerOutput(prev_sample=out, pred_original_sample=x0)

@@ -50,6 +50,10 @@ class RePaintScheduler(DropIn, Original):
             mask = as_dtype(mask, state)
         else:
             mask = mask != 0
+        x, narrow = engine.start_from(sample, state, *(place := self._place(index)))
+        if narrow:
+            mask = as_dtype(mask, torch.float32) if mask.is_floating_point() else mask
+            state = torch.float32
         other, other_row = noise, row
         if seeds is not None:
             call, apart = engine.call_number(self.timesteps), int(engine.exact)
@@ -60,14 +64,20 @@ class RePaintScheduler(DropIn, Original):
         elif engine.exact:
             other, _ = engine.noise(model_output, generator)
         operands: dict[str, Any] = {"seeds": seeds, "index": index, "state": state}
-        inside, clean, _, _ = engine.run(
-            sample, model_output, table=unknown, row=row, noise=noise, want_x0=True, **operands
-        )
-        operands.update(table=known, row=other_row, noise=other, mask=mask.expand(sample.shape), known=inside)
-        out, *_ = engine.run(original_image.expand(sample.shape), None, **operands)
+        inside, clean, _, _ = engine.run(x, model_output, table=unknown, row=row, noise=noise, want_x0=True, **operands)
+        operands.update(table=known, row=other_row, noise=other, mask=mask.expand(sample.shape), known=inside, **narrow)
+        out, _, _, narrowed = engine.run(original_image.expand(sample.shape), None, **operands)
+        if narrowed is not None:
+            engine.carry(out, narrowed, *place)
+            out = narrowed
+        clean = as_dtype(clean, out.dtype)
         if not return_dict:
             return out, clean
         return RePaintSchedulerOutput(prev_sample=out, pred_original_sample=clean)
+
+    def _place(self, index: Tensor | None) -> tuple[Any, Any]:
+        """A place for the states of the whole run, whose steps go to and fro; none where samples have their own."""
+        return self._engine.clock(self.timesteps), None if index is not None else 0
 
     def undo_step(
         self, sample: Tensor, timestep: int, generator: torch.Generator | list[torch.Generator] | None = None
@@ -78,14 +88,20 @@ class RePaintScheduler(DropIn, Original):
         if index is not None:
             raise ValueError(f"timestep must be one for all samples in undo_step, got shape {list(index.shape)}")
         table = engine.tables.get(("undo",), lambda: undo_table(self.betas), self.betas)
+        dtype, place = sample.dtype, self._place(None)
+        sample, narrow = engine.start_from(sample, dtype, *place)
         for i in range(self.config.num_train_timesteps // self.num_inference_steps):
             if row + i >= len(table):
                 self.betas[row + i]  # the original's exception
-            noise, seeds = engine.noise(sample, generator)
+            noise, seeds = engine.noise(sample, generator, dtype)
             one = table[row + i : row + i + 1]
             if seeds is not None:
                 one = streamed(one, engine.call_number(self.timesteps), 0)
             sample, *_ = engine.run(sample, None, table=one, noise=noise, seeds=seeds)
+        if narrow:
+            out = sample.to(dtype)
+            engine.carry(sample, out, *place)
+            return out
         return sample
 
 

@@ -15,7 +15,7 @@ from diffkern.compat.diffusers._host import host
 from diffkern.compat.diffusers._multistep import MultistepEngine, Past, check_repeats, fits, past_between
 from diffkern.compat.diffusers._plans import plan_of, thresholded
 from diffkern.compat.diffusers._unipc_rows import Levels, Step, combine, halves
-from diffkern.compat.kit.rows import column, table_of
+from diffkern.compat.kit.rows import as_dtype, column, table_of
 from diffkern.compat.kit.tables import version
 from diffkern.plan import SLOTS, Plan
 
@@ -116,11 +116,17 @@ class UniPCMultistepScheduler(DropIn, Original):
         if i >= len(self.sigmas) - 1:
             self.sigmas[i + 1]  # the original's exception
         mode, last = mode_of(self, i, sample)
+        sigmas, dtype = self.sigmas, sample.dtype
+        narrow: dict[str, Any] = {}
+        if not self.solver_p:
+            sample, narrow = engine.start_from(sample, dtype, sigmas, i)  # from here on the state itself
         reached, kept = min(self.lower_order_nums, order), keeps_output(self)
         steps = steps_of(self, reached, mode, model_output, sample)
         if reached and steps.past.idle[i - 1]:
             check_repeats(self, steps.past, i)
         estimates: list[Tensor | None] = [None, *reversed(self.model_outputs)]
+        if narrow:
+            estimates = [engine.wide(m) for m in estimates]
         thresholds = self.predict_x0 and config.thresholding
         if thresholds:
             estimates[0] = estimate(self, steps, i, model_output, sample)
@@ -136,7 +142,10 @@ class UniPCMultistepScheduler(DropIn, Original):
                 out = self.solver_p.step(model_output, timestep, corrected).prev_sample
                 self.last_sample = corrected
             else:
-                out = summed(engine, steps.total, i, sample, last, estimates)
+                total = summed(engine, steps.total, i, sample, last, estimates)
+                out = as_dtype(total, dtype)
+                if narrow:
+                    engine.carry(total, out, sigmas, i + 1)
         else:
             own = estimates[0] is None
             m = model_output if own else estimates[0]
@@ -145,12 +154,13 @@ class UniPCMultistepScheduler(DropIn, Original):
             older: list[Tensor | None] = [None] * FUSED_ORDER  # a ring: that of the n-th step lies in slot n % order
             for k in range(order):
                 older[(steps.past.earlier[i] - 1 - k) % order] = estimates[1 + k]
-            if fits(m, sample, *older, last):
+            if not narrow and fits(m, sample, *older, last):
                 h0, h1, h2 = older
                 out, x0, _, _ = rows.plain(sample, m, i, h0=h0, h1=h1, h2=h2, h3=last)
             else:
-                wants: dict[str, Any] = {"want_x0": own, "state": sample.dtype}
-                out, x0, _, _ = engine.run(sample, m, *older, last, table=rows.table, row=i, **wants)
+                wants: dict[str, Any] = {"want_x0": own, "state": sample.dtype, **narrow}
+                found = engine.run(sample, m, *older, last, table=rows.table, row=i, **wants)
+                out, x0, _, _ = engine.end_with(found, narrow, sigmas, i)
             estimates[0] = x0 if own else estimates[0]
         if not self.solver_p:
             self.__dict__["last_sample"] = Done(
@@ -160,7 +170,9 @@ class UniPCMultistepScheduler(DropIn, Original):
             if out.is_inference() or sample.is_inference():
                 self.last_sample  # noqa: B018  (made while both are as they were: writes go uncounted)
         self.this_order = order_at(self, reached, i)
-        engine.remember(self, estimates[0], steps.past.idle[i])
+        idle = steps.past.idle[i]
+        m0 = engine.rounded(estimates[0], dtype) if narrow and not idle else estimates[0]
+        engine.remember(self, m0, idle)
         return SchedulerOutput(prev_sample=out) if return_dict else (out,)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
