@@ -252,15 +252,7 @@ class DiscreteSchedule(Schedule):
         A number mixes the logarithms, exp(v ln beta + (1-v) ln beta_tilde): arXiv 2102.09672, eq. 15; lecture
         002 (the paper's networks put out 2v - 1). It is 0 where beta_tilde is 0 and v < 1.
         """
-        if kind == "beta":
-            return self.beta(t, s)
-        beta_tilde = self.posterior(t, s)[2]
-        if kind == "beta_tilde":
-            return beta_tilde
-        if isinstance(kind, str) or not 0.0 <= kind <= 1.0:
-            raise ValueError(f"variance must be 'beta', 'beta_tilde' or a number in [0, 1], got {kind!r}")
-        v = float(kind)
-        return self.beta(t, s) ** v * beta_tilde ** (1.0 - v)
+        return mixed_variance(self.beta(t, s), self.posterior(t, s)[2], kind)
 
     def table(self, prediction: str, device: torch.device | str = "cpu") -> Tensor:
         """`coefficients` of t = 0..T-1, [T, 4] float64, made once a prediction and device; do not write into it."""
@@ -328,6 +320,16 @@ class DiscreteSchedule(Schedule):
         span = above - here
         part = torch.where(span > 0, (value - here) / span, 0.0)
         return (index - 1) + torch.where(torch.isinf(above), 0.0, part)
+
+
+def mixed_variance(beta: Tensor, beta_tilde: Tensor, kind: str | float) -> Tensor:
+    """`DiscreteSchedule.variance` of a reverse step from its two bounds."""
+    if isinstance(kind, str) and kind in ("beta", "beta_tilde"):
+        return beta if kind == "beta" else beta_tilde
+    if isinstance(kind, str) or not 0.0 <= kind <= 1.0:
+        raise ValueError(f"variance must be 'beta', 'beta_tilde' or a number in [0, 1], got {kind!r}")
+    v = float(kind)
+    return beta**v * beta_tilde ** (1.0 - v)
 
 
 def float64_vector(argument: str, values: Tensor | Iterable[float]) -> Tensor:

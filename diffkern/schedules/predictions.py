@@ -61,7 +61,8 @@ def target_coefficients(schedule: Schedule, prediction: str, t: Time) -> tuple[T
     if prediction == "score":
         if _readable(sigma) and bool((sigma == 0).any()):
             raise ValueError(
-                f"prediction 'score' is -eps/sigma and has no value where sigma is 0: {schedule.name}, t={_show(t)}"
+                "prediction 'score' is -eps/sigma and has no value where sigma is 0: "
+                f"{schedule.name}, t={_first(t, sigma == 0)}; take another prediction, or times without this one"
             )
         return zero, -1.0 / sigma
     if prediction == "velocity":
@@ -91,6 +92,23 @@ def solve(alpha: Number, sigma: Number, u: Number, v: Number) -> tuple[Number, N
     det = alpha * v - sigma * u
     # "+ 0.0" turns -0.0 into 0.0, so that tables print and compare without surprises.
     return v / det + 0.0, -sigma / det + 0.0, -u / det + 0.0, alpha / det + 0.0
+
+
+def estimates(alpha: Tensor, sigma: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(p, q, P, Q) as `solve`, with NaN where the prediction does not determine them, and the limits where x does.
+
+    Where sigma is 0, x0 = x/alpha; where alpha is 0, eps = x/sigma: also where det is 0, or infinite.
+    """
+    det = alpha * v - sigma * u
+    lost = (det == 0) | ~det.isfinite()
+    p, q, P, Q = solve(alpha, sigma, u, v)
+    data, noise = lost & (sigma == 0), lost & (alpha == 0)
+    nan = torch.full_like(det, torch.nan)
+    p = torch.where(lost, torch.where(data, 1.0 / alpha, nan), p)
+    q = torch.where(lost, torch.where(data, 0.0, nan), q)
+    P = torch.where(lost, torch.where(noise, 1.0 / sigma, nan), P)
+    Q = torch.where(lost, torch.where(noise, 0.0, nan), Q)
+    return p, q, P, Q
 
 
 def between(schedule: Schedule, source: str, target: str, t: Time) -> tuple[Tensor, Tensor]:
@@ -143,6 +161,18 @@ def posterior(
     return mean.to(x.dtype), variance
 
 
+def bridge(alpha: Tensor, sigma: Tensor, to_alpha: Tensor, to_sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(coef_x0, coef_xt, beta_tilde, beta) of a reverse step between two levels of any path; tables: their `posterior`.
+
+    q(x_s given x_t, x0) = N(coef_x0 x0 + coef_xt x_t, beta_tilde I), q(x_t given x_s) = N(alpha_t/alpha_s x_s, beta I).
+    With r = alpha_t sigma_s/(alpha_s sigma_t): coef_x0 = alpha_s (1 - r^2), coef_xt = r sigma_s/sigma_t, beta_tilde =
+    sigma_s^2 (1 - r^2), beta = sigma_t^2 (1 - r^2).
+    """
+    r = alpha * to_sigma / (to_alpha * sigma)
+    left = ((1.0 - r) * (1.0 + r)).clamp(min=0.0)
+    return to_alpha * left, r * to_sigma / sigma, to_sigma**2 * left, sigma**2 * left
+
+
 def per_sample(coefficient: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Coefficients [] or [B] shaped to multiply x [B, ...]."""
     c = coefficient.to(device=x.device, dtype=dtype)
@@ -159,7 +189,7 @@ def _check_det(det: Tensor, schedule: Schedule, prediction: str, t: Time) -> Non
     if _readable(det) and bool((det == 0).any()):
         raise ValueError(
             f"prediction {prediction!r} does not determine x0 and eps where alpha v - sigma u is 0: "
-            f"{schedule.name}, t={_show(t)}"
+            f"{schedule.name}, t={_first(t, det == 0)}; take a prediction that does, or times without this one"
         )
 
 
@@ -169,5 +199,6 @@ def _readable(values: Tensor) -> bool:
     return readable(values)
 
 
-def _show(t: Time) -> str:
-    return str(t.tolist() if isinstance(t, Tensor) else t)
+def _first(t: Time, bad: Tensor) -> str:
+    """The first of the times that are bad."""
+    return str(t[bad.reshape(t.shape)].flatten()[0].item() if isinstance(t, Tensor) else t)

@@ -169,7 +169,7 @@ X = torch.zeros(3, 2)
         ),
         (
             lambda: predictions.to_x0_eps(schedules.from_alphas_cumprod([0.5, 0.0]), "eps", torch.tensor([0, 1])),
-            r"t=\[0, 1\]",
+            r": from_alphas_cumprod, t=1; take a prediction that does, or times without this one",
         ),
         (lambda: predictions.convert(X, X, 0.0, schedules.flow(), "eps", "v"), r"'eps' does not determine x0 and eps"),
         (
