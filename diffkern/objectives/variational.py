@@ -15,6 +15,8 @@ Dhariwal 2021 (arXiv 2102.09672), eq. 15 and 16; lectures 000, 001, 002. The ind
 A learned variance is exp(v ln beta_t + (1 - v) ln beta_tilde_t) with v = (w + 1) / 2 of the network's second half of
 channels w. Lecture 002 writes v for the output itself, in [0, 1]; the networks of the paper put out w in [-1, 1].
 beta_tilde_0 is 0; where its logarithm is needed, beta_tilde_1 stands for it, as in the paper's code.
+A step that adds no noise, between equal levels of a table (`cosine_arc` has some at both bounds), is the identity for q
+and p alike: its L_t is 0, and the bound is that of the table without the repeated level.
 """
 
 from __future__ import annotations
@@ -53,31 +55,33 @@ Model = Callable[..., Tensor]
 
 
 def log_variances(schedule: DiscreteSchedule) -> tuple[Tensor, Tensor]:
-    """(ln beta_tilde, ln beta), float64 [T]: the bounds of a learned variance; entry 0 of the first is that of t = 1.
+    """(ln beta_tilde, ln beta), float64 [T]: the bounds of a learned variance; both -inf where a step adds no noise.
 
-    Raises ValueError where a step adds no noise, which has no logarithm.
+    Entry 0 of the first is that of t = 1, or of the first t > 0 that adds noise; ln beta_0 if none does.
     """
     t = torch.arange(schedule.T)
     lower, upper = schedule.posterior(t)[2].clone(), schedule.betas
-    lower[0] = lower[1] if schedule.T > 1 else upper[0]
-    if bool((lower <= 0).any()):
-        at = int((lower <= 0).nonzero()[0])
-        raise ValueError(
-            f"beta_tilde must be positive at every t for a variational bound, got 0 at t = {at} of {schedule}"
-        )
+    later = lower[1:][lower[1:] > 0]
+    lower[0] = later[0] if len(later) else upper[0]
     return lower.log(), upper.log()
+
+
+def _span(lower: Tensor, upper: Tensor) -> Tensor:
+    """upper - lower of `log_variances`; 0 where both are -inf."""
+    return torch.where(upper.isinf(), 0.0, upper - lower)
 
 
 def learned_log_variance(w: Tensor, t: Tensor, schedule: DiscreteSchedule) -> Tensor:
     """ln of the learned variance for the network's output w in [-1, 1], [B, ...]; t [B] or [].
 
-    v ln beta_t + (1 - v) ln beta_tilde_t, v = (w + 1) / 2. arXiv 2102.09672, eq. 15; lecture 002.
+    v ln beta_t + (1 - v) ln beta_tilde_t, v = (w + 1) / 2; -inf where the step adds no noise. arXiv 2102.09672, eq. 15;
+    lecture 002.
     """
     lower, upper = (
         bound.to(w.device)[t].to(torch.promote_types(w.dtype, torch.float32)) for bound in log_variances(schedule)
     )
     lower, upper = (bound.reshape(-1, *(1,) * (w.dim() - 1)) for bound in (lower, upper))
-    return lower + (upper - lower) * (w + 1) / 2
+    return lower + _span(lower, upper) * (w + 1) / 2
 
 
 def variational_table(
@@ -103,10 +107,13 @@ def variational_table(
         raise ValueError(f"half_bin must be positive, got {half_bin}")
     t = torch.arange(schedule.T)
     u, v = predictions.target_coefficients(schedule, prediction, t)
-    q = predictions.to_x0_eps(schedule, prediction, t)[1]
     lower, upper = log_variances(schedule)
-    span = upper - lower
+    span = _span(lower, upper)
     zero = torch.zeros_like(lower)
+    # A step without noise has no bound, and needs no x0 (which velocity and mu do not determine there).
+    noisy = upper.isfinite()
+    q = zero.clone()
+    q[noisy] = predictions.to_x0_eps(schedule, prediction, t[noisy])[1]
     if variance == "learned":
         r0, r1 = span / 2, span / 2
     else:
@@ -120,7 +127,7 @@ def variational_table(
         "v": v,
         "q": q,
         "clip": zero + clip,
-        "k2": coef_x0**2 * torch.exp(-lower),
+        "k2": torch.where(noisy, coef_x0**2 * torch.exp(-lower), 0.0),
         "r0": r0,
         "r1": r1,
         "inv_std": inv_std,
