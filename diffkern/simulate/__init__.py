@@ -15,12 +15,14 @@
 | `ForwardSDE`, `ReverseSDE`, `ProbabilityFlowODE` | those of any schedule: VP, sub-VP, VE, flows, tables |
 | `VectorField`, `ExtendedSDE` | the ODE of a velocity, and SDEs of any strength with its marginals |
 | `GaussianPath`, `DataMarginal` | conditional and marginal paths: samples, vector fields, scores, densities |
+| `conditional_path` | paths of any mean and width, functions of the data point: samples, fields, densities, a loss |
 | `from_model` | a score or a velocity from a network of any prediction |
 
 Times are the schedule's own. To sample a trained network fast, use a plan (`diffkern.samplers`): these are plain torch,
 one term at a time. docs/simulate.md has more.
 """
 
+from diffkern.simulate._conditional_paths import ConditionalPath, conditional_path
 from diffkern.simulate._gaussian_paths import DataMarginal, GaussianPath
 from diffkern.simulate._process import ODE, SDE, VectorField, from_model
 from diffkern.simulate._processes import (
@@ -38,6 +40,7 @@ __all__ = [
     "ODE",
     "SDE",
     "BrownianMotion",
+    "ConditionalPath",
     "DataMarginal",
     "EulerMaruyamaSimulator",
     "EulerSimulator",
@@ -51,5 +54,6 @@ __all__ = [
     "ReverseSDE",
     "Simulator",
     "VectorField",
+    "conditional_path",
     "from_model",
 ]

@@ -14,6 +14,7 @@ from diffkern.objectives.marginals import log_joint, marginal_prediction
 from diffkern.ops import Seeds, as_seeds
 from diffkern.schedules import predictions
 from diffkern.schedules.base import Schedule, Time, as_time
+from diffkern.simulate._conditional_paths import same_shape
 from diffkern.simulate._process import column
 
 
@@ -46,7 +47,7 @@ class GaussianPath:
 
     def conditional(self, x: Tensor, z: Tensor, t: Time, prediction: str) -> Tensor:
         """u z + v eps with eps = (x - alpha z)/sigma: any of `schedules.predictions` at x, given that the data is z."""
-        _same(x, z)
+        same_shape(x, z)
         alpha, sigma = self._rates(x, t)
         u, v = (column(c, x) for c in predictions.target_coefficients(self.schedule, prediction, t))
         return u * z + v * ((x - alpha * z) / sigma)
@@ -64,7 +65,7 @@ class GaussianPath:
 
     def log_density(self, x: Tensor, z: Tensor, t: Time) -> Tensor:
         """ln p_t(x given z) in nats, [B] float64."""
-        _same(x, z)
+        same_shape(x, z)
         wide = x.to(torch.float64)
         alpha, sigma = self._rates(wide, t)
         eps = ((wide - alpha * z) / sigma).flatten(1)
@@ -130,8 +131,3 @@ class DataMarginal:
     def _mean(self, x: Tensor, t: Time, prediction: str) -> Tensor:
         weights = self.weights
         return marginal_prediction(self.data, x, as_time(t), self.schedule, prediction, weights).to(x.dtype)
-
-
-def _same(x: Tensor, z: Tensor) -> None:
-    if x.shape != z.shape or x.ndim == 0:
-        raise ValueError(f"x and z must have one shape [B, ...], got {list(x.shape)} and {list(z.shape)}")
