@@ -23,7 +23,7 @@ class ODE(ABC):
 
     @abstractmethod
     def drift_coefficient(self, x: Tensor, t: Tensor) -> Tensor:
-        """u_t(x), shaped like x [B, ...]; t is a float64 tensor, [] or [B] (one time a sample)."""
+        """u_t(x), shaped like x [B, ...]; t, [] or [B] (one time a sample), has the dtype of x, as networks take it."""
 
 
 class SDE(ABC):
@@ -37,8 +37,8 @@ class SDE(ABC):
         """u_t(x), shaped like x [B, ...]: what multiplies dt, whose sign is `time_direction`."""
 
     @abstractmethod
-    def diffusion_coefficient(self, x: Tensor, t: Tensor) -> Tensor:
-        """g_t >= 0 as something that broadcasts with x: a number a sample, or the shape of x."""
+    def diffusion_coefficient(self, x: Tensor, t: Tensor) -> Tensor | float:
+        """g_t >= 0: a number, a tensor [] or [B] (one a sample), or something that broadcasts with x."""
 
 
 class VectorField(ODE):
@@ -65,6 +65,18 @@ def shaped(name: str, value: object, x: Tensor) -> Tensor:
     if value.shape != x.shape:
         raise ValueError(f"{name} must return the shape of x, {list(x.shape)}, got {list(value.shape)}")
     return value
+
+
+def as_rate(value: Tensor | float) -> Tensor:
+    """What a `diffusion_coefficient` returned, as a tensor."""
+    return value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
+
+
+def spread(g: Tensor, x: Tensor) -> Tensor:
+    """`as_rate` in the dtype and on the device of x [B, ...], shaped to multiply it."""
+    if g.ndim == 0 or (g.ndim == 1 and x.ndim > 1):
+        return column(g, x)
+    return g.to(x)
 
 
 def column(value: Tensor, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffkern.schedules.base import Schedule
-from diffkern.simulate._process import ODE, SDE, Field, checked, column, shaped
+from diffkern.simulate._process import ODE, SDE, Field, as_rate, checked, column, shaped, spread
 
 Rate = float | Callable[[Tensor], Tensor]
 """A number, or a function of the time (float64, [] or [B]) that returns one number a time."""
@@ -110,8 +110,8 @@ class ExtendedSDE(SDE):
 
     def drift_coefficient(self, x: Tensor, t: Tensor) -> Tensor:
         """u + sign(dt) sigma^2/2 s."""
-        pull = 0.5 * self.time_direction * self.diffusion_coefficient(x, t).square()
-        return self.ode.drift_coefficient(x, t) + column(pull, x) * shaped("score", self.score(x, t), x)
+        pull = spread(0.5 * self.time_direction * as_rate(self.diffusion_coefficient(x, t)).square(), x)
+        return self.ode.drift_coefficient(x, t) + pull * shaped("score", self.score(x, t), x)
 
     def diffusion_coefficient(self, x: Tensor, t: Tensor) -> Tensor:
         """sigma_t."""

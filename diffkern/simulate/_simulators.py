@@ -11,7 +11,7 @@ from torch import Tensor
 from diffkern import ops, streams, tableaus
 from diffkern.integers import integer
 from diffkern.ops import Seeds
-from diffkern.simulate._process import ODE, SDE, column, shaped
+from diffkern.simulate._process import ODE, SDE, as_rate, column, shaped, spread
 
 Times = Tensor | Sequence[float]
 
@@ -20,7 +20,8 @@ class Simulator(ABC):
     """Moves a state x [B, ...], float32 or float64, along times.
 
     A sample depends on its own row alone: alone or in any batch, it comes out bit for bit the same, as far as the
-    process is computed sample by sample. The state's dtype is that of the arithmetic; times are float64.
+    process is computed sample by sample. The state's dtype is that of the arithmetic; times are float64 from step to
+    step, and given to the process in the dtype of the state.
     """
 
     @abstractmethod
@@ -88,7 +89,7 @@ class _RungeKuttaSimulator(Simulator):
         t, h, wide = _arguments(x, t, h)
 
         def slope(y: Tensor, at: Tensor) -> Tensor:
-            return shaped("drift_coefficient", self.ode.drift_coefficient(y, at), x)
+            return shaped("drift_coefficient", self.ode.drift_coefficient(y, at.to(x.dtype)), x)
 
         return tableaus.step(slope, x, t, h, wide, self.tableau)
 
@@ -147,9 +148,9 @@ class EulerMaruyamaSimulator(Simulator):
             way, sense = ("rises", ">=") if sign > 0 else ("falls", "<=")
             bad = h.reshape(-1)[(h * sign < 0).reshape(-1)][0].item()
             raise ValueError(f"h must be {sense} 0: time {way} in {type(self.sde).__name__}, got h = {bad:g}")
-        drift = shaped("drift_coefficient", self.sde.drift_coefficient(x, t), x)
-        g = self.sde.diffusion_coefficient(x, t)
-        g = column(g, x) if g.ndim <= 1 < x.ndim or g.ndim == 0 else g.to(x.dtype)
+        at = t.to(x.dtype)
+        drift = shaped("drift_coefficient", self.sde.drift_coefficient(x, at), x)
+        g = spread(as_rate(self.sde.diffusion_coefficient(x, at)), x)
         return x + wide * drift + (wide.abs().sqrt() * g) * self._noise(x, k)
 
     def _noise(self, x: Tensor, k: int) -> Tensor:
