@@ -23,6 +23,7 @@ import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -100,9 +101,22 @@ class Row:
         """Whether the row has an x0 formula."""
         return self.p != 0 or self.q != 0 or self.r != 0
 
+    def but(self, **changes: Any) -> Row:
+        """The row with these fields changed; `dataclasses.replace` in a fifth of the time."""
+        if unknown := changes.keys() - self.__dataclass_fields__.keys():
+            raise TypeError(f"a row has no {', '.join(sorted(unknown))}")
+        made = object.__new__(Row)
+        made.__dict__.update(self.__dict__, **changes)
+        for worked_out in ("reads", "draws", "makes_x0"):
+            made.__dict__.pop(worked_out, None)
+        return made
+
     def coefficients(self, columns: Sequence[str] = COLUMNS) -> tuple[float, ...]:
         """The row's entries of the table, in the order of ``columns``."""
         return tuple(float(getattr(self, name)) for name in columns)
+
+
+_FINITE = attrgetter(*(name for name in LEARNED_COLUMNS if name not in ("clip", "stream", "known_stream")))
 
 
 @dataclass(frozen=True)
@@ -152,7 +166,7 @@ class Plan:
     @cached_property
     def table(self) -> Tensor:
         """[R, 21] float64 on the CPU, one row a row; do not write into it."""
-        return _host_table([row.coefficients() for row in self.rows])
+        return _host_table(list(map(attrgetter(*COLUMNS), self.rows)))
 
     @cached_property
     def cache(self) -> dict[Any, Any]:
@@ -346,7 +360,9 @@ def _check_learned(i: int, row: Row) -> None:
 
 def _check_row(i: int, row: Row, saved: set[int], time_dtype: str) -> None:
     """Raise ValueError if row ``i`` could not run after rows that filled the history slots ``saved``."""
-    for name in LEARNED_COLUMNS:
+    # What has a finite sum is finite in every part; what has none is looked at one by one.
+    plain = math.isfinite(sum(_FINITE(row))) and row.clip > 0
+    for name in ("stream", "known_stream") if plain else LEARNED_COLUMNS:
         value = getattr(row, name)
         if name in ("stream", "known_stream"):
             if value != int(value) or not 0 <= value < streams.LIMIT:

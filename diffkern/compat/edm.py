@@ -6,7 +6,7 @@ from diffkern.compat.edm import edm_sampler, EDMLoss
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -92,8 +92,11 @@ class _Rounding(Coordinates):
 
     known: tuple[tuple[float, float], ...] = ()
 
-    def node(self, v: float, time: float | None = None, *, clamp: bool = False) -> Node:
-        return super().node(dict(self.known).get(v, v), time, clamp=clamp)
+    def nodes(
+        self, values: Sequence[float], times: Sequence[float] | None = None, *, clamp: bool = False
+    ) -> list[Node]:
+        known = dict(self.known)
+        return super().nodes([known.get(v, v) for v in values], times, clamp=clamp)
 
 
 @lru_cache(maxsize=64)

@@ -2,8 +2,8 @@
 
 | sampler | schedules | state | model calls a step | noise |
 |---|---|---|---|---|
-| `ddpm` | discrete | alpha x0 + sigma eps | 1 | every step but the last |
-| `ddim` | discrete | alpha x0 + sigma eps | 1 | eta > 0: every step but the last |
+| `ddpm` | all | alpha x0 + sigma eps | 1 | every step but the last |
+| `ddim` | all | alpha x0 + sigma eps | 1 | eta > 0: every step but the last |
 | `ddim_inversion` | all | alpha x0 + sigma eps, from data to noise | 1 | none |
 | `euler`, `heun` | all | x0 + sigma eps; flows: t x0 + sigma eps | 1; 2, in the last step 1 | none, or churn |
 | `midpoint`, `rk4`, `rk4_38` | all | as `euler` | 2, 4, 4; to sigma = 0: 1 | none |
@@ -19,8 +19,11 @@
 | `repaint` (inpainting) | all | alpha x0 + sigma eps | 1, and rows of noise alone | every step but the last |
 | `langevin`, `annealed_langevin` | all | alpha x0 + sigma eps | 1 | every step |
 
-docs/samplers.md has their formulas and orders. alpha and sigma are the schedule's own rates, so for EDM and VE the two
-states are one; the model always sees the schedule's own input (x/sqrt(sigma^2+1) on a table, c_in x for EDM's network).
+A step of no length, between equal levels of a table, is the identity. Where a combination of schedule, prediction and
+time is not possible, a ValueError says what is. docs/samplers.md has formulas and orders.
+
+alpha and sigma are the schedule's own rates, so for EDM and VE the two states are one; the model always sees the
+schedule's own input (x/sqrt(sigma^2+1) on a table, c_in x for EDM's network).
 Each model call is one row, one fused op. Row k draws its noise on ``streams.STEP + k``,
 or from one Brownian path a sample with ``noise_path="brownian"``: `euler_maruyama`, `euler_ancestral`, the `dpmpp_*`.
 """

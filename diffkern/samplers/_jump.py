@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class Jump:
     """One exponential step from a point to another: x' = a x + alpha' (sum of weights times estimates of x0) + g z.
 
-    ``weight(n)`` is k h int_0^1 e^(-(1-u) k h) u^n du, with k = 1 + eta.
+    ``weight(n)`` is k h int_0^1 e^(-(1-u) k h) u^n du, with k = 1 + eta. ``still``: h is 0, the levels are equal.
     """
 
     def __init__(self, node: Node, to: Node, eta: float = 0.0) -> None:
@@ -26,6 +26,7 @@ class Jump:
         self.a = to.sigma / node.sigma * again
         self.g = to.sigma * math.sqrt(max(0.0, 1.0 - again * again))
         self.rate = (1.0 + eta) * self.h
+        self.still = self.decay == 1.0
 
     def weight(self, n: int) -> float:
         """See the class; at n = 0 it is 1 - e^(-k h)."""

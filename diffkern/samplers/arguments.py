@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from diffkern.checks import meant
 from diffkern.integers import integer
 from diffkern.schedules.base import need_schedule as need_schedule
-from diffkern.schedules.discrete import DiscreteSchedule
 
 
 def bound(clip: float | None) -> float:
@@ -39,12 +38,3 @@ def choice(argument: str, value: str, allowed: Sequence[str]) -> str:
 def order_in(value: int, most: int) -> int:
     """``value``; raises ValueError unless it is an integer in 1..most."""
     return integer("order", value, 1, most)
-
-
-def need_discrete(sampler: str, schedule: object) -> None:
-    """Raise ValueError unless it is a table."""
-    if not isinstance(schedule, DiscreteSchedule):
-        need_schedule(schedule)
-        raise ValueError(
-            f"{sampler} needs a discrete schedule (a table of alphas_cumprod), got {type(schedule).__name__}"
-        )

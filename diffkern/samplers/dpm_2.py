@@ -6,13 +6,14 @@ All step in the state x0 + sigma eps and take their second slope or estimate at 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from itertools import compress
 
 from typing_extensions import Unpack
 
 from diffkern.plan import Plan, Row
+from diffkern.samplers._churn import churned_nodes
 from diffkern.samplers.arguments import not_negative
-from diffkern.samplers.nodes import Coordinates, GridOptions, Node, chain, churned_nodes, grid, row
+from diffkern.samplers.nodes import Coordinates, GridOptions, Node, chain, grid, row, still
 from diffkern.schedules.base import Schedule
 from diffkern.signatures import shows_arguments_of
 
@@ -35,12 +36,8 @@ def dpm_2(
     """
     space, nodes, end = _grid("dpm_2", schedule, steps, **options)
     churned, noises = churned_nodes(space, nodes, churn, churn_range, churn_noise)
-    rows: list[Row] = []
-    at: list[Node] = []
-    for j, node in enumerate(churned):
-        last = j + 1 == len(churned)
-        to, reached = (end, end) if last else (nodes[j + 1], churned[j + 1])
-        _two_slopes(rows, at, space, node, to.sigma, reached, 0.0 if last else noises[j + 1])
+    downs = [to.sigma for to in (*nodes[1:], end)]
+    rows, at = _two_slopes(space, churned, downs, [*churned[1:], end], [*noises[1:], 0.0])
     return chain("dpm_2", space, rows, at, math.hypot(nodes[0].sigma, noises[0]))
 
 
@@ -62,11 +59,9 @@ def dpm_2_ancestral(
     not_negative("eta", eta)
     not_negative("noise", noise)
     space, nodes, end = _grid("dpm_2_ancestral", schedule, steps, **options)
-    rows: list[Row] = []
-    at: list[Node] = []
-    for node, to in zip(nodes, [*nodes[1:], end], strict=True):
-        down, up = ancestral_levels(node.sigma, to.sigma, eta)
-        _two_slopes(rows, at, space, node, down, to, noise * up)
+    after = [*nodes[1:], end]
+    levels = [ancestral_levels(node.sigma, to.sigma, eta) for node, to in zip(nodes, after, strict=True)]
+    rows, at = _two_slopes(space, nodes, [down for down, _ in levels], after, [noise * up for _, up in levels])
     return chain("dpm_2_ancestral", space, rows, at)
 
 
@@ -92,15 +87,16 @@ def dpmpp_2s_ancestral(
     not_negative("eta", eta)
     not_negative("noise", noise)
     space, nodes, end = _grid("dpmpp_2s_ancestral", schedule, steps, **options)
+    after = [*nodes[1:], end]
+    levels = [ancestral_levels(node.sigma, to.sigma, eta) for node, to in zip(nodes, after, strict=True)]
+    middles = _middles(space, nodes, [down for down, _ in levels])
     rows: list[Row] = []
     at: list[Node] = []
-    for node, to in zip(nodes, [*nodes[1:], end], strict=True):
-        down, up = ancestral_levels(node.sigma, to.sigma, eta)
-        if down == 0.0:
-            rows.append(row(len(rows), node, to, b=1.0, g=noise * up))
+    for node, to, middle, (down, up) in zip(nodes, after, middles, levels, strict=True):
+        if middle is None:
+            rows.append(_one(len(rows), node, to, down, noise * up))
             at.append(node)
             continue
-        middle = space.node(math.sqrt(node.sigma * down))
         half, whole = middle.sigma / node.sigma, down / node.sigma
         rows.append(_first(row(len(rows), node, middle, a=half, b=1.0 - half)))
         rows.append(row(len(rows), middle, to, b=1.0 - whole, e=(whole,), g=noise * up))
@@ -109,25 +105,42 @@ def dpmpp_2s_ancestral(
 
 
 def _two_slopes(
-    rows: list[Row], at: list[Node], space: Coordinates, node: Node, down: float, reached: Node, g: float
-) -> None:
-    """The rows of one step to the level ``down``, and noise that leaves it at ``reached``."""
-    if down == 0.0:
-        rows.append(row(len(rows), node, reached, b=1.0, g=g))
-        at.append(node)
-        return
-    middle = space.node(math.sqrt(node.sigma * down))
-    half, whole = middle.sigma - node.sigma, down - node.sigma
-    first = row(len(rows), node, middle, a=1.0 + half * node.sx, b=half * node.s0, d=half * node.sm)
-    rows.append(_first(first))
-    a, b, d = (whole * c for c in (middle.sx, middle.s0, middle.sm))
-    rows.append(row(len(rows), middle, reached, a=a, b=b, d=d, e=(1.0,), g=g))
-    at += [node, middle]
+    space: Coordinates, nodes: list[Node], downs: list[float], reached: list[Node], noises: list[float]
+) -> tuple[list[Row], list[Node]]:
+    """The rows of steps to the levels ``downs``, each with noise that leaves it at ``reached``, and their points."""
+    rows: list[Row] = []
+    at: list[Node] = []
+    middles = _middles(space, nodes, downs)
+    for node, middle, down, to, g in zip(nodes, middles, downs, reached, noises, strict=True):
+        if middle is None:
+            rows.append(_one(len(rows), node, to, down, g))
+            at.append(node)
+            continue
+        half, whole = middle.sigma - node.sigma, down - node.sigma
+        first = row(len(rows), node, middle, a=1.0 + half * node.sx, b=half * node.s0, d=half * node.sm)
+        rows.append(_first(first))
+        a, b, d = (whole * c for c in (middle.sx, middle.s0, middle.sm))
+        rows.append(row(len(rows), middle, to, a=a, b=b, d=d, e=(1.0,), g=g))
+        at += [node, middle]
+    return rows, at
+
+
+def _middles(space: Coordinates, nodes: list[Node], downs: list[float]) -> list[Node | None]:
+    """The geometric middles of steps from these points to these levels; None for a step that has none."""
+    two = [0.0 < down != node.sigma for node, down in zip(nodes, downs, strict=True)]
+    levels = [math.sqrt(node.sigma * down) for node, down in zip(nodes, downs, strict=True)]
+    found = iter(space.nodes(list(compress(levels, two))))
+    return [next(found) if has else None for has in two]
+
+
+def _one(i: int, node: Node, to: Node, down: float, g: float) -> Row:
+    """A step with one model call: to sigma_down = 0, where it ends on x0, or of no length."""
+    return still(i, node, to, g) if down == node.sigma else row(i, node, to, b=1.0, g=g)
 
 
 def _first(made: Row) -> Row:
     """The first row of a step, which keeps the state it started from."""
-    return replace(made, saves=((0, "x"),), ends_step=False)
+    return made.but(saves=((0, "x"),), ends_step=False)
 
 
 def ancestral_levels(sigma: float, to: float, eta: float) -> tuple[float, float]:

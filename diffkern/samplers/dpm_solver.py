@@ -23,7 +23,18 @@ from diffkern.plan import Plan, Row
 from diffkern.samplers._jump import Jump
 from diffkern.samplers._noise_path import Clock, clock
 from diffkern.samplers.arguments import choice, not_negative
-from diffkern.samplers.nodes import Coordinates, GridOptions, Node, chain, ends_on_x0, grid, native_scale, row
+from diffkern.samplers.nodes import (
+    Coordinates,
+    GridOptions,
+    Node,
+    chain,
+    ends_on_x0,
+    grid,
+    native_scale,
+    own_grid,
+    row,
+    still,
+)
 from diffkern.schedules.base import Schedule
 from diffkern.signatures import shows_arguments_of
 
@@ -44,8 +55,8 @@ def dpmpp_1s(
     state is the schedule's own, alpha x0 + sigma eps; grid and arguments as for `euler`. arXiv 2211.01095, eq. 9 and
     18.
     """
-    space, nodes, end = grid("dpmpp_1s", schedule, steps, **options)
-    return _multistep("dpmpp_1s", 1, space, nodes, end, eta, noise, noise_path, "midpoint", False, False)
+    space, points = own_grid("dpmpp_1s", schedule, steps, **options)
+    return _multistep("dpmpp_1s", 1, space, points, eta, noise, noise_path, "midpoint", False, False)
 
 
 @shows_arguments_of(grid)
@@ -67,8 +78,8 @@ def dpmpp_2m(
     ends at sigma = 0, are of first order; ``lower_order_final`` makes the last one so at every level (diffusers does
     below 15 steps). The state is the schedule's own; grid and arguments as for `euler`. arXiv 2211.01095, algorithm 2.
     """
-    space, nodes, end = grid("dpmpp_2m", schedule, steps, **options)
-    return _multistep("dpmpp_2m", 2, space, nodes, end, eta, noise, noise_path, solver, lower_order_final, False)
+    space, points = own_grid("dpmpp_2m", schedule, steps, **options)
+    return _multistep("dpmpp_2m", 2, space, points, eta, noise, noise_path, solver, lower_order_final, False)
 
 
 @shows_arguments_of(dpmpp_2m)
@@ -99,8 +110,8 @@ def dpmpp_3m(
     second-order steps. eta = 1 is `dpmpp_3m_sde` (diffusers' sde form of order 3 has the curvature with the wrong sign
     and size and is not offered). State, grid and arguments as for `dpmpp_2m`.
     """
-    space, nodes, end = grid("dpmpp_3m", schedule, steps, **options)
-    return _multistep("dpmpp_3m", 3, space, nodes, end, eta, noise, noise_path, solver, lower_order_final, compat)
+    space, points = own_grid("dpmpp_3m", schedule, steps, **options)
+    return _multistep("dpmpp_3m", 3, space, points, eta, noise, noise_path, solver, lower_order_final, compat)
 
 
 @shows_arguments_of(dpmpp_3m)
@@ -128,33 +139,40 @@ def dpmpp_2s(
     are independent, or with ``noise_path="brownian"`` of one path over nested intervals, as with k-diffusion's
     BrownianTreeNoiseSampler. State, grid and arguments as for `dpmpp_2m`. arXiv 2211.01095, algorithm 1.
     """
-    space, nodes, end = grid("dpmpp_2s", schedule, steps, **options)
+    space, points = own_grid("dpmpp_2s", schedule, steps, **options)
     _check(eta, noise)
     path = clock(noise_path)
     if not 0.0 < r <= 1.0:
         raise ValueError(f"r must lie in (0, 1], got {r}")
-    points = [space.native(node) for node in (*nodes, end)]
+    jumps = [Jump(node, to, eta) for node, to in itertools.pairwise(points)]
+    whole = [not (jump.sharp or jump.still) for jump in jumps]
+    middles = iter(_middles(space, list(itertools.compress(zip(points, points[1:], jumps, strict=False), whole)), r))
     rows: list[Row] = []
     at: list[Node] = []
-    for node, to in itertools.pairwise(points):
-        jump = Jump(node, to, eta)
-        if jump.sharp:
+    for node, to, jump, two in zip(points, points[1:], jumps, whole, strict=False):
+        if not two:
             rows.append(_last(len(rows), node, to, jump, noise, path))
             at.append(node)
             continue
-        middle = to if r == 1.0 else space.native(space.at_log_ratio(node.log_ratio + r * jump.h))
+        middle = next(middles)
         half = Jump(node, middle, eta)
         a, b = half.a, half.alpha * half.weight(0)
         # s holds all that the second row needs of x and the first x0.
         share = jump.alpha * jump.weight(0)
         g = noise * half.g
-        first = row(len(rows), node, middle, a=a, b=b, g=g, A=jump.a, B=share * (1.0 - 0.5 / r))
-        rows.append(replace(first, path=path(node, middle, g), saves=((0, "s"),), ends_step=False))
+        more: dict[str, Any] = {"A": jump.a, "B": share * (1.0 - 0.5 / r), "saves": ((0, "s"),), "ends_step": False}
+        rows.append(row(len(rows), node, middle, a=a, b=b, g=g, path=path(node, middle, g), **more))
         g = noise * jump.g  # of the whole step: on a path its first part is the noise of the first row
-        second = row(len(rows), middle, to, b=share * 0.5 / r, e=(1.0,), g=g)
-        rows.append(replace(second, path=path(node, to, g)))
+        rows.append(row(len(rows), middle, to, b=share * 0.5 / r, e=(1.0,), g=g, path=path(node, to, g)))
         at += [node, middle]
     return chain("dpmpp_2s", space, rows, at, native_scale(space, points[0]))
+
+
+def _middles(space: Coordinates, steps: list[tuple[Node, Node, Jump]], r: float) -> list[Node]:
+    """The points at lambda + r h of these steps."""
+    if r == 1.0:  # a flow may end above sigma = 0, at a point that has no model call of its own
+        return [to if to.p or to.q else space.native(space.node(to.v)) for _, to, _ in steps]
+    return space.natives(space.at_log_ratios([node.log_ratio + r * jump.h for node, _, jump in steps]))
 
 
 @shows_arguments_of(dpmpp_2s)
@@ -169,7 +187,9 @@ def _check(eta: float, noise: float) -> None:
 
 
 def _last(i: int, node: Node, to: Node, jump: Jump, noise: float, path: Clock) -> Row:
-    """A first-order row; on clean data x0 itself."""
+    """A first-order row; on clean data x0 itself, between equal levels x."""
+    if jump.still:
+        return still(i, node, to)
     if ends_on_x0(to):
         return row(i, node, to, b=1.0)
     g = noise * jump.g
@@ -180,8 +200,7 @@ def _multistep(
     name: str,
     order: int,
     space: Coordinates,
-    nodes: list[Node],
-    end: Node,
+    points: list[Node],
     eta: float,
     noise: float,
     noise_path: str,
@@ -189,33 +208,36 @@ def _multistep(
     lower_order_final: bool,
     compat: bool,
 ) -> Plan:
-    """Row i saves its x0 in slot i mod (order - 1) and reads those of the steps before."""
+    """The j-th step of some length saves its x0 in slot j mod (order - 1) and reads those of the ones before."""
     _check(eta, noise)
     choice("solver", solver, ("midpoint", "heun"))
     path = clock(noise_path)
-    points = [space.native(node) for node in (*nodes, end)]
-    count = len(nodes)
+    jumps = [Jump(node, to, eta) for node, to in itertools.pairwise(points)]
+    count = sum(not jump.still for jump in jumps)
     rows: list[Row] = []
     lengths: list[float] = []
-    for i, (node, to) in enumerate(itertools.pairwise(points)):
-        jump = Jump(node, to, eta)
+    for i, (node, to, jump) in enumerate(zip(points, points[1:], jumps, strict=False)):
+        if jump.still:
+            rows.append(still(i, node, to))
+            continue
+        j = len(lengths)
         past = 0  # finite steps before this one, as many as its order needs
-        while past < min(order - 1, i) and lengths[i - 1 - past] < math.inf:
+        while past < min(order - 1, j) and lengths[j - 1 - past] < math.inf:
             past += 1
         if lower_order_final:
-            past = min(past, count - 1 - i)
+            past = min(past, count - 1 - j)
         if jump.sharp or past == 0:
             made = _last(i, node, to, jump, noise, path)
         else:
-            weights = _weights(jump, lengths[i - past : i][::-1], solver, compat)
+            weights = _weights(jump, lengths[j - past : j][::-1], solver, compat)
             e = [0.0] * 4
             for n, w in enumerate(weights[1:], 1):
-                e[(i - n) % (order - 1)] = to.alpha * w
+                e[(j - n) % (order - 1)] = to.alpha * w
             g = noise * jump.g
             made = row(i, node, to, a=jump.a, b=to.alpha * weights[0], e=e, g=g, path=path(node, to, g))
-        rows.append(replace(made, saves=((i % (order - 1), "x0"),)) if order > 1 else made)
+        rows.append(made.but(saves=((j % (order - 1), "x0"),)) if order > 1 else made)
         lengths.append(jump.h)
-    return chain(name, space, rows, nodes if space.in_time else points[:-1], native_scale(space, points[0]))
+    return chain(name, space, rows, points[:-1], native_scale(space, points[0]))
 
 
 def _weights(jump: Jump, lengths: list[float], solver: str, compat: bool) -> list[float]:

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 from diffkern.plan import SLOTS, Plan, Row
 from diffkern.samplers._phi import exponential_weights
 from diffkern.samplers.arguments import order_in
-from diffkern.samplers.nodes import GridOptions, Node, chain, ends_on_x0, grid, row
+from diffkern.samplers.nodes import GridOptions, Node, chain, ends_on_x0, grid, row, still
 from diffkern.schedules.base import Schedule
 from diffkern.signatures import shows_arguments_of
 
@@ -57,18 +57,24 @@ def deis(
 
 
 def _rows(nodes: list[Node], end: Node, order: int, *, exponential: bool) -> list[Row]:
-    """Row i saves its slope in slot i mod SLOTS and reads those of the steps before; the last one saves nothing."""
+    """The j-th step of some length saves its slope in slot j mod (order - 1) and reads those of the ones before."""
     rows = []
     slots = max(order - 1, 1)
+    before: list[float] = []  # where the slopes that are kept were taken
     for i, (node, to) in enumerate(zip(nodes, [*nodes[1:], end], strict=True)):
         h = to.v - node.v
-        used = min(order, i + 1)
+        if h == 0.0:
+            rows.append(still(i, node, to))
+            continue
+        j = len(before)
+        before.append(node.v)
+        used = min(order, j + 1)
         if exponential and to.v == 0.0:
             used = 1
         if used == 1 and ends_on_x0(to) and node.alpha == 1.0:
             rows.append(row(i, node, to, b=1.0))
             continue
-        past = [nodes[i - n].v for n in range(used)]
+        past = before[j - used + 1 :][::-1]
         if exponential:
             # int sigma e^(u ln(sigma'/sigma)) du: weights e^z (int_0^1 e^((1-u)(-z)) l_j), z = ln(sigma'/sigma).
             z = math.log(to.v / node.v)
@@ -78,10 +84,10 @@ def _rows(nodes: list[Node], end: Node, order: int, *, exponential: bool) -> lis
             weights = [h * w for w in exponential_weights([(v - node.v) / h for v in past], 0.0)]
         e = [0.0] * SLOTS
         for n in range(1, used):
-            e[(i - n) % slots] = weights[n]
+            e[(j - n) % slots] = weights[n]
         w = weights[0]
         more: dict[str, Any] = {}
         if order > 1 and i + 1 < len(nodes):
-            more = {"A": node.sx, "B": node.s0, "D": node.sm, "saves": ((i % slots, "s"),)}
+            more = {"A": node.sx, "B": node.s0, "D": node.sm, "saves": ((j % slots, "s"),)}
         rows.append(row(i, node, to, a=1.0 + w * node.sx, b=w * node.s0, d=w * node.sm, e=e, **more))
     return rows

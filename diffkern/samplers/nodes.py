@@ -8,14 +8,18 @@ first kind into one of the schedule's own state alpha x0 + sigma eps, which expo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, NamedTuple, TypedDict
+
+import torch
 
 from diffkern import streams
 from diffkern.names import Prediction, Spacing
 from diffkern.plan import Plan, Row
-from diffkern.samplers.arguments import bound, need_schedule, not_negative
+from diffkern.samplers.arguments import bound, need_schedule
+from diffkern.samplers.points import filled, in_sigma, in_time, times_of, undetermined
 from diffkern.schedules import predictions
 from diffkern.schedules.base import Schedule
 from diffkern.schedules.discrete import DiscreteSchedule
@@ -23,6 +27,10 @@ from diffkern.schedules.exploding import EDMSchedule
 from diffkern.schedules.grids import LEVELS, check_spacing, levels
 from diffkern.schedules.paths import FlowSchedule, PathSchedule
 from diffkern.schedules.timesteps import Numbers, check_steps, linspace, monotone, noise_levels, spaced_timesteps
+
+_EMPTY = Row()
+HISTORIES = ("e0", "e1", "e2", "e3")
+"""The columns that weigh the histories."""
 
 
 class Node(NamedTuple):
@@ -64,7 +72,23 @@ class Coordinates:
 
     def node(self, v: float, time: float | None = None, *, clamp: bool = False) -> Node:
         """The point at v; ``time`` is the schedule's time there where it is known, ``clamp`` keeps it in a table."""
-        return self._flow_node(v) if self.in_time else self._level_node(v, time, clamp)
+        return self.nodes([v], None if time is None else [time], clamp=clamp)[0]
+
+    def nodes(
+        self, values: Sequence[float], times: Sequence[float] | None = None, *, clamp: bool = False
+    ) -> list[Node]:
+        """`node` of many values, in one pass over the schedule."""
+        if not values:
+            return []
+        v = filled(values)
+        if self.in_time:
+            said = in_time(self, v)
+        else:
+            alpha = filled(_table_alphas(values)) if isinstance(self.schedule, DiscreteSchedule) else None
+            said = in_sigma(self, v, None if times is None else filled(times), clamp=clamp, alpha=alpha)
+        columns: list[Iterable[float]] = [column.tolist() for column in said]
+        columns.insert(-3, repeat(self.clip))
+        return [Node._make(line) for line in zip(values, *columns, strict=False)]
 
     def end(self, v: float) -> Node:
         """The point at v for a sampler that does not call the model there."""
@@ -74,69 +98,47 @@ class Coordinates:
 
     def native(self, node: Node) -> Node:
         """The point in the schedule's own state, alpha times the state x0 + v eps (the same for a flow)."""
+        return self.natives([node])[0]
+
+    def natives(self, nodes: Sequence[Node]) -> list[Node]:
+        """`native` of many points."""
         if self.in_time:
-            return node
-        alpha = self._alpha_at(node.v)
-        k, p, P = node.k / alpha, node.p / alpha, node.P / alpha
-        return node._replace(alpha=alpha, sigma=alpha * node.v, k=k, p=p, P=P, sx=0.0, s0=0.0, sm=0.0)
+            return list(nodes)
+        return [
+            Node(n.v, alpha, alpha * n.v, n.time, n.k / alpha, n.p / alpha, n.q, n.P / alpha, n.Q, n.clip)
+            for n, alpha in zip(nodes, self._alphas([n.v for n in nodes]), strict=True)
+        ]
 
-    def at_log_ratio(self, value: float) -> Node:
-        """The point where ln(alpha/sigma) is ``value``."""
+    def pure_noise(self, time: float) -> Node:
+        """The point of the own state at a time where alpha is 0, which x0 + v eps has none for."""
+        schedule, t = self.schedule, torch.tensor([time], dtype=torch.float64, device="cpu")
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        said = predictions.estimates(alpha, sigma, *predictions.target_coefficients(schedule, self.prediction, t))
+        given = (f(self.prediction, t) for f in (schedule.model_time, schedule.input_scale))
+        return Node._make([math.inf, 0.0, *(float(c) for c in (sigma, *given, *said)), self.clip, 0.0, 0.0, 0.0])
+
+    def at_log_ratios(self, values: Sequence[float]) -> list[Node]:
+        """The points where ln(alpha/sigma) has these values."""
         if self.in_time:
-            return self.node(float(self.schedule.time_of_log_snr(2.0 * value)))
-        return self.node(math.exp(-value))
+            times = self.schedule.time_of_log_snr(2.0 * filled(values)) if values else torch.empty(0)
+            return self.nodes(times.tolist()[: len(values)])
+        return self.nodes([math.exp(-value) for value in values])
 
-    def _time_at(self, sigma: float, clamp: bool = False) -> float:
-        if isinstance(self.schedule, DiscreteSchedule) and clamp:
-            low, high = (float(self.schedule.sigma_ve(t)) for t in (0, self.schedule.T - 1))
-            sigma = min(max(sigma, low), high)
-        return sigma if isinstance(self.schedule, EDMSchedule) else float(self.schedule.time_of_sigma(sigma))
-
-    def _alpha_at(self, sigma: float) -> float:
-        if isinstance(self.schedule, DiscreteSchedule):
-            return 1.0 / math.sqrt(1.0 + sigma * sigma)
-        if isinstance(self.schedule, EDMSchedule) or sigma == 0.0:
-            return 1.0
-        return float(self.schedule.alpha(self._time_at(sigma)))
-
-    def _level_node(self, sigma: float, time: float | None, clamp: bool) -> Node:
-        """A point of the ODE in sigma; its state is x_t / alpha = x0 + sigma eps."""
-        schedule, prediction = self.schedule, self.prediction
-        t = self._time_at(sigma, clamp) if time is None else time
-        if not 0.0 < sigma < math.inf:
-            raise ValueError(
-                f"the ODE in sigma needs a finite sigma > 0 at each model call, got {sigma} at t={t} ({schedule.name})"
-            )
-        if isinstance(schedule, DiscreteSchedule):
-            k = alpha = 1.0 / math.sqrt(1.0 + sigma * sigma)
-            p, q, P, Q = predictions.solve(
-                alpha, sigma * alpha, *_target_at_level(schedule, prediction, t, alpha, sigma)
-            )
-        else:
-            alpha = float(schedule.alpha(t))
-            k = alpha * float(schedule.input_scale(prediction, t))
-            p, q, P, Q = (float(c) for c in predictions.to_x0_eps(schedule, prediction, t))
-        time = float(schedule.model_time(prediction, t))
-        if self.clip == math.inf:
-            sx, s0, sm = P * alpha, 0.0, Q
-        else:
-            sx, s0, sm = 1.0 / sigma, -1.0 / sigma, 0.0
-        return Node(sigma, 1.0, sigma, time, k, p * alpha, q, P * alpha, Q, self.clip, sx, s0, sm)
-
-    def _flow_node(self, t: float) -> Node:
-        """A point of the ODE in t; slope dx/dt = alpha_dot x0 + sigma_dot eps."""
+    def _alphas(self, sigmas: Sequence[float]) -> list[float]:
+        """alpha at levels sigma/alpha."""
         schedule = self.schedule
-        p, q, P, Q = (float(c) for c in predictions.to_x0_eps(schedule, self.prediction, t))
-        alpha, sigma = float(schedule.alpha(t)), float(schedule.sigma(t))
-        alpha_dot, sigma_dot = float(schedule.alpha_dot(t)), float(schedule.sigma_dot(t))
-        if self.clip == math.inf:
-            # dx/dt in x and m; for the prediction "velocity" this is m itself, without rounding.
-            direct = self.prediction == "velocity"
-            sx = 0.0 if direct else alpha_dot * p + sigma_dot * P
-            s0, sm = 0.0, 1.0 if direct else alpha_dot * q + sigma_dot * Q
-        else:
-            sx, s0, sm = sigma_dot / sigma, alpha_dot - sigma_dot * alpha / sigma, 0.0
-        return Node(t, alpha, sigma, t, 1.0, p, q, P, Q, self.clip, sx, s0, sm)
+        if isinstance(schedule, DiscreteSchedule):
+            return _table_alphas(sigmas)
+        inside = [sigma for sigma in sigmas if sigma != 0.0]
+        if isinstance(schedule, EDMSchedule) or not inside:
+            return [1.0] * len(sigmas)
+        found = iter(schedule.alpha(times_of(schedule, filled(inside))).tolist())
+        return [next(found) if sigma != 0.0 else 1.0 for sigma in sigmas]
+
+
+def _table_alphas(sigmas: Sequence[float]) -> list[float]:
+    """alpha of a table at its levels sigma/alpha; by math.sqrt, which rounds correctly where vectors may not."""
+    return [1.0 / math.sqrt(1.0 + sigma * sigma) for sigma in sigmas]
 
 
 def coordinates(schedule: Schedule, prediction: str | None, clip: float | None) -> Coordinates:
@@ -167,6 +169,39 @@ def grid(
     clip: float | None = None,
 ) -> tuple[Coordinates, list[Node], Node]:
     """The points where the model is called, from noise to data, and the point where the sampler ends."""
+    space, values, times, end = _placed(sampler, schedule, steps, prediction, sigmas, timesteps, spacing, clip)
+    return space, space.nodes(values, times), space.end(end)
+
+
+def own_grid(
+    sampler: str,
+    schedule: Schedule,
+    steps: int | None,
+    prediction: Prediction | None = None,
+    sigmas: Numbers | None = None,
+    timesteps: Numbers | None = None,
+    spacing: Spacing = "linspace",
+    clip: float | None = None,
+) -> tuple[Coordinates, list[Node]]:
+    """The points of `grid` in the schedule's own state, the end the last of them; the first may be pure noise."""
+    space, values, times, end = _placed(sampler, schedule, steps, prediction, sigmas, timesteps, spacing, clip)
+    if times is None or values[0] < math.inf:
+        return space, space.natives([*space.nodes(values, times), space.end(end)])
+    rest = space.nodes(values[1:], times[1:])
+    return space, [space.pure_noise(times[0]), *space.natives([*rest, space.end(end)])]
+
+
+def _placed(
+    sampler: str,
+    schedule: Schedule,
+    steps: int | None,
+    prediction: Prediction | None,
+    sigmas: Numbers | None,
+    timesteps: Numbers | None,
+    spacing: Spacing,
+    clip: float | None,
+) -> tuple[Coordinates, list[float], list[float] | None, float]:
+    """The values of the coordinate where the model is called, their times where known, and the value at the end."""
     need_schedule(schedule)
     given = [n for n, value in (("steps", steps), ("sigmas", sigmas), ("timesteps", timesteps)) if value is not None]
     if len(given) != 1:
@@ -180,7 +215,7 @@ def grid(
         if sigmas is not None:
             raise ValueError(f"a {schedule.name} schedule takes steps or timesteps, got sigmas")
         times = time_grid(schedule, steps) if timesteps is None else _given_times(schedule, timesteps, least=2)
-        return space, [space.node(t) for t in times[:-1]], space.end(times[-1])
+        return space, times[:-1], None, times[-1]
     if steps is not None:
         check_spacing(spacing)
         if spacing in LEVELS:
@@ -191,9 +226,9 @@ def grid(
         raise ValueError("an EDM schedule takes steps or sigmas, its time is sigma, got timesteps")
     if sigmas is not None:
         listed = noise_levels(sigmas)
-        return space, [space.node(sigma) for sigma in listed[:-1]], space.end(listed[-1])
+        return space, listed[:-1], None, listed[-1]
     times = call_times(schedule, steps, timesteps, spacing)
-    return space, [space.node(float(schedule.sigma_ve(t)), t) for t in times], space.end(0.0)
+    return space, schedule.sigma_ve(filled(times)).tolist()[: len(times)], times, 0.0
 
 
 def time_grid(schedule: Schedule, steps: int | None) -> list[float]:
@@ -235,17 +270,6 @@ def call_times(schedule: Schedule, steps: int | None, timesteps: Numbers | None,
     return times
 
 
-def _target_at_level(
-    schedule: DiscreteSchedule, prediction: str, t: float, alpha: float, sigma: float
-) -> tuple[float, float]:
-    """(u, v) at the level sigma: noise levels need not be those of the table, times then only label them."""
-    fixed = {"eps": (0.0, 1.0), "x0": (1.0, 0.0), "v": (-sigma * alpha, alpha), "score": (0.0, -1.0 / (sigma * alpha))}
-    if prediction in fixed:
-        return fixed[prediction]
-    u, v = predictions.target_coefficients(schedule, prediction, int(t) if t == int(t) else t)
-    return float(u), float(v)
-
-
 def row(
     i: int,
     at: Node,
@@ -259,8 +283,9 @@ def row(
     **more: Any,
 ) -> Row:
     """Row i, which calls the model at ``at`` and leaves a state at the level of ``to``."""
-    histories: dict[str, Any] = {f"e{slot}": value + 0.0 for slot, value in enumerate(e)}
-    made = Row(
+    if e:
+        more |= {name: value + 0.0 for name, value in zip(HISTORIES, e, strict=False)}
+    return _EMPTY.but(
         p=at.p,
         q=at.q,
         clip=at.clip,
@@ -273,8 +298,17 @@ def row(
         stream=streams.STEP + i,
         known_stream=streams.KNOWN + i,
         time=at.time,
+        k=to.k,
+        **more,
     )
-    return replace(made, **histories, **more)
+
+
+def still(i: int, at: Node, to: Node, g: float = 0.0) -> Row:
+    """A step of no length, between equal levels: x' = x (+ g z). It saves nothing, so histories stay as they are.
+
+    The model is called as at every step, and the next step, from the same level, has its estimate.
+    """
+    return row(i, at, to, a=1.0, g=g)
 
 
 def chain(
@@ -284,14 +318,32 @@ def chain(
     at: Sequence[Node],
     init_scale: float | None = None,
 ) -> Plan:
-    """The plan of these rows; ``at`` holds the point of each row's model call, whose scale the row before applies."""
+    """The plan of these rows; ``at`` holds the point of each row's model call, whose scale the row before applies.
+
+    Raises ValueError where a row needs what the prediction does not determine at its time.
+    """
     scales = [node.k for node in at]
-    rows = _without_dead_saves(rows)
-    chained = [replace(made, k=k) for made, k in zip(rows, [*scales[1:], 1.0], strict=True)]
+    rows = _without_zero_slopes(rows)
+    chained: list[Row] = []
+    live: set[int] = set()
+    # From the last row to the first: no histories that no later row reads, and no s that is not saved.
+    for made, node, k in zip(reversed(rows), reversed(at), [1.0, *scales[:0:-1]], strict=True):
+        saves = tuple(save for save in made.saves if save[0] in live) if made.saves else ()
+        idle = (made.A != 0.0 or made.B != 0.0 or made.D != 0.0) and not any(source == "s" for _, source in saves)
+        if idle:
+            made = made.but(A=0.0, B=0.0, D=0.0)
+        if made.k != k or saves != made.saves:
+            made = made.but(k=k, saves=saves)
+        if math.isnan(made.p + made.a + made.d + made.A + made.D):
+            made = _without_x0(made, space, node)
+        if saves:
+            live.difference_update(slot for slot, _ in saves)
+        live.update(made.reads)
+        chained.append(made)
     whole = isinstance(space.schedule, DiscreteSchedule) and all(node.time == int(node.time) for node in at)
     return Plan(
         name,
-        tuple(chained),
+        tuple(reversed(chained)),
         init_scale=at[0].sigma if init_scale is None else init_scale,
         first_k=scales[0],
         prediction=space.prediction,
@@ -299,38 +351,28 @@ def chain(
     )
 
 
-def _without_dead_saves(rows: Sequence[Row]) -> list[Row]:
-    """The rows without histories that no later row reads, and without an s that is not saved."""
-    kept: list[Row] = []
-    live: set[int] = set()
-    for made in reversed(rows):
-        saves = tuple((slot, source) for slot, source in made.saves if slot in live)
-        if "s" not in {source for _, source in saves}:
-            made = replace(made, A=0.0, B=0.0, D=0.0)
-        kept.append(replace(made, saves=saves))
-        live = (live - {slot for slot, _ in saves}) | set(made.reads)
-    return kept[::-1]
+def _without_zero_slopes(rows: Sequence[Row]) -> list[Row]:
+    """The rows without an s that is 0 x + 0 x0 + 0 m: none is made, and none is read."""
+    kept = []
+    zero: set[int] = set()
+    for made in rows:
+        if zero and not zero.isdisjoint(made.reads):
+            made = made.but(**dict.fromkeys((HISTORIES[slot] for slot in zero.intersection(made.reads)), 0.0))
+        if made.saves:
+            zero -= {slot for slot, _ in made.saves}
+            if made.A == made.B == made.D == 0.0 and any(source == "s" for _, source in made.saves):
+                zero |= {slot for slot, source in made.saves if source == "s"}
+                made = made.but(saves=tuple(save for save in made.saves if save[1] != "s"))
+        kept.append(made)
+    return kept
 
 
-def churned_nodes(
-    space: Coordinates, nodes: list[Node], churn: float, limits: tuple[float, float], noise: float
-) -> tuple[list[Node], list[float]]:
-    """The points after the noise of the churn, and the std of that noise before each step."""
-    not_negative("churn", churn)
-    not_negative("churn_noise", noise)
-    if len(limits) != 2 or not 0.0 <= limits[0] <= limits[1]:
-        raise ValueError(f"churn_range must be two levels, 0 <= lowest <= highest, got {limits}")
-    if churn == 0.0:
-        return nodes, [0.0] * len(nodes)
-    if space.in_time:
-        raise ValueError(f"churn needs a schedule that is integrated in sigma, got {space.schedule.name}")
-    gamma = min(churn / len(nodes), math.sqrt(2.0) - 1.0)
-    raised, noises = [], []
-    for node in nodes:
-        inside = limits[0] <= node.v <= limits[1]
-        raised.append(space.node(node.v * (1.0 + gamma), clamp=True) if inside else node)
-        noises.append(noise * math.sqrt(raised[-1].v ** 2 - node.v**2))
-    return raised, noises
+def _without_x0(made: Row, space: Coordinates, node: Node) -> Row:
+    """The row where the prediction does not determine x0, if it does without; else ValueError."""
+    needs = made.b != 0.0 or made.B != 0.0 or any(source == "x0" for _, source in made.saves)
+    if needs or any(math.isnan(c) for c in (made.a, made.d, made.A, made.D)):
+        raise ValueError(undetermined(space.schedule, space.prediction, node.time))
+    return made.but(p=0.0, q=0.0, clip=math.inf)
 
 
 def native_scale(space: Coordinates, first: Node) -> float:

@@ -10,7 +10,7 @@ from diffkern.integers import integer
 from diffkern.names import Prediction, Spacing
 from diffkern.plan import Plan, Row
 from diffkern.samplers.arguments import need_schedule, not_negative
-from diffkern.samplers.nodes import Node, chain, ends_on_x0, grid, native_scale, row
+from diffkern.samplers.nodes import Node, chain, ends_on_x0, native_scale, own_grid, row, still
 from diffkern.schedules.base import Schedule
 from diffkern.schedules.discrete import DiscreteSchedule
 from diffkern.schedules.timesteps import Numbers
@@ -52,12 +52,12 @@ def repaint(
     need_schedule(schedule)
     if spacing is None:
         spacing = "leading" if isinstance(schedule, DiscreteSchedule) else "linspace"
-    space, nodes, end = grid("repaint", schedule, steps, prediction, sigmas, timesteps, spacing, clip)
-    points = [space.native(node) for node in (*nodes, end)]
-    last = len(nodes) - 1
+    space, points = own_grid("repaint", schedule, steps, prediction, sigmas, timesteps, spacing, clip)
+    count = len(points) - 1
+    last = count - 1
     rows: list[Row] = []
     at: list[Node] = []
-    for before, after in itertools.pairwise(_levels(len(nodes), jump_length, jump_n_sample)):
+    for before, after in itertools.pairwise(_levels(count, jump_length, jump_n_sample)):
         node, to = points[last - before], points[last - after]
         at.append(node if after < before else to)
         rows.append(_down(len(rows), node, to, eta) if after < before else _up(len(rows), node, to))
@@ -81,6 +81,8 @@ def _levels(steps: int, length: int, samples: int) -> list[int]:
 
 def _down(i: int, node: Node, to: Node, eta: float) -> Row:
     """An ancestral step."""
+    if node.v == to.v:
+        return still(i, node, to)
     if ends_on_x0(to):
         return row(i, node, to, b=1.0)
     ratio = node.alpha * to.sigma / (to.alpha * node.sigma)

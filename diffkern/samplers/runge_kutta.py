@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 from typing_extensions import Unpack
 
 from diffkern.plan import Plan, Row
-from diffkern.samplers.nodes import Coordinates, GridOptions, Node, chain, churned_nodes, ends_on_x0, grid, row
+from diffkern.samplers._churn import churned_nodes
+from diffkern.samplers.nodes import Coordinates, GridOptions, Node, chain, ends_on_x0, grid, row, still
 from diffkern.schedules.base import Schedule
 from diffkern.signatures import shows_arguments_of
 from diffkern.tableaus import EULER, HEUN, MIDPOINT, RK4, RK4_38, Tableau
@@ -135,37 +137,40 @@ def tableau_plan(
     end. Raises ValueError for a churn that is negative or in a time.
     """
     churned, noises = churned_nodes(space, nodes, *churn)
+    after, reached = [*nodes[1:], end], [*churned[1:], end]
+    g = [*noises[1:], 0.0]
+    direct = space.prediction == "velocity" and space.clip == math.inf and space.in_time
+    whole = []
+    for j, (node, to) in enumerate(zip(churned, after, strict=True)):
+        last = j + 1 == len(churned)
+        at_end = end_stage or not last
+        no_slope = (to.sigma == 0.0 and not (direct and at_end)) or (tableau.nodes[-1] == 1.0 and not at_end)
+        whole.append(not no_slope and node.v != to.v)
+    steps = zip(churned, after, strict=True)
+    between = iter(_between(tableau, space, list(itertools.compress(steps, whole)), end))
     rows: list[Row] = []
     at: list[Node] = []
     for j, node in enumerate(churned):
-        last = j + 1 == len(churned)
-        to = end if last else nodes[j + 1]
-        reached = end if last else churned[j + 1]
-        g = 0.0 if last else noises[j + 1]
-        stages = _stages(tableau, space, node, to, end_stage or not last, None if last else nodes[j + 1])
+        stages = next(between) if whole[j] else [node]
         at += stages
-        rows += _step(tableau if len(stages) > 1 else EULER, stages, to, reached, g, len(rows))
+        if node.v == after[j].v:
+            rows.append(still(len(rows), node, reached[j], g[j]))
+        else:
+            rows += _step(tableau if whole[j] else EULER, stages, after[j], reached[j], g[j], len(rows))
     return chain(name, space, rows, at, math.hypot(nodes[0].sigma, noises[0]))
 
 
-def _stages(
-    tableau: Tableau, space: Coordinates, node: Node, to: Node, end_stage: bool, following: Node | None
-) -> list[Node]:
-    """The points of a step's model calls: the first alone where the step has to be Euler's."""
-    direct = space.prediction == "velocity" and space.clip == math.inf and space.in_time
-    if to.sigma == 0.0 and not (direct and end_stage):
-        return [node]
-    if tableau.nodes[-1] == 1.0 and not end_stage:
-        return [node]
-    points = [node]
-    for before, c in itertools.pairwise(tableau.nodes):
-        if c == before:
-            points.append(points[-1])
-        elif c == 1.0:
-            points.append(space.node(to.v) if following is None else following)
-        else:
-            points.append(space.node(node.v + c * (to.v - node.v)))
-    return points
+def _between(tableau: Tableau, space: Coordinates, steps: list[tuple[Node, Node]], end: Node) -> list[list[Node]]:
+    """The points of each step's model calls."""
+    inner = sorted({c for c in tableau.nodes if 0.0 < c < 1.0})
+    points = iter(space.nodes([node.v + c * (to.v - node.v) for node, to in steps for c in inner]))
+    found = []
+    for node, to in steps:
+        at = {0.0: node, **{c: next(points) for c in inner}}
+        if tableau.nodes[-1] == 1.0:
+            at[1.0] = space.node(to.v) if to is end else to
+        found.append([at[c] for c in tableau.nodes])
+    return found
 
 
 def _step(tableau: Tableau, stages: list[Node], to: Node, reached: Node, g: float, first: int) -> list[Row]:
@@ -174,30 +179,48 @@ def _step(tableau: Tableau, stages: list[Node], to: Node, reached: Node, g: floa
     count = len(stages)
     if count == 1 and ends_on_x0(to) and stages[0].alpha == 1.0:
         return [row(first, stages[0], reached, b=1.0)]  # sigma = 0: the step ends on x0 exactly
+    rows = []
+    for j, (node, stage) in enumerate(zip(stages, _stages(tableau), strict=True)):
+        last = j + 1 == count
+        more: dict[str, Any] = {"saves": stage.saves, "ends_step": last}
+        if stage.slope:
+            kept = h * stage.share if stage.start else 1.0
+            more |= {"A": stage.start + kept * node.sx, "B": kept * node.s0 + 0.0, "D": kept * node.sm + 0.0}
+        own = h * stage.own
+        after = reached if last else stages[j + 1]
+        a, b, d = own * node.sx + (j == 0), own * node.s0, own * node.sm
+        e = [1.0, *(h * value for value in stage.reads)] if j > 0 else ()
+        rows.append(row(first + j, node, after, a=a, b=b, d=d, e=e, g=g if last else 0.0, **more))
+    return rows
+
+
+class _Stage(NamedTuple):
+    """A stage's row: x' = h0 + h (own k + sum of reads times slopes); it may save k, or start x + h share k."""
+
+    own: float
+    reads: tuple[float, ...]
+    saves: tuple[tuple[int, str], ...]
+    slope: bool
+    start: float = 0.0
+    share: float = 0.0
+
+
+@lru_cache(maxsize=64)
+def _stages(tableau: Tableau) -> tuple[_Stage, ...]:
+    """What the rows of a step have in common, whatever its size."""
     weights = [*tableau.coupling[1:], tableau.weights]
     # Row j leaves the state with weights[j]; what it reads of the rows before are x and the slopes 0..j-1.
     base = {w[0] for w in weights[1:]}
     shared = len(base) == 1  # x + h w k_0 with one w is all that is read of the first row
-    rows = []
-    for j, (node, w) in enumerate(zip(stages, weights, strict=True)):
-        more: dict[str, Any] = {}
-        saves: list[tuple[int, str]] = []
-        kept = h * next(iter(base)) if j == 0 and shared and count > 1 else 1.0
-        if j == 0 and count > 1:
-            saves = [(0, "s" if kept != 0.0 else "x")] if shared else [(0, "x"), (1, "s")]
-        elif any(len(later) > j and later[j] != 0.0 for later in weights[j + 1 :]):
-            saves = [(j if shared else j + 1, "s")]
-        if any(source == "s" for _, source in saves):
-            start = 1.0 if j == 0 and shared else 0.0
-            more |= {"A": start + kept * node.sx, "B": kept * node.s0 + 0.0, "D": kept * node.sm + 0.0}
-        e = [0.0, 0.0, 0.0, 0.0]
-        if j > 0:
-            e[0] = 1.0
-            for slot, value in enumerate(w[0 if not shared else 1 : j], 1):
-                e[slot] = h * value
-        a, b, d = (h * w[j] * c for c in (node.sx, node.s0, node.sm))
-        more |= {"saves": tuple(saves), "ends_step": j + 1 == count}
-        after = reached if j + 1 == count else stages[j + 1]
-        noise = g if j + 1 == count else 0.0
-        rows.append(row(first + j, node, after, a=a + (j == 0), b=b, d=d, e=e, g=noise, **more))
-    return rows
+    found = []
+    for j, w in enumerate(weights):
+        reads = w[1 if shared else 0 : j]
+        if j == 0 and shared:
+            share = next(iter(base))
+            found.append(_Stage(w[0], (), ((0, "s" if share else "x"),), share != 0.0, 1.0, share))
+        elif j == 0 and len(weights) > 1:
+            found.append(_Stage(w[0], (), ((0, "x"), (1, "s")), True))
+        else:
+            slope = any(len(later) > j and later[j] != 0.0 for later in weights[j + 1 :])
+            found.append(_Stage(w[j], reads, ((j if shared else j + 1, "s"),) if slope else (), slope))
+    return tuple(found)

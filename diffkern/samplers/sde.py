@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
 
+from torch import Tensor
+
 from diffkern.plan import Plan, Row
-from diffkern.samplers._noise_path import clock
+from diffkern.samplers._noise_path import Span, clock
 from diffkern.samplers.arguments import bound, need_schedule, not_negative
 from diffkern.samplers.nodes import Coordinates, Node, chain, row, time_grid
+from diffkern.samplers.points import filled
 from diffkern.schedules import predictions
 from diffkern.schedules.base import Schedule
 from diffkern.schedules.discrete import DiscreteSchedule
@@ -48,20 +50,18 @@ def euler_maruyama(
     path = clock(noise_path)
     walk = Walk("euler_maruyama", schedule, prediction, clip)
     times = _times("euler_maruyama", schedule, steps, timesteps)
-    rows, at = [], [walk.node(t) for t in times[:-1]]
-    for i, (t, s) in enumerate(itertools.pairwise(times)):
+    rows, at = [], walk.nodes(times[:-1])
+    rates = walk.rates(schedule.drift, schedule.diffusion_squared, times=times[:-1])
+    for i, (t, s, to, (f, g2)) in enumerate(zip(times, times[1:], walk.ends(times[1:]), rates, strict=False)):
         node, h = at[i], abs(s - t)
-        f, g2 = float(schedule.drift(t)), float(schedule.diffusion_squared(t))
         if not (math.isfinite(f) and math.isfinite(g2)):
             raise ValueError(
                 f"euler_maruyama needs a finite drift and diffusion at each model call, got {f:g} and {g2:g} at "
-                f"t={t:g} ({schedule.name})"
+                f"t={t:g} ({schedule.name}): give timesteps that begin later, or take ddpm or dpmpp_2m_sde"
             )
         pull = 0.5 * (1.0 + eta * eta) * g2 * h
         noise = eta * math.sqrt(g2 * h) if i + 1 < len(at) else 0.0
-        to = walk.end(s)
-        made = walk.row(i, node, to, keep=1.0 - h * f, pull=pull, g=noise)
-        rows.append(replace(made, path=path(node, to, noise)))
+        rows.append(walk.row(i, node, to, keep=1.0 - h * f, pull=pull, g=noise, path=path(node, to, noise)))
     return walk.plan(rows, at)
 
 
@@ -88,15 +88,16 @@ def flow_sde(
     if isinstance(schedule, DiscreteSchedule | EDMSchedule):
         raise ValueError(f"flow_sde needs a continuous schedule of t in [0, 1], got {schedule.name}")
     times = _times("flow_sde", schedule, steps, timesteps)
-    rows, at = [], [walk.node(t) for t in times[:-1]]
-    for i, (t, s) in enumerate(itertools.pairwise(times)):
+    rows, at = [], walk.nodes(times[:-1])
+    dots = walk.rates(schedule.alpha_dot, schedule.sigma_dot, times=times[:-1])
+    for i, (t, s, to) in enumerate(zip(times, times[1:], walk.ends(times[1:]), strict=False)):
         if callable(sigma_t):
             size = not_negative(f"sigma_t({t:g})", float(sigma_t(t)))
         else:
             size = not_negative("sigma_t", sigma_t)
         node, h = at[i], abs(s - t)
         noise = size * math.sqrt(h) if i + 1 < len(at) else 0.0
-        rows.append(walk.flow_row(i, node, walk.end(s), t, s - t, 0.5 * size * size * h, noise))
+        rows.append(walk.flow_row(i, node, to, dots[i], s - t, 0.5 * size * size * h, noise))
     return walk.plan(rows, at)
 
 
@@ -162,7 +163,7 @@ def _langevin(
     if not 0.0 < size < math.inf:
         raise ValueError(f"step_size must be positive, got {size}")
     walk = Walk(name, schedule, prediction, None)
-    points = [walk.node(t) for t in times]
+    points = walk.nodes(times)
     rows: list[Row] = []
     at: list[Node] = []
     for node in points:
@@ -184,39 +185,63 @@ class Walk:
         chosen = predictions.check_prediction(schedule.default_prediction if prediction is None else prediction)
         self.name, self.schedule, self.prediction, self.clip = name, schedule, chosen, bound(clip)
 
-    def node(self, t: float) -> Node:
-        """The point of a model call at t; ValueError where sigma is 0."""
-        schedule = self.schedule
-        when = int(t) if isinstance(schedule, DiscreteSchedule) and t == int(t) else t
-        alpha, sigma = float(schedule.alpha(when)), float(schedule.sigma(when))
-        if sigma == 0.0:
-            raise ValueError(f"{self.name} needs sigma > 0 at each model call, got 0 at t={t:g} ({schedule.name})")
-        p, q, P, Q = (float(c) for c in predictions.to_x0_eps(schedule, self.prediction, when))
-        time, k = (float(f(self.prediction, when)) for f in (schedule.model_time, schedule.input_scale))
-        return Node(t, alpha, sigma, time, k, p, q, P, Q, self.clip)
+    def nodes(self, times: list[float]) -> list[Node]:
+        """The points of model calls at these times; ValueError where sigma is 0."""
+        schedule, t = self.schedule, filled(times)
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        if bool((sigma == 0.0).any()):
+            at = t[sigma == 0.0][0].item()
+            raise ValueError(
+                f"{self.name} needs sigma > 0 at each model call, got 0 at t={at:g} ({schedule.name}): give timesteps "
+                "that leave it out"
+            )
+        said = predictions.estimates(alpha, sigma, *predictions.target_coefficients(schedule, self.prediction, t))
+        given = (f(self.prediction, t) for f in (schedule.model_time, schedule.input_scale))
+        columns = (column.tolist() for column in (alpha, sigma, *given, *said))
+        return [Node._make([*line, self.clip, 0.0, 0.0, 0.0]) for line in zip(times, *columns, strict=False)]
 
-    def end(self, t: float) -> Node:
-        """The point at t where the model is not called."""
-        when = int(t) if isinstance(self.schedule, DiscreteSchedule) and t == int(t) else t
-        return Node(t, float(self.schedule.alpha(when)), float(self.schedule.sigma(when)))
+    def ends(self, times: list[float]) -> list[Node]:
+        """The points at these times where the model is not called."""
+        rates = self.rates(self.schedule.alpha, self.schedule.sigma, times=times)
+        return [Node(t, alpha, sigma) for t, (alpha, sigma) in zip(times, rates, strict=True)]
 
-    def row(self, i: int, node: Node, to: Node, *, keep: float, pull: float, g: float) -> Row:
+    def rates(self, *functions: Callable[[Tensor], Tensor], times: list[float]) -> list[tuple[float, ...]]:
+        """The values of functions of the schedule at each time."""
+        t = filled(times)
+        return list(zip(*(f(t).tolist()[: len(times)] for f in functions), strict=True))
+
+    def row(
+        self,
+        i: int,
+        node: Node,
+        to: Node,
+        *,
+        keep: float,
+        pull: float,
+        g: float,
+        path: Span = None,
+    ) -> Row:
         """x' = keep x + pull score + g z."""
+        if pull == 0.0:
+            return row(i, node, to, a=keep, g=g, path=path)
         a, b, d = self._eps(node)
         weight = -pull / node.sigma
-        return row(i, node, to, a=keep + weight * a, b=weight * b, d=weight * d, g=g)
+        return row(i, node, to, a=keep + weight * a, b=weight * b, d=weight * d, g=g, path=path)
 
-    def flow_row(self, i: int, node: Node, to: Node, t: float, dt: float, pull: float, g: float) -> Row:
+    def flow_row(self, i: int, node: Node, to: Node, dots: tuple[float, ...], dt: float, pull: float, g: float) -> Row:
         """x' = x + dt (alpha_dot x0 + sigma_dot eps) + pull score + g z."""
-        schedule = self.schedule
-        alpha_dot, sigma_dot = float(schedule.alpha_dot(t)), float(schedule.sigma_dot(t))
+        alpha_dot, sigma_dot = dots
         a, b, d = self._eps(node)
         weight = dt * sigma_dot - pull / node.sigma
         if self.clip < math.inf:
             return row(i, node, to, a=1.0 + weight * a, b=dt * alpha_dot + weight * b, g=g)
         if self.prediction == "velocity":
             weight = -pull / node.sigma
+            if weight == 0.0:
+                return row(i, node, to, a=1.0, d=dt, g=g)
             return row(i, node, to, a=1.0 + weight * a, d=dt + weight * d, g=g)
+        if alpha_dot == 0.0:  # no x0 is needed
+            return row(i, node, to, a=1.0 + weight * a, d=weight * d, g=g)
         return row(
             i, node, to, a=1.0 + dt * alpha_dot * node.p + weight * a, d=dt * alpha_dot * node.q + weight * d, g=g
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import replace
 
 import numpy as np
 from typing_extensions import Unpack
@@ -13,7 +12,7 @@ from diffkern.plan import Plan, Row
 from diffkern.samplers._jump import Jump
 from diffkern.samplers._phi import phi
 from diffkern.samplers.arguments import choice, order_in
-from diffkern.samplers.nodes import GridOptions, Node, chain, ends_on_x0, grid, native_scale, row
+from diffkern.samplers.nodes import GridOptions, Node, chain, ends_on_x0, grid, native_scale, own_grid, row, still
 from diffkern.schedules.base import Schedule
 from diffkern.signatures import shows_arguments_of
 
@@ -45,24 +44,37 @@ def unipc(
     """
     order = order_in(order, 3)
     choice("variant", variant, ("bh1", "bh2"))
-    space, nodes, end = grid("unipc", schedule, steps, **options)
-    points = [space.native(node) for node in (*nodes, end)]
-    count = len(nodes)
-    rows: list[Row] = []
-    slots = order
-    before: _Step | None = None  # the step that led here
-    for i, (node, to) in enumerate(itertools.pairwise(points)):
+    space, points = own_grid("unipc", schedule, steps, **options)
+    jumps = [Jump(node, to) for node, to in itertools.pairwise(points)]
+    count = sum(not jump.still for jump in jumps)
+    taken: list[_Step] = []
+    past: list[Node] = []  # where they started, the latest first
+    for node, to, jump in zip(points, points[1:], jumps, strict=False):
+        if jump.still:
+            continue
+        j = len(taken)
+        past = [node, *past[:order]]
         finite = 0
-        while finite < min(order, i + 1) - 1 and points[i - 1 - finite].alpha > 0.0:
+        while finite < min(order, j + 1) - 1 and past[1 + finite].alpha > 0.0:
             finite += 1
         used = finite + 1
         if lower_order_final:
-            used = min(used, count - i)
-        step = _Step(points, i, 1 if to.sigma == 0.0 or node.alpha == 0.0 else used, variant)
+            used = min(used, count - j)
+        taken.append(_Step(jump, past[: 1 if to.sigma == 0.0 or node.alpha == 0.0 else used], variant))
+    _solve(taken)
+    rows: list[Row] = []
+    slots, j = order, -1
+    before: _Step | None = None  # the step that led here
+    for i, (node, to, jump) in enumerate(zip(points, points[1:], jumps, strict=False)):
+        if jump.still:
+            rows.append(still(i, node, to))
+            continue
+        j += 1
+        step = taken[j]
         if ends_on_x0(to):
             made = row(i, node, to, b=1.0)
         else:
-            # Weights of the estimates at i, i - 1, ...: of the correction of x_i, times sigma'/sigma, and of the step.
+            # Weights of the estimates at j, j - 1, ...: of the correction of x_j, times sigma'/sigma, and of the step.
             total = [0.0] * 5
             if corrector and before is not None:
                 for n, w in enumerate(before.correction()):
@@ -72,39 +84,35 @@ def unipc(
             e = [0.0] * 4
             for n in range(1, 5):
                 if total[n] != 0.0:
-                    e[(i - n) % slots] += total[n]
+                    e[(j - n) % slots] += total[n]
             made = row(i, node, to, a=step.jump.a, b=total[0], e=e)
-        rows.append(replace(made, saves=((i % slots, "x0"),)))
+        rows.append(made.but(saves=((j % slots, "x0"),)))
         before = step
-    return chain("unipc", space, rows, nodes if space.in_time else points[:-1], native_scale(space, points[0]))
+    return chain("unipc", space, rows, points[:-1], native_scale(space, points[0]))
 
 
 class _Step:
     """One step of UniP and the UniC that corrects its end; estimates are weighted, the latest first."""
 
-    def __init__(self, points: list[Node], i: int, order: int, variant: str) -> None:
-        self.jump, self.order = Jump(points[i], points[i + 1]), order
-        self.alpha = points[i + 1].alpha
-        if self.jump.sharp:
+    def __init__(self, jump: Jump, past: list[Node], variant: str) -> None:
+        self.jump, self.alpha, order = jump, jump.alpha, len(past)
+        if jump.sharp:
             return
-        h, here = self.jump.h, points[i].log_ratio
-        self.r = [(points[i - k].log_ratio - here) / h for k in range(1, order)]
+        h, here = jump.h, past[0].log_ratio
+        self.r = [(point.log_ratio - here) / h for point in past[1:]]
         self.scale = math.expm1(-h) if variant == "bh2" else -h
         self.b = [-h * math.factorial(k) * phi(k + 1, -h) / self.scale for k in range(1, order + 1)]
+        # rho by the number of terms; one term has what the papers' code takes, for both variants
+        self.rho: dict[int, list[float]] = {0: [], 1: [0.5]}
 
-    def _rho(self, r: list[float]) -> list[float]:
-        """The solution of sum_k rho_k r_k^(n-1) = b_n, n = 1..len(r)."""
-        if len(r) == 1:
-            return [0.5]  # what the papers' code takes for one term, for both variants
-        matrix = np.array([[x**n for x in r] for n in range(len(r))])
-        return [float(v) for v in np.linalg.solve(matrix, np.array(self.b[: len(r)]))]
+    def systems(self) -> list[list[float]]:
+        """The r of the predictor and the corrector."""
+        return [] if self.jump.sharp else [self.r, [*self.r, 1.0]]
 
     def _sum(self, r: list[float]) -> list[float]:
         """-alpha' B sum_k rho_k (x0_k - x0)/r_k as [weight of x0, weights of the x0_k]."""
-        if not r:
-            return [0.0]
-        weights = [-self.alpha * self.scale * rho / x for rho, x in zip(self._rho(r), r, strict=True)]
-        return [-math.fsum(weights), *weights]
+        weights = [-self.alpha * self.scale * rho / x for rho, x in zip(self.rho[len(r)], r, strict=True)]
+        return [0.0 - math.fsum(weights), *weights]
 
     def prediction(self) -> list[float]:
         """Weights of the estimates at i, i - 1, ... in x_(i+1), beside (sigma'/sigma) x_c."""
@@ -118,6 +126,16 @@ class _Step:
         if self.jump.sharp:
             return [0.0]
         base, *past, new = self._sum([*self.r, 1.0])
-        predicted = self._sum(self.r)
-        gaps = [c - p for c, p in zip([base, *past], predicted, strict=True)]
+        gaps = [c - p for c, p in zip([base, *past], self._sum(self.r), strict=True)]
         return [new, *gaps]
+
+
+def _solve(steps: list[_Step]) -> None:
+    """rho of every step, the solutions of sum_k rho_k r_k^(n-1) = b_n, n = 1..count: all of a size at once."""
+    for count in (2, 3):
+        found = [(step, r) for step in steps for r in step.systems() if len(r) == count]
+        if found:
+            matrices = np.array([[[x**n for x in r] for n in range(count)] for _, r in found])
+            sides = np.array([step.b[:count] for step, _ in found])[:, :, None]
+            for (step, _), rho in zip(found, np.linalg.solve(matrices, sides)[:, :, 0].tolist(), strict=True):
+                step.rho[count] = rho

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import NamedTuple
 
 from diffkern.integers import integer
@@ -71,11 +70,12 @@ def rows_of(
             raise ValueError(f"dt must be positive, got {dt}")
     walk = Walk("predictor_corrector", schedule, prediction, None)
     times = _times(schedule, steps, timesteps, spacing)
-    nodes = [walk.node(t) for t in times]
+    nodes = walk.nodes(times)
+    rates = walk.rates(schedule.drift, schedule.diffusion_squared, times=times) if predictor == "euler_maruyama" else []
     rows: list[Row] = []
     at: list[Node] = []
     scores: dict[int, Score] = {}
-    for node, to in zip(nodes, [*nodes[1:], Node(schedule.data_end, 1.0, 0.0)], strict=True):
+    for j, (node, to) in enumerate(zip(nodes, [*nodes[1:], Node(schedule.data_end, 1.0, 0.0)], strict=True)):
         r = node.alpha / to.alpha
         v = max(0.0, node.sigma**2 - (r * to.sigma) ** 2)
         last = to.sigma == 0.0 and denoise
@@ -85,11 +85,11 @@ def rows_of(
             made = walk.row(len(rows), node, node, keep=1.0, pull=e, g=math.sqrt(2.0 * e))
             if corrector == "langevin":
                 scores[len(rows)] = Score(-node.P / node.sigma, -node.Q / node.sigma, size)
-                made = replace(made, g=1.0)  # its coefficients are made after the model call
-            rows.append(replace(made, ends_step=False))
+                made = made.but(g=1.0)  # its coefficients are made after the model call
+            rows.append(made.but(ends_step=False))
             at.append(node)
         if predictor == "none":
-            rows[-1] = replace(rows[-1], ends_step=True)
+            rows[-1] = rows[-1].but(ends_step=True)
             continue
         if predictor == "reverse_diffusion":
             keep, pull, g = 2.0 - r, v, math.sqrt(v)
@@ -99,7 +99,7 @@ def rows_of(
             tilde = r == 1.0 if variance is None else variance == "beta_tilde"
             keep, pull, g = 1.0 / r, v / r, math.sqrt(v) * (to.sigma / node.sigma if tilde else 1.0)
         else:
-            f, g2 = float(schedule.drift(node.v)), float(schedule.diffusion_squared(node.v))
+            f, g2 = rates[j]
             if not (math.isfinite(f) and math.isfinite(g2)):
                 raise ValueError(
                     f"the euler_maruyama predictor needs a finite drift and diffusion at each model call, got {f:g} "

@@ -21,7 +21,8 @@ PUBLIC = {
 ON_A_GRID = [
     name
     for name, function in samplers.SAMPLERS.items()
-    if {"sigmas", "clip"} <= set(inspect.signature(function).parameters) and name != "repaint"
+    if {"sigmas", "clip"} <= set(inspect.signature(function).parameters)
+    and name not in ("repaint", "ddpm", "ddim")  # whose default of spacing depends on the schedule
 ]
 
 
