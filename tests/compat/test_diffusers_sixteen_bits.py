@@ -267,3 +267,37 @@ def test_results_have_the_originals_dtypes(name: str, dtype: torch.dtype) -> Non
         made = [m.dtype for m in getattr(scheduler, "model_outputs", []) if m is not None]
         results.append(({key: value.dtype for key, value in out.items()}, given.dtype, made))
     assert results[0] == results[1]
+
+
+@pytest.mark.full
+def test_repaint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To and fro over the levels, with a known half."""
+    import diffusers.schedulers.scheduling_repaint as repaint
+
+    import diffkern.compat.diffusers._engine as engine
+
+    drawn = torch.randn((2000, 2, 4, 8, 8), generator=torch.Generator().manual_seed(3)).bfloat16()
+
+    def loop_of(scheduler: Any, x: Tensor) -> Tensor:
+        numbers = iter(drawn)
+        for module in (repaint, engine):
+            monkeypatch.setattr(module, "randn_tensor", lambda *args, dtype=None, **kwargs: next(numbers).to(dtype))
+        scheduler.set_timesteps(50, jump_length=10, jump_n_sample=2)
+        scheduler.eta = 0.0
+        known, mask = torch.full_like(x, 0.3), torch.zeros_like(x)
+        mask[..., :4] = 1
+        last = scheduler.timesteps[0] + 1
+        for t in scheduler.timesteps:
+            if t < last:
+                x = scheduler.step(network(scheduler, DDIM, x, t, 0), t, x, known, mask).prev_sample
+            else:
+                x = scheduler.undo_step(x, last)
+            last = t
+        return x
+
+    theirs, ours = pair("RePaintScheduler", clip_sample=False)
+    x = start(theirs, DDIM, torch.bfloat16)
+    want = loop_of(copy.deepcopy(theirs), x.double())
+    found = loop_of(ours, x)
+    assert found.dtype == x.dtype
+    assert distance(found, want) <= min(distance(loop_of(theirs, x), want), UNIT[x.dtype])
