@@ -6,6 +6,7 @@
 #include "../core/softmax.h"
 #include "attention_f64.h"
 #include "attention_pack.h"
+#include "attention_rows.h"
 
 namespace dk::cpu {
 namespace {
@@ -26,7 +27,13 @@ int64_t group_of(const AttentionProblem& p) {
 struct Floats {
   using Element = float;
   static constexpr int64_t kStep = 1;  // channels or keys of an element
-  static constexpr auto keys = left_floats, values = left_floats;
+  static Left<float> keys(const Slice& k, int64_t n, int64_t dim, float* copy, bool read_once) {
+    if (read_once && k.dtype == Dtype::f32 && k.channel == 1) {
+      return {reinterpret_cast<const float*>(k.data), k.token, k.channel};
+    }
+    return left_floats(k, n, dim, copy);
+  }
+  static constexpr auto values = keys;
   static void queries(const Slice& q, int64_t n, int64_t dim, int64_t columns, bool negate, float* tile, float* room) {
     pack_columns(q, n, dim, columns, negate, tile, room);
   }
@@ -37,7 +44,12 @@ struct Floats {
 struct Pairs {
   using Element = Pair;
   static constexpr int64_t kStep = 2;
-  static constexpr auto keys = left_channel_pairs, values = left_token_pairs;
+  static Left<Pair> keys(const Slice& k, int64_t n, int64_t dim, Pair* copy, bool) {
+    return left_channel_pairs(k, n, dim, copy);
+  }
+  static Left<Pair> values(const Slice& v, int64_t n, int64_t dim, Pair* copy, bool) {
+    return left_token_pairs(v, n, dim, copy);
+  }
   static void queries(const Slice& q, int64_t n, int64_t dim, int64_t columns, bool negate, Pair* tile, float*) {
     pack_columns(q, n, dim, columns, negate, tile);
   }
@@ -96,8 +108,8 @@ class Forward {
     for (int64_t i = 0; i < tiles; ++i) begin(tile_[i], q, (first_tile + i) * kQueryTile);
     for (int64_t key = 0; key < p_.keys; key += key_tile_) {
       const int64_t keys = std::min(key_tile_, p_.keys - key);
-      const Left<Element> left_k = P::keys(k.at(key, 0), keys, p_.dim, k_);
-      const Left<Element> left_v = P::values(v.at(key, 0), keys, p_.dim, v_);
+      const Left<Element> left_k = P::keys(k.at(key, 0), keys, p_.dim, k_, one_tile_);
+      const Left<Element> left_v = P::values(v.at(key, 0), keys, p_.dim, v_, one_tile_);
       for (int64_t i = 0; i < tiles; ++i) add(tile_[i], left_k, left_v, keys, key == 0);
     }
     float* lse = static_cast<float*>(args_.lse) + (b * p_.heads + h) * p_.queries;
@@ -139,6 +151,7 @@ class Forward {
   const AttentionTiles& tiles_ = attention_tiles();
   const float scale_ = static_cast<float>(std::fabs(p_.scale) * kLog2E);
   const int64_t group_, key_tile_;
+  const bool one_tile_ = p_.queries <= kQueryTile;  // of queries: keys and values are read once
   QueryTile tile_[kMaxGroup];
   Element *k_, *v_;
   float *logits_, *factor_, *room_;
@@ -153,6 +166,8 @@ void attention(const AttentionArgs& args, int64_t begin, int64_t end) {
   const Dtype dtype = args.problem.dtype;
   if (dtype == Dtype::f64) {
     attention_f64(args, begin, end, kQueryTile);
+  } else if (attention_by_rows(args.problem)) {
+    attention_rows(args, begin, end);
   } else if (in_pairs(dtype)) {
     Forward<Pairs>(args).run(begin, end);
   } else {

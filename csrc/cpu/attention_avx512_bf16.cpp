@@ -10,6 +10,7 @@
 
 #include "attention_avx512.h"
 #include "attention_grad_lanes.h"
+#include "attention_rows_lanes.h"
 
 namespace dk::cpu {
 namespace {
@@ -118,7 +119,7 @@ DK_LANES_TARGET void dot_columns_pairs(const Pair* a, const Pair* b, int64_t row
 
 }  // namespace
 
-const AttentionTiles kAvx512Bf16Tiles{"avx512",     multiply,    multiply_pairs, softmax,          scale_columns,
-                                      softmax_grad, weight_sums, dot_columns,    dot_columns_pairs};
+const AttentionTiles kAvx512Bf16Tiles{"avx512",     multiply,    multiply_pairs, softmax,           scale_columns,
+                                      softmax_grad, weight_sums, dot_columns,    dot_columns_pairs, kRowKernels};
 }  // namespace dk::cpu
 #endif

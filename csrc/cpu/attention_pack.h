@@ -31,8 +31,8 @@ inline Slice head_of(const HeadsView& view, Dtype dtype, int64_t b, int64_t h) {
   return {static_cast<char*>(view.data) + offset * size_of(dtype), dtype, view.token, view.channel};
 }
 
-// A tile as the left operand of a product, rows as they lie in memory. Always a copy: in memory rows are far apart (a
-// stride of 4096 tokens puts all of them into one set of the cache), and some query tiles share it.
+// A tile as the left operand of a product, rows as they lie in memory. A copy where query tiles share it: in memory
+// rows are far apart (a stride of 4096 tokens puts all of them into one set of the cache).
 template <class T>
 struct Left {
   const T* data;

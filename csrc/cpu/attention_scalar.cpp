@@ -1,5 +1,5 @@
 // The inner loops of attention on every machine: vectors of four floats, in the compiler's own vector type.
-#include "../core/arith.h"
+#include "../core/dtype.h"
 
 #define DK_LANES_TARGET
 
@@ -31,14 +31,29 @@ struct V {
     const Ints whole = reinterpret_cast<Ints>(at_least(x) - 0.5f + 12582912.0f);
     return p * reinterpret_cast<Lanes>((whole + 127) << 23);
   }
+  template <class T>
+  DK_HD static Lanes loadu(const T* p) {
+    return Lanes{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])};
+  }
+  template <class T>
+  DK_HD static Lanes part(const T* p) {
+    return loadu(p);
+  }
+  DK_HD static void storeu(float* p, Lanes a) { __builtin_memcpy(p, &a, sizeof a); }
+  DK_HD static void store_part(float* p, Lanes a) { storeu(p, a); }
+  DK_HD static float sum(Lanes a) { return (a[0] + a[1]) + (a[2] + a[3]); }
+  DK_HD static void store_sums(float* p, Lanes a, Lanes b, Lanes c, Lanes d) {
+    p[0] = sum(a), p[1] = sum(b), p[2] = sum(c), p[3] = sum(d);
+  }
 };
 
 }  // namespace
 }  // namespace dk::cpu
 
 #include "attention_grad_lanes.h"
+#include "attention_rows_lanes.h"
 
 namespace dk::cpu {
 const AttentionTiles kScalarTiles{"scalar",           multiply,    nullptr,     softmax_float, scale_columns,
-                                  softmax_grad_float, weight_sums, dot_columns, nullptr};
+                                  softmax_grad_float, weight_sums, dot_columns, nullptr,       kRowKernels};
 }  // namespace dk::cpu

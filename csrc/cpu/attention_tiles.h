@@ -52,6 +52,45 @@ struct SoftmaxGradTile {
   const float* delta;                // [queries]
 };
 
+// Few queries or keys need no tiles: rows are read as they lie, any alignment, of float32 or widened as they are read.
+struct RowDots {
+  Dtype dtype;  // of a and b
+  const void* a;
+  int64_t a_row;
+  const void* b;
+  int64_t b_row;
+  float* c;  // c[i][j] = row i of a . row j of b, for j up to the next multiple of 4, where it is a copy
+  int64_t c_row, rows, columns, depth;
+};
+
+// c[i][j] (+)= sum_k w(i, k) v[k][j]; depth <= 2 kTileDepth, in two chains.
+struct RowMix {
+  Dtype dtype;  // of v
+  const float* w;
+  int64_t w_row, w_depth;
+  const void* v;
+  int64_t v_row;
+  float* c;
+  int64_t c_row, rows, columns, depth;
+  bool accumulate;
+};
+
+// As SoftmaxTile, with a query a row of `row` floats, a multiple of kTileLanes, 64-byte aligned.
+struct SoftmaxRows {
+  float* logits;
+  int64_t row, queries, keys;
+  float scale;
+  float *maximum, *sum, *factor;
+};
+
+struct RowKernels {
+  int64_t few_queries;  // up to so many, rows are faster than tiles
+  void (*dots)(const RowDots&);
+  void (*mix)(const RowMix&);
+  bool (*softmax)(const SoftmaxRows&);
+  void (*scale)(float* c, int64_t c_row, int64_t rows, int64_t columns, const float* factor);  // c[i][j] *= factor[i]
+};
+
 struct AttentionTiles {
   const char* name;  // of the instructions of float32 products
   void (*multiply)(const TileProduct<float>&);
@@ -66,6 +105,7 @@ struct AttentionTiles {
   // sum[j] += sum_i a[i][j] b[i][j], the chain of a product of one row of a with column j of b. Rows of `columns`.
   void (*dot_columns)(const float* a, const float* b, int64_t rows, int64_t columns, float* sum);
   void (*dot_columns_pairs)(const Pair* a, const Pair* b, int64_t rows, int64_t columns, float* sum);
+  const RowKernels& rows;
 };
 
 const AttentionTiles& attention_tiles();  // of the level in use (isa.h)

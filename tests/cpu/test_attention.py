@@ -18,6 +18,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ORDERS = ("tokens", "nchw", "rows", "qkv_nchw", "qkv_tokens", "odd_tokens", "odd_nchw")
 # Around the vectors of 16, the query tiles of 64 and the key tiles of 96, odd, cross attention.
 SIZES = ((1, 1), (1, 77), (15, 16), (16, 15), (17, 95), (63, 96), (64, 97), (65, 64), (77, 65), (127, 130), (130, 1))
+# Few queries or keys are read by rows: around blocks of 2 and 4, 8 or 12 queries, 8 keys and passes of 96 and 192.
+FEW = ((2, 2), (3, 5), (4, 96), (5, 97), (7, 192), (8, 193), (9, 400), (12, 191), (13, 40), (30, 8), (65, 7), (129, 3))
 # The error of the log-sum-exp that a level may show: bfloat16 logits are sums of exact products, its weights rounded.
 LSE = {torch.float32: 2e-6, torch.float16: 2e-6, torch.bfloat16: 2.0**-8, torch.float64: 1e-14}
 
@@ -56,6 +58,19 @@ def test_sizes(kernels: Kernels, dtype: torch.dtype, sizes: tuple[int, int]) -> 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", FEW)
+def test_few_queries_or_keys(kernels: Kernels, dtype: torch.dtype, sizes: tuple[int, int]) -> None:
+    check(kernels, *inputs(sizes[0], 2, 2, sizes, 72, dtype), 72**-0.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [*range(8, 257, 8), 512])
+@pytest.mark.parametrize("sizes", [(3, 99), (35, 5)])
+def test_dims_of_few(kernels: Kernels, dtype: torch.dtype, sizes: tuple[int, int], dim: int) -> None:
+    check(kernels, *inputs(dim, 2, 2, sizes, dim, dtype), dim**-0.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [*range(8, 257, 8), 512])
 def test_dims(kernels: Kernels, dtype: torch.dtype, dim: int) -> None:
     check(kernels, *inputs(dim, 2, 2, (65, 99), dim, dtype), dim**-0.5)
@@ -69,8 +84,9 @@ def test_many(kernels: Kernels, dtype: torch.dtype, sizes: tuple[int, int], dim:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 1e-3, 3.0])
-def test_scales(kernels: Kernels, dtype: torch.dtype, scale: float) -> None:
-    check(kernels, *inputs(3, 2, 2, (100, 90), 64, dtype), scale)
+@pytest.mark.parametrize("sizes", [(100, 90), (5, 210), (30, 8)])
+def test_scales(kernels: Kernels, dtype: torch.dtype, sizes: tuple[int, int], scale: float) -> None:
+    check(kernels, *inputs(3, 2, 2, sizes, 64, dtype), scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -94,7 +110,9 @@ def test_float64(kernels: Kernels) -> None:
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-@pytest.mark.parametrize(("sizes", "dim"), [((77, 65), 40), ((1, 33), 8), ((130, 1), 24), ((300, 131), 256)])
+@pytest.mark.parametrize(
+    ("sizes", "dim"), [((77, 65), 40), ((1, 33), 8), ((130, 1), 24), ((300, 131), 256), ((8, 200), 72), ((150, 5), 40)]
+)
 def test_layouts(kernels: Kernels, dtype: torch.dtype, sizes: tuple[int, int], dim: int) -> None:
     """Every axis order of every operand gives the bits of contiguous tensors, and writes nothing else."""
     q, k, v = inputs(6, 2, 2, sizes, dim, dtype)
@@ -120,7 +138,7 @@ def test_expanded(kernels: Kernels, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-@pytest.mark.parametrize(("sizes", "dim"), [((600, 110), 24), ((333, 260), 40), ((300, 77), 256)])
+@pytest.mark.parametrize(("sizes", "dim"), [((600, 110), 24), ((333, 260), 40), ((300, 77), 256), ((200, 6), 40)])
 def test_any_split(kernels: Kernels, dtype: torch.dtype, sizes: tuple[int, int], dim: int) -> None:
     """The bits depend neither on threads, nor on the tasks of a call, nor on the rest of the batch."""
     q, k, v = inputs(8, 2, 2, sizes, dim, dtype)
