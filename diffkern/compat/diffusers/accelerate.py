@@ -11,6 +11,7 @@ from diffusers import SchedulerMixin
 from torch import nn
 
 from diffkern.compat.diffusers.attention import DiffkernAttnProcessor, why_not
+from diffkern.compat.kit import kernels
 
 __all__ = ["Report", "Swap", "accelerate", "restore"]
 
@@ -55,7 +56,8 @@ class Report(tuple[Swap, ...]):
 
     @property
     def fallbacks(self) -> dict[str, dict[str, int]]:
-        """Layer -> {reason: calls that ran on the original processor until now}, for the layers with such calls."""
+        """Layer -> {reason: calls that ran on the original processor until now, or on torch's attention where it is the
+        faster one}, for the layers with such calls."""
         return {
             f"{swap.component}.{swap.layer}": dict(swap.processor.fallbacks)
             for swap in self
@@ -77,6 +79,8 @@ class Report(tuple[Swap, ...]):
         calls: Counter[str] = Counter()
         for reasons in self.fallbacks.values():
             calls.update(reasons)
+        if kernels.TORCH_HAS_AMX and any(isinstance(swap.processor, DiffkernAttnProcessor) for swap in self):
+            lines.append("  bfloat16 attention runs on torch's kernels where they are faster on this processor (AMX)")
         lines += [f"  fell back to the original in {n} calls: {reason}" for reason, n in calls.items()]
         return "\n".join(lines)
 
@@ -92,7 +96,8 @@ def accelerate(
     the same config and state; ``rng`` and ``exact`` are its options. The pipeline's config keeps diffusers' class, so a
     saved pipeline loads without diffkern.
     ``attention``: every diffusers `Attention` layer whose processor computes softmax(Q K^T) V gets a
-    `DiffkernAttnProcessor`; calls with an attention mask still run on the original (`Report.fallbacks`).
+    `DiffkernAttnProcessor`; calls with an attention mask still run on the original, and those that torch's own
+    attention does faster on this processor run on that (`Report.fallbacks`).
     Raises TypeError for anything else than a pipeline or a model.
     """
     swaps: list[Swap] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import torch
 from diffusers.models.attention_processor import (
     Attention,
     AttnProcessor,
@@ -14,8 +15,9 @@ from diffusers.models.attention_processor import (
     XFormersAttnProcessor,
 )
 from torch import Tensor
+from torch.nn import functional as F
 
-from diffkern.compat.kit.kernels import why_not_channels, why_not_on
+from diffkern.compat.kit.kernels import why_not_channels, why_not_on, why_torch
 from diffkern.ops import attention
 
 __all__ = ["DiffkernAttnProcessor", "why_not"]
@@ -56,8 +58,10 @@ class DiffkernAttnProcessor(AttnProcessor2_0):
     the layer's) and FusedAttnProcessor2_0. Logits and softmax are float32 (float64 for float64) whatever the layer's
     upcast flags say.
     A call with an attention mask runs on ``original``, counted in ``fallbacks`` with its reason; so does one on a
-    device or a dtype without kernels. A layer that `why_not` names a reason for is refused: RuntimeError of the op, or
-    AttributeError of a layer of another kind.
+    device or a dtype without kernels. Where torch's F.scaled_dot_product_attention is the faster one (bfloat16 on
+    processors with AMX, see `diffkern.compat.kit.kernels.torch_is_faster`), it does the softmax, counted likewise. A
+    layer that `why_not` names a reason for is refused: RuntimeError of the op, or AttributeError of a layer of another
+    kind.
     A subclass of AttnProcessor2_0, as SDXL's pipelines ask for that class before they keep a VAE in half precision.
     """
 
@@ -65,7 +69,7 @@ class DiffkernAttnProcessor(AttnProcessor2_0):
         super().__init__()
         self.original = AttnProcessor2_0() if original is None else original
         self.fallbacks: Counter[str] = Counter()
-        """Reason -> number of calls that ran on the original processor."""
+        """Reason -> number of calls that ran on the original processor, or on torch's attention as it is faster."""
 
     def __call__(
         self,
@@ -97,7 +101,14 @@ class DiffkernAttnProcessor(AttnProcessor2_0):
         else:  # the processors on scaled_dot_product_attention also normalise queries and keys where the layer says so
             q = q if attn.norm_q is None else attn.norm_q(q)
             k = k if attn.norm_k is None else attn.norm_k(k)
-        out = attention(q, k, v, scale).transpose(1, 2).flatten(2)  # lies in memory as the queries do: no copy
+        reason = why_torch(q, q.shape[3], q.shape[2], k.shape[2])
+        if reason is None:
+            out = attention(q, k, v, scale)
+        else:
+            if not torch.compiler.is_compiling():
+                self.fallbacks[reason] += 1
+            out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+        out = out.transpose(1, 2).flatten(2)  # lies in memory as the queries do: no copy
         out = attn.to_out[1](attn.to_out[0](out))
         if image is not None:
             out = out.transpose(1, 2).reshape(image)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffkern.compat.kit.kernels import why_not_channels, why_not_on
+from diffkern.compat.kit.kernels import why_not_channels, why_not_on, why_torch
 from diffkern.ops import spatial_attention
 
 __all__ = ["FALLBACKS", "QKVAttention", "QKVAttentionLegacy", "qkv_attention"]
 
 FALLBACKS: Counter[str] = Counter()
-"""Reason -> number of calls of this process that ran on torch's own attention, as there is no kernel for them."""
+"""Reason -> number of calls of this process that ran on torch's own attention: there is no kernel, or it is faster."""
 
 
 def qkv_attention(qkv: Tensor, n_heads: int, order: str) -> Tensor:
@@ -27,7 +27,8 @@ def qkv_attention(qkv: Tensor, n_heads: int, order: str) -> Tensor:
     (`diffkern.spatial_attention`). Logits, softmax and sums are float32 whatever the dtype (float64 for float64), where
     the original has the logits and the weights of 16-bit tensors in 16 bits.
     There are kernels for C = 8, 16, ..., 256 and 512, on the CPU and CUDA: any other call runs on
-    F.scaled_dot_product_attention, with a RuntimeWarning and a count in `FALLBACKS`.
+    F.scaled_dot_product_attention, with a RuntimeWarning and a count in `FALLBACKS`; so does, without a warning, one
+    that it does faster (bfloat16 on processors with AMX).
     Raises ValueError for tensors that are not 3-D and AssertionError, as the original, for channels that do not divide.
     """
     if qkv.dim() != 3:
@@ -35,22 +36,31 @@ def qkv_attention(qkv: Tensor, n_heads: int, order: str) -> Tensor:
     width, length = qkv.shape[1:]
     if n_heads < 1 or width % (3 * n_heads):
         raise AssertionError(f"the channels of qkv must be a multiple of 3 x {n_heads} heads, got {width}")
-    reason = why_not_channels(width // (3 * n_heads))
+    dim = width // (3 * n_heads)
+    reason = why_not_channels(dim)
     if reason is None and not qkv.is_meta:  # of which the op tells the shape
         reason = why_not_on(qkv)
     if reason is not None:
+        if not torch.compiler.is_compiling():
+            warnings.warn(f"attention runs on torch's own kernels: {reason}", RuntimeWarning, stacklevel=3)
         return _by_torch(qkv, n_heads, order, reason)
+    columns = length > 1 and qkv.stride(1) != 1
+    reason = why_torch(qkv, dim, length, length, "nchw" if columns else "channels_last")
+    if reason is not None:
+        return _by_torch(qkv, n_heads, order, reason, copies=columns)
     if length > 1 and qkv.stride(2) != 1 and qkv.stride(1) != 1:
         qkv = qkv.contiguous()  # neither positions nor channels lie next to each other
     return spatial_attention(qkv, n_heads, order)
 
 
-def _by_torch(qkv: Tensor, heads: int, order: str, reason: str) -> Tensor:
+def _by_torch(qkv: Tensor, heads: int, order: str, reason: str, copies: bool = False) -> Tensor:
+    """``copies``: with the channels contiguous, which its kernel is several times faster on."""
     if not torch.compiler.is_compiling():
         FALLBACKS[reason] += 1
-        warnings.warn(f"attention runs on torch's own kernels: {reason}", RuntimeWarning, stacklevel=4)
     axes, at = ((heads, 3, -1), 2) if order == "legacy" else ((3, heads, -1), 1)
     q, k, v = (t.transpose(-1, -2) for t in qkv.unflatten(1, axes).unbind(at))
+    if copies:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     return F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).flatten(1, 2)
 
 
