@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from pathlib import Path
 
 import torch
 
 from diffkern import _load
+from diffkern.command._machine import crowding
 from diffkern.demo import checkpoint, pictures
 from diffkern.demo.checkpoint import Recipe
 from diffkern.demo.generate import DEFAULT_STEPS, generate, make_plan
@@ -87,6 +89,9 @@ def _demo(arguments: argparse.Namespace) -> int:
         device=check_device(arguments.device),
         progress=not arguments.quiet,
     )
+    found = crowding() if config.device == "cpu" else None
+    if found is not None:
+        print(f"warning: {found}", file=sys.stderr, flush=True)
     run_demo(config)
     return 0
 

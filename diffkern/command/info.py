@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from diffkern import _load
+from diffkern.command._machine import crowding
 
 __all__ = ["add_command", "report", "text"]
 
@@ -37,7 +38,8 @@ def report() -> dict[str, Any]:
     """Everything `text` prints, as plain data.
 
     Keys: diffkern, python, torch, numpy, build (of the native modules), isa, threads, cuda (ready, text, torch's CUDA,
-    driver, devices) and missing: a list of sentences, each with what to do.
+    driver, devices), crowding (a sentence where other processes or a quota leave torch's threads too few cores, else
+    None) and missing: a list of sentences, each with what to do.
     """
     import diffkern
 
@@ -76,6 +78,7 @@ def report() -> dict[str, Any]:
             "driver": f"CUDA {driver // 1000}.{driver % 1000 // 10}" if driver else "none",
             "devices": devices,
         },
+        "crowding": crowding(),
         "missing": missing,
     }
 
@@ -105,6 +108,8 @@ def text(data: dict[str, Any] | None = None) -> str:
     ]
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
+    if data.get("crowding"):
+        lines += ["", f"Crowded: {data['crowding']}."]
     if data["missing"]:
         lines += ["", "Missing:"] + [f"- {sentence}" for sentence in data["missing"]]
     else:
