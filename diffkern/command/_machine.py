@@ -32,9 +32,8 @@ def crowded(threads: int, cores: float, busy: float | None) -> str | None:
     else:
         return None
     return (
-        f"{what}: threads wait for each other in every operation, and training may be ten times slower. "
-        "One thread (--threads 1, or OMP_NUM_THREADS=1) waits for nobody; "
-        "OMP_WAIT_POLICY=passive helps where there are to be more"
+        f"{what}: threads wait for each other in every operation, and training may be ten times slower. What helps: "
+        "OMP_WAIT_POLICY=passive in the environment, or one thread (--threads 1, OMP_NUM_THREADS=1), which waits for nobody"
     )
 
 

@@ -10,7 +10,16 @@ from torch import Tensor
 
 from diffkern.checks import unknown
 from diffkern.integers import integer
-from diffkern.ops._common import active, function, native, once, one_device, refuse_tangents
+from diffkern.ops._common import (
+    active,
+    below_autograd,
+    differentiates,
+    function,
+    native,
+    once,
+    one_device,
+    refuse_tangents,
+)
 from diffkern.ops._explained import explained
 
 # Numbers as in csrc/bind/attention_views.h.
@@ -31,13 +40,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | Tensor | None = No
     autocast the inputs are cast as those of F.scaled_dot_product_attention are. A scale that requires grad (one number,
     as of cosine attention) multiplies q beforehand, and has its gradient from there.
     """
-    _check_strided("attention", q=q, k=k, v=v)
+    if not q.layout == k.layout == v.layout == torch.strided:
+        _check_strided("attention", q=q, k=k, v=v)
     refuse_tangents("attention", q, k, v, scale if isinstance(scale, Tensor) else None)
-    q, k, v = (_autocast(t) for t in (q, k, v))
+    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+        q, k, v = (_autocast(t) for t in (q, k, v))
     if _is_learned(scale):
         q, scale = _times(q, scale), 1.0
-    op = _Attention.apply if active() else native.attention
-    return op(q, k, v, _scale(scale, q.shape[-1]))[0]
+    scale = _scale(scale, q.shape[-1])
+    if active() or differentiates(q, k, v):
+        op = _Attention.apply if active() else native.attention
+        return op(q, k, v, scale)[0]
+    with below_autograd():
+        return native.attention(q, k, v, scale)[0]
 
 
 @explained("spatial_attention")
@@ -66,8 +81,12 @@ def spatial_attention(qkv: Tensor, num_heads: int, order: str = "new", scale: fl
     dim = qkv.shape[1] // (3 * num_heads) if qkv.dim() > 1 else 0
     if _is_learned(scale) and dim > 0 and qkv.shape[1] == 3 * num_heads * dim:
         qkv, scale = _times(qkv, _of_queries(qkv, num_heads, dim, order, scale)), 1.0
-    op = _SpatialAttention.apply if active() else native.spatial_attention
-    return op(qkv, num_heads, _ORDERS[order], _scale(scale, dim))[0]
+    scale = _scale(scale, dim)
+    if active() or differentiates(qkv):
+        op = _SpatialAttention.apply if active() else native.spatial_attention
+        return op(qkv, num_heads, _ORDERS[order], scale)[0]
+    with below_autograd():
+        return native.spatial_attention(qkv, num_heads, _ORDERS[order], scale)[0]
 
 
 def _scale(scale: float | Tensor | None, dim: int) -> float:

@@ -82,6 +82,21 @@ def as_dtype_of(value: Tensor | float, like: Tensor) -> Tensor:
     return value.to(like.dtype) if isinstance(value, Tensor) else torch.zeros_like(like)
 
 
+# An op with an autograd formula costs 4 us a call more, also where nothing requires grad: more than a small call takes.
+below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
+def differentiates(*tensors: Tensor | None) -> bool:
+    """Whether autograd must see a call on these; torch.compile always sees it."""
+    if torch.compiler.is_compiling():
+        return True
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
 def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
     """The ops have no forward-mode derivatives: said, as torch would take their tangents for zeros."""
     if forward_ad._current_level < 0:

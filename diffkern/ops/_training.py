@@ -13,7 +13,9 @@ from diffkern.ops._common import (
     REDUCTIONS,
     active,
     as_dtype_of,
+    below_autograd,
     check_on_device,
+    differentiates,
     dot,
     empty_like,
     function,
@@ -61,8 +63,12 @@ def noising(
         check_on_device("noising", index, table)
         refuse_tangents("noising", x0, noise, table)
         seeds = numbered(seeds, x0)
-        op = _Noising.apply if active() else native.noising
-        return op(x0, table, index, seeds, stream, noise, want_target, want_eps)
+        args = (x0, table, index, seeds, stream, noise, want_target, want_eps)
+        if active() or differentiates(x0, table, noise):
+            op = _Noising.apply if active() else native.noising
+            return op(*args)
+        with below_autograd():
+            return native.noising(*args)
     except Exception as error:
         explain("noising", noising, locals(), error)
         raise

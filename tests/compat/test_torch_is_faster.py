@@ -52,7 +52,7 @@ def test_the_rule(case: tuple[int, int, int, str], amx: bool) -> None:
         assert not kernels.torch_is_faster(dtype, *case)
 
 
-def test_autocast_counts_as_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_call_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "TORCH_HAS_AMX", True)
     x = torch.zeros(1)
     assert kernels.why_torch(x, 64, 256, 256) is None
@@ -63,6 +63,10 @@ def test_autocast_counts_as_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         assert kernels.why_torch(x.double(), 64, 256, 256) is None
     assert kernels.why_torch(x.bfloat16().to("meta"), 64, 256, 256) is None
+    leaf = x.bfloat16().requires_grad_()
+    assert kernels.why_torch(leaf, 64, 256, 256) is None  # a backward pass will follow
+    with torch.no_grad():
+        assert kernels.why_torch(leaf, 64, 256, 256) is not None
 
 
 @needs("diffusers")

@@ -58,8 +58,11 @@ def torch_is_faster(dtype: torch.dtype, dim: int, queries: int, keys: int, layou
 
 
 def why_torch(x: Tensor, dim: int, queries: int, keys: int, layout: str = "heads") -> str | None:
-    """Why a call on x is left to torch's own attention, one sentence; None where it is not."""
-    if not TORCH_HAS_AMX or x.device.type != "cpu":
+    """Why a call on x is left to torch's own attention, one sentence; None where it is not.
+
+    With a gradient to come it never is: torch's backward pass loses what its forward pass won.
+    """
+    if not TORCH_HAS_AMX or x.device.type != "cpu" or (x.requires_grad and torch.is_grad_enabled()):
         return None
     dtype = x.dtype
     if dtype != torch.float64 and torch.is_autocast_enabled("cpu"):
