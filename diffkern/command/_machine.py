@@ -33,7 +33,7 @@ def crowded(threads: int, cores: float, busy: float | None) -> str | None:
         return None
     return (
         f"{what}: threads wait for each other in every operation, and training may be ten times slower. What helps: "
-        "OMP_WAIT_POLICY=passive in the environment, or one thread (--threads 1, OMP_NUM_THREADS=1), which waits for nobody"
+        "OMP_WAIT_POLICY=passive in the environment, or one thread (--threads 1, OMP_NUM_THREADS=1)"
     )
 
 
