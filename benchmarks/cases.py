@@ -173,8 +173,8 @@ def loss(
     with `stored`, reads the same tensor."""
     schedule = schedules.linear()
     device = setting.device
-    x0, eps = random_tensor(0, shape, setting, dtype), reference_noise(shape, streams.TRAINING).to(device, dtype)
-    pred = random_tensor(3, shape, setting, dtype).requires_grad_()
+    x0, pred = random_tensor(0, shape, setting, dtype), random_tensor(3, shape, setting, dtype).requires_grad_()
+    eps = ops.randn(shape, job_seeds(shape[0], setting), streams.TRAINING, dtype=dtype)
     t = torch.randint(0, schedule.T, (shape[0],), generator=torch.Generator().manual_seed(1)).to(device)
     coefficients = schedule.table(prediction, device)
     table = torch.cat([coefficients[:, 2:], torch.ones_like(coefficients[:, :1])], 1)

@@ -42,6 +42,7 @@ def drop_in(
     steps: int = 20,
     goal: float | None = None,
     rng: str = "torch",
+    dtype: torch.dtype = torch.float32,
     **config: Any,
 ) -> Case:
     """The original takes the same run, with noise from torch's generator. Ours does too with ``rng`` "torch"; with
@@ -53,7 +54,7 @@ def drop_in(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         original, fused = (getattr(module, kind)(**config) for module in (diffusers, compat))
-    x, m = (random_tensor(k, shape, setting) for k in (0, 1))
+    x, m = (random_tensor(k, shape, setting, dtype) for k in (0, 1))
     run, inputs = _runs(kind, steps, x, m)
     seeds = job_seeds(shape[0], setting)
     fused.diffkern(rng=rng, seeds=seeds)

@@ -29,16 +29,22 @@ __all__ = ["TABLE"]
 Q, MAXIMUM = 0.995, 1.5
 
 
-def dynamic_threshold(name: str, setting: Setting, shape: tuple[int, ...], goal: float | None = None) -> Case:
+def dynamic_threshold(
+    name: str,
+    setting: Setting,
+    shape: tuple[int, ...],
+    goal: float | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Case:
     """A predicted x0 thresholded by its quantile. Eager is the form of the pipelines: sort, clamp, divide."""
-    x0 = random_tensor(0, shape, setting)
+    x0 = random_tensor(0, shape, setting, dtype)
 
     def ours() -> Tensor:
         return ops.dynamic_threshold(x0, Q, MAXIMUM)
 
     def formula(x0: Tensor) -> Tensor:
-        s = torch.quantile(x0.abs().flatten(1), Q, dim=1).clamp(1, MAXIMUM).view(-1, 1, 1, 1)
-        return torch.clamp(x0, -s, s) / s
+        s = torch.quantile(x0.float().abs().flatten(1), Q, dim=1).clamp(1, MAXIMUM).view(-1, 1, 1, 1)
+        return (torch.clamp(x0, -s, s) / s).to(x0.dtype)
 
     fused, why = try_compile(formula, setting, x0)
 
@@ -56,9 +62,15 @@ def dynamic_threshold(name: str, setting: Setting, shape: tuple[int, ...], goal:
     return Case(name, "dynamic threshold", shape, x0.dtype, ours, baselines, check, bytes_of(x0, x0))
 
 
-def moments(name: str, setting: Setting, shape: tuple[int, ...], goal: float | None = None) -> Case:
+def moments(
+    name: str,
+    setting: Setting,
+    shape: tuple[int, ...],
+    goal: float | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Case:
     """Mean and unbiased standard deviation of each sample."""
-    x = random_tensor(0, shape, setting)
+    x = random_tensor(0, shape, setting, dtype)
 
     def ours() -> Tensor:
         return ops.moments(x)

@@ -27,17 +27,17 @@ struct CpuBackend {
   struct alignas(64) Part {
     std::atomic<int64_t> next;
     int64_t end, piece;
-    Clock::duration fastest;  // of the whole pieces that this part's thread ran
+    Clock::duration fastest, total;  // of the pieces that this part's thread ran
   };
   static constexpr int64_t kParts = 64, kPieces = 8;
-  static constexpr std::chrono::seconds kLongestAlone{1};
+  static constexpr std::chrono::milliseconds kLongestAlone{500};
 
   // A thread that the system takes off its core keeps one piece waiting, not its whole part. Each begins with the part
   // that it had in the op before, which its cache may hold. Who runs what changes no bit: tasks are independent.
   //
-  // The join still waits for a thread that another process keeps from its core. Where a call took longer than one
-  // thread alone would have, which the fastest piece tells, this one does without the others for ten times what was
-  // lost.
+  // The join still waits for a thread that another process keeps from its core. Where two calls in a row took longer
+  // than one thread alone would have, which the fastest piece tells, this one does without the others for ten times
+  // what was lost. (One such call is nothing yet: the first makes the threads.)
   template <class Kernel>
   static void over(int64_t tasks, int64_t grain, const Kernel& kernel) {
     if (tasks <= grain) return kernel(int64_t{0}, tasks);
@@ -45,6 +45,7 @@ struct CpuBackend {
     if (threads <= 1) return kernel(int64_t{0}, tasks);
     const Clock::time_point start = Clock::now();
     thread_local Clock::time_point alone_until{};
+    thread_local bool was_late = false;
     if (start < alone_until) return kernel(int64_t{0}, tasks);
 
     const int64_t count = std::min(threads, kParts);
@@ -55,26 +56,32 @@ struct CpuBackend {
       parts[i].end = end;
       parts[i].piece = (end - begin + kPieces - 1) / kPieces;
       parts[i].fastest = Clock::duration::max();
+      parts[i].total = Clock::duration::zero();
     }
     torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
-      Clock::duration fastest = Clock::duration::max();
+      Clock::duration fastest = Clock::duration::max(), total = Clock::duration::zero();
       for (int64_t i = 0; i < count; ++i) {
         Part& part = parts[(thread + i) % count];
         int64_t begin;
         while ((begin = part.next.fetch_add(part.piece, std::memory_order_relaxed)) < part.end) {
           const Clock::time_point before = Clock::now();
           kernel(begin, std::min(begin + part.piece, part.end));
-          if (begin + part.piece <= part.end) fastest = std::min(fastest, Clock::now() - before);
+          const Clock::duration taken = Clock::now() - before;
+          total += taken;
+          if (begin + part.piece <= part.end) fastest = std::min(fastest, taken);
         }
       }
-      if (thread < count) parts[thread].fastest = fastest;
+      if (thread < count) parts[thread].fastest = fastest, parts[thread].total = total;
     });
     const Clock::time_point end = Clock::now();
-    Clock::duration fastest = Clock::duration::max();
-    for (int64_t i = 0; i < count; ++i) fastest = std::min(fastest, parts[i].fastest);
-    const bool known = fastest != Clock::duration::max();
-    const Clock::duration lost = known ? end - start - fastest * count * kPieces : Clock::duration::zero();
-    if (lost > std::chrono::milliseconds(1)) alone_until = end + std::min<Clock::duration>(10 * lost, kLongestAlone);
+    Clock::duration fastest = Clock::duration::max(), total = Clock::duration::zero();
+    for (int64_t i = 0; i < count; ++i) fastest = std::min(fastest, parts[i].fastest), total += parts[i].total;
+    if (fastest == Clock::duration::max()) return;
+    const Clock::duration alone = std::max(fastest * count * kPieces, total / 2);  // pieces may differ
+    const Clock::duration lost = end - start - alone;
+    const bool late = lost > std::chrono::milliseconds(1);
+    if (late && was_late) alone_until = end + std::min<Clock::duration>(10 * lost, kLongestAlone);
+    was_late = late;
   }
 
   template <class Args>
