@@ -19,12 +19,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from diffkern import streams
+from diffkern.modes import kept
 
 __all__ = ["LEVELS", "increment", "noise", "position"]
 
@@ -79,7 +79,7 @@ def _units(argument: str, time: float) -> int:
     return round(time * _UNITS)
 
 
-@lru_cache(maxsize=4096)
+@kept(4096)
 def _terms(first: int, last: int, normalised: bool) -> tuple[Tensor, Tensor]:
     """The terms between two times in units of 2^-LEVELS, from the root down."""
     # In integers: tent and t in units of their node's width, so that differences are exact. Then one rounding.
@@ -93,9 +93,7 @@ def _terms(first: int, last: int, normalised: bool) -> tuple[Tensor, Tensor]:
                 nodes.append((1 << level) + k)
                 sizes.append(rise * math.sqrt(1 << level))
     unit = 1.0 / math.sqrt(length * _UNITS) if normalised else 1.0 / _UNITS
-    with torch.inference_mode(False):  # kept for everybody: an ordinary tensor on the host, wherever it is asked for
-        weights = torch.tensor(sizes, dtype=torch.float64, device="cpu") * unit
-        return torch.tensor(nodes, dtype=torch.int64, device="cpu") + streams.BROWNIAN, weights
+    return torch.tensor(nodes, dtype=torch.int64) + streams.BROWNIAN, torch.tensor(sizes, dtype=torch.float64) * unit
 
 
 def _tent(x: int, width: int) -> int:

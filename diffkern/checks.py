@@ -1,12 +1,16 @@
-"""What a function of the user's returned, checked; how errors say it; what a mask means."""
+"""What a function of the user's returned, and what a dtype holds, checked; how errors say it; what a mask means."""
 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
+
+ROOM = 8.0
+"""Standard deviations of noise that a state and a target have room for; the normals of `ops.randn` end at 6.7."""
 
 
 def got(value: object) -> str:
@@ -141,3 +145,21 @@ def need_model(value: object, name: str = "model") -> None:
 def opened(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """How far a mask lets x' through, from 0 to 1: its numbers, or for bool and integers 1 where they are not 0."""
     return mask.to(dtype) if mask.is_floating_point() else (mask != 0).to(dtype)
+
+
+def most_in(dtype: torch.dtype) -> float:
+    """The largest coefficient of noise in a state or a target of this dtype.
+
+    8 standard deviations are numbers of the dtype, and their squares numbers of the arithmetic: 8188 for float16, 2e18
+    for bfloat16 and float32, 2e153 for float64.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    return min(torch.finfo(dtype).max, math.sqrt(torch.finfo(wide).max)) / ROOM
+
+
+def check_level(sigma: float, dtype: torch.dtype, what: str = "the noise level of the state") -> None:
+    """Raise ValueError unless a state of this dtype can have a noise level (or a scale) of ``sigma``."""
+    if not abs(sigma) <= most_in(dtype):
+        narrow = str(dtype).removeprefix("torch.")
+        wide = "torch.bfloat16 or torch.float32" if dtype == torch.float16 else "torch.float64"
+        raise ValueError(f"{what} must be at most {most_in(dtype):.4g} in {narrow}, got {sigma:.6g}: use {wide}")

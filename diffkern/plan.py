@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from diffkern import streams
+from diffkern.modes import neutral
 from diffkern.schedules.predictions import check_prediction
 
 COLUMNS = (
@@ -311,9 +312,8 @@ class Plan:
 
 
 def _host_table(rows: list[tuple[float, ...]]) -> Tensor:
-    """A table that outlives where it was made: an inference mode, a default device."""
-    with torch.inference_mode(False):
-        return torch.tensor(rows, dtype=torch.float64, device="cpu")
+    with neutral():
+        return torch.tensor(rows, dtype=torch.float64)
 
 
 def _row_from(data: Mapping[str, Any]) -> Row:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from diffkern import ops
 from diffkern.compat.kit import loop
+from diffkern.modes import kept
 from diffkern.plan import Plan
 from diffkern.samplers.nodes import Coordinates, Node, grid
 from diffkern.samplers.runge_kutta import heun, tableau_plan
@@ -60,7 +60,7 @@ def edm_sampler(
     if known != hats:
         plan = _rounded_heun(levels, churn, tuple(zip(hats, known, strict=True)))
     rows = plan.rows
-    times = torch.tensor([row.time for row in rows], dtype=torch.float64).to(latents.device).unbind()
+    times = torch.tensor([row.time for row in rows], dtype=torch.float64, device="cpu").to(latents.device).unbind()
 
     def call(x: Tensor, i: int) -> Tensor:
         m: Tensor = net(x, times[i], class_labels)
@@ -81,7 +81,7 @@ def _rounded(net: Any, levels: list[float], like: Tensor) -> list[float]:
     return rounded
 
 
-@lru_cache(maxsize=64)
+@kept(64)
 def _heun(levels: Levels, churn: Churn) -> Plan:
     return heun(edm(), sigmas=levels, prediction="x0", churn=churn[0], churn_range=churn[1], churn_noise=churn[2])
 
@@ -99,7 +99,7 @@ class _Rounding(Coordinates):
         return super().nodes([known.get(v, v) for v in values], times, clamp=clamp)
 
 
-@lru_cache(maxsize=64)
+@kept(64)
 def _rounded_heun(levels: Levels, churn: Churn, known: tuple[tuple[float, float], ...]) -> Plan:
     space, nodes, end = grid("heun", edm(), None, "x0", levels, None, "linspace", None)
     own = _Rounding(space.schedule, space.prediction, space.clip, space.in_time, known)

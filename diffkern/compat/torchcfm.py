@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from functools import lru_cache
 from typing import Any, ClassVar, cast
 
 import torch
@@ -26,6 +25,7 @@ from diffkern import ops
 from diffkern.compat.kit.rows import of_samples, table_of
 from diffkern.compat.kit.transforms import transformed
 from diffkern.compat.kit.transport import OTPlanSampler
+from diffkern.modes import kept
 
 __all__ = [
     "ConditionalFlowMatcher",
@@ -46,7 +46,7 @@ def pad_t_like_x(t: Any, x: Tensor) -> Any:
 
 
 # ------------------------------------------------------------------------------------------------------ the fused op
-@lru_cache(maxsize=256)
+@kept(256)
 def _weights(cls: Any, sigma: float) -> tuple[Tensor, Tensor]:
     """(constant [columns], weights [features, columns]): x_t and u_t are linear in the features of a time."""
 
@@ -61,17 +61,15 @@ def _weights(cls: Any, sigma: float) -> tuple[Tensor, Tensor]:
     return constant, torch.stack(units).nan_to_num(0.0)  # inf - inf, where nothing is clipped
 
 
-@lru_cache(maxsize=256)
+@kept(256)
 def _constants(cls: Any, sigma: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    with torch.inference_mode(False):
-        constant, weights = _weights(cls, sigma)
-        return constant.to(device), weights.to(device)
+    constant, weights = _weights(cls, sigma)
+    return constant.to(device), weights.to(device)
 
 
-@lru_cache(maxsize=64)
+@kept(64)
 def _samples(batch: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.arange(batch, device=device)
+    return torch.arange(batch, device=device)
 
 
 def _step(x: Tensor, m: Tensor, z: Tensor | None, table: Tensor, want_s: bool = False) -> tuple[Tensor, Any]:

@@ -14,7 +14,9 @@ from diffkern import ops
 from diffkern.checks import must_return, returned, unwrapped
 from diffkern.guidance._conditions import batch_times
 from diffkern.guidance._guided import Model
+from diffkern.guidance._spans import number
 from diffkern.integers import as_integer
+from diffkern.modes import neutral, readable
 from diffkern.plan import COLUMNS
 from diffkern.schedules.base import Schedule
 from diffkern.schedules.discrete import DiscreteSchedule
@@ -49,7 +51,7 @@ def classifier_gradient(classifier: Model, y: Tensor | int, scale: float | Tenso
         label = torch.as_tensor(y, dtype=torch.int64, device=logits.device)
         if label.ndim and label.shape[0] != batch:
             raise ValueError(f"y must have one class a sample ({batch}), got shape {list(label.shape)}")
-        if label.device.type == "cpu" and not bool(((label >= 0) & (label < logits.shape[1])).all()):
+        if readable(label) and not bool(((label >= 0) & (label < logits.shape[1])).all()):
             raise ValueError(f"y must be classes in 0..{logits.shape[1] - 1}, got {label.tolist()}")
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return wide.log_softmax(1).gather(1, label.expand(batch)[:, None])[:, 0]
@@ -133,7 +135,7 @@ class ClassifierGuided:
         m = unwrapped(self.model(x.clone(), t.clone() if isinstance(t, Tensor) else t, *args, **kwargs))
         learned = x.ndim > 1 and m.shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:])
         m = m if learned else returned(m, x.shape)
-        time = t if isinstance(t, Tensor) else torch.tensor(t, device=x.device)
+        time = t if isinstance(t, Tensor) else number(t, x.device)
         time = self._time(time.to(x.device))
         if self.prediction == "edm":
             scale = 1.0 / self.schedule.input_scale("edm", time)
@@ -171,11 +173,11 @@ class ClassifierGuided:
         if isinstance(self.schedule, DiscreteSchedule) and not time.is_floating_point():
             key = str(x.device)
             if key not in self._tables:
-                with torch.inference_mode(False):  # calls with gradients cannot save inference tensors
+                with neutral():
                     shift = score_shift(self.schedule, self.prediction, torch.arange(self.schedule.T))
                     self._tables[key] = _table("e0", shift.to(x.device), d=1.0)
             ok = (time >= 0) & (time < self.schedule.T)
-            if time.device.type == "cpu" and not bool(ok.all()):
+            if readable(time) and not bool(ok.all()):
                 raise ValueError(f"t must be times of {self.schedule.name}, got {time.tolist()}")
             return self._tables[key], time
         shift = score_shift(self.schedule, self.prediction, time)

@@ -14,7 +14,8 @@ from torch import Tensor
 from diffkern import ops
 from diffkern.checks import must_return, unwrapped
 from diffkern.guidance._conditions import batch_times, check_alike, check_batch, expanded, learned, repeated, stacked
-from diffkern.guidance._spans import Locator, TimeSpan
+from diffkern.guidance._spans import Locator, TimeSpan, number
+from diffkern.modes import neutral, readable
 from diffkern.plan import COLUMNS, SLOTS
 
 Model = Callable[..., Tensor]
@@ -84,7 +85,8 @@ class Guided:
         constant = [w for w in self._weights if isinstance(w, float)]
         rows = [[1.0] * len(self._weights)] + ([constant] if len(constant) == len(self._weights) else [])
         # The branches that are called outside the interval and, if every weight is a number, inside.
-        self._needs = [self._needed(torch.tensor(row, dtype=torch.float64)) for row in rows]
+        with neutral():
+            self._needs = [self._needed(torch.tensor(row, dtype=torch.float64)) for row in rows]
         if rescale:
             self._needs[1:] = [tuple(sorted({*needed, kept})) for needed in self._needs[1:]]
 
@@ -176,7 +178,7 @@ class Guided:
         """The tables: row 0 outside the interval, then the weights' (if constant), one row or one a sample."""
         if device not in self._tables:
             batch = 1 if self._batch is None else self._batch
-            with torch.inference_mode(False):  # also for calls with gradients, which cannot save inference tensors
+            with neutral():
                 rows = torch.ones(1, len(self._weights), dtype=torch.float64, device=device)
                 if not self._by_time:
                     columns = [torch.as_tensor(w, dtype=torch.float64, device=device) for w in self._weights]
@@ -207,7 +209,7 @@ class Guided:
         """The j-th weight of each sample at the times t, [B] float64."""
         weight = self._weights[j]
         if callable(weight):
-            weight = weight(t if isinstance(t, Tensor) else torch.tensor(t, device=device))
+            weight = weight(t if isinstance(t, Tensor) else number(t, device))
         value = torch.as_tensor(weight, dtype=torch.float64, device=device)
         if value.ndim > 1 or (value.ndim == 1 and value.shape[0] != batch):
             raise ValueError(f"{self._names[j]} must give a number or one a sample [{batch}], got {list(value.shape)}")
@@ -266,7 +268,7 @@ class Guided:
                 check_batch(self.branches[b].name, self.branches[b].cond, batch)
             if fresh:
                 return _together(conds, batch)
-            with torch.inference_mode(False):  # as in `_on`
+            with neutral():
                 made = _together(conds, batch)
             self._stacked = {k: v for k, v in self._stacked.items() if k[1] == batch}  # of one batch size at a time
             self._stacked[key] = made
@@ -341,7 +343,7 @@ def _checked(name: str, weight: Weight) -> Weight:
             )
         if weight.requires_grad:
             raise ValueError(f"{name} must not require a gradient, got requires_grad=True")
-        if weight.device.type == "cpu" and not bool(torch.isfinite(weight).all()):
+        if readable(weight) and not bool(torch.isfinite(weight).all()):
             raise ValueError(f"{name} must be finite, got {weight.tolist()}")
         return weight
     if callable(weight):

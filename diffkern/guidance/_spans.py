@@ -14,6 +14,11 @@ from diffkern.schedules.base import Schedule
 from diffkern.schedules.discrete import DiscreteSchedule
 
 
+def number(t: Any, device: torch.device | str) -> Tensor:
+    """A time that is no tensor, as one; a float in float32, whatever the default dtype."""
+    return torch.tensor(t, dtype=torch.float32 if isinstance(t, float) else None, device=device)
+
+
 @dataclass(frozen=True)
 class TimeSpan:
     """The model times low <= t <= high; float32 numbers, or whole ones where the times are."""
@@ -33,7 +38,7 @@ class TimeSpan:
 
     def holds(self, t: float) -> bool:
         """`contains` of one number."""
-        return bool(self.contains(torch.tensor(t)))
+        return bool(self.contains(number(t, "cpu")))
 
 
 class Locator:
@@ -168,8 +173,7 @@ def _closed(bound: float, upper: bool, included: bool, integer: bool) -> float:
     """The last time on the inner side of ``bound``: itself if it is included, else its neighbour among the times."""
     if integer:
         return bound if included else bound + (-1.0 if upper else 1.0)
-    value = torch.tensor(bound, dtype=torch.float32)
-    towards = torch.tensor(-math.inf if upper else math.inf)
+    value, towards = torch.tensor([bound, -math.inf if upper else math.inf], dtype=torch.float32, device="cpu")
     return float(value if included else torch.nextafter(value, towards))
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffkern.objectives._time_sampler import TimeSampler, level_index, require
-from diffkern.schedules.base import Schedule, check_constants
+from diffkern.schedules.base import Schedule, as_float64, as_time, check_constants
 from diffkern.schedules.discrete import DiscreteSchedule
 from diffkern.schedules.exploding import EDMSchedule
 
@@ -32,11 +34,11 @@ class _Share(TimeSampler):
 
     def density(self, t: Tensor, schedule: Schedule | None = None) -> Tensor:
         """cdf((t+1)/T) - cdf(t/T), or pdf divided by the length of the time range."""
-        t = torch.as_tensor(t)
+        t = t if isinstance(t, Tensor) else as_time(t)
         if isinstance(schedule, DiscreteSchedule):
             k = level_index(schedule, t)
             return self.cdf((k + 1.0) / schedule.T) - self.cdf(k / schedule.T)
-        t = torch.as_tensor(t, dtype=torch.float64)
+        t = as_float64(t)
         if schedule is None:
             require((t >= 0) & (t <= 1), t, "lie in [0, 1] (0 is data, 1 is noise)")
             return self.pdf(t)
@@ -218,40 +220,51 @@ class LogNormal(TimeSampler):
         if schedule is None or isinstance(schedule, EDMSchedule):
             return self.quantile(u)
         if isinstance(schedule, DiscreteSchedule):
-            lowest, highest = schedule.sigma_ve(torch.tensor([0, schedule.T - 1])).tolist()
+            lowest, highest = numbers(schedule.sigma_ve(torch.tensor([0, schedule.T - 1], device=host(u.device))))
             sigma = self.quantile(u).clamp(lowest, highest)
             return schedule.time_of_log_snr(-2.0 * sigma.log()).add(0.5).floor().to(torch.int64)
-        lowest, highest, below, part = self._inside(schedule)
+        lowest, highest, below, part = self._inside(schedule, u.device)
         sigma = self.quantile(below + u * part).clamp(lowest, highest)
         low, high = schedule.time_range
         return schedule.time_of_log_snr(-2.0 * sigma.log()).clamp(low, high)
 
     def density(self, t: Tensor, schedule: Schedule | None = None) -> Tensor:
         """On sigma; or pdf(sigma/alpha) |d(sigma/alpha)/dt| over the part inside; or the mass nearest to a level."""
-        t = torch.as_tensor(t)
+        t = t if isinstance(t, Tensor) else as_time(t)
         if isinstance(schedule, DiscreteSchedule):
             k, last = level_index(schedule, t), schedule.T - 1
             above = torch.where(k < last, self.cdf(schedule.sigma_ve((k + 0.5).clamp(max=last))), 1.0)
             below = torch.where(k > 0, self.cdf(schedule.sigma_ve((k - 0.5).clamp(min=0.0))), 0.0)
             return above - below
-        t = torch.as_tensor(t, dtype=torch.float64)
+        t = as_float64(t)
         if schedule is None or isinstance(schedule, EDMSchedule):
             require(t >= 0, t, "be a noise level >= 0")
             return self.pdf(t)
         low, high = schedule.time_range
         require((t >= low) & (t <= high), t, f"lie in [{low:g}, {high:g}], the training times of {schedule.name}")
         sigma = schedule.sigma_ve(t)
-        part = self._inside(schedule)[3]
+        part = self._inside(schedule, t.device)[3]
         # pdf(sigma) d(sigma)/dt with d(sigma)/dt = sigma/2 |d log_snr/dt|, and 0, not 0 times inf, at sigma = 0 or inf
         inside = (sigma > 0) & torch.isfinite(sigma)
         slope = 0.5 * sigma * schedule.log_snr_dot(t).abs()
         return torch.where(inside, self.pdf(sigma) * torch.where(inside, slope, 0.0) / part, 0.0)
 
-    def _inside(self, schedule: Schedule) -> tuple[float, float, float, float]:
+    def _inside(self, schedule: Schedule, device: torch.device) -> tuple[Any, Any, Any, Any]:
         """Lowest and highest sigma/alpha of the schedule's time range, the share of the density below and inside it.
 
         Made on the host, as plain numbers: a device has nothing to wait for.
         """
-        levels = schedule.sigma_ve(torch.tensor(schedule.time_range, dtype=torch.float64)).sort().values
-        below, above = self.cdf(levels).tolist()
-        return *levels.tolist(), below, above - below
+        ends = torch.tensor(schedule.time_range, dtype=torch.float64, device=host(device))
+        levels = schedule.sigma_ve(ends).sort().values
+        below, above = numbers(self.cdf(levels))
+        return *numbers(levels), below, above - below
+
+
+def host(device: torch.device) -> torch.device:
+    """Where to work out plain numbers: the CPU, but on the device in a graph, which has none."""
+    return device if torch.compiler.is_compiling() else torch.device("cpu")
+
+
+def numbers(values: Tensor) -> Sequence[Any]:
+    """Plain numbers; in a graph 0-dim tensors."""
+    return values.unbind() if torch.compiler.is_compiling() else values.tolist()

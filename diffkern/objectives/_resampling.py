@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from diffkern.integers import integer
+from diffkern.modes import neutral, readable
 from diffkern.objectives._time_sampler import TimeSampler, require
-from diffkern.schedules.base import Schedule, readable
+from diffkern.schedules.base import Schedule, as_time
 from diffkern.schedules.discrete import DiscreteSchedule
 
 
@@ -41,8 +42,9 @@ class LossSecondMoment(TimeSampler):
             raise ValueError(f"uniform_share must lie in (0, 1], got {uniform_share}")
         self.T, self.history, self.uniform_share = T, history, uniform_share
         self.stratified, self.permute = stratified, permute
-        self._losses = torch.zeros(T, history, dtype=torch.float64, device=device)
-        self._counts = torch.zeros(T, dtype=torch.int64, device=device)
+        with neutral():
+            self._losses = torch.zeros(T, history, dtype=torch.float64, device=device)
+            self._counts = torch.zeros(T, dtype=torch.int64, device=device)
 
     @property
     def warm(self) -> bool:
@@ -98,7 +100,7 @@ class LossSecondMoment(TimeSampler):
     def density(self, t: Tensor, schedule: Schedule | None = None) -> Tensor:
         """p_t."""
         self._check_schedule(schedule)
-        t = torch.as_tensor(t)
+        t = t if isinstance(t, Tensor) else as_time(t)
         self._check(t)
         return self.pdf(t)
 

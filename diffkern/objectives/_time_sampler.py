@@ -11,8 +11,9 @@ from torch import Tensor
 
 from diffkern import streams
 from diffkern.integers import integer
+from diffkern.modes import readable
 from diffkern.records import parsed
-from diffkern.schedules.base import Schedule, readable
+from diffkern.schedules.base import Schedule
 from diffkern.schedules.discrete import DiscreteSchedule
 from diffkern.schedules.exploding import EDMSchedule
 

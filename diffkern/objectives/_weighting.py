@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffkern.records import parsed
-from diffkern.schedules.base import Schedule, Time, check_constants
+from diffkern.schedules.base import Schedule, Time, as_float64, check_constants
 from diffkern.schedules.predictions import check_prediction, target_coefficients
 
 WeightFunction = Callable[[Tensor, str], Tensor]
@@ -71,7 +71,7 @@ class Weighting(ABC):
 
         For ``eps``, ``x0``, ``v`` and ``score``; the other predictions depend on more of a schedule than its SNR: `at`.
         """
-        value = torch.as_tensor(log_snr, dtype=torch.float64)
+        value = as_float64(log_snr)
         a, b = torch.sigmoid(value), torch.sigmoid(-value)
         forms = self.forms(a, b)
         if check_prediction(prediction) == "score":

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from diffkern.modes import readable
 from diffkern.schedules import predictions
-from diffkern.schedules.base import as_time, readable
+from diffkern.schedules.base import as_time
 
 if TYPE_CHECKING:
     from diffkern.schedules.base import Schedule
@@ -47,14 +48,14 @@ def log_joint(data: Tensor, x: Tensor, t: Tensor, schedule: Schedule, weights: T
         raise ValueError(
             f"data [N, ...] and x [B, ...] must have one sample shape, got {list(data.shape)} and {list(x.shape)}"
         )
-    prior = torch.ones(len(data), dtype=torch.float64) if weights is None else weights.to(torch.float64)
+    prior = torch.ones(len(data), dtype=torch.float64, device="cpu") if weights is None else weights.to(torch.float64)
     if prior.shape != (len(data),):
         raise ValueError(f"weights must have shape [{len(data)}], got {list(prior.shape)}")
     t = as_time(t)
     if t.ndim > 1 or (t.ndim == 1 and len(t) != len(x)):
         raise ValueError(f"t must have shape [] or [{len(x)}] (one time a sample), got {list(t.shape)}")
     alpha, sigma = (rate.reshape(-1, 1).to(x.device) for rate in (schedule.alpha(t), schedule.sigma(t)))
-    if readable(x) and not bool((sigma > 0).all()):
+    if readable(x) and readable(sigma) and not bool((sigma > 0).all()):
         raise ValueError(f"sigma must be positive for a marginal prediction, got {sigma.min().item()}")
     points, state = data.flatten(1).to(torch.float64), x.flatten(1).to(torch.float64)
     gap = state[:, None] - alpha[..., None] * points  # [B, N, D]

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from diffkern.checks import unknown
 from diffkern.objectives._weighting import Forms, WeightFunction, Weighting, check_positive, fold, scale
-from diffkern.schedules.base import Schedule, Time, check_constants
+from diffkern.schedules.base import Schedule, Time, as_float64, as_time, check_constants
 from diffkern.schedules.discrete import DiscreteSchedule
 from diffkern.schedules.predictions import check_prediction
 
@@ -74,7 +74,7 @@ class Uniform(Weighting):
     def __call__(self, log_snr: Time, prediction: str = "eps") -> Tensor:
         """1."""
         check_prediction(prediction)
-        return torch.ones_like(torch.as_tensor(log_snr, dtype=torch.float64))
+        return torch.ones_like(as_float64(log_snr))
 
     def at(self, schedule: Schedule, prediction: str, t: Time, target: str | None = None) -> Tensor:
         """`fold` of the target."""
@@ -251,7 +251,7 @@ class VLB(Weighting):
         """coef_x0^2/(2 variance) for the x0 error, without the beta^2/beta of a step that adds no noise."""
         if not isinstance(schedule, DiscreteSchedule):
             return 0.5 * Likelihood().at(schedule, prediction, t)
-        t = torch.as_tensor(t)
+        t = as_time(t)
         abar_t, abar_s, beta = schedule.abar(t), schedule.abar(t - 1), schedule.beta(t)
         weight = 0.5 * abar_s * beta / (1.0 - abar_t) ** 2
         if self.variance == "beta_tilde" and schedule.T > 1:
@@ -275,8 +275,8 @@ class Custom(Weighting):
 
     def __call__(self, log_snr: Time, prediction: str = "eps") -> Tensor:
         """The function's value, checked for its shape."""
-        value = torch.as_tensor(log_snr, dtype=torch.float64)
-        weight = torch.as_tensor(self.function(value, prediction), dtype=torch.float64)
+        value = as_float64(log_snr)
+        weight = as_float64(self.function(value, prediction))
         if weight.shape != value.shape:
             raise ValueError(
                 f"weight(log_snr, prediction) must return one weight a log_snr, shape {list(value.shape)}, "

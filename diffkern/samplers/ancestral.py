@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from diffkern.modes import neutrally
 from diffkern.names import Prediction, Spacing
 from diffkern.plan import Plan
 from diffkern.samplers._noise_path import clock
@@ -40,6 +41,7 @@ from diffkern.signatures import names_the_nearest, shows_arguments_of
 
 
 @names_the_nearest
+@neutrally
 def ddpm(
     schedule: Schedule,
     steps: int | None = None,
@@ -83,6 +85,7 @@ def ddpm(
 
 
 @names_the_nearest
+@neutrally
 def ddim(
     schedule: Schedule,
     steps: int | None = None,
@@ -201,6 +204,7 @@ def _run(
     return _Steps(space, [*points, end], alpha, sigma, abar.sqrt(), 1.0 - abar, *posterior, beta)
 
 
+@neutrally
 @shows_arguments_of(grid)
 def euler_ancestral(
     schedule: Schedule,
@@ -242,6 +246,7 @@ def euler_ancestral(
 
 
 @names_the_nearest
+@neutrally
 def ddim_inversion(
     schedule: Schedule,
     steps: int | None = None,

@@ -10,6 +10,7 @@ from itertools import compress
 
 from typing_extensions import Unpack
 
+from diffkern.modes import neutrally
 from diffkern.plan import Plan, Row
 from diffkern.samplers._churn import churned_nodes
 from diffkern.samplers.arguments import not_negative
@@ -18,6 +19,7 @@ from diffkern.schedules.base import Schedule
 from diffkern.signatures import shows_arguments_of
 
 
+@neutrally
 @shows_arguments_of(grid)
 def dpm_2(
     schedule: Schedule,
@@ -41,6 +43,7 @@ def dpm_2(
     return chain("dpm_2", space, rows, at, math.hypot(nodes[0].sigma, noises[0]))
 
 
+@neutrally
 @shows_arguments_of(grid)
 def dpm_2_ancestral(
     schedule: Schedule,
@@ -65,6 +68,7 @@ def dpm_2_ancestral(
     return chain("dpm_2_ancestral", space, rows, at)
 
 
+@neutrally
 @shows_arguments_of(grid)
 def dpmpp_2s_ancestral(
     schedule: Schedule,

@@ -19,6 +19,7 @@ from typing import Any
 
 from typing_extensions import Unpack
 
+from diffkern.modes import neutrally
 from diffkern.plan import Plan, Row
 from diffkern.samplers._jump import Jump
 from diffkern.samplers._noise_path import Clock, clock
@@ -39,6 +40,7 @@ from diffkern.schedules.base import Schedule
 from diffkern.signatures import shows_arguments_of
 
 
+@neutrally
 @shows_arguments_of(grid)
 def dpmpp_1s(
     schedule: Schedule,
@@ -59,6 +61,7 @@ def dpmpp_1s(
     return _multistep("dpmpp_1s", 1, space, points, eta, noise, noise_path, "midpoint", False, False)
 
 
+@neutrally
 @shows_arguments_of(grid)
 def dpmpp_2m(
     schedule: Schedule,
@@ -82,12 +85,14 @@ def dpmpp_2m(
     return _multistep("dpmpp_2m", 2, space, points, eta, noise, noise_path, solver, lower_order_final, False)
 
 
+@neutrally
 @shows_arguments_of(dpmpp_2m)
 def dpmpp_2m_sde(schedule: Schedule, steps: int | None = None, *, eta: float = 1.0, **options: Any) -> Plan:
     """`dpmpp_2m` with eta = 1: the reverse SDE, new noise each step; other arguments are `dpmpp_2m`'s."""
     return replace(dpmpp_2m(schedule, steps, eta=eta, **options), name="dpmpp_2m_sde")
 
 
+@neutrally
 @shows_arguments_of(grid)
 def dpmpp_3m(
     schedule: Schedule,
@@ -114,12 +119,14 @@ def dpmpp_3m(
     return _multistep("dpmpp_3m", 3, space, points, eta, noise, noise_path, solver, lower_order_final, compat)
 
 
+@neutrally
 @shows_arguments_of(dpmpp_3m)
 def dpmpp_3m_sde(schedule: Schedule, steps: int | None = None, *, eta: float = 1.0, **options: Any) -> Plan:
     """`dpmpp_3m` with eta = 1: the reverse SDE, new noise each step; other arguments are `dpmpp_3m`'s."""
     return replace(dpmpp_3m(schedule, steps, eta=eta, **options), name="dpmpp_3m_sde")
 
 
+@neutrally
 @shows_arguments_of(grid)
 def dpmpp_2s(
     schedule: Schedule,
@@ -175,6 +182,7 @@ def _middles(space: Coordinates, steps: list[tuple[Node, Node, Jump]], r: float)
     return space.natives(space.at_log_ratios([node.log_ratio + r * jump.h for node, _, jump in steps]))
 
 
+@neutrally
 @shows_arguments_of(dpmpp_2s)
 def dpmpp_sde(schedule: Schedule, steps: int | None = None, *, eta: float = 1.0, **options: Any) -> Plan:
     """`dpmpp_2s` with eta = 1: the reverse SDE, two model calls a step; other arguments are `dpmpp_2s`'s."""

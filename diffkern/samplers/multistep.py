@@ -7,6 +7,7 @@ from typing import Any
 
 from typing_extensions import Unpack
 
+from diffkern.modes import neutrally
 from diffkern.plan import SLOTS, Plan, Row
 from diffkern.samplers._phi import exponential_weights
 from diffkern.samplers.arguments import order_in
@@ -15,6 +16,7 @@ from diffkern.schedules.base import Schedule
 from diffkern.signatures import shows_arguments_of
 
 
+@neutrally
 @shows_arguments_of(grid)
 def lms(
     schedule: Schedule,
@@ -35,6 +37,7 @@ def lms(
     return chain("lms", space, _rows(nodes, end, order, exponential=False), nodes)
 
 
+@neutrally
 @shows_arguments_of(grid)
 def deis(
     schedule: Schedule,

@@ -7,6 +7,7 @@ import math
 
 from diffkern import streams
 from diffkern.integers import integer
+from diffkern.modes import neutrally
 from diffkern.names import Prediction, Spacing
 from diffkern.plan import Plan, Row
 from diffkern.samplers.arguments import need_schedule, not_negative
@@ -18,6 +19,7 @@ from diffkern.signatures import names_the_nearest
 
 
 @names_the_nearest
+@neutrally
 def repaint(
     schedule: Schedule,
     steps: int | None = None,

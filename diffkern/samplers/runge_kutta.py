@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 from typing_extensions import Unpack
 
+from diffkern.modes import kept, neutrally
 from diffkern.plan import Plan, Row
 from diffkern.samplers._churn import churned_nodes
 from diffkern.samplers.nodes import Coordinates, GridOptions, Node, chain, ends_on_x0, grid, row, still
@@ -23,6 +23,7 @@ from diffkern.signatures import shows_arguments_of
 from diffkern.tableaus import EULER, HEUN, MIDPOINT, RK4, RK4_38, Tableau
 
 
+@neutrally
 @shows_arguments_of(grid)
 def euler(
     schedule: Schedule,
@@ -59,6 +60,7 @@ def euler(
     return tableau_plan("euler", EULER, space, nodes, end, (churn, churn_range, churn_noise), end_stage=False)
 
 
+@neutrally
 @shows_arguments_of(grid)
 def heun(
     schedule: Schedule,
@@ -79,6 +81,7 @@ def heun(
     return tableau_plan("heun", HEUN, space, nodes, end, (churn, churn_range, churn_noise), end_stage=False)
 
 
+@neutrally
 @shows_arguments_of(grid)
 def midpoint(
     schedule: Schedule,
@@ -94,6 +97,7 @@ def midpoint(
     return tableau_plan("midpoint", MIDPOINT, space, nodes, end)
 
 
+@neutrally
 @shows_arguments_of(grid)
 def rk4(
     schedule: Schedule,
@@ -110,6 +114,7 @@ def rk4(
     return tableau_plan("rk4", RK4, space, nodes, end)
 
 
+@neutrally
 @shows_arguments_of(grid)
 def rk4_38(
     schedule: Schedule,
@@ -205,7 +210,7 @@ class _Stage(NamedTuple):
     share: float = 0.0
 
 
-@lru_cache(maxsize=64)
+@kept(64)
 def _stages(tableau: Tableau) -> tuple[_Stage, ...]:
     """What the rows of a step have in common, whatever its size."""
     weights = [*tableau.coupling[1:], tableau.weights]

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from diffkern.modes import neutrally
 from diffkern.plan import Plan, Row
 from diffkern.samplers._noise_path import Span, clock
 from diffkern.samplers.arguments import bound, need_schedule, not_negative
@@ -22,6 +23,7 @@ from diffkern.signatures import names_the_nearest
 
 
 @names_the_nearest
+@neutrally
 def euler_maruyama(
     schedule: Schedule,
     steps: int | None = None,
@@ -66,6 +68,7 @@ def euler_maruyama(
 
 
 @names_the_nearest
+@neutrally
 def flow_sde(
     schedule: Schedule,
     steps: int | None = None,
@@ -102,6 +105,7 @@ def flow_sde(
 
 
 @names_the_nearest
+@neutrally
 def langevin(
     schedule: Schedule,
     steps: int,
@@ -121,6 +125,7 @@ def langevin(
 
 
 @names_the_nearest
+@neutrally
 def annealed_langevin(
     schedule: Schedule,
     levels: int | None = None,

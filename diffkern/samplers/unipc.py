@@ -8,6 +8,7 @@ import math
 import numpy as np
 from typing_extensions import Unpack
 
+from diffkern.modes import neutrally
 from diffkern.plan import Plan, Row
 from diffkern.samplers._jump import Jump
 from diffkern.samplers._phi import phi
@@ -17,6 +18,7 @@ from diffkern.schedules.base import Schedule
 from diffkern.signatures import shows_arguments_of
 
 
+@neutrally
 @shows_arguments_of(grid)
 def unipc(
     schedule: Schedule,

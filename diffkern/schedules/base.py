@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
+
+from diffkern.modes import readable
 
 Time = int | float | Tensor
 
@@ -26,36 +27,24 @@ def check_constants(**values: object) -> None:
             )
 
 
-def readable(values: Tensor) -> bool:
-    """Whether values may be looked at: on the CPU, where it costs nothing, and not one of torch.func's or vmap's."""
-    return values.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(values)
-
-
-@contextmanager
-def untransformed() -> Iterator[None]:
-    """Inside: ordinary tensors, also within torch.func, for what is kept for later calls."""
-    if torch._C._functorch.peek_interpreter_stack() is None:
-        yield
-        return
-    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-
-    with temporarily_clear_interpreter_stack():
-        yield
-
-
 def as_time(t: Time) -> Tensor:
-    """``t`` as a tensor: int64 stays int64, other integers become int64, everything else float64."""
-    tensor = t if isinstance(t, Tensor) else torch.as_tensor(t)
+    """``t`` as a tensor: int64 stays int64, other integers become int64, everything else float64. Numbers: CPU."""
+    tensor = t if isinstance(t, Tensor) else torch.as_tensor(t, device="cpu")
     if tensor.is_complex() or tensor.dtype == torch.bool:
         raise ValueError(f"t must be a number or a tensor of numbers, got dtype {tensor.dtype}")
-    if tensor.is_floating_point():
-        # Not through `tensor`: a Python float would have been rounded to float32.
-        return torch.as_tensor(t, dtype=torch.float64)
-    return tensor.to(torch.int64)
+    # Not through `tensor`: a Python float would have been rounded to float32.
+    return as_float64(t) if tensor.is_floating_point() else tensor.to(torch.int64)
+
+
+def as_float64(values: Time | Sequence[float]) -> Tensor:
+    """``values`` as float64: a tensor where it is, numbers on the CPU, whatever the default device."""
+    if isinstance(values, Tensor):
+        return values.to(torch.float64)
+    return torch.as_tensor(values, dtype=torch.float64, device="cpu")
 
 
 def check_times(ok: Tensor, t: Tensor, rule: str) -> Tensor:
-    """``ok`` itself; raises the rule with the first offending value if ``t`` is on the CPU."""
+    """``ok`` itself; raises the rule with the first offending value if ``t`` can be looked at: `modes.readable`."""
     if readable(t) and not bool(ok.all()):
         raise ValueError(f"t must {rule}, got {t[~ok].flatten()[0].item()}")
     return ok
@@ -77,7 +66,7 @@ def need_schedule(schedule: object) -> None:
 
 def as_log_snr(log_snr: Time) -> Tensor:
     """``log_snr`` as a float64 tensor; NaN on the CPU raises ValueError."""
-    value = torch.as_tensor(log_snr, dtype=torch.float64)
+    value = as_float64(log_snr)
     if readable(value) and bool(value.isnan().any()):
         raise ValueError("log_snr must be a number, got nan")
     return value
@@ -237,7 +226,7 @@ class Schedule(ABC):
 
     def time_of_sigma(self, sigma: Time) -> Tensor:
         """The time whose `sigma_ve` is ``sigma``, for grids of noise levels: `time_of_log_snr` of -2 ln sigma."""
-        levels = torch.as_tensor(sigma, dtype=torch.float64)
+        levels = as_float64(sigma)
         check_sigmas(levels)
         return self.time_of_log_snr(-2.0 * levels.log())
 

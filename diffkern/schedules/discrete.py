@@ -8,16 +8,16 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from diffkern.modes import fakes, neutral, neutrally, readable, untraced
 from diffkern.schedules.base import (
     Schedule,
     Time,
+    as_float64,
     as_log_snr,
     as_time,
     check_constants,
     check_log_snrs,
     check_times,
-    readable,
-    untransformed,
 )
 
 __all__ = ["DiscreteSchedule"]
@@ -34,7 +34,11 @@ class DiscreteSchedule(Schedule):
     """Clean data is at -1, the first trained level at 0."""
 
     def __init__(self, alphas_cumprod: Tensor | Iterable[float], name: str = "discrete") -> None:
-        table = float64_vector("alphas_cumprod", alphas_cumprod)
+        self.name = name
+        with neutral():
+            self._set(float64_vector("alphas_cumprod", alphas_cumprod))
+
+    def _set(self, table: Tensor) -> None:
         last = len(table) - 1
         bad = ~((table > 0) & (table < 1))
         bad[last] = not 0 <= float(table[last]) < 1
@@ -49,12 +53,12 @@ class DiscreteSchedule(Schedule):
                 "alphas_cumprod must not increase with t, "
                 f"got alphas_cumprod[{i}] = {float(table[i])} and alphas_cumprod[{i + 1}] = {float(table[i + 1])}"
             )
-        self.name = name
         self._abar = torch.cat([torch.ones(1, dtype=torch.float64), table])  # entry t + 1, so that t = -1 is clean data
         self._ratio = ((1.0 - self._abar) / self._abar).sqrt()
         self._betas = (self._abar[:-1] - self._abar[1:]) / self._abar[:-1]
         self._kept: Tensor | None = None
-        self._cache: dict[tuple[str, str], Tensor] = {}
+        self._hash = hash((len(table), float(table[0]), float(table[-1])))
+        self._cache: dict[tuple[str, str, object], Tensor] = {}
         self.noise_end, self.data_end = float(last), -1.0
 
     @property
@@ -80,8 +84,9 @@ class DiscreteSchedule(Schedule):
     @property
     def kept(self) -> Tensor:
         """The time that a network knows each level by, [T] int64: 0..T-1, or what `subsequence` kept of them."""
-        return torch.arange(self.T) if self._kept is None else self._kept.clone()
+        return torch.arange(self.T, device="cpu") if self._kept is None else self._kept.clone()
 
+    @neutrally
     def subsequence(self, times: Tensor | Iterable[int]) -> DiscreteSchedule:
         """The schedule of the levels ``times`` alone, rising or falling integers in 0..T-1, numbered 0..len-1 anew.
 
@@ -119,11 +124,11 @@ class DiscreteSchedule(Schedule):
             return t
         if not t.is_floating_point():
             ok = check_times((t >= 0) & (t < self.T), t, f"be an integer in 0..{self.T - 1} (T = {self.T})")
-            picked = self._on("kept", t.device, self._kept)[t.clamp(0, self.T - 1)]
+            picked = self._on("kept", t.device).take(t.clamp(0, self.T - 1))
             return torch.where(ok, picked, -1)
         ok = check_times((t >= 0) & (t <= self.T - 1), t, f"lie in [0, {self.T - 1}] (T = {self.T})")
-        kept, low = self._on("kept", t.device, self._kept), torch.where(ok, t, 0.0).floor()
-        here, above = (kept[(low.to(torch.int64) + i).clamp(max=self.T - 1)] for i in (0, 1))
+        kept, low = self._on("kept", t.device), torch.where(ok, t, 0.0).floor()
+        here, above = (kept.take((low.to(torch.int64) + i).clamp(max=self.T - 1)) for i in (0, 1))
         return torch.where(ok, here + (t - low) * (above - here), torch.nan)
 
     def __eq__(self, other: object) -> bool:
@@ -132,35 +137,32 @@ class DiscreteSchedule(Schedule):
         return torch.equal(self.kept, other.kept)
 
     def __hash__(self) -> int:
-        return hash((self.T, float(self._abar[1]), float(self._abar[-1])))
+        return self._hash
 
     def __repr__(self) -> str:
         return f"DiscreteSchedule({self.name}, T={self.T}, alphas_cumprod {self._abar[1]:.6g} .. {self._abar[-1]:.6g})"
 
-    def _on(self, key: str, device: torch.device, value: Tensor) -> Tensor:
-        found = self._cache.get((key, str(device)))
-        if found is None:
-            with untransformed():
-                found = self._cache[key, str(device)] = value.to(device)
-        return found
+    def _on(self, key: str, device: torch.device) -> Tensor:
+        """The levels of that name on a device, copied once."""
+        return _kept_on(self, key, str(device))
 
-    def _gather(self, key: str, values: Tensor, t: Tensor, first: int) -> Tensor:
-        """values[t - first] for integer t in first..T-1; NaN outside on a device, an error on the CPU."""
+    def _gather(self, key: str, t: Tensor, first: int) -> Tensor:
+        """The levels of that name at t - first for integer t in first..T-1; NaN outside, or an error on the CPU."""
         ok = check_times((t >= first) & (t < self.T), t, f"be an integer in {first}..{self.T - 1} (T = {self.T})")
-        picked = self._on(key, t.device, values)[(t - first).clamp(0, len(values) - 1)]
+        picked = self._on(key, t.device).take((t - first).clamp(0, self.T - 1 - first))
         return torch.where(ok, picked, torch.nan)
 
     def abar(self, t: Time) -> Tensor:
         """alphas_cumprod at ``t``: 1 at t = -1; at fractional t from sigma/alpha interpolated linearly."""
         t = as_time(t)
         if not t.is_floating_point():
-            return self._gather("abar", self._abar, t, -1)
+            return self._gather("abar", t, -1)
         ok = check_times((t >= -1) & (t <= self.T - 1), t, f"lie in [-1, {self.T - 1}] (T = {self.T})")
         low = torch.where(ok, t, -1.0).floor()
         index = low.to(torch.int64)
-        exact = self._gather("abar", self._abar, index, -1)
-        here = self._gather("ratio", self._ratio, index, -1)
-        above = self._gather("ratio", self._ratio, (index + 1).clamp(max=self.T - 1), -1)
+        exact = self._gather("abar", index, -1)
+        here = self._gather("ratio", index, -1)
+        above = self._gather("ratio", (index + 1).clamp(max=self.T - 1), -1)
         between = here + (t - low) * (above - here)
         return torch.where(ok, torch.where(t == low, exact, 1.0 / (1.0 + between**2)), torch.nan)
 
@@ -190,16 +192,16 @@ class DiscreteSchedule(Schedule):
         """
         t = as_time(t)
         if not t.is_floating_point():
-            return -0.5 * self._gather("betas", self._betas, t, 0)
+            return -0.5 * self._gather("betas", t, 0)
         ok = check_times((t > -1) & (t <= self.T - 1), t, f"lie in (-1, {self.T - 1}] (T = {self.T})")
         t = torch.where(ok, t, 0.0)
         low = t.floor()
         index = low.to(torch.int64)
-        here = self._gather("ratio", self._ratio, index, -1)
-        rise = self._gather("ratio", self._ratio, (index + 1).clamp(max=self.T - 1), -1) - here
+        here = self._gather("ratio", index, -1)
+        rise = self._gather("ratio", (index + 1).clamp(max=self.T - 1), -1) - here
         check_times(~torch.isinf(rise) | (t == low), t, f"lie outside ({self.T - 2}, {self.T - 1}), as abar ends at 0")
         between = here + (t - low) * rise
-        whole = -0.5 * self._on("betas", t.device, self._betas)[index.clamp(min=0)]
+        whole = -0.5 * self._on("betas", t.device).take(index.clamp(min=0))
         slope = torch.where(torch.isinf(rise), torch.nan, -between * rise / (1.0 + between**2))
         return torch.where(ok, torch.where((t == low) & (index >= 0), whole, slope), torch.nan)
 
@@ -256,12 +258,7 @@ class DiscreteSchedule(Schedule):
 
     def table(self, prediction: str, device: torch.device | str = "cpu") -> Tensor:
         """`coefficients` of t = 0..T-1, [T, 4] float64, made once a prediction and device; do not write into it."""
-        device = torch.device(device)
-        key = ("table:" + prediction, str(device))
-        if key not in self._cache:
-            with untransformed():
-                self._cache[key] = self.coefficients(prediction, torch.arange(self.T)).to(device)
-        return self._cache[key]
+        return _kept_on(self, "table:" + prediction, str(device))
 
     def step_table(self) -> Tensor:
         """Rows (s, n, 0, 1), [T, 4], of the single step q(x_t given x_{t-1}) = N(sqrt(1-beta_t) x_{t-1}, beta_t I)."""
@@ -289,7 +286,7 @@ class DiscreteSchedule(Schedule):
         other libraries are, and agrees at whole t.) Of equal levels the one nearest to the noise end.
         """
         value = as_log_snr(log_snr)
-        levels = self._on("ratio", value.device, self._ratio)
+        levels = self._on("ratio", value.device)
         ok = check_log_snrs(value, -2.0 * levels[-1].log(), math.inf)
         sigma = torch.minimum((-0.5 * value).exp(), levels[-1])
         index = torch.searchsorted(levels, sigma.contiguous(), right=True).clamp(1, self.T)
@@ -304,7 +301,7 @@ class DiscreteSchedule(Schedule):
 
         ``sigma`` must lie within the table's levels sigma_ve(0)..sigma_ve(T-1) up to a relative 1e-6.
         """
-        sigma = torch.as_tensor(sigma, dtype=torch.float64)
+        sigma = as_float64(sigma)
         levels = self._ratio[1:]
         low, high = float(levels[0]), float(levels[-1])
         bad = ~((sigma >= low * (1 - 1e-6)) & (sigma <= high * (1 + 1e-6)))
@@ -332,10 +329,27 @@ def mixed_variance(beta: Tensor, beta_tilde: Tensor, kind: str | float) -> Tenso
     return beta**v * beta_tilde ** (1.0 - v)
 
 
+@untraced
+def _kept_on(schedule: DiscreteSchedule, key: str, device: str) -> Tensor:
+    """A table of the schedule on a device, made there once."""
+    mode = fakes(device)
+    found = schedule._cache.get((key, device, mode))
+    if found is None:
+        kind, _, prediction = key.partition(":")
+        with neutral():
+            levels = torch.arange(schedule.T)
+            values = schedule.coefficients(prediction, levels) if kind == "table" else getattr(schedule, f"_{kind}")
+            found = values.to(device) if mode is None else values
+        if mode is not None:
+            found = values.to(device)
+        schedule._cache[key, device, mode] = found
+    return found
+
+
 def float64_vector(argument: str, values: Tensor | Iterable[float]) -> Tensor:
     check_constants(**{argument: values})
-    tensor = values if isinstance(values, Tensor) else torch.as_tensor(list(values), dtype=torch.float64)
-    tensor = tensor.detach().to(device="cpu", dtype=torch.float64).clone()
+    tensor = as_float64(values if isinstance(values, Tensor) else list(values))
+    tensor = tensor.detach().to("cpu").clone()
     if tensor.ndim != 1 or tensor.numel() == 0:
         raise ValueError(f"{argument} must be a non-empty list of numbers, got shape {list(tensor.shape)}")
     if not bool(torch.isfinite(tensor).all()):

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from diffkern.schedules.base import LogSNRDefined, Schedule, Time, UnitTime, readable
+from diffkern.modes import neutral, readable
+from diffkern.schedules.base import LogSNRDefined, Schedule, Time, UnitTime
 
 __all__ = ["FlowSchedule", "LogSNRSchedule", "PathSchedule"]
 
@@ -84,6 +85,8 @@ def derivative(name: str, function: Function, t: Tensor) -> Tensor:
 
     Itself differentiable in t and in what the function holds, where gradients are recorded and either requires one.
     """
+    if torch.compiler.is_dynamo_compiling():  # which traces this form of it
+        return torch.func.grad(lambda at: call(name, function, at).sum())(t)
     learned = torch.is_grad_enabled() and (t.requires_grad or call(name, function, t).requires_grad)
     with torch.inference_mode(False), torch.enable_grad():
         at = t.clone() if learned and t.requires_grad else t.detach().clone().requires_grad_(True)
@@ -103,7 +106,7 @@ def _check(name: str, value: Tensor, t: Tensor, ok: Tensor, rule: str) -> Tensor
 
 
 def _grid() -> Tensor:
-    return torch.linspace(0.0, 1.0, 1025, dtype=torch.float64)
+    return torch.linspace(0.0, 1.0, 1025, dtype=torch.float64, device="cpu")
 
 
 def _falling(schedule: Schedule) -> str:
@@ -150,7 +153,7 @@ class PathSchedule(UnitTime):
                 raise ValueError(f"{argument} must be a function of t, got {value!r}")
         if not 0.0 <= self.time_eps < 1.0:
             raise ValueError(f"time_eps must lie in [0, 1), got {self.time_eps}")
-        with torch.no_grad():
+        with neutral():
             self._look()
 
     def _look(self) -> None:
@@ -227,7 +230,7 @@ class LogSNRSchedule(LogSNRDefined):
     def __post_init__(self) -> None:
         if not callable(self.function):
             raise ValueError(f"log_snr must be a function of t, got {self.function!r}")
-        with torch.no_grad():
+        with neutral():
             self.log_snr(_grid())
             turns = _falling(self)
         if turns:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from diffkern.checks import unknown
+from diffkern.modes import readable
 from diffkern.names import Prediction
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def target_coefficients(schedule: Schedule, prediction: str, t: Time) -> tuple[T
     if prediction == "v":
         return -sigma, alpha
     if prediction == "score":
-        if _readable(sigma) and bool((sigma == 0).any()):
+        if readable(sigma) and bool((sigma == 0).any()):
             raise ValueError(
                 "prediction 'score' is -eps/sigma and has no value where sigma is 0: "
                 f"{schedule.name}, t={_first(t, sigma == 0)}; take another prediction, or times without this one"
@@ -186,17 +187,11 @@ def per_sample(coefficient: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _check_det(det: Tensor, schedule: Schedule, prediction: str, t: Time) -> None:
     # On a device the check would wait for it; there the result is inf or NaN, as for a time outside the table.
-    if _readable(det) and bool((det == 0).any()):
+    if readable(det) and bool((det == 0).any()):
         raise ValueError(
             f"prediction {prediction!r} does not determine x0 and eps where alpha v - sigma u is 0: "
             f"{schedule.name}, t={_first(t, det == 0)}; take a prediction that does, or times without this one"
         )
-
-
-def _readable(values: Tensor) -> bool:
-    from diffkern.schedules.base import readable  # which imports this module
-
-    return readable(values)
 
 
 def _first(t: Time, bad: Tensor) -> str:

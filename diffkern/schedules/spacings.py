@@ -56,7 +56,9 @@ def beta_sigmas(n: int, sigma_min: float, sigma_max: float, a: float = 0.6, b: f
         from scipy.special import betaincinv
     except ImportError as error:
         raise ImportError("beta_sigmas needs scipy: pip install 'diffkern[grids]'") from error
-    part = torch.tensor([float(betaincinv(a, b, 1.0 - x)) for x in _ramp(n).tolist()], dtype=torch.float64)
+    part = torch.tensor(
+        [float(betaincinv(a, b, 1.0 - x)) for x in _ramp(n).tolist()], dtype=torch.float64, device="cpu"
+    )
     return _ending_in_0(sigma_min + part * (sigma_max - sigma_min))
 
 
@@ -146,11 +148,11 @@ def resolution_mu(
 
 def _ramp(n: int) -> Tensor:
     """i/(n-1), [n]; 0 for n = 1."""
-    return torch.arange(n, dtype=torch.float64) / max(n - 1, 1)
+    return torch.arange(n, dtype=torch.float64, device="cpu") / max(n - 1, 1)
 
 
 def _ending_in_0(levels: Tensor) -> Tensor:
-    return torch.cat([levels, torch.zeros(1, dtype=torch.float64)])
+    return torch.cat([levels, torch.zeros(1, dtype=torch.float64, device="cpu")])
 
 
 def _check_count(n: int) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diffkern.schedules.base import Schedule
+from diffkern.schedules.base import Schedule, as_float64
 from diffkern.simulate._process import ODE, SDE, Field, as_rate, checked, column, shaped, spread
 
 Rate = float | Callable[[Tensor], Tensor]
@@ -116,8 +116,8 @@ class ExtendedSDE(SDE):
     def diffusion_coefficient(self, x: Tensor, t: Tensor) -> Tensor:
         """sigma_t."""
         if not callable(self.sigma):
-            return torch.tensor(self.sigma, dtype=torch.float64)
-        value = torch.as_tensor(self.sigma(t), dtype=torch.float64)
+            return as_float64(self.sigma)
+        value = as_float64(self.sigma(t))
         if value.shape not in (torch.Size(()), x.shape[:1]):
             raise ValueError(f"sigma must return one number a time, shape {list(t.shape)}, got {list(value.shape)}")
         if value.device.type == "cpu" and not bool((value >= 0).all()):

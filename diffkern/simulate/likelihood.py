@@ -115,7 +115,7 @@ def log_likelihood(
     t1 = ends[1] if t_noise is None else float(t_noise)
     if not (t1 - t0) * schedule.direction > 0:
         raise ValueError(f"t_noise must lie on the noise side of t_data, got t_data = {t0:g} and t_noise = {t1:g}")
-    rates = torch.tensor([t0, t1], dtype=torch.float64)
+    rates = torch.tensor([t0, t1], dtype=torch.float64, device="cpu")
     logs = -0.5 * schedule.log_snr(rates)
     prior = _gaussian_prior(schedule) if prior is None else prior
     options: dict[str, Any] = {

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffkern.compat.kit.tables import written
+from diffkern.modes import neutral
 
 Number = int | float
 
@@ -61,7 +62,7 @@ class Levels(HostCopy):
 
     def __init__(self, sigmas: Tensor) -> None:
         super().__init__(sigmas)
-        with torch.inference_mode(False), torch.device("cpu"):
+        with neutral():
             self.values = host(sigmas, exact=True)
             """The original's float32 numbers as float64, on the CPU."""
         self.numbers = self.values.tolist()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +25,7 @@ from diffkern.compat.guided_diffusion._tables import (
 )
 from diffkern.compat.kit.rows import as_dtype, in_format, wide
 from diffkern.compat.kit.tables import Tables
+from diffkern.modes import kept
 
 PARTS = frozenset({"q_posterior_mean_variance", "_predict_xstart_from_eps", "_predict_xstart_from_xprev"})
 CONVERSIONS = frozenset({"_predict_xstart_from_eps", "_predict_eps_from_xstart"})
@@ -49,7 +49,7 @@ def same_shape(**pair: Tensor) -> None:
         raise AssertionError(f"{name} must have the shape of {other}, {list(y.shape)}, got {list(x.shape)}")
 
 
-@lru_cache(maxsize=256)
+@kept(256)
 def _foreign(*methods: Any) -> bool:
     """Whether one of these methods comes from elsewhere."""
     return any(not getattr(method, "__module__", "").startswith("diffkern.") for method in methods)

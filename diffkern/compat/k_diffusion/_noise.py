@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from diffkern import ops, streams
 from diffkern.integers import as_integer
+from diffkern.modes import kept
 
 Level = float | Tensor
 NoiseSampler = Callable[[Level, Level], Tensor]
@@ -69,11 +69,11 @@ class BrownianTreeNoiseSampler:
         return ops.noise_sum(self.shape, self.seeds, found, sign * weights, self.dtype)
 
     def _clock(self, sigma: Level) -> float:
-        wide = sigma if isinstance(sigma, Tensor) else torch.tensor(sigma, dtype=torch.float64)
+        wide = sigma if isinstance(sigma, Tensor) else torch.tensor(sigma, dtype=torch.float64, device="cpu")
         return float(self.transform(wide))
 
 
-@lru_cache(maxsize=4096)
+@kept(4096)
 def terms(s: float, t: float) -> tuple[Tensor, Tensor]:
     """(streams, weights) of (W(t) - W(s))/sqrt(t - s) for 0 <= s < t <= 1, as `ops.noise_sum` takes them."""
     from diffkern import brownian

@@ -6,15 +6,15 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffkern.checks import got
+from diffkern.checks import check_level, got
 from diffkern.compat.k_diffusion._noise import BrownianTreeNoiseSampler, NoiseSampler
 from diffkern.compat.kit import loop
+from diffkern.modes import kept
 from diffkern.plan import Plan, Row
 from diffkern.samplers.dpm_2 import ancestral_levels, dpm_2_ancestral
 from diffkern.samplers.nodes import Node, chain, grid, row
@@ -44,7 +44,7 @@ def plan_of(sampler: Callable[..., Plan], levels: Levels, **options: Any) -> Pla
     return _made(sampler, levels, tuple(options.items())) if len(levels) > 1 else None
 
 
-@lru_cache(maxsize=64)
+@kept(64)
 def _made(sampler: Callable[..., Plan], levels: Levels, options: tuple[tuple[str, Any], ...]) -> Plan:
     if sampler is heun and levels[-1] > 0.0:  # `samplers.heun` ends on an Euler step there too
         space, nodes, end = grid("heun", edm(), None, "x0", levels, None, "linspace", None)
@@ -59,7 +59,7 @@ def _made(sampler: Callable[..., Plan], levels: Levels, options: tuple[tuple[str
     return replace(plan, rows=tuple(replace(made, g=0.0) if i in alone else made for i, made in enumerate(plan.rows)))
 
 
-@lru_cache(maxsize=64)
+@kept(64)
 def sde_plan(levels: Levels, eta: float, noise: float, r: float) -> Plan | None:
     """DPM-Solver++(2S) with the noise of ancestral steps: to sigma_m = sigma^(1-r) sigma'^r, then the whole step.
 
@@ -110,13 +110,14 @@ class _Run:
     ) -> None:
         self.plan, self.model, self.callback, self.disable = plan, model, callback, disable
         self.extra = {} if extra_args is None else extra_args
+        check_level(plan.init_scale, x.dtype, "sigmas")
         self.sigmas = sigmas.clone().unbind()  # a callback is given them
         # Slopes are divided by sigma with a dimension, which widens a state of half precision to the dtype of sigmas.
         slopes: Sequence[int] = range(len(plan.rows)) if plan.name in SLOPES else ()
         if plan.name in ("dpmpp_2s_ancestral", "dpmpp_sde"):
             slopes = [rows.start for rows in plan.steps if len(rows) == 1]
         self.widening = dict.fromkeys(slopes, sigmas.dtype)
-        times = torch.tensor([made.time for made in plan.rows], dtype=torch.float64).to(sigmas.dtype)
+        times = torch.tensor([made.time for made in plan.rows], dtype=torch.float64, device="cpu").to(sigmas.dtype)
         self.hats = times.to(sigmas.device).unbind()
         self.times = times.to(x.device, x.dtype)[:, None].repeat(1, x.shape[0]).unbind()
 
@@ -161,7 +162,8 @@ def churned(
 ) -> Tensor:
     """Draws torch noise before every step, used or not, as k-diffusion does; the op of the row before adds it."""
     levels = levels_of(sigmas)
-    low, high = torch.tensor([s_tmin, s_tmax], dtype=sigmas.dtype).tolist()  # compared in the dtype of sigmas
+    # Compared in the dtype of sigmas.
+    low, high = torch.tensor([s_tmin, s_tmax], dtype=sigmas.dtype, device="cpu").tolist()
     churn, limits = loop.churn_within(float(s_churn), low, high)
     plan = plan_of(sampler, levels, churn=churn, churn_range=limits, churn_noise=float(s_noise))
     if plan is None:

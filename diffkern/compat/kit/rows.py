@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffkern import streams
+from diffkern.modes import kept
 from diffkern.plan import COLUMNS, LEARNED_COLUMNS, Row
 
 AT = {name: i for i, name in enumerate(LEARNED_COLUMNS)}
@@ -79,11 +79,10 @@ def of_samples(batch: int, device: torch.device, **values: float | Tensor) -> Te
     return table
 
 
-@lru_cache(maxsize=16)
+@kept(16)
 def _blank(device: torch.device) -> Tensor:
     """[1, 21] on a device: a row's defaults, copied once."""
-    with torch.inference_mode(False):  # kept for runs that record gradients
-        return table_by_rows(row_of()).to(device)
+    return table_by_rows(row_of()).to(device)
 
 
 # -------------------------------------------------------------------------------------------------- dtypes and layouts

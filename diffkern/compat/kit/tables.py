@@ -9,6 +9,8 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
+from diffkern.modes import neutral
+
 Value = TypeVar("Value")
 
 MOST = 64
@@ -89,8 +91,7 @@ class Tables:
         )
         value = self._known.get((key, contents), _NOTHING)
         if value is _NOTHING:
-            # Values outlive the mode that a user was in: made on the CPU, and fit for autograd.
-            with torch.inference_mode(False), torch.device("cpu"):
+            with neutral():
                 value = build()
             while len(self._known) >= self.most:
                 for oldest in list(self._known)[:1]:  # a list, and no error: other threads are at it too
@@ -107,7 +108,7 @@ class Tables:
         found: Entry[Tensor] | None = self._now.get(key)
         if found is not None and found.sources[0] is table and found.unchanged():
             return found.value
-        with torch.inference_mode(False), torch.device("cpu"):
+        with neutral():
             copy = table.to(device)
         self._keep(key, Entry(copy, (table,), (Same(table),)))
         return copy

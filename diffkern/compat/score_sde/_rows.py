@@ -18,16 +18,18 @@ from diffkern import ops
 from diffkern.checks import returned
 from diffkern.compat.kit.rows import AT, as_dtype, in_format, promote, table_of
 from diffkern.compat.kit.tables import Tables
+from diffkern.modes import neutral
 
 KNOWN: set[Any] = set()
 """The methods of `sde_lib`: an SDE that overrides one may be of any form, and runs in plain torch."""
 
 # Of (keep, pull, std), [n, 3], to the columns of the step's table; the rest of a row is `_BASE`.
-_BASE = table_of(1)
-_SPREAD = torch.zeros(3, _BASE.shape[1], dtype=torch.float64, device="cpu")
-for _i, _names in enumerate((("a", "A"), ("d", "D"), ("g",))):
-    for _name in _names:
-        _SPREAD[_i, AT[_name]] = 1.0
+with neutral():
+    _BASE = table_of(1)
+    _SPREAD = torch.zeros(3, _BASE.shape[1], dtype=torch.float64)
+    for _i, _names in enumerate((("a", "A"), ("d", "D"), ("g",))):
+        for _name in _names:
+            _SPREAD[_i, AT[_name]] = 1.0
 COPIES = Tables()
 """Of the constants, on devices; they outlive the runs that record gradients."""
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffkern.compat.score_sde import _rows
 from diffkern.compat.score_sde.sde_lib import VESDE, VPSDE, subVPSDE, unsupported
+from diffkern.modes import neutral
 
 Kind = TypeVar("Kind", bound=type)
 Pair = tuple[Tensor, Tensor]
@@ -244,7 +245,8 @@ class LangevinCorrector(Langevin):
         return triples * r.pow(_rows.COPIES.on(POWERS, triples.device))
 
 
-POWERS = torch.tensor([0.0, 2.0, 1.0], dtype=torch.float64, device="cpu")
+with neutral():
+    POWERS = torch.tensor([0.0, 2.0, 1.0], dtype=torch.float64)
 """Of the ratio of the norms in (keep, pull, std)."""
 
 

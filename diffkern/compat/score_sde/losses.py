@@ -22,6 +22,7 @@ from diffkern import ops
 from diffkern.compat.score_sde import _rows
 from diffkern.compat.score_sde.models import get_model_fn, get_score_fn
 from diffkern.compat.score_sde.sde_lib import VESDE, VPSDE
+from diffkern.modes import neutral
 
 __all__ = [
     "get_ddpm_loss_fn",
@@ -117,12 +118,15 @@ def get_ddpm_loss_fn(vpsde: Any, train: bool, reduce_mean: bool = True) -> Loss:
 
 def _discrete_loss(N: int, train: bool, reduce_mean: bool, levels: Tensor, rows: Tensor) -> Loss:
     """Losses at labels 0..N-1, whose tables are copied to a device once."""
+    with neutral():  # copies: what the SDE made may be of the mode that it was made in
+        levels, rows = levels.clone(), rows.clone()
     placed: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def loss_fn(model: Any, batch: Tensor) -> Tensor:
         labels = torch.randint(0, N, (batch.shape[0],), device=batch.device)
         if batch.device not in placed:
-            placed[batch.device] = levels.to(batch.device), rows.to(batch.device)
+            with neutral():
+                placed[batch.device] = levels.to(batch.device), rows.to(batch.device)
         noising, table = placed[batch.device]
         noised, z = _noised(batch, torch.randn_like(batch), noising, labels, torch.float32)
         m = get_model_fn(model, train=train)(noised, labels)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from fractions import Fraction
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from diffkern.compat.flow_matching.solver._stages import Field, Stages, State, c
 from diffkern.compat.flow_matching.solver._times import check_times
 from diffkern.compat.kit.rows import as_dtype, promote, row_of, table_by_rows
 from diffkern.compat.kit.state import WRITES, overlap, wider
+from diffkern.modes import kept
 
 TABLEAUS: dict[str, tableaus.Tableau] = {
     "euler": tableaus.EULER,
@@ -70,12 +71,11 @@ def make_grid(method: str, time_grid: Tensor, step_size: Any, every: bool) -> Gr
     return _grid(method, points, time_grid.dtype, reverse, step_size, every)
 
 
-@lru_cache(maxsize=64)
+@kept(64)
 def _grid(
     method: str, points: tuple[float, ...], dtype: torch.dtype, reverse: bool, step_size: Any, every: bool
 ) -> Grid:
-    with torch.inference_mode(False):  # the tensors outlive the mode that they were first asked for in
-        return _made(method, torch.tensor(points, dtype=dtype, device="cpu"), reverse, step_size, every)
+    return _made(method, torch.tensor(points, dtype=dtype), reverse, step_size, every)
 
 
 def _made(method: str, t: Tensor, reverse: bool, step_size: Any, every: bool) -> Grid:
@@ -215,7 +215,7 @@ class _Adams:
         return tuple(out)
 
 
-@lru_cache(maxsize=ADAMS_ORDER)
+@kept(ADAMS_ORDER)
 def adams_bashforth(order: int) -> tuple[float, ...]:
     """beta_i = int_0^1 prod_{l != i} (s + l)/(l - i) ds, the slopes taken at 0, -1, ... (Hairer et al., III.1)."""
     found = []

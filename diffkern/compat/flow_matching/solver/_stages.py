@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffkern import ops
 from diffkern.compat.kit.rows import AT, promote, table_of
+from diffkern.modes import neutrally
 from diffkern.plan import SLOTS
 
 State = tuple[Tensor, ...]
@@ -42,6 +43,7 @@ class Stages(NamedTuple):
         return self.base + h[:, None, None] * self.unit
 
 
+@neutrally
 def stages_of(nodes: tuple[float, ...], weights: Sequence[tuple[float, ...]]) -> Stages:
     """From the nodes c and one tuple of weights a stage: those of the method's stages and then of its step."""
     base = table_of(len(weights), a=1.0, D=1.0)
