@@ -14,21 +14,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffkern import ops, streams
-from diffkern.checks import need_model, need_tensor, unwrapped
+from diffkern.checks import check_level, most_in, need_model, need_tensor, unwrapped
 from diffkern.draws import draw_seeds
+from diffkern.modes import fakes, kept, readable
 from diffkern.names import Prediction, Reduction
 from diffkern.objectives._densities import LogNormal, Uniform
 from diffkern.objectives._weighting import WeightFunction, Weighting
 from diffkern.objectives.weightings import WEIGHTINGS, get_weighting
 from diffkern.ops import Seeds
-from diffkern.schedules.base import Schedule, Time, as_time, need_schedule, readable, untransformed
+from diffkern.schedules.base import Schedule, Time, as_time, need_schedule
 from diffkern.schedules.discrete import DiscreteSchedule
 from diffkern.schedules.exploding import EDMSchedule
 from diffkern.schedules.makers import edm
@@ -98,46 +98,83 @@ def _rows(table: Tensor, weight: Tensor) -> Tensor:
 
 def _discrete_rows(
     schedule: DiscreteSchedule, prediction: str, target: str | None, weighting: Weighting, device: torch.device
-) -> tuple[Tensor, bool]:
-    """(loss rows of t = 0..T-1, whether all of their weights are finite)."""
+) -> Tensor:
+    """Loss rows of t = 0..T-1."""
     table = schedule.table(prediction, device)
     if weighting is UNIFORM and target in (None, prediction):
-        return _rows(table, torch.ones_like(table[:, 0])), True
-    weight = weighting.at(schedule, prediction, torch.arange(schedule.T), target)
-    return _rows(table, weight), bool(torch.isfinite(weight).all())
+        return _rows(table, torch.ones_like(table[:, 0]))
+    return _rows(table, weighting.at(schedule, prediction, torch.arange(schedule.T, device="cpu"), target))
 
 
-_cached_rows = lru_cache(maxsize=64)(untransformed()(_discrete_rows))
+_kept_rows = kept(64)(_discrete_rows)
+
+
+@kept(64)
+def _all_hold(
+    schedule: DiscreteSchedule,
+    prediction: str,
+    target: str | None,
+    weighting: Weighting,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> bool:
+    rows = _kept_rows(schedule, prediction, target, weighting, device)
+    return bool(torch.isfinite(rows).all() & (rows[:, :2].abs() <= most_in(dtype)).all())
 
 
 def _loss_table(
-    schedule: Schedule, prediction: str, target: str | None, weight: Weight | None, t: Tensor, x0: Tensor
+    schedule: Schedule,
+    prediction: str,
+    target: str | None,
+    weight: Weight | None,
+    t: Tensor,
+    x0: Tensor,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
     """(table, index) for the loss op: a weighting, a table and the change of space all go into the row's weight."""
     table, index = _table(schedule, prediction, t, x0)
     weighting = UNIFORM if weight is None or isinstance(weight, Tensor) else get_weighting(weight)
-    finite = False
+    holds = False
     if isinstance(schedule, DiscreteSchedule):
-        # Ours are immutable; what a user's own weighting returns may change from call to call.
-        make = _cached_rows if type(weighting) in _IMMUTABLE else _discrete_rows
-        rows, finite = make(schedule, prediction, target, weighting, x0.device)
+        # Ours are immutable; what a user's own weighting returns may change from call to call. torch.compile can not
+        # hand an object that was made in what it compiles to a function that it does not trace.
+        keeps = type(weighting) in _IMMUTABLE and fakes(x0.device) is None
+        keeps = keeps and not (torch.compiler.is_compiling() and isinstance(weight, Weighting))
+        known = schedule, prediction, target, weighting, x0.device
+        rows = _kept_rows(*known) if keeps else _discrete_rows(*known)
+        holds = keeps and readable(rows) and _all_hold(*known, dtype)
     else:
         rows = _rows(table, weighting.at(schedule, prediction, t.reshape(-1).to(x0.device), target))
     if isinstance(weight, Tensor):
         rows = torch.cat([rows[:, :2], rows[:, 2:] * _checked(weight, len(rows)).to(rows.device)[:, None]], dim=1)
-    if not finite and readable(rows) and readable(t):
+    if readable(rows) and readable(t) and not holds:
         what = f"target {target!r}" if weight is None or isinstance(weight, Tensor) else f"weight {weighting.name!r}"
         at = t.reshape(-1)
-        _require_finite(rows[:, 2] if index is None else rows[at.clamp(0, len(rows) - 1), 2], at, what, prediction)
+        _check_rows(rows if index is None else rows[at.clamp(0, len(rows) - 1)], at, what, schedule, prediction, dtype)
     return rows, index
 
 
-def _require_finite(weight: Tensor, t: Tensor, what: str, prediction: str) -> None:
-    bad = ~torch.isfinite(weight)
-    if bool(bad.any()):
-        i = int(bad.nonzero()[0])
-        got = f"{float(weight[i])} at t = {t[i].item()}"
-        raise ValueError(f"{what} must give prediction {prediction!r} a finite weight, got {got}")
+def _check_rows(rows: Tensor, t: Tensor, what: str, schedule: Schedule, prediction: str, dtype: torch.dtype) -> None:
+    """Raise ValueError for a target that the prediction's dtype does not hold, or a weight that is not finite."""
+    limit = torch.full((3,), most_in(dtype), dtype=torch.float64, device="cpu")
+    limit[2] = torch.finfo(torch.float64).max
+    bad = ~(rows.abs() <= limit)
+    if not bool(bad.any()):
+        return
+    i, column = (int(n) for n in bad.nonzero()[0])
+    u, v, weight = rows[i].tolist()
+    at = f"at t = {t[i].item()}"
+    if column == 2:
+        raise ValueError(f"{what} must give prediction {prediction!r} a finite weight, got {weight} {at}")
+    narrow = str(dtype).removeprefix("torch.")
+    low, high = schedule.time_range
+    remedy = f"train inside time_range, {low:g} to {high:g}"
+    if math.isfinite(u) and math.isfinite(v):
+        remedy += " or in " + ("bfloat16 or float32" if dtype == torch.float16 else "float64")
+    raise ValueError(
+        f"prediction {prediction!r} must have a target u x0 + v eps with u and v of at most {most_in(dtype):.4g} in "
+        f"{narrow}, got u = {u:g} and v = {v:g} {at} of {schedule.name}: {remedy}"
+    )
 
 
 def _checked(weight: Tensor, rows: int) -> Tensor:
@@ -173,6 +210,8 @@ def noised(
     if isinstance(schedule, EDMSchedule):
         scale = schedule.input_scale(prediction, t.reshape(-1).to(x0.device, torch.float64))
         table = torch.cat([table[:, :2] * scale[:, None], table[:, 2:]], dim=1)
+    if x0.dtype == torch.float16 and index is None and readable(table):
+        check_level(float(table[:, :2].detach().abs().max()), x0.dtype, f"sigma of {schedule.name}")
     return ops.noising(x0, table, index, seeds=seeds, stream=stream, noise=noise)[0]
 
 
@@ -203,7 +242,7 @@ def prediction_loss(
 
     `reduction`: "none" [B], "mean", "sum". Differentiable in pred. One fused pass each way, whatever the options.
     """
-    table, index = _loss_table(schedule, prediction, target, weight, _times(t), x0)
+    table, index = _loss_table(schedule, prediction, target, weight, _times(t), x0, pred.dtype)
     return ops.loss(pred, x0, table, index, seeds=seeds, stream=stream, noise=noise, reduction=reduction)
 
 

@@ -28,13 +28,14 @@ from torch import Tensor
 from diffkern.checks import unwrapped
 from diffkern.draws import draw_seeds, projections
 from diffkern.integers import integer
+from diffkern.modes import readable
 from diffkern.names import Projection, Reduction
 from diffkern.objectives._time_sampler import TimeSampler
 from diffkern.objectives.losses import Weight, simple_loss
 from diffkern.objectives.time_sampling import get_time_sampler
 from diffkern.objectives.weightings import UniformIn
 from diffkern.ops import Seeds, as_seeds
-from diffkern.schedules.base import Schedule, readable
+from diffkern.schedules.base import Schedule, as_float64
 from diffkern.schedules.makers import edm
 from diffkern.schedules.spacings import exponential_sigmas
 
@@ -110,7 +111,7 @@ def ncsn_loss(
     eps = -sigma s, of the same size for every level. The paper sums over elements and halves; here it is the mean. The
     score is called with sigma_i, [B] float32.
     """
-    sigmas = torch.as_tensor(sigmas, dtype=torch.float64)
+    sigmas = as_float64(sigmas)
     if sigmas.ndim != 1 or len(sigmas) == 0:
         raise ValueError(f"sigmas must be a non-empty list of noise levels, got shape {list(sigmas.shape)}")
     if readable(sigmas) and not bool((torch.isfinite(sigmas) & (sigmas > 0)).all()):
@@ -142,10 +143,12 @@ def implicit_score_matching_loss(
     """
     keep = torch.is_grad_enabled()
     with torch.enable_grad():
-        x, s = _score(score, x, t, model_kwargs, keep)
+        s, pulled = _score(score, x, t, model_kwargs, keep)
         loss = 0.5 * s.square().sum(1)
         for d in range(s.shape[1]):
-            loss = loss + _gradient(s[:, d].sum(), x, keep)[:, d]
+            along_d = torch.zeros_like(s)
+            along_d[:, d] = 1.0
+            loss = loss + pulled(along_d)[:, d]
     return _reduce(loss if keep else loss.detach(), reduction)
 
 
@@ -171,37 +174,45 @@ def sliced_score_matching_loss(
     seeds = draw_seeds(x.shape[0], device=x.device) if seeds is None else as_seeds(seeds, x.shape[0], x.device)
     keep = torch.is_grad_enabled()
     with torch.enable_grad():
-        x, s = _score(score, x, t, model_kwargs, keep)
+        s, pulled = _score(score, x, t, model_kwargs, keep)
         loss = 0.5 * s.square().sum(1) if variance_reduced else torch.zeros_like(s[:, 0])
         for k in range(n_projections):
             v = projections(x.shape, seeds, k, projection, s.dtype).flatten(1)
             along = (s * v).sum(1)
-            term = (_gradient(along.sum(), x, keep) * v).sum(1)
+            term = (pulled(v) * v).sum(1)
             loss = loss + (term if variance_reduced else term + 0.5 * along.square()) / n_projections
     return _reduce(loss if keep else loss.detach(), reduction)
 
 
 def _score(
     score: Score, x: Tensor, t: Tensor | None, model_kwargs: dict[str, Any], keep: bool
-) -> tuple[Tensor, Tensor]:
-    """(x that gradients can be taken with respect to, s as [B, D] in at least float32)."""
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """s as [B, D] in at least float32, and v -> v (ds/dx), both [B, D]; `keep`: itself differentiable."""
     if x.ndim < 2 or not x.is_floating_point():
         raise ValueError(f"x must be floating-point samples [B, ...], got {x.dtype} {list(x.shape)}")
-    x = x if x.requires_grad and keep else x.detach().requires_grad_()
-    s = unwrapped(score(x, **model_kwargs) if t is None else score(x, t, **model_kwargs), "score")
-    if s.shape != x.shape:
-        raise ValueError(f"score must return the shape of x, {list(x.shape)}, got {list(s.shape)}")
-    return x, s.flatten(1).to(torch.promote_types(s.dtype, torch.float32))
+
+    def at(x: Tensor) -> Tensor:
+        s = unwrapped(score(x, **model_kwargs) if t is None else score(x, t, **model_kwargs), "score")
+        if s.shape != x.shape:
+            raise ValueError(f"score must return the shape of x, {list(x.shape)}, got {list(s.shape)}")
+        return s.flatten(1).to(torch.promote_types(s.dtype, torch.float32))
+
+    learned = x.requires_grad and keep
+    if torch.compiler.is_dynamo_compiling():  # which traces this form of it
+        s, pull, *_ = torch.func.vjp(at, x if learned else x.detach())
+        return s, lambda v: pull(v)[0].flatten(1).to(s.dtype)
+    x = x if learned else x.detach().requires_grad_()
+    s = at(x)
+    return s, lambda v: _gradient(s, x, v, keep)
 
 
-def _gradient(value: Tensor, x: Tensor, keep: bool) -> Tensor:
-    """d value/dx as [B, D] in the dtype of `value`; `keep`: itself differentiable."""
+def _gradient(s: Tensor, x: Tensor, v: Tensor, keep: bool) -> Tensor:
     gradient = None
-    if value.requires_grad:
-        (gradient,) = torch.autograd.grad(value, x, create_graph=keep, retain_graph=True, allow_unused=True)
+    if s.requires_grad:
+        (gradient,) = torch.autograd.grad(s, x, v, create_graph=keep, retain_graph=True, allow_unused=True)
     if gradient is None:
         raise ValueError("score must be differentiable in x, got an output without a gradient in x")
-    return gradient.flatten(1).to(value.dtype)
+    return gradient.flatten(1).to(s.dtype)
 
 
 def _reduce(values: Tensor, reduction: str) -> Tensor:

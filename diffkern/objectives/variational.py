@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -31,11 +30,12 @@ from torch import Tensor
 
 from diffkern import ops, streams
 from diffkern.checks import unwrapped
+from diffkern.modes import kept
 from diffkern.names import Prediction, Reduction
 from diffkern.ops import HALF_BIN, VARIATIONAL_COLUMNS, Seeds
 from diffkern.progress import progress_bar
 from diffkern.schedules import predictions
-from diffkern.schedules.base import check_constants, untransformed
+from diffkern.schedules.base import check_constants
 from diffkern.schedules.discrete import DiscreteSchedule
 
 __all__ = [
@@ -59,7 +59,7 @@ def log_variances(schedule: DiscreteSchedule) -> tuple[Tensor, Tensor]:
 
     Entry 0 of the first is that of t = 1, or of the first t > 0 that adds noise; ln beta_0 if none does.
     """
-    t = torch.arange(schedule.T)
+    t = torch.arange(schedule.T, device="cpu")
     lower, upper = schedule.posterior(t)[2].clone(), schedule.betas
     later = lower[1:][lower[1:] > 0]
     lower[0] = later[0] if len(later) else upper[0]
@@ -105,7 +105,7 @@ def variational_table(
         raise ValueError(f"clip must be positive (inf: no clipping), got {clip}")
     if not half_bin > 0:
         raise ValueError(f"half_bin must be positive, got {half_bin}")
-    t = torch.arange(schedule.T)
+    t = torch.arange(schedule.T, device="cpu")
     u, v = predictions.target_coefficients(schedule, prediction, t)
     lower, upper = log_variances(schedule)
     span = _span(lower, upper)
@@ -149,8 +149,7 @@ def _fraction(variance: Variance) -> float:
     raise ValueError(f"variance must be 'beta', 'beta_tilde', 'learned' or a number in [0, 1], got {variance!r}")
 
 
-@lru_cache(maxsize=64)
-@untransformed()
+@kept(64)
 def _table(
     schedule: DiscreteSchedule,
     prediction: Prediction,
@@ -241,9 +240,14 @@ def vlb_loss(
 
 def prior_bits(x0: Tensor, schedule: DiscreteSchedule) -> Tensor:
     """L_T in bits per dimension, float64 [B]: KL(N(alpha x0, sigma^2) || N(0, 1)) at the last t. arXiv 2006.11239."""
-    alpha, sigma = (float(rate(schedule.T - 1)) for rate in (schedule.alpha, schedule.sigma))
+    alpha, sigma = _last_rates(schedule)
     squares = x0.to(torch.float64).square().reshape(len(x0), -1).mean(1)
     return 0.5 * (sigma**2 - 1.0 - math.log(sigma**2) + alpha**2 * squares) / math.log(2)
+
+
+@kept(64)
+def _last_rates(schedule: DiscreteSchedule) -> tuple[float, float]:
+    return float(schedule.alpha(schedule.T - 1)), float(schedule.sigma(schedule.T - 1))
 
 
 def decoder_bits(x0: Tensor, mean: Tensor, std: float, half_bin: float = HALF_BIN) -> Tensor:

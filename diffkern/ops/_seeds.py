@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,11 +14,27 @@ Seeds = int | Tensor
 """What every function takes as its ``seeds``: an integer, of which `seeds` makes one a sample, or int64 [B]."""
 
 
-def _mix64(z: np.ndarray) -> np.ndarray:
+def _mix64(z: Any) -> Any:
     """A bijection of 64-bit integers with full avalanche: the finaliser of splitmix64 (Steele, Lea, Flood 2014)."""
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    z = (z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)  # int64 products wrap: those of unsigned integers
+    z = (z ^ _shifted(z, 27)) * _signed(0x94D049BB133111EB)
+    return z ^ _shifted(z, 31)
+
+
+def _shifted(z: Any, bits: int) -> Any:
+    """z >> bits of an unsigned integer."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(value: int) -> int:
+    """The int64 with the bits of value mod 2^64."""
+    return value if -(1 << 63) <= value < 1 << 63 else (value + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def _mixed(job: Any, sample: Any, first: int) -> Any:
+    """`seeds` of int64 arrays, torch's or NumPy's."""
+    sample = sample + _signed(first) + _signed(0xD1B54A32D192ED03)
+    return _mix64(_mix64(job + _signed(0x9E3779B97F4A7C15)) ^ _mix64(sample))
 
 
 def seeds(s: int, n: int, first: int = 0, device: torch.device | str | None = None) -> Tensor:
@@ -39,11 +57,13 @@ def seeds(s: int, n: int, first: int = 0, device: torch.device | str | None = No
         raise ValueError(f"n and first must not be negative, got n={n}, first={first}")
     if first + n >= 2**63:
         raise ValueError(f"first + n must be below 2**63, got first={first}, n={n}")
-    with np.errstate(over="ignore"):
-        job = _mix64(np.array([s % 2**64], dtype=np.uint64) + np.uint64(0x9E3779B97F4A7C15))
-        sample = np.arange(first, first + n, dtype=np.uint64) + np.uint64(0xD1B54A32D192ED03)
-        mixed = _mix64(job ^ _mix64(sample))
-    return torch.from_numpy(mixed.view(np.int64)).to(device)
+    if torch.compiler.is_compiling():
+        job = torch.full((1,), _signed(s), dtype=torch.int64, device="cpu")
+        sample = torch.arange(n, dtype=torch.int64, device="cpu")
+        return _mixed(job, sample, first).to("cpu" if device is None else device)
+    # NumPy takes a third of the time of as many torch ops.
+    mixed = _mixed(np.array([_signed(s)], dtype=np.int64), np.arange(n, dtype=np.int64), first)
+    return torch.from_numpy(mixed).to("cpu" if device is None else device)
 
 
 def as_seeds(given: Seeds, n: int, device: torch.device | str | None = None) -> Tensor:

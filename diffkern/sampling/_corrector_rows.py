@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 from diffkern.integers import integer
+from diffkern.modes import neutrally
 from diffkern.names import Prediction, Predictor, Spacing
 from diffkern.plan import Plan, Row
 from diffkern.samplers.arguments import choice, need_schedule
@@ -35,6 +36,7 @@ class Score(NamedTuple):
         return -self.on_x / self.on_m, 0.0, self.on_m**2
 
 
+@neutrally
 def rows_of(
     schedule: Schedule,
     steps: int | None,

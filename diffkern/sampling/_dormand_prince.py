@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffkern import ops, tableaus
 from diffkern.checks import returned
+from diffkern.modes import neutral
 from diffkern.plan import COLUMNS
 from diffkern.samplers.nodes import Coordinates
 from diffkern.samplers.points import Points, points
@@ -30,9 +31,10 @@ E = _PAIR.error
 """b minus the weights of order 4."""
 
 _STAGES = len(C)
-_POINT_OF = torch.tensor([0, 1, 2, 3, 4, 4], device="cpu")
-_ONES = torch.zeros((_STAGES, 4), dtype=torch.float64, device="cpu")
-_ONES[[0, 1, 2, 4], 0] = 1.0
+with neutral():
+    _POINT_OF = torch.tensor([0, 1, 2, 3, 4, 4])
+    _ONES = torch.zeros((_STAGES, 4), dtype=torch.float64)
+    _ONES[[0, 1, 2, 4], 0] = 1.0
 _COL = {name: COLUMNS.index(name) for name in COLUMNS}
 
 

@@ -14,14 +14,34 @@ from torch import Tensor
 
 from diffkern import brownian, ops
 from diffkern.checks import returned
-from diffkern.plan import COLUMNS, Plan, Row
+from diffkern.modes import untraced
+from diffkern.plan import Plan, Row
 from diffkern.sampling import _states
 from diffkern.sampling._buffers import Call, allocate
+from diffkern.sampling._tables import Guidance, check_dtype, estimates_of, plan_to_run, row_times, table_of
 
 if TYPE_CHECKING:
     from diffkern.sampling.options import Model, Shift, StepInfo
 
-_W = COLUMNS.index("w")
+
+def _copies(plan: Plan, guided: bool) -> list[int]:
+    """How many times the state stands in each row's model input."""
+    return [2 if guided and row.w not in (0.0, 1.0) else 1 for row in plan.rows]
+
+
+@untraced
+def _calls(
+    plan: Plan, guidance: Guidance | None, first: int, want_x0: bool, masked: bool, converts: bool, guided: bool
+) -> list[Call]:
+    """`allocate`, once a plan."""
+    plan = plan_to_run(plan, guidance)
+    key = (first, want_x0, masked, converts, guided)
+    found: list[Call] | None = plan.cache.get(key)
+    if found is None:
+        copies = _copies(plan, guided)
+        found = allocate(plan, first, copies, want_x0=want_x0, masked=masked, converts=converts)
+        plan.cache[key] = found
+    return found
 
 
 class _Operands(NamedTuple):
@@ -50,6 +70,7 @@ class Run:
         self,
         plan: Plan,
         x: Tensor,
+        guidance: Guidance | None = None,
         *,
         first: int,
         model_dtype: torch.dtype,
@@ -65,6 +86,8 @@ class Run:
         want_logprob: bool = False,
         own_inputs: bool = False,
     ) -> None:
+        check_dtype(plan, x.dtype)
+        source, plan = plan, plan_to_run(plan, guidance)  # what is not traced is given what the caller has
         if plan.learned_variance and x.ndim < 2:
             raise ValueError(f"learned variance needs x of shape [B, C, ...], got {list(x.shape)}")
         if not guided and uncond is not None:
@@ -80,14 +103,8 @@ class Run:
         self._before: _Operands | None = None  # of the last row, where logprob will be asked for
         self.guided, self.cond, self.uncond = guided, cond, uncond
         self._pair = _pair(cond, uncond, self.batch) if guided else None
-        self._copies = [2 if guided and row.w not in (0.0, 1.0) else 1 for row in plan.rows]
-        converts = model_dtype is not wide
-        key = (first, want_x0, mask is not None, guided, converts)
-        if key not in plan.cache:
-            plan.cache[key] = allocate(
-                plan, first, self._copies, want_x0=want_x0, masked=mask is not None, converts=converts
-            )
-        self._calls: list[Call] = plan.cache[key]
+        self._copies = _copies(plan, guided)
+        self._calls = _calls(source, guidance, first, want_x0, mask is not None, model_dtype is not wide, guided)
         most = max(buffer for call in self._calls[first:] for buffer in call[:4])
         # The list ends in None, so that number -1 is "none".
         self._buffers: list[Tensor | None] = [self.state, *(_states.buffer(self.state) for _ in range(most)), None]
@@ -99,8 +116,8 @@ class Run:
         channels = 2 * x.shape[1] if plan.learned_variance else x.shape[1] if x.ndim > 1 else None
         tail = [] if channels is None else [channels, *x.shape[2:]]
         self._want = [torch.Size([copies * x.shape[0], *tail]) for copies in (1, 2)]
-        self.table = _table(plan, shifts=mean_shift is not None, waits=starts is not None, guided=guided)
-        self._estimates = _estimates(plan, guided) if plan.threshold is not None else None
+        self.table = table_of(source, guidance, shifts=mean_shift is not None, waits=starts is not None, guided=guided)
+        self._estimates = estimates_of(source, guidance, guided) if plan.threshold is not None else None
         self._index: Sequence[Tensor] | None = None
         self._waits: Tensor | None = None
         self._all_run = 0  # the first row that no sample waits for
@@ -114,7 +131,7 @@ class Run:
             self._waits = waits.reshape(*waits.shape, *(1,) * (x.ndim - 1))
             self._all_run = int(begin.max())
         self._step = ops.bound_step_out(self.table)
-        self._times = _times(plan, self._copies, self.batch, x.device)
+        self._times = _times(row_times(source).to(x.device), self._copies, self.batch)
         # A model may change the time it was given in place.
         self._shift_times = [t.clone() for t in self._times] if mean_shift is not None else []
         self._input = self._made_input(first)
@@ -283,6 +300,9 @@ class Run:
 
     def _input_buffer(self, copies: int, avoid: Tensor | None) -> Tensor:
         """A model input; never one that ``avoid`` lives in, the output of a model that returns its own input."""
+        if torch.compiler.is_compiling():  # no addresses: a new one, and the compiler says where it lies
+            like = torch.empty_like(self.state, dtype=self.model_dtype)
+            return torch.empty_like(torch.cat([like] * copies))
         place = -1 if avoid is None else avoid.data_ptr()
         for buffer in self._inputs:
             first = buffer.data_ptr()
@@ -315,39 +335,9 @@ def _pair(cond: Any, uncond: Any, batch: int) -> Tensor:
     return torch.cat([uncond, cond])
 
 
-def _table(plan: Plan, *, shifts: bool, waits: bool, guided: bool) -> Tensor:
-    """The table of the rows; after them the rows that leave a waiting sample as it is, where samples wait."""
-    if not (shifts or waits or guided) and plan.threshold is None:
-        return plan.learned_table if plan.learned_variance else plan.table
-    rows = list(plan.rows)
-    if plan.threshold is not None:
-        # The op is given the thresholded x0 in the place of m.
-        rows = [replace(row, w=0.0, p=0.0, q=1.0) if row.calls_model else row for row in rows]
-    if shifts and not plan.learned_variance:
-        rows = [replace(row, e3=row.g * row.g) if row.draws else row for row in rows]
-    if waits:
-        rows += [Row(a=1.0, k=row.k) for row in plan.rows]
-    if plan.learned_variance:
-        return replace(plan, rows=tuple(rows), threshold=None).learned_table
-    return _of_rows(rows, guided)
-
-
-def _estimates(plan: Plan, guided: bool) -> Tensor:
-    """The rows that make the x0 alone, which is thresholded before the step takes it."""
-    return _of_rows([Row(w=row.w, p=row.p, q=row.q, b=1.0) for row in plan.rows], guided)
-
-
-def _of_rows(rows: Sequence[Row], guided: bool) -> Tensor:
-    table = torch.tensor([row.coefficients() for row in rows], dtype=torch.float64, device="cpu")
-    if guided:  # a row of weight 1 calls the conditional model alone, so its op takes m as it is
-        table[table[:, _W] == 1.0, _W] = 0.0
-    return table
-
-
-def _times(plan: Plan, copies: Sequence[int], batch: int, device: torch.device) -> list[Tensor]:
-    """What the model is given at each row, on the device."""
-    times = torch.tensor([row.time for row in plan.rows], dtype=getattr(torch, plan.time_dtype), device="cpu")
-    found = list(times.to(device)[:, None].repeat(1, max(copies) * batch).unbind(0))
+def _times(times: Tensor, copies: Sequence[int], batch: int) -> list[Tensor]:
+    """What the model is given at each row."""
+    found = list(times[:, None].repeat(1, max(copies) * batch).unbind(0))
     if max(copies) == min(copies):
         return found
     return [t[: count * batch] for t, count in zip(found, copies, strict=True)]

@@ -16,7 +16,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def buffer(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised tensor like another; it counts its writes, in inference mode too."""
-    if torch.is_inference_mode_enabled():
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         with torch.inference_mode(False):
             return torch.empty_like(like, dtype=dtype)
     return torch.empty_like(like, dtype=dtype)

@@ -22,6 +22,7 @@ from diffkern.ops import Seeds
 from diffkern.plan import SLOTS, Plan
 from diffkern.sampling._inputs import check_call, check_state, need_plan, next_noise, progress_bar, seeds_for, seeds_of
 from diffkern.sampling._run import Run
+from diffkern.sampling._tables import check_dtype, plan_to_run
 from diffkern.sampling.options import Model, Sampled, SampleOptions, Shift, StepInfo
 from diffkern.signatures import names_the_nearest
 
@@ -44,6 +45,8 @@ def initial(
     [B]. Raises ValueError for ``start`` > 0 without ``x0``.
     """
     need_plan(plan)
+    check_dtype(plan, dtype)
+    plan = plan_to_run(plan, None)
     starts = _steps_of(start, plan, shape[0])
     if x0 is None and max(starts) > 0:
         raise ValueError(f"x0 must be given to start in the middle of a plan, got start={start} without x0")
@@ -157,8 +160,7 @@ def sample(
     not fit.
     """
     check_call(model, x, plan)
-    if guidance is not None:
-        plan = plan.with_guidance(guidance)
+    source, plan = plan, plan_to_run(plan, guidance)
     guided = guidance is not None or any(row.w != 0 for row in plan.rows)
     starts = _runnable_steps(start, plan, x.shape[0])
     begin = min(starts)
@@ -174,8 +176,9 @@ def sample(
         raise ValueError(f"noise must hold one tensor for each row that draws ({drawing}), got {len(noise)}")
     noises: Iterator[Tensor] | None = None if noise is None else iter(noise)
     run = Run(
-        plan,
+        source,
         x,
+        guidance,
         first=steps[0].start,
         model_dtype=model_dtype or x.dtype,
         guided=guided,
@@ -184,7 +187,7 @@ def sample(
         mask=mask,
         known=known,
         seeds=seeds_for(rows, x, seeds, noise, mask),
-        starts=torch.tensor(starts) if len(set(starts)) > 1 else None,
+        starts=torch.tensor(starts, device="cpu") if len(set(starts)) > 1 else None,
         mean_shift=mean_shift,
         want_x0=callback is not None,
         want_logprob=logprob,
@@ -237,8 +240,7 @@ def transition_logprob(
     step of several rows, with a history or with a threshold: its density needs more than x.
     """
     check_call(model, x, plan)
-    if guidance is not None:
-        plan = plan.with_guidance(guidance)
+    source, plan = plan, plan_to_run(plan, guidance)
     last = len(plan.steps) - 1
     step = integer("step", step, 0, last, f"in 0..{last} ({plan.name} has {len(plan.steps)})")
     number = plan.steps[step].start
@@ -254,8 +256,9 @@ def transition_logprob(
             "x and after must not require grad, as only the model's parameters have a gradient: detach them"
         )
     run = Run(
-        plan,
+        source,
         x.detach(),
+        guidance,
         first=number,
         model_dtype=model_dtype or x.dtype,
         guided=guidance is not None or any(row.w != 0 for row in plan.rows),
