@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import math
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from operator import attrgetter
@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffkern import streams
+from diffkern import storage, streams
 from diffkern.modes import neutral
 from diffkern.schedules.predictions import check_prediction
 
@@ -47,6 +47,7 @@ SLOTS = 4
 SOURCES = ("x", "x0", "s")
 """What a row can save: the state it read, its x0, its second output."""
 _FORMAT = 1
+_LARGEST_TIME = {"int64": 2.0**63 - 1024, "float32": torch.finfo(torch.float32).max}  # exact in float64
 
 
 @dataclass(frozen=True)
@@ -265,22 +266,17 @@ class Plan:
 
     @staticmethod
     def from_json(text: str) -> Plan:
-        """The plan that `to_json` wrote; raises ValueError for anything else."""
-        try:
-            data: Any = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"text must be the JSON of a plan, got {text[:40]!r} ({error})") from error
-        if not isinstance(data, Mapping) or data.get("diffkern_plan") != _FORMAT:
-            found = data.get("diffkern_plan") if isinstance(data, Mapping) else type(data).__name__
-            raise ValueError(f"text must be the JSON of a plan with diffkern_plan = {_FORMAT}, got {found!r}")
-        head = {key: value for key, value in data.items() if key not in ("diffkern_plan", "rows")}
-        try:
-            rows = tuple(_row_from(row) for row in data["rows"])
-            if head.get("threshold") is not None:
-                head["threshold"] = tuple(head["threshold"])
-            return Plan(rows=rows, **head)
-        except (KeyError, TypeError, AttributeError, OverflowError) as error:
-            raise ValueError(f"text must be the JSON of a plan, got a field that does not fit: {error}") from error
+        """The plan that `to_json` wrote; ValueError, with the field's name, for anything else."""
+        data = storage.parse(text, "the JSON of a plan")
+        found = data.pop("diffkern_plan", None) if isinstance(data, dict) else data
+        if type(found) is not int or found != _FORMAT:
+            got = storage.shown(found)
+            raise ValueError(f"text must be the JSON of a plan with diffkern_plan = {_FORMAT}, got {got}")
+        rows = data.pop("rows", None)
+        if not isinstance(rows, list):
+            raise ValueError(f"rows must be a list of objects, got {storage.shown(rows)}")
+        made = tuple(storage.record(Row, row, f"row {i}: ") for i, row in enumerate(rows))
+        return storage.record(Plan, data, rows=made)
 
     def __str__(self) -> str:
         title = (
@@ -314,18 +310,6 @@ class Plan:
 def _host_table(rows: list[tuple[float, ...]]) -> Tensor:
     with neutral():
         return torch.tensor(rows, dtype=torch.float64)
-
-
-def _row_from(data: Mapping[str, Any]) -> Row:
-    """The row of its JSON object, whose lists were tuples."""
-    path = data.get("path")
-    saves = tuple(map(tuple, data.get("saves", ())))
-    if any(len(pair) != 2 for pair in saves):
-        raise TypeError(f"saves must hold pairs of a slot and a source, got {data['saves']}")
-    for name in ("calls_model", "ends_step"):
-        if not isinstance(data.get(name, True), bool):
-            raise TypeError(f"{name} must be true or false, got {data[name]!r}")
-    return Row(**{**data, "saves": saves, "path": None if path is None else tuple(path)})
 
 
 def _check_threshold(quantile: float, maximum: float | None) -> tuple[float, float | None]:
@@ -365,7 +349,7 @@ def _check_row(i: int, row: Row, saved: set[int], time_dtype: str) -> None:
     for name in ("stream", "known_stream") if plain else LEARNED_COLUMNS:
         value = getattr(row, name)
         if name in ("stream", "known_stream"):
-            if value != int(value) or not 0 <= value < streams.LIMIT:
+            if not 0 <= value < streams.LIMIT or value != int(value):
                 raise ValueError(f"row {i}: {name} must be an integer in [0, 2**53), got {value}")
         elif name == "clip":
             if not value > 0:
@@ -378,6 +362,8 @@ def _check_row(i: int, row: Row, saved: set[int], time_dtype: str) -> None:
         raise ValueError(f"row {i}: time must be finite, got {row.time}")
     if row.calls_model and time_dtype == "int64" and row.time != int(row.time):
         raise ValueError(f"row {i}: time must be an integer when time_dtype is 'int64', got {row.time}")
+    if not abs(row.time) <= _LARGEST_TIME[time_dtype]:
+        raise ValueError(f"row {i}: time must be a number that {time_dtype} holds, got {row.time}")
     for slot in row.reads:
         if slot not in saved:
             raise ValueError(

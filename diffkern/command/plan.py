@@ -12,17 +12,21 @@ import argparse
 import ast
 import math
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from diffkern import storage
 from diffkern.plan import Plan, Row
 from diffkern.samplers import SAMPLERS, get_sampler
 from diffkern.schedules.makers import SCHEDULES
 
 __all__ = ["add_command", "differences", "read"]
 
+LARGEST = 1_000_000
+"""Of the integers in a sampler's arguments: steps, levels of a table, repetitions."""
 _HEAD = [field.name for field in fields(Plan) if field.name != "rows"]
 _ROW = [field.name for field in fields(Row)]
 
@@ -110,7 +114,7 @@ def _run(arguments: argparse.Namespace) -> int:
         print(plan.to_json())
     else:
         try:
-            arguments.output.write_text(plan.to_json() + "\n")
+            storage.write(arguments.output, plan.to_json() + "\n")
         except OSError as error:
             raise ValueError(
                 f"--output must be a file that can be written, got {str(arguments.output)!r} ({error.strerror})"
@@ -152,10 +156,12 @@ def _show(value: Any) -> str:
 
 def _parsed(text: str, whole: str) -> ast.expr:
     try:
-        return ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError) as error:
+        with warnings.catch_warnings():  # of odd escapes
+            warnings.simplefilter("ignore")
+            return ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: nested too deeply
         raise ValueError(
-            f"a plan must be a file or a sampler with its arguments, such as ddim(steps=20), got {whole!r}"
+            f"a plan must be a file or a sampler with its arguments, such as ddim(steps=20), got {storage.shown(whole)}"
         ) from error
 
 
@@ -165,7 +171,7 @@ def _call(node: ast.expr, whole: str) -> tuple[str, list[Any], dict[str, Any]]:
         return node.id, [], {}
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
         raise ValueError(
-            f"a plan must be a file or a sampler with its arguments, such as ddim(steps=20), got {whole!r}"
+            f"a plan must be a file or a sampler with its arguments, such as ddim(steps=20), got {storage.shown(whole)}"
         )
     positional = [_value(argument, "", whole) for argument in node.args]
     named: dict[str, Any] = {}
@@ -186,9 +192,14 @@ def _value(node: ast.expr, name: str, whole: str) -> Any:
     if isinstance(node, ast.Name):  # a word without quotes: spacing=karras
         return math.inf if node.id == "inf" else node.id
     try:
-        return ast.literal_eval(_Infinity().visit(node))
-    except ValueError as error:
-        raise ValueError(f"{name or 'an argument'} must be a number, text or list, got {whole!r}") from error
+        value = ast.literal_eval(_Infinity().visit(node))
+    except (ValueError, TypeError, RecursionError, MemoryError) as error:
+        raise ValueError(
+            f"{name or 'an argument'} must be a number, text or list, got {storage.shown(whole)}"
+        ) from error
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise ValueError(f"{name or 'an argument'} must be at most {LARGEST}, got {storage.shown(value)}")
+    return value
 
 
 class _Infinity(ast.NodeTransformer):
@@ -202,6 +213,6 @@ def _apply(function: Callable[..., Any], name: str, positional: tuple[Any, ...],
     """The call; an argument that the function does not have, or of the wrong type, in one sentence."""
     try:
         return function(*positional, **named)
-    except TypeError as error:
-        given = ", ".join(f"{key}={value!r}" for key, value in named.items())
+    except (TypeError, AttributeError, OverflowError) as error:
+        given = ", ".join(f"{key}={storage.shown(value)}" for key, value in named.items())
         raise ValueError(f"{name} does not take these arguments: {error} (got {given or 'none'})") from error

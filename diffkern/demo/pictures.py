@@ -5,6 +5,7 @@ Everything but the curves is drawn with Pillow alone, so the same images give th
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffkern import ops, streams
+from diffkern import ops, storage, streams
 from diffkern.demo import need
 from diffkern.nn import UNet
 from diffkern.plan import Plan
@@ -25,6 +26,7 @@ SCALE = 8  # an image of 8 x 8 becomes a tile of 80 x 80 with its margin
 MARGIN = 1  # pixels of background around an image, before enlarging
 GAP = 4  # white between the tiles
 FONT = 18
+LARGEST = 1 << 28  # pixels of a picture
 
 
 def tile(image: Tensor, scale: int = SCALE) -> Any:
@@ -40,6 +42,16 @@ def tile(image: Tensor, scale: int = SCALE) -> Any:
     grey = np.pad(grey, MARGIN, constant_values=255)
     size = (grey.shape[1] * scale, grey.shape[0] * scale)
     return pillow.fromarray(grey).resize(size, pillow.Resampling.LANCZOS)
+
+
+def check_scale(scale: int, image_size: int, images: int = 1) -> None:
+    """ValueError unless a picture of so many square images, enlarged so much, has at most `LARGEST` pixels."""
+    most = int((LARGEST / images) ** 0.5 - GAP) // (image_size + 2 * MARGIN)
+    if not 1 <= scale <= most:
+        raise ValueError(
+            f"scale must lie in 1..{most} for a picture of {images} images of {image_size} x {image_size}, got "
+            f"{storage.shown(scale)}"
+        )
 
 
 def grid(
@@ -79,9 +91,14 @@ def grid(
 
 def write(picture: Any, path: str | os.PathLike[str]) -> None:
     """The picture as PNG, its folder made if needed; no date goes in, so equal pictures are equal files."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, format="PNG")
+    data = io.BytesIO()
+    picture.save(data, format="PNG")
+    _store(path, data)
+
+
+def _store(path: str | os.PathLike[str], data: io.BytesIO) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    storage.write(path, data.getvalue())
 
 
 def class_grid(images: Tensor, classes: Tensor, title: str = "", *, columns: int = 10, scale: int = SCALE) -> Any:
@@ -128,8 +145,6 @@ def loss_curve(values: Sequence[float], path: str | os.PathLike[str], window: in
     """The training loss of each iteration and its running mean over `window` of them, on a logarithmic axis, as PNG."""
     need("matplotlib", "matplotlib").use("Agg")
     plot = need("matplotlib.pyplot", "matplotlib")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     window = max(1, min(window, len(values) // 4))
     sums = np.cumsum(np.concatenate([[0.0], np.asarray(values)]))
     smooth = (sums[window:] - sums[:-window]) / window
@@ -143,5 +158,7 @@ def loss_curve(values: Sequence[float], path: str | os.PathLike[str], window: in
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    figure.savefig(path)
+    data = io.BytesIO()
+    figure.savefig(data)
     plot.close(figure)
+    _store(path, data)

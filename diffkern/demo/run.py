@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from diffkern import storage
 from diffkern.demo import checkpoint, need, pictures
 from diffkern.demo.checkpoint import Recipe
 from diffkern.demo.data import CLASSES, Digits, load_digits
@@ -132,7 +133,7 @@ def run_demo(config: DemoConfig | None = None) -> list[Line]:
 
     total = time.perf_counter() - start
     table = markdown(lines)
-    (out / "table.md").write_text(table + "\n", encoding="utf-8")
+    storage.write(out / "table.md", table + "\n")
     results = {
         "samplers": [dataclasses.asdict(line) for line in lines],
         "images_per_sampler": config.per_class * CLASSES,
@@ -145,7 +146,7 @@ def run_demo(config: DemoConfig | None = None) -> list[Line]:
         "machine": platform.machine(),
         "device": config.device,
     }
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    storage.write(out / "results.json", json.dumps(results, indent=2) + "\n")
     _say("")
     _say(table)
     _say("")
@@ -200,6 +201,17 @@ def _sampler(sampler: str, steps: int, model: UNet, recipe: Recipe, judge: Judge
 def grid_title(plan: Plan, guidance: float) -> str:
     """The words above a grid."""
     return f"{plan.name}, {len(plan.steps)} steps, {plan.model_calls} model calls, guidance {guidance:g}"
+
+
+def output_file(path: str | os.PathLike[str]) -> Path:
+    """The path of a file that can be written, its folder made if it is not there; else a ValueError."""
+    file = Path(path)
+    if file.is_dir():
+        raise ValueError(f"{file} must be a file, and is a folder")
+    folder = output_folder(file.parent)
+    if not os.access(file if file.exists() else folder, os.W_OK):
+        raise ValueError(f"{file} must be a file that can be written")
+    return file
 
 
 def output_folder(path: str | os.PathLike[str]) -> Path:

@@ -20,10 +20,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffkern import storage
 from diffkern.nn.attention import SpatialSelfAttention, count_heads
 
 Resample = Literal["none", "down", "up"]
 Modulation = Literal["scale_shift", "add"]
+
+
+LARGEST = 1 << 20
+"""Of every size in a `UNetConfig`, and of the channels of a level."""
+_SIZES = ("image_size", "in_channels", "out_channels", "channels", "blocks", "heads", "embedding")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +68,20 @@ class UNetConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
         object.__setattr__(self, "attention_levels", tuple(self.attention_levels))
-        for name in ("image_size", "in_channels", "out_channels", "channels", "blocks", "heads", "embedding"):
+        for name in _SIZES:
             if getattr(self, name) < 1:
                 raise ValueError(f"UNetConfig.{name} must be at least 1, got {getattr(self, name)}")
+        for name in (*_SIZES, "classes"):
+            value = getattr(self, name)
+            if value > LARGEST:
+                raise ValueError(f"UNetConfig.{name} must be at most {LARGEST}, got {storage.shown(value)}")
         if not self.multipliers or min(self.multipliers) < 1:
             raise ValueError(f"UNetConfig.multipliers must be positive integers, one a level, got {self.multipliers}")
+        if len(self.multipliers) > 16 or max(self.multipliers) > LARGEST // self.channels:
+            raise ValueError(
+                f"UNetConfig.multipliers must be at most 16, each at most {LARGEST // self.channels} for "
+                f"{self.channels} channels, got {storage.shown(self.multipliers)}"
+            )
         factor = 2 ** (len(self.multipliers) - 1)
         if self.image_size % factor:
             raise ValueError(
@@ -90,6 +105,14 @@ class UNetConfig:
             raise ValueError(f"UNetConfig.dropout must lie in [0, 1), got {self.dropout}")
         if self.embedding % 2:
             raise ValueError(f"UNetConfig.embedding must be even, got {self.embedding}")
+        if not math.isfinite(self.time_scale):
+            raise ValueError(f"UNetConfig.time_scale must be finite, got {self.time_scale}")
+
+    @property
+    def stages(self) -> int:
+        """Residual blocks of the network, each with weights of its own."""
+        levels = len(self.multipliers)
+        return levels * (2 * self.blocks + 1) + 2 * (levels - 1) + 2
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; `from_dict` is the inverse."""
@@ -97,12 +120,8 @@ class UNetConfig:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> UNetConfig:
-        """A configuration from `to_dict` or from its JSON; an unknown name is an error."""
-        known = {field.name for field in dataclasses.fields(UNetConfig)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(f"UNetConfig does not know {', '.join(unknown)}; it knows {', '.join(sorted(known))}")
-        return UNetConfig(**values)
+        """A configuration from `to_dict` or from its JSON; ValueError for an unknown name and for another type."""
+        return storage.record(UNetConfig, values, "UNetConfig.")
 
 
 def sinusoidal_embedding(t: Tensor, width: int, max_period: float = 10000.0) -> Tensor:

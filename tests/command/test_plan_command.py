@@ -116,6 +116,12 @@ def test_differences_of_every_kind():
     (["make", "ddim", "-o", "none/plan.json"], "--output must be a file that can be written, got 'none/plan.json'"),
     (["show", "none.json", "steps=3"], "arguments belong to a sampler, got steps=3 for the file none.json"),
     (["diff", "ddim", "ddim", "--tolerance", "-1"], r"--tolerance must be a number >= 0, got -1\.0"),
+    (["show", "ddim", f"steps={'(' * 5000}1{')' * 5000}"], r"a plan must be a file or a sampler .* got 'steps=\(\(\("),
+    (["show", f"ddim(steps={'[' * 90}1{']' * 90})"], r"steps must be an integer in 1..1000 .*, got \[\[\["),
+    (["show", "ddim", f"timesteps={'-' * 3000}1"], "a plan must be a file or a sampler|timesteps must be a number"),
+    (["show", "ddim", "steps=1000000000"], "steps must be at most 1000000, got 1000000000"),
+    (["show", "ddim", "schedule=linear(T=10000000000)"], "T must be at most 1000000, got 10000000000"),
+    (["show", "ddim", f"steps={'9' * 5000}"], "a plan must be a file or a sampler"),
     (["diff", "-", "-"], "only one of the two plans can be read from stdin"),
 ])  # fmt: skip
 def test_bad_input(capsys, tmp_path, monkeypatch, arguments, words):
@@ -132,6 +138,10 @@ def test_a_file_that_is_no_plan(capsys, tmp_path: Path):
     status, _, err = run(capsys, "show", str(file))
     assert status == 2
     assert "text must be the JSON of a plan with diffkern_plan = 1, got 9" in err
+    file.write_text("[" * 100_000)
+    status, _, err = run(capsys, "show", str(file))
+    assert status == 2
+    assert re.search(r"text must be the JSON of a plan, got .* \(nested too deeply\)$", err.strip())
     file.write_bytes(b"\xff\xfe\x00")
     status, _, err = run(capsys, "show", str(file))
     assert status == 2

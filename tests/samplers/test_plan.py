@@ -193,10 +193,13 @@ def test_bad_heads_are_refused(changes, message):
     ("text", "message"),
     [
         ("no json", r"text must be the JSON of a plan, got 'no json'"),
-        ("[1]", r"text must be the JSON of a plan with diffkern_plan = 1, got 'list'"),
+        ("[1]", r"text must be the JSON of a plan with diffkern_plan = 1, got \[1\]"),
         ('{"diffkern_plan": 2}', r"text must be the JSON of a plan with diffkern_plan = 1, got 2"),
-        ('{"diffkern_plan": 1, "name": "p"}', r"got a field that does not fit: 'rows'"),
-        ('{"diffkern_plan": 1, "name": "p", "rows": [{"zeta": 1}]}', r"got a field that does not fit: .*zeta"),
+        ('{"diffkern_plan": 1, "name": "p"}', "rows must be a list of objects, got None"),
+        (
+            '{"diffkern_plan": 1, "name": "p", "rows": [{"zeta": 1}]}',
+            "row 0 does not know zeta; it knows A, B, D,",
+        ),
         ('{"diffkern_plan": 1, "name": "p", "rows": [{"e0": 1}]}', r"row 0: history 0 is read"),
     ],
 )
@@ -218,12 +221,71 @@ def test_a_table_outlives_where_it_was_made():
 @pytest.mark.parametrize(
     ("row", "found"),
     [
-        ({"stream": float("inf")}, "a field that does not fit"),
-        ({"a": 1.0, "saves": [[0]]}, "saves must hold pairs"),
-        ({"a": 1.0, "ends_step": "no"}, "ends_step must be true or false"),
+        ({"stream": float("inf")}, r"\(Infinity is no JSON number\)"),
+        ({"stream": True}, "^row 1: stream must be an integer, got True$"),
+        ({"stream": 3.0}, r"^row 1: stream must be an integer, got 3\.0$"),
+        ({"stream": 2**53}, r"^row 1: stream must be an integer in \[0, 2\*\*53\), got 9007199254740992$"),
+        ({"known_stream": -1}, r"^row 1: known_stream must be an integer in \[0, 2\*\*53\), got -1$"),
+        ({"a": "1"}, "^row 1: a must be a finite number, got '1'$"),
+        ({"a": False}, "^row 1: a must be a finite number, got False$"),
+        ({"a": None}, "^row 1: a must be a finite number, got None$"),
+        ({"clip": 10**400}, "^row 1: clip must be a finite number, got 1000"),
+        ({"time": "0"}, "^row 1: time must be a finite number, got '0'$"),
+        ({"time": 2**63}, "^row 1: time must be a number that int64 holds, got 9223372036854775808$"),
+        ({"time": -1e300}, r"^row 1: time must be a number that int64 holds, got -1e\+300$"),
+        ({"time": 0.5}, r"^row 1: time must be an integer when time_dtype is 'int64', got 0\.5$"),
+        ({"saves": [[0]]}, r"^row 1: saves\[0\] must be a list of 2 \(an integer, text\), got \[0\]$"),
+        ({"saves": [[True, "x"]]}, r"^row 1: saves\[0\]\[0\] must be an integer, got True$"),
+        ({"saves": {"0": "x"}}, r"^row 1: saves must be a list \(each a list of 2 .*, got \{'0': 'x'\}$"),
+        ({"saves": [[4, "x"]]}, r"^row 1: a history slot must lie in 0\.\.3, got 4$"),
+        ({"path": [0.5]}, r"^row 1: path must be a list of 2 .* or null, got \[0\.5\]$"),
+        ({"path": [0.5, None]}, r"^row 1: path\[1\] must be a finite number, got None$"),
+        ({"path": [0.5, 0.25]}, r"^row 1: path must be \(s, t\) with 0 <= s < t <= 1, got \(0\.5, 0\.25\)$"),
+        ({"ends_step": "no"}, "^row 1: ends_step must be true or false, got 'no'$"),
+        ({"calls_model": 0}, "^row 1: calls_model must be true or false, got 0$"),
+        ([], r"^row 1 must be an object, got \[\]$"),
     ],
 )
 def test_json_that_is_no_plan(row, found):
-    text = json.dumps({"diffkern_plan": 1, "name": "odd", "rows": [row]})
+    """The sentence names the row and the field."""
+    rows = [{"a": 1.0}, {"a": 1.0, **row} if isinstance(row, dict) else row]
+    text = json.dumps({"diffkern_plan": 1, "name": "odd", "time_dtype": "int64", "rows": rows})
     with pytest.raises(ValueError, match=found):
         Plan.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("head", "found"),
+    [
+        ({"name": 3}, "^name must be text, got 3$"),
+        ({"name": None}, "^name must be text, got None$"),
+        ({"init_scale": "1"}, "^init_scale must be a finite number, got '1'$"),
+        ({"first_k": True}, "^first_k must be a finite number, got True$"),
+        ({"prediction": ["eps"]}, r"^prediction must be text, got \['eps'\]$"),
+        ({"time_dtype": {}}, r"^time_dtype must be text, got \{\}$"),
+        ({"learned_variance": 1}, "^learned_variance must be true or false, got 1$"),
+        ({"threshold": 0.9}, r"^threshold must be a list of 2 .* or null, got 0\.9$"),
+        ({"threshold": [2, None]}, r"^quantile of a threshold must lie in \[0, 1\], got 2$"),
+        ({"cache": {}}, "^Plan does not know cache; it knows first_k, init_scale, learned_variance, name,"),
+        ({"rows": {}}, r"^rows must be a list of objects, got \{\}$"),
+        ({"diffkern_plan": True}, "^text must be the JSON of a plan with diffkern_plan = 1, got True$"),
+    ],
+)
+def test_json_whose_head_does_not_fit(head, found):
+    data = {"diffkern_plan": 1, "name": "odd", "rows": [{"a": 1.0}], **head}
+    with pytest.raises(ValueError, match=found):
+        Plan.from_json(json.dumps(data))
+
+
+@pytest.mark.parametrize("text", ["[" * 10**6, '{"rows":' * 10**5, '{"diffkern_plan": 1, "rows": ' + "[" * 10**6])
+def test_json_that_is_nested_deeply_is_one_sentence(text):
+    with pytest.raises(ValueError, match=r"^text must be the JSON of a plan, got .* \(nested too deeply\)$"):
+        Plan.from_json(text)
+
+
+def test_a_time_that_its_dtype_cannot_hold_is_refused():
+    Plan("p", (replace(OK, time=3e38),))
+    with pytest.raises(ValueError, match=r"row 0: time must be a number that float32 holds, got 1e\+39"):
+        Plan("p", (replace(OK, time=1e39),))
+    with pytest.raises(ValueError, match=r"row 0: stream must be an integer in \[0, 2\*\*53\), got nan"):
+        Plan("p", (replace(OK, stream=math.nan),))
