@@ -44,8 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         return int(arguments.run(arguments))
-    except (ValueError, RuntimeError, OSError, ImportError) as error:
-        print(f"diffkern {arguments.command}: {error}", file=sys.stderr)
+    except (ValueError, RuntimeError, OSError, ImportError, MemoryError) as error:
+        text = " ".join(f"{error}".split()) or "not enough memory"
+        print(f"diffkern {arguments.command}: {text}", file=sys.stderr)
         return 2
 
 

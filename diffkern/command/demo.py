@@ -6,17 +6,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from pathlib import Path
 
 import torch
 
-from diffkern import _load
+from diffkern import _load, storage
 from diffkern.command._machine import crowding
 from diffkern.demo import checkpoint, pictures
 from diffkern.demo.checkpoint import Recipe
+from diffkern.demo.data import CLASSES
 from diffkern.demo.generate import DEFAULT_STEPS, generate, make_plan
-from diffkern.demo.run import GRID_ROWS, DemoConfig, grid_title, output_folder, run_demo
+from diffkern.demo.run import GRID_ROWS, DemoConfig, grid_title, output_file, output_folder, run_demo
 from diffkern.demo.train import TrainConfig
+
+MOST_IMAGES = 1_000_000
+MOST_THREADS = 1024
 
 
 def add_demo(parser: argparse.ArgumentParser) -> None:
@@ -73,18 +76,19 @@ def _use_threads(threads: int | None) -> None:
     if threads is not None:
         if threads < 1:
             raise ValueError(f"--threads must be at least 1, got {threads}")
+        if threads > MOST_THREADS:
+            raise ValueError(f"--threads must be at most {MOST_THREADS}, got {storage.shown(threads)}")
         torch.set_num_threads(threads)
 
 
 def _demo(arguments: argparse.Namespace) -> int:
     _use_threads(arguments.threads)
-    if arguments.per_class < 1:
-        raise ValueError(f"--per-class must be at least 1, got {arguments.per_class}")
+    _check_count("--per-class", arguments.per_class, MOST_IMAGES // CLASSES)
     training = TrainConfig(iterations=arguments.iterations, batch=arguments.batch, seed=arguments.seed)
+    recipe = dataclasses.replace(Recipe(), guidance=arguments.guidance, seed=arguments.seed)
     config = DemoConfig(
-        out=output_folder(arguments.out),
         train=training,
-        recipe=dataclasses.replace(Recipe(), guidance=arguments.guidance, seed=arguments.seed),
+        recipe=recipe,
         per_class=arguments.per_class,
         device=check_device(arguments.device),
         progress=not arguments.quiet,
@@ -92,7 +96,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     found = crowding() if config.device == "cpu" else None
     if found is not None:
         print(f"warning: {found}", file=sys.stderr, flush=True)
-    run_demo(config)
+    run_demo(dataclasses.replace(config, out=output_folder(arguments.out)))  # made last, when all else is right
     return 0
 
 
@@ -107,37 +111,50 @@ def _sample(arguments: argparse.Namespace) -> int:
     repeats = arguments.per_class
     if repeats is None:
         repeats = GRID_ROWS if arguments.classes is None else 1
-    if repeats < 1:
-        raise ValueError(f"--per-class must be at least 1, got {repeats}")
+    _check_count("--per-class", repeats, MOST_IMAGES // max(1, len(chosen)))
+    count = len(chosen) * repeats
     if arguments.first < 0:
         raise ValueError(f"--first must not be negative, got {arguments.first}")
-    if arguments.scale < 1:
-        raise ValueError(f"--scale must be at least 1, got {arguments.scale}")
+    if arguments.first > 2**63 - count:
+        raise ValueError(f"--first must be at most 2**63 - {count}, got {storage.shown(arguments.first)}")
+    asked = {"guidance": arguments.guidance, "seed": arguments.seed, "micro_batch": arguments.micro_batch}
+    recipe = dataclasses.replace(recipe, **{name: value for name, value in asked.items() if value is not None})
+    grid = arguments.out is not None or arguments.out_dir is None
+    size = recipe.unet.image_size
+    if recipe.unet.in_channels != 1:
+        raise ValueError(f"images must have 1 channel to be drawn, got {recipe.unet.in_channels} in this checkpoint")
+    pictures.check_scale(arguments.scale, size, count if grid else 1)
     classes = torch.tensor(chosen).repeat(repeats)
     folder = None if arguments.out_dir is None else output_folder(arguments.out_dir)
-    guidance = recipe.guidance if arguments.guidance is None else arguments.guidance
+    path = output_file(arguments.out or "grid.png") if grid else None
     made = generate(
         model,
         plan,
         classes,
-        seed=recipe.seed if arguments.seed is None else arguments.seed,
+        seed=recipe.seed,
         first=arguments.first,
-        guidance=guidance,
-        micro_batch=recipe.micro_batch if arguments.micro_batch is None else arguments.micro_batch,
+        guidance=recipe.guidance,
+        micro_batch=recipe.micro_batch,
         progress=not arguments.quiet,
     )
     if folder is not None:
         for j, (image, digit) in enumerate(zip(made.images, classes.tolist(), strict=True), start=arguments.first):
             pictures.write(pictures.tile(image, arguments.scale), folder / f"{j:05d}_class{digit}.png")
         print(f"{len(classes)} images in {folder}")
-    if arguments.out is not None or folder is None:
-        path = Path(arguments.out or "grid.png")
+    if path is not None:
         columns = len(chosen) if repeats > 1 else min(10, len(chosen))
-        title = grid_title(plan, guidance)
+        title = grid_title(plan, recipe.guidance)
         pictures.write(pictures.class_grid(made.images, classes, title, columns=columns, scale=arguments.scale), path)
         print(f"{len(classes)} images in {path}")
     print(f"{made.model_seconds:.2f} s in the model, {made.update_seconds:.3f} s in the sampler")
     return 0
+
+
+def _check_count(name: str, count: int, most: int) -> None:
+    if count < 1:
+        raise ValueError(f"{name} must be at least 1, got {count}")
+    if count > most:
+        raise ValueError(f"{name} must be at most {most} (a job has {MOST_IMAGES} images), got {storage.shown(count)}")
 
 
 def parse_classes(text: str, classes: int) -> list[int]:
@@ -145,8 +162,8 @@ def parse_classes(text: str, classes: int) -> list[int]:
     found: list[int] = []
     for part in text.split(","):
         ends = part.strip().split("-")
-        if len(ends) > 2 or not all(end.isdecimal() for end in ends):
-            raise ValueError(f"--classes must be like 3 or 0,1,7 or 0-9, got {text!r}")
+        if len(ends) > 2 or not all(end.isdecimal() and len(end) < 20 for end in ends):
+            raise ValueError(f"--classes must be like 3 or 0,1,7 or 0-9, got {storage.shown(text)}")
         low, high = int(ends[0]), int(ends[-1])
         if low > high or high >= classes:
             raise ValueError(f"--classes must lie in 0..{classes - 1} and rise within a range, got {part.strip()!r}")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffkern import ops
+from diffkern import ops, storage
 from diffkern.demo import need
 from diffkern.nn import UNet
 from diffkern.plan import Plan
@@ -29,6 +29,7 @@ DEFAULT_STEPS = {
     **{"dpmpp_2m_sde": 40, "dpmpp_3m_sde": 40, "dpmpp_sde": 25, "unipc": 20},
 }
 """The samplers of the demo: all that go from noise to data and take noise levels or a table's times."""
+MOST_STEPS = 100_000
 SIGMA_MAX, SIGMA_MIN = 80.0, 0.01
 """Ends of the noise levels of all but DDPM and DDIM: the grid of Karras et al. 2022, inside the schedule's range."""
 
@@ -52,14 +53,14 @@ def make_plan(
     make = get_sampler(sampler)
     if steps is None:
         steps = DEFAULT_STEPS[sampler]
+    if not 1 <= steps <= MOST_STEPS:
+        raise ValueError(f"steps must be an integer in 1..{MOST_STEPS}, got {storage.shown(steps)}")
     if eta is not None and sampler != "ddim":
         raise ValueError(f"eta belongs to the sampler ddim, got it with {sampler}")
     if sampler == "ddpm":
         return make(schedule, steps, spacing="trailing", prediction=prediction, clip=1.0)
     if sampler == "ddim":
         return make(schedule, steps, spacing="trailing", prediction=prediction, clip=1.0, eta=eta or 0.0)
-    if steps < 1:
-        raise ValueError(f"steps must be an integer >= 1, got {steps}")
     highest = min(SIGMA_MAX, float(schedule.sigma_ve(schedule.T - 1)))
     lowest = max(SIGMA_MIN, float(schedule.sigma_ve(0)))
     levels = karras_sigmas(steps, lowest, highest)

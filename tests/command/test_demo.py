@@ -286,12 +286,21 @@ def test_micro_batch_of_one_gives_an_image_its_bits_in_every_job(
         (["--steps", "101", "--sampler", "ddim"], "steps must be an integer"),
         (["--sampler", "euler", "--steps", "0"], "steps must be an integer"),
         (["--sampler", "euler", "--eta", "1"], "eta belongs to the sampler ddim, got it with euler"),
-        (["--micro-batch", "0"], "micro_batch must be at least 1, got 0"),
+        (["--micro-batch", "0"], "micro_batch must lie in 1..2**31 - 1, got 0"),
+        (["--micro-batch", str(2**70)], "micro_batch must lie in 1..2**31 - 1, got 1180591620717411303424"),
         (["--per-class", "0"], "--per-class must be at least 1, got 0"),
+        (["--per-class", str(10**9)], "--per-class must be at most 100000 (a job has 1000000 images), got 1000000000"),
         (["--first", "-1"], "--first must not be negative, got -1"),
+        (["--first", str(2**70)], "--first must be at most 2**63 - 80, got 1180591620717411303424"),
+        (["--first", str(2**63 - 79)], "--first must be at most 2**63 - 80, got 9223372036854775729"),
+        (["--seed", str(2**64)], "seed must be an integer of 64 bits, got 18446744073709551616"),
+        (["--steps", str(10**12), "--sampler", "heun"], "steps must be an integer in 1..100000, got 1000000000000"),
         (["--guidance", "nan"], "guidance must be finite, got nan"),
-        (["--scale", "0"], "--scale must be at least 1, got 0"),
+        (["--scale", "0"], "scale must lie in 1..182 for a picture of 80 images of 8 x 8, got 0"),
+        (["--scale", "1000000"], "scale must lie in 1..182 for a picture of 80 images of 8 x 8, got 1000000"),
         (["--threads", "0"], "--threads must be at least 1, got 0"),
+        (["--threads", str(10**10)], "--threads must be at most 1024, got 10000000000"),
+        (["--classes", "9" * 5000], "--classes must be like 3 or 0,1,7 or 0-9, got '9999"),
         (["--device", "tpu"], "--device must be cpu or cuda, got 'tpu'"),
     ],
 )
@@ -302,7 +311,7 @@ def test_bad_arguments_are_one_sentence(
     printed = capsys.readouterr().err.strip()
     assert sentence in printed
     assert len(printed.splitlines()) == 1
-    assert not (tmp_path / "no.png").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_bad_files_are_one_sentence(model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -314,6 +323,31 @@ def test_bad_files_are_one_sentence(model_file: Path, tmp_path: Path, capsys: py
     assert "must be a folder, and is a file" in capsys.readouterr().err
     assert main(["demo", "--out", str(tmp_path / "demo"), "--iterations", "0"]) == 2
     assert "TrainConfig.iterations must be at least 1, got 0" in capsys.readouterr().err
+    assert sample(model_file, "--out", tmp_path) == 2
+    assert "must be a file, and is a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--guidance", "nan"], "guidance must be finite, got nan"),
+        (["--seed", str(2**64)], "TrainConfig.seed must be an integer of 64 bits, got 18446744073709551616"),
+        (["--batch", str(10**9)], "TrainConfig.batch must be at most 65536, got 1000000000"),
+        (["--iterations", str(10**9)], "TrainConfig.iterations must be at most 100000000, got 1000000000"),
+        (["--per-class", str(10**9)], "--per-class must be at most 100000"),
+    ],
+)
+def test_the_demo_refuses_before_it_trains(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    sentence: str,
+) -> None:
+    monkeypatch.setattr(command, "run_demo", lambda config: pytest.fail("it began"))
+    assert main(["demo", "--out", str(tmp_path / "out"), *arguments]) == 2
+    assert sentence in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the sentence is for machines without a GPU")
