@@ -23,8 +23,9 @@ __all__ = ["add_command", "report", "text"]
 EXTRAS = {
     "demo": ("`make demo` and `python -m diffkern demo`", ("sklearn", "matplotlib", "PIL", "safetensors")),
     "grids": ("noise levels spaced by `beta_sigmas`", ("scipy",)),
-    "bench": ("the benchmarks", ("pytest_benchmark", "matplotlib", "diffusers")),
 }
+# The same, for what stands in the source folder alone.
+SOURCE_EXTRAS = {"bench": ("the benchmarks", ("pytest_benchmark", "matplotlib", "diffusers"))}
 
 
 def _version(package: str) -> str:
@@ -57,7 +58,8 @@ def report() -> dict[str, Any]:
             f"the native modules are of version {build.get('version')}, the Python files of {diffkern.__version__}: "
             "run `make build` or pip install --no-build-isolation ."
         )
-    for extra, (purpose, modules) in EXTRAS.items():
+    in_source = (Path(diffkern.__file__).parent.parent / "pyproject.toml").is_file()
+    for extra, (purpose, modules) in {**EXTRAS, **(SOURCE_EXTRAS if in_source else {})}.items():
         absent = [name for name in modules if importlib.util.find_spec(name) is None]
         if absent:
             missing.append(f"{purpose} need {', '.join(absent)}: pip install 'diffkern[{extra}]'")

@@ -241,7 +241,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"time_grid": torch.tensor([1.0, 0.5, 0.6, 0.0])}, AssertionError, "strictly"),
     ({"time_grid": torch.tensor([1, 0])}, TypeError, "floating point"),
     ({"method": "foo"}, ValueError, "method must be one of"),
-    ({"step_size": -1.0}, IndexError, ""),
+    ({"step_size": -1.0}, IndexError, r"step_size must be a positive, finite number, got -1\.0"),
     ({"model": lambda x, t: torch.ones_like(x)}, RuntimeError, "does not require grad"),
     ({"x": torch.ones(3)}, IndexError, "Dimension out of range"),
 ]

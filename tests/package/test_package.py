@@ -120,19 +120,18 @@ def test_cpu_wheel_works(cpu_wheel: Path, tmp_path: Path) -> None:
 
 
 def test_sdist_contents(sdist: Path, root: Path) -> None:
+    """All that git knows: whatever a test reads is there."""
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    for name in (
-        "CMakeLists.txt",
-        "setup.py",
-        "pyproject.toml",
-        "LICENSE",
-        "tests/conftest.py",
-        "tests/package/test_package.py",
-    ):
-        assert name in names
-    sources = {path.relative_to(root).as_posix() for path in (root / "csrc").rglob("*.*")}
-    assert sources <= names
+    listed = run("git", "ls-files", cwd=root) if shutil.which("git") and (root / ".git").exists() else None
+    tracked = listed.stdout.split() if listed is not None and listed.returncode == 0 else []
+    written = [name for name in tracked if (root / name).exists()]
+    parts = ("CMakeLists.txt", ".ci/run", "csrc", "tests", "benchmarks", "examples", "docs", "tools", "diffkern")
+    read = [path for part in parts for path in (root / part, *(root / part).rglob("*.*")) if path.is_file()]
+    made = ("__pycache__", ".so", ".pyc", "_cache")
+    found = {path.relative_to(root).as_posix() for path in read if not any(m in str(path) for m in made)}
+    assert len(found) > 400
+    assert {*written, *found} - names == set()
     assert not [
         name for name in names if re.search(r"\.(so|pyc|whl|o|a)$|(^|/)(build|\.venv|\.git|__pycache__)(/|$)", name)
     ]
@@ -284,6 +283,17 @@ def test_info_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = info.report()["missing"]
     assert "the demo need no_such_module: pip install 'diffkern[demo]'" in missing
     assert any("native modules are of version" in sentence and "9.9.9" in sentence for sentence in missing)
+
+
+def test_info_advises_what_a_user_of_the_wheel_can_install(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Extras that pyproject.toml declares; the benchmarks' in the source folder alone, as no wheel has them."""
+    declared = re.search(r"\[project.optional-dependencies\]\n(.*?)\n\[", (root / "pyproject.toml").read_text(), re.S)
+    assert declared is not None
+    assert {*info.EXTRAS, *info.SOURCE_EXTRAS} <= set(re.findall(r"^(\w+) = \[", declared[1], re.M))
+    monkeypatch.setattr(info, "SOURCE_EXTRAS", {"bench": ("the benchmarks", ("no_such_module",))})
+    for folder, says in ((root, True), (root / "build", False)):
+        monkeypatch.setattr(diffkern, "__file__", str(folder / "diffkern" / "__init__.py"))
+        assert any("diffkern[bench]" in sentence for sentence in info.report()["missing"]) is says
 
 
 def test_a_wrong_instruction_set_is_one_sentence() -> None:

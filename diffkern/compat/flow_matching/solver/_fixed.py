@@ -10,6 +10,8 @@ divergence of a likelihood) and is differentiable, and states are wanted between
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Callable, Iterable
 from fractions import Fraction
 from functools import partial
@@ -93,11 +95,17 @@ def _made(method: str, t: Tensor, reverse: bool, step_size: Any, every: bool) ->
 
 
 def _spaced(t: Tensor, step_size: Any) -> Tensor:
-    count = torch.ceil((t[-1] - t[0]) / step_size + 1).item()
-    grid = torch.arange(0, count, dtype=t.dtype, device="cpu") * step_size + t[0]
-    grid[-1] = t[-1]
-    if grid[0] != t[0]:
-        raise AssertionError(f"step_size must be positive and finite, got {step_size}")
+    rule = "step_size must be a positive, finite number"
+    if not isinstance(step_size, numbers.Real):
+        raise TypeError(f"{rule}, got {step_size!r}")
+    try:
+        count = torch.ceil((t[-1] - t[0]) / step_size + 1).item()
+        grid = torch.arange(0, count, dtype=t.dtype, device="cpu") * step_size + t[0]
+        grid[-1] = t[-1]
+    except (RuntimeError, IndexError, ValueError) as error:  # zero, NaN, a negative one: the kinds of the original
+        raise type(error)(f"{rule}, got {step_size}") from error
+    if not 0.0 < step_size < math.inf or grid[0] != t[0]:
+        raise AssertionError(f"{rule}, got {step_size}")
     return grid
 
 
