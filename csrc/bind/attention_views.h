@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <limits>
 
 #include "../core/attention.h"
 #include "memory.h"
@@ -78,8 +79,11 @@ inline void check_head_dim(const char* op, const char* what, int64_t dim) {
   }
 }
 
-inline void check_scale(const char* op, double scale) {
+inline void check_scale(const char* op, double scale, Dtype dtype) {
   if (!std::isfinite(scale)) fail(op, "scale must be finite, got ", scale);
+  if (dtype != Dtype::f64 && std::abs(scale) > std::numeric_limits<float>::max()) {
+    fail(op, "scale must be finite in float32, got ", scale);
+  }
 }
 
 inline void check_one_contiguous(const char* op, const Operand& o) {
@@ -137,7 +141,7 @@ inline AttentionProblem heads_problem(const char* op, const Operand& q, const Op
   check_sizes(op, k, {p.batch, p.heads, p.keys, p.dim}, "batch, heads and channels of q: shape");
   check_sizes(op, v, {p.batch, p.heads, p.keys, p.dim}, "the shape of k");
   if (p.keys < 1) fail(op, "k must have at least one token, got shape ", shape_text(k));
-  check_scale(op, scale);
+  check_scale(op, scale, p.dtype);
   p.scale = scale;
   for (const Operand* o : {&q, &k, &v}) check_one_contiguous(op, *o);
   p.q = heads_view(q);
@@ -228,7 +232,7 @@ inline AttentionProblem spatial_problem(const char* op, const Operand& qkv, int6
   p.queries = p.keys = view.tokens;
   p.dim = view.channels / 3 / heads;
   check_head_dim(op, "the channels of a head (those of qkv / 3 / heads)", p.dim);
-  check_scale(op, scale);
+  check_scale(op, scale, p.dtype);
   p.scale = scale;
   const auto head_order = static_cast<HeadOrder>(order);
   if (view.channels_last() && view.channel != 1) {

@@ -290,6 +290,7 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "scale NaN": (_with(scale=math.nan), r"scale must be finite, got nan"),
     "scale infinite": (_with(scale=math.inf), r"scale must be finite, got inf"),
+    "scale beyond float32": (_with(scale=-1e39), r"scale must be finite in float32, got -1e\+39"),
 }
 
 
