@@ -41,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv[:1] == [name]:
             module, _, function = command.target.partition(":")
             getattr(importlib.import_module(module), function)(subparser)
+    for argument in argv:
+        if argument.startswith("--") and argument.endswith("=--"):  # argparse makes a list of it
+            parser.error(f"argument {argument[:-3]}: expected a value, got '--'")
     arguments = parser.parse_args(argv)
     try:
         return int(arguments.run(arguments))

@@ -19,8 +19,15 @@ PROJECTIONS = get_args(Projection)
 
 def draw_seeds(n: int, generator: torch.Generator | None = None, device: torch.device | str | None = None) -> Tensor:
     """n int64 seeds from torch's generator, for one training iteration: the run repeats under torch.manual_seed."""
+    check_count(n)
     device = generator.device if device is None and generator is not None else device
     return torch.randint(-(2**63), 2**63 - 1, (n,), dtype=torch.int64, device=device, generator=generator)
+
+
+def check_count(n: int) -> None:
+    """ValueError unless n random numbers can be asked for."""
+    if not 0 <= n < 2**40:
+        raise ValueError(f"n must be at least 0 and below 2**40, got {n}")
 
 
 def uniform_by_address(seeds: Tensor, stream: int) -> Tensor:

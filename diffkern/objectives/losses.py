@@ -21,7 +21,7 @@ from torch import Tensor
 
 from diffkern import ops, streams
 from diffkern.checks import check_level, most_in, need_model, need_tensor, unwrapped
-from diffkern.draws import draw_seeds
+from diffkern.draws import check_count, draw_seeds
 from diffkern.modes import fakes, kept, readable
 from diffkern.names import Prediction, Reduction
 from diffkern.objectives._densities import LogNormal, Uniform
@@ -61,6 +61,7 @@ def uniform_times(
 
     `diffkern.objectives.time_sampling` has the other densities, and all of them by address.
     """
+    check_count(n)
     device = generator.device if device is None and generator is not None else device
     if isinstance(schedule, DiscreteSchedule):
         return torch.randint(0, schedule.T, (n,), generator=generator, device=device)

@@ -171,9 +171,13 @@ def _table(
     ).to(device)
 
 
-def _check(pred: Tensor, x0: Tensor, t: Tensor, schedule: DiscreteSchedule, variance: Variance) -> None:
+def _check_discrete(schedule: DiscreteSchedule) -> None:
     if not isinstance(schedule, DiscreteSchedule):
         raise ValueError(f"schedule must be discrete for a variational bound, got {schedule!r}")
+
+
+def _check(pred: Tensor, x0: Tensor, t: Tensor, schedule: DiscreteSchedule, variance: Variance) -> None:
+    _check_discrete(schedule)
     if t.is_floating_point() or t.dim() > 1 or (t.dim() == 1 and len(t) != len(x0)):
         raise ValueError(
             f"t must be integers of shape [] or [{len(x0)}] (one time a sample), got {t.dtype} {list(t.shape)}"
@@ -296,6 +300,7 @@ def bits_per_dim(
     not depend on the batch. `progress`: a bar over t, or its label. `clip` bounds the predicted x0 (inf: not
     at all), as samplers do. arXiv 2006.11239, eq. 5; arXiv 2102.09672; lectures 000, 001, 002.
     """
+    _check_discrete(schedule)
     table = _table(schedule, prediction, variance, clip, 1.0, 1.0, True, x0.device)
     terms, errors = [], []
     seeds = ops.as_seeds(seeds, len(x0), x0.device)

@@ -47,6 +47,8 @@ def initial(
     need_plan(plan)
     check_dtype(plan, dtype)
     plan = plan_to_run(plan, None)
+    if not shape:
+        raise ValueError("shape must be [B, ...], got []")
     starts = _steps_of(start, plan, shape[0])
     if x0 is None and max(starts) > 0:
         raise ValueError(f"x0 must be given to start in the middle of a plan, got start={start} without x0")

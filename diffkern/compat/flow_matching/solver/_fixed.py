@@ -96,7 +96,8 @@ def _made(method: str, t: Tensor, reverse: bool, step_size: Any, every: bool) ->
 
 def _spaced(t: Tensor, step_size: Any) -> Tensor:
     rule = "step_size must be a positive, finite number"
-    if not isinstance(step_size, numbers.Real):
+    is_number: bool = isinstance(step_size, numbers.Real)  # NumPy's as well
+    if not is_number:
         raise TypeError(f"{rule}, got {step_size!r}")
     try:
         count = torch.ceil((t[-1] - t[0]) / step_size + 1).item()
