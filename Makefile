@@ -4,7 +4,9 @@
 #   make demo                 train a small model on handwritten digits and sample from it (about 5 minutes)
 #   make test                 the tests, against the installed wheel: minutes   ARGS="-k step"
 #   make test-all             all that CI runs of them
-#   make test-long            what CI does not run: hundreds of millions of draws, seeded faults, pictures
+#   make test-long            what CI does not run: hundreds of millions of draws, seeded faults, pictures, the four below
+#   make fuzz                 every op, public function and command with random arguments: hours   FUZZ=100 times CI's
+#   make asan | ubsan | tsan  the tests of the ops on the CPU, and the fuzz, under a sanitizer
 #   make bench                benchmarks against torch and diffusers            DEVICE=cuda on a machine with a GPU
 #   make test-gpu             the tests that need a GPU; fails when there is none
 #   make test-emulator        the tests of the PTX emulator that the kernel tests run in
@@ -20,6 +22,7 @@ PYTHON ?= python3
 VENV ?= .venv
 DEVICE ?= cpu
 ARGS ?=
+FUZZ ?= 100
 # Tests side by side, one thread each: one process a core, of up to 3 GiB (a test holds that).
 JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(8, len(os.sched_getaffinity(0))))')
 
@@ -37,7 +40,7 @@ endif
 # The same as build-system.requires in pyproject.toml (a test compares them).
 BUILD_REQUIRES := "setuptools>=77" "torch>=2.10" "pybind11>=2.13" "cmake>=3.24" "ninja"
 
-.PHONY: demo test test-all test-long bench test-gpu test-abi test-emulator gpu-results gpu-report gallery mutants build lint format clean distclean
+.PHONY: demo test test-all test-long fuzz asan ubsan tsan bench test-gpu test-abi test-emulator gpu-results gpu-report gallery mutants build lint format clean distclean
 .DELETE_ON_ERROR:
 
 # ---------------------------------------------------------------------------------------------- environment
@@ -85,11 +88,36 @@ test-long: TESTS = long
 test test-all: $(VENV)/.extra-test $(VENV)/.nvcc
 	$(RUN_TESTS)
 
-# Hours: the tests that are too long or too large for CI, then the pictures, then every seeded fault.
+# Hours: the tests that are too long or too large for CI, the fuzz, the sanitizers, the pictures, every seeded fault.
 test-long: $(VENV)/.extra-test $(VENV)/.nvcc
 	$(RUN_TESTS)
+	$(MAKE) fuzz asan ubsan tsan
 	PYTHONPATH=$(CURDIR)/build/site $(PY) tools/gallery.py --output build/gallery
 	$(WITH_NVCC) $(PY) tools/mutants.py
+
+fuzz: $(VENV)/.extra-test build
+	DIFFKERN_FUZZ=$(FUZZ) $(BIN)/pytest -n $(JOBS) --dist worksteal -m "" tests/fuzz $(ARGS)
+
+# The CPU module is built with the sanitizer into a copy of the package, and tested there. gcc's runtime has to come
+# first in a process that is not built with it; ThreadSanitizer's does not stand random addresses.
+SANITIZED = tests/ops tests/fuzz/test_ops_valid.py tests/fuzz/test_ops_broken.py -k "not compile and not isa"
+RUNTIME = LD_PRELOAD=$$($(CXX) -print-file-name=lib$@.so)
+asan: SANITIZER = address
+asan: UNDER = $(RUNTIME) ASAN_OPTIONS=malloc_context_size=2 LSAN_OPTIONS=suppressions=tests/sanitizers/lsan.txt
+ubsan: SANITIZER = undefined
+ubsan: UNDER = $(RUNTIME) UBSAN_OPTIONS=print_stacktrace=1
+tsan: SANITIZER = thread
+tsan: UNDER = setarch -R env OMP_NUM_THREADS=4 $(RUNTIME) \
+  TSAN_OPTIONS=suppressions=tests/sanitizers/tsan.txt:ignore_noninstrumented_modules=1
+asan ubsan tsan: $(VENV)/.extra-test
+	rm -rf build/$@/site
+	mkdir -p build/$@/site
+	tar c --exclude='*.so' --exclude=__pycache__ diffkern | tar x -C build/$@/site
+	PATH="$(abspath $(BIN)):$$PATH" DIFFKERN_DEV=0 cmake -S . -B build/$@/cmake -G Ninja \
+	  -DPython_EXECUTABLE=$(abspath $(PY)) -DDIFFKERN_CUDA=off -DDIFFKERN_SANITIZE=$(SANITIZER) \
+	  -DDIFFKERN_OUTPUT_DIR=$(CURDIR)/build/$@/site/diffkern
+	$(BIN)/cmake --build build/$@/cmake
+	PYTHONPATH=$(CURDIR)/build/$@/site $(UNDER) $(PY) -m pytest -p no:cacheprovider $(SANITIZED) $(ARGS)
 
 test-gpu: $(VENV)/.extra-test build
 	$(BIN)/pytest --gpu $(ARGS)

@@ -3,6 +3,10 @@
 #include <atomic>
 #include <chrono>
 
+#ifdef __SANITIZE_THREAD__
+#include <sanitizer/tsan_interface.h>
+#endif
+
 #include "../core/cpu.h"
 #include "families.h"
 
@@ -32,6 +36,24 @@ struct CpuBackend {
   static constexpr int64_t kParts = 64, kPieces = 8;
   static constexpr std::chrono::milliseconds kLongestAlone{500};
 
+  // body(thread) of each of torch's threads.
+  template <class Body>
+  static void on_threads(int64_t threads, const Body& body) {
+#ifdef __SANITIZE_THREAD__
+    // ThreadSanitizer does not see how torch's threads start and join: it is told.
+    char fork = 0, join = 0;
+    __tsan_release(&fork);
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
+      __tsan_acquire(&fork);
+      body(thread);
+      __tsan_release(&join);
+    });
+    __tsan_acquire(&join);
+#else
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) { body(thread); });
+#endif
+  }
+
   // A thread that the system takes off its core keeps one piece waiting, not its whole part. Each begins with the part
   // that it had in the op before, which its cache may hold. Who runs what changes no bit: tasks are independent.
   //
@@ -58,7 +80,7 @@ struct CpuBackend {
       parts[i].fastest = Clock::duration::max();
       parts[i].total = Clock::duration::zero();
     }
-    torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
+    on_threads(threads, [&](int64_t thread) {
       Clock::duration fastest = Clock::duration::max(), total = Clock::duration::zero();
       for (int64_t i = 0; i < count; ++i) {
         Part& part = parts[(thread + i) % count];

@@ -193,6 +193,7 @@ def test_cuda_off_removes_the_module_of_an_earlier_build(root: Path, tmp_path: P
     ("variable", "value", "sentence"),
     [
         ("DIFFKERN_CUDA", "yes", "DIFFKERN_CUDA must be auto, on or off, got 'yes'"),
+        ("DIFFKERN_SANITIZE", "memory", "must be address, undefined, thread or empty, got 'memory'"),
         ("TORCH_CUDA_ARCH_LIST", "Hopper", "must hold entries such as 8.0 or 9.0+PTX, got 'Hopper'"),
     ],
 )

@@ -60,6 +60,22 @@ def test_each_suite_holds_the_one_before(root: Path) -> None:
     assert collected(root) == all_
 
 
+def test_the_long_suite_fuzzes_and_runs_the_sanitizers(root: Path) -> None:
+    """On the tests of the ops and the calls of every op; CI runs the fuzz too, as its tests are full, not long."""
+    makefile = (root / "Makefile").read_text()
+    goals = re.search(r"^test-long: .*\n(?:\t.*\n)*?\t\$\(MAKE\) (.*)$", makefile, re.M)
+    assert goals is not None
+    assert goals[1].split() == ["fuzz", "asan", "ubsan", "tsan"]
+    sanitizers = dict(re.findall(r"^(\w+): SANITIZER = (\w+)$", makefile, re.M))
+    assert sanitizers == {"asan": "address", "ubsan": "undefined", "tsan": "thread"}
+    lines = "\n".join(re.findall(r"^SANITIZED = .*|suppressions=.*$", makefile, re.M))
+    paths = re.findall(r"\btests/[\w/.]+", lines)
+    assert len(paths) == 5
+    assert [path for path in paths if not (root / path).exists()] == []
+    for path in (root / "tests" / "fuzz").glob("test_*.py"):
+        assert "mark.long" not in path.read_text()
+
+
 def test_ci_runs_lint_all_tests_and_the_emulators_own(root: Path) -> None:
     goals = re.findall(r"^make (.*)$", (root / ".ci" / "run").read_text(), re.M)
     assert goals == ["lint", "test-all", "test-emulator"]
