@@ -40,14 +40,16 @@ struct CpuBackend {
   template <class Body>
   static void on_threads(int64_t threads, const Body& body) {
 #ifdef __SANITIZE_THREAD__
-    // ThreadSanitizer does not see how torch's threads start and join: it is told.
-    char fork = 0, join = 0;
-    __tsan_release(&fork);
-    torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
+    // ThreadSanitizer does not see how torch's threads start and join: it is told, at addresses that a thread knows
+    // before it reads anything of the call's.
+    static char fork, join;
+    const auto told = [&](int64_t thread, int64_t) {
       __tsan_acquire(&fork);
       body(thread);
       __tsan_release(&join);
-    });
+    };
+    __tsan_release(&fork);
+    torch::stable::parallel_for(0, threads, 1, told);
     __tsan_acquire(&join);
 #else
     torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) { body(thread); });

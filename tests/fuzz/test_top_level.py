@@ -33,8 +33,8 @@ SCHEDULES = [*DISCRETE, schedules.vp(), schedules.flow(), schedules.edm(), sched
 PLANS = [samplers.ddim(DISCRETE[0], 4, eta=0.5), samplers.heun(schedules.edm(), 3), samplers.ddpm(DISCRETE[1], 3)]
 LEARNED = {"vlb_loss", "hybrid_loss"}
 # What an argument of this name may be: right values, then wrong ones.
-NUMBERS = [-1, 0, 1.5, math.nan, math.inf, -math.inf, 2**70, 1e300, -1e-300]
-WHOLE = [-1, 0, -(2**63), 2**63, 2**70]
+NUMBERS = [-1, 0, 1.5, math.nan, math.inf, -math.inf, 1e300, -1e-300]
+WHOLE = [-1, 0, -(2**63)]
 WORDS = ["bad", "", "EPS"]
 SEEDS = torch.tensor([3, 4])
 WRONG_TENSORS = [values(1)[:1], values(1)[:, :2], values(1)[..., None], values(1).to(torch.int32)]
@@ -98,8 +98,8 @@ POOL: dict[str, tuple[list[Any], list[Any]]] = {
     "lower_order_final": ([True, False], []),
     "dtype": ([torch.float32, torch.float16], [torch.int32, torch.complex64]),
 }
-# Of a sampler, "noise" and "corrector" are a number and a choice of its own.
-OWN = {"noise": ([0.5, 1.0], NUMBERS), "corrector": ([True, False], [])}
+# Of a sampler, these are numbers and a choice of its own.
+OWN = {"noise": ([0.5, 1.0], NUMBERS), "t": ([0.5, 3.0], NUMBERS), "corrector": ([True, False], [])}
 
 
 def functions() -> dict[str, Callable[..., Any]]:
@@ -136,7 +136,7 @@ def drawn(data: st.DataObject, name: str, wrong: bool) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-@fuzz(6, data=st.data())
+@fuzz(20, data=st.data())
 def test_a_result_or_a_sentence(name: str, data: st.DataObject) -> None:
     given = drawn(data, name, data.draw(st.booleans()))
     before = {key: value.clone() for key, value in given.items() if isinstance(value, Tensor) and not value.is_meta}

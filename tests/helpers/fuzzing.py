@@ -25,6 +25,8 @@ GUARD = 67
 """Elements before and behind an output that must stay as they were."""
 KINDS = (ValueError, TypeError, RuntimeError, NotImplementedError)
 """What bad input raises."""
+ALIASES = ("prediction", "sampler", "time", "t", "steps", "beta", "betas")
+"""What sentences call arguments that go by other names: ``source`` is a prediction, ``levels`` are steps ..."""
 NO_SENTENCE = (
     *("INTERNAL ASSERT", "a call into libtorch failed", "has no attribute", "'NoneType' object", "please report a bug"),
     *("not subscriptable", "object is not", "Overflow when unpacking", "maximum recursion", "out of range"),
@@ -78,7 +80,6 @@ def is_sentence(error: BaseException, names: Iterable[str]) -> bool:
 
 def check_refusal(error: BaseException, function: Callable[..., Any], what: object) -> None:
     """Fails, with the error as its cause, unless it is a sentence about an argument of ``function``."""
-    # A prediction and a time go by several names of arguments.
-    names = [*inspect.signature(function).parameters, getattr(function, "__name__", "?"), "prediction", "time"]
+    names = [*inspect.signature(function).parameters, getattr(function, "__name__", "?"), *ALIASES]
     if not is_sentence(error, names):
         raise AssertionError(f"{type(error).__name__}: {str(error)[:300]} of {what}") from error
