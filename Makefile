@@ -103,12 +103,12 @@ fuzz: $(VENV)/.extra-test build
 SANITIZED = tests/ops tests/fuzz/test_ops_valid.py tests/fuzz/test_ops_broken.py -k "not compile and not isa"
 RUNTIME = LD_PRELOAD=$$($(CXX) -print-file-name=lib$@.so)
 asan: SANITIZER = address
-asan: UNDER = $(RUNTIME) ASAN_OPTIONS=malloc_context_size=2 LSAN_OPTIONS=suppressions=tests/sanitizers/lsan.txt
+asan: UNDER = $(RUNTIME) ASAN_OPTIONS=malloc_context_size=2 LSAN_OPTIONS=suppressions=$(CURDIR)/tests/sanitizers/lsan.txt
 ubsan: SANITIZER = undefined
 ubsan: UNDER = $(RUNTIME) UBSAN_OPTIONS=print_stacktrace=1
 tsan: SANITIZER = thread
 tsan: UNDER = setarch -R env OMP_NUM_THREADS=4 $(RUNTIME) \
-  TSAN_OPTIONS=suppressions=tests/sanitizers/tsan.txt:ignore_noninstrumented_modules=1
+  TSAN_OPTIONS=suppressions=$(CURDIR)/tests/sanitizers/tsan.txt:ignore_noninstrumented_modules=1
 asan ubsan tsan: $(VENV)/.extra-test
 	rm -rf build/$@/site
 	mkdir -p build/$@/site
