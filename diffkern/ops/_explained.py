@@ -18,8 +18,9 @@ from diffkern.ops._common import native
 
 P = ParamSpec("P")
 R = TypeVar("R")
-_KINDS = {"Tensor": "a tensor", "Tensor | None": "a tensor or None", "Seeds": "", "Seeds | None": ""}
-"""The annotations of operands, and what they say; of seeds that are no tensor `as_seeds` says it."""
+_SEEDS = "an integer or an int64 tensor"
+_KINDS = {"Tensor": "a tensor", "Tensor | None": "a tensor or None", "Seeds": _SEEDS, "Seeds | None": ""}
+"""The annotations of operands, and what they say; of seeds that are neither `as_seeds` says it."""
 
 
 def explained(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -58,7 +59,8 @@ def explain(name: str, function: Callable[..., Any], given: Mapping[str, Any], e
 
 def _broken(kind: str, value: object, written: bool, error: Exception) -> str | None:
     """The rule that an operand breaks and what it is; None for one that csrc/bind has looked at."""
-    if not isinstance(value, Tensor) and (not kind or (value is None and kind.endswith("None"))):
+    said = not kind or (kind == _SEEDS and value is not None) or (value is None and kind.endswith("None"))
+    if said and not isinstance(value, Tensor):
         return None
     if not isinstance(value, Tensor):
         return f"be {kind}, got {type(value).__name__ if value is not None else None}"

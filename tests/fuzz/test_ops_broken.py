@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.fuzz_calls import CALLS, Call, run
@@ -121,3 +122,19 @@ def test_a_broken_call_is_refused_in_one_sentence(name: str, data: st.DataObject
     made = {key: guarded(shape, dtype, layout) for key, (shape, dtype) in call.outs.items()}
     given, done = broken(data.draw, call, {key: out.fill_(-7.0) for key, (out, _) in made.items()})
     attempt(name, call, given, made, done)
+
+
+OTHERS = [None, 0.5, math.nan, "x", [1], 1j, torch.zeros(()), np.zeros((2, 3)), {}, object(), True]
+"""What is no tensor, or none of a batch."""
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if not name.startswith(("bound_step", "seeds"))])
+@fuzz(25, data=st.data())
+def test_what_is_no_tensor_is_refused_in_one_sentence(name: str, data: st.DataObject) -> None:
+    call = data.draw(CALLS[name])
+    made = {key: guarded(shape, dtype, "contiguous") for key, (shape, dtype) in call.outs.items()}
+    given: dict[str, Any] = {**call.given, **{key: out.fill_(-7.0) for key, (out, _) in made.items()}}
+    tensors = sorted(key for key, value in given.items() if isinstance(value, Tensor))
+    key, other = data.draw(st.sampled_from(tensors)), data.draw(st.sampled_from(OTHERS))
+    given[key] = other
+    attempt(name, call, given, made, [f"{key}: {other!r}"])
