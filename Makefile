@@ -99,9 +99,10 @@ fuzz: $(VENV)/.extra-test build
 	DIFFKERN_FUZZ=$(FUZZ) $(BIN)/pytest -n $(JOBS) --dist worksteal -m "" tests/fuzz $(ARGS)
 
 # The CPU module is built with the sanitizer into a copy of the package, and tested there. gcc's runtime has to come
-# first in a process that is not built with it; ThreadSanitizer's does not stand random addresses.
+# first in a process that is not built with it, and libstdc++ with it, where it looks for throw; ThreadSanitizer's does
+# not stand random addresses.
 SANITIZED = tests/ops tests/fuzz/test_ops_valid.py tests/fuzz/test_ops_broken.py -k "not compile and not isa"
-RUNTIME = LD_PRELOAD=$$($(CXX) -print-file-name=lib$@.so)
+RUNTIME = LD_PRELOAD="$$($(CXX) -print-file-name=lib$@.so) $$($(CXX) -print-file-name=libstdc++.so)"
 asan: SANITIZER = address
 asan: UNDER = $(RUNTIME) ASAN_OPTIONS=malloc_context_size=2 LSAN_OPTIONS=suppressions=$(CURDIR)/tests/sanitizers/lsan.txt
 ubsan: SANITIZER = undefined
