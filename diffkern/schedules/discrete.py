@@ -132,9 +132,12 @@ class DiscreteSchedule(Schedule):
         return torch.where(ok, here + (t - low) * (above - here), torch.nan)
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, DiscreteSchedule) or not torch.equal(self._abar, other._abar):
+        if self is other:
+            return True
+        if not isinstance(other, DiscreteSchedule) or self._hash != other._hash:
             return False
-        return torch.equal(self.kept, other.kept)
+        with neutral():  # what is kept is looked up by it, while torch.export traces too
+            return torch.equal(self._abar, other._abar) and torch.equal(self.kept, other.kept)
 
     def __hash__(self) -> int:
         return self._hash

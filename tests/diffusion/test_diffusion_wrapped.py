@@ -70,9 +70,18 @@ def test_to_moves_the_null_condition_too() -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("schedule", [schedules.cosine(20)], ids=lambda s: s.name)
+@pytest.mark.parametrize("schedule", [schedules.cosine(20), schedules.vp(), schedules.flow()], ids=lambda s: s.name)
 def test_the_loss_compiles_whole(schedule: schedules.Schedule) -> None:
     diffusion = made(schedule)
     expected = diffusion.loss(X0, cond=LABELS, seeds=torch.arange(4))
     compiled = torch.compile(diffusion, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(X0, cond=LABELS, seeds=torch.arange(4)), expected)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("schedule", [schedules.cosine(20), schedules.flow()], ids=lambda s: s.name)
+def test_the_loss_is_exported(schedule: schedules.Schedule) -> None:
+    diffusion = made(schedule)
+    given = {"cond": LABELS, "seeds": torch.arange(4)}
+    exported = torch.export.export(diffusion, (X0,), given, strict=False).module()
+    torch.testing.assert_close(exported(X0, **given), diffusion.loss(X0, **given))
