@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -50,7 +52,23 @@ __all__ = [
 ]
 
 
-@neutrally
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _of_constants(function: F) -> F:
+    """Decorator: made under neutral modes, of arguments that require no gradient."""
+    made = neutrally(function)
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        named = {f"argument {i + 1} of {function.__name__}": value for i, value in enumerate(args)}
+        check_constants(**named, **kwargs)
+        return made(*args, **kwargs)
+
+    return cast(F, checked)
+
+
+@_of_constants
 def from_alphas_cumprod(
     alphas_cumprod: Tensor | Iterable[float], name: str = "from_alphas_cumprod"
 ) -> DiscreteSchedule:
@@ -58,7 +76,7 @@ def from_alphas_cumprod(
     return DiscreteSchedule(alphas_cumprod, name)
 
 
-@neutrally
+@_of_constants
 def from_betas(betas: Tensor | Iterable[float], name: str = "from_betas") -> DiscreteSchedule:
     """A schedule from beta_0..beta_{T-1}, each in (0, 1): abar_t = prod_{i<=t} (1 - beta_i)."""
     table = float64_vector("betas", betas)
@@ -69,17 +87,15 @@ def from_betas(betas: Tensor | Iterable[float], name: str = "from_betas") -> Dis
     return DiscreteSchedule(torch.cumprod(1.0 - table, 0), name)
 
 
-@neutrally
+@_of_constants
 def linear(T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> DiscreteSchedule:
     """Betas evenly spaced from beta_start to beta_end (arXiv 2006.11239; lectures 000, 002)."""
-    check_constants(beta_start=beta_start, beta_end=beta_end)
     return from_betas(torch.linspace(beta_start, beta_end, _steps(T), dtype=torch.float64), "linear")
 
 
-@neutrally
+@_of_constants
 def scaled_linear(T: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> DiscreteSchedule:
     """Square roots of the betas evenly spaced: the schedule of latent diffusion (arXiv 2112.10752)."""
-    check_constants(beta_start=beta_start, beta_end=beta_end)
     for argument, value in (("beta_start", beta_start), ("beta_end", beta_end)):
         if not 0.0 < value < 1.0:
             raise ValueError(f"beta must lie in (0, 1), got {argument} = {value}")
@@ -87,7 +103,7 @@ def scaled_linear(T: int = 1000, beta_start: float = 0.00085, beta_end: float = 
     return from_betas(roots**2, "scaled_linear")
 
 
-@neutrally
+@_of_constants
 def cosine(T: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> DiscreteSchedule:
     """beta_i = min(1 - f((i+1)/T)/f(i/T), max_beta) with f(t) = cos^2((t+s)/(1+s) pi/2).
 
@@ -99,7 +115,7 @@ def cosine(T: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> Discrete
     return from_betas((1.0 - f[1:] / f[:-1]).clamp(max=max_beta), "cosine")
 
 
-@neutrally
+@_of_constants
 def cosine_arc(T: int = 1000, eps: float = 1e-5) -> DiscreteSchedule:
     """abar = (cos(pi t/T) + 1)/2 for the steps t = 1..T, kept inside [eps, 1 - eps].
 
@@ -112,14 +128,14 @@ def cosine_arc(T: int = 1000, eps: float = 1e-5) -> DiscreteSchedule:
     return DiscreteSchedule((0.5 * (torch.cos(math.pi * t) + 1.0)).clamp(eps, 1.0 - eps), "cosine_arc")
 
 
-@neutrally
+@_of_constants
 def sigmoid(T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> DiscreteSchedule:
     """beta_i = beta_start + sigmoid(x_i) (beta_end - beta_start), x evenly from -6 to 6 (arXiv 2203.02923, GeoDiff)."""
     x = torch.linspace(-6.0, 6.0, _steps(T), dtype=torch.float64)
     return from_betas(torch.sigmoid(x) * (beta_end - beta_start) + beta_start, "sigmoid")
 
 
-@neutrally
+@_of_constants
 def exponential(T: int = 1000, rate: float = 12.0) -> DiscreteSchedule:
     """abar_t = e^(-rate (t+1)/T): equal betas 1 - e^(-rate/T)."""
     if not 0.0 < rate < math.inf:
@@ -127,7 +143,7 @@ def exponential(T: int = 1000, rate: float = 12.0) -> DiscreteSchedule:
     return DiscreteSchedule((-rate * _fractions(T)).exp(), "exponential")
 
 
-@neutrally
+@_of_constants
 def laplace(
     T: int = 1000, mu: float = 0.0, b: float = 0.5, eps: float = 1e-6, *, compat: bool = False
 ) -> DiscreteSchedule:
@@ -148,7 +164,7 @@ def laplace(
     return from_betas((1.0 - rate[1:] / rate[:-1]).clamp(max=0.999), "laplace")
 
 
-@neutrally
+@_of_constants
 def discretise(schedule: Schedule, T: int = 1000, name: str | None = None) -> DiscreteSchedule:
     """The table of T levels of a continuous schedule of t in [0, 1]: abar_i = alpha^2/(alpha^2 + sigma^2) at its times.
 
@@ -165,7 +181,7 @@ def discretise(schedule: Schedule, T: int = 1000, name: str | None = None) -> Di
     return DiscreteSchedule(torch.sigmoid(schedule.log_snr(t)), name or schedule.name)
 
 
-@neutrally
+@_of_constants
 def zero_terminal_snr(schedule: DiscreteSchedule) -> DiscreteSchedule:
     """The schedule with sqrt(abar) shifted and scaled so that it ends on 0 and starts where it did.
 
@@ -217,13 +233,13 @@ def linear_log_snr(highest: float = 13.3, lowest: float = -5.0) -> LinearLogSNRS
     return LinearLogSNRSchedule(highest, lowest)
 
 
-@neutrally
+@_of_constants
 def log_snr_path(log_snr: Function, slope: Function | None = None, name: str = "log_snr_path") -> LogSNRSchedule:
     """See `LogSNRSchedule`."""
     return LogSNRSchedule(log_snr, slope, name)
 
 
-@neutrally
+@_of_constants
 def path(
     alpha: Function,
     beta: Function,

@@ -31,7 +31,7 @@ def test_a_row_is_that_of_a_plan() -> None:
 @pytest.mark.parametrize("inference", [False, True])
 def test_a_row_a_sample(inference: bool) -> None:
     """Numbers and tensors, also where the first caller is in inference mode."""
-    rows._blank.cache_clear()
+    rows._blank.__wrapped__.cache_clear()
     with torch.inference_mode(inference):
         table = rows.of_samples(3, CPU, a=1.0, d=torch.tensor([1.0, 2.0, 3.0]))
     assert not rows._blank(CPU).is_inference()
