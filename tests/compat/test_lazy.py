@@ -35,6 +35,7 @@ def test_names() -> None:
     assert callable(compat.guided_diffusion.patch)
 
 
+@pytest.mark.full
 def test_nothing_is_imported_before_it_is_asked_for() -> None:
     code = """
 import diffkern.compat
@@ -51,6 +52,7 @@ found.append(callable(diffkern.compat.guided_diffusion.patch))
     assert in_a_new_process(code) == [[], ["diffkern.compat.k_diffusion"], True, True]
 
 
+@pytest.mark.full
 def test_a_missing_peer_says_so_itself() -> None:
     code = """
 sys.modules["diffusers"] = None

@@ -21,6 +21,7 @@ def test_table() -> None:
     assert text.splitlines()[2:] == ["| a | **0.50** | 2.00 |", "| b |  | 1.00 |", "| c | 3.46 |  |"]
 
 
+@pytest.mark.full
 def test_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ratios, "SHAPES", {0: (1, 1, 1, 1), 4: (1, 1, 4, 4)})
     monkeypatch.setattr(ratios, "OPS", {"moments": ratios.OPS["moments"]})

@@ -77,6 +77,7 @@ def test_no_private_name_and_no_import_shows() -> None:
     assert shown.isdisjoint({"Any", "TYPE_CHECKING", "import_module", "losses", "makers"})
 
 
+@pytest.mark.full
 def test_wings_are_there_after_import_diffkern() -> None:
     """In a fresh process: `nn`, `compat` and each drop-in are imported only when they are asked for."""
     drop_ins = [name for name in dir(compat) if name != "diffusers" or importlib.util.find_spec("diffusers")]

@@ -26,6 +26,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import diffkern
 from diffkern import samplers, schedules
 
+pytestmark = pytest.mark.full  # what they check is tested of the CPU elsewhere: here, that tests/gpu would see it
+
 CUDA = torch.device("cuda", 0)
 Check = Callable[[Target], None]
 

@@ -165,6 +165,7 @@ def configure(root: Path, build: Path, *options: str, **variables: str) -> subpr
     return run("cmake", "-S", root, "-B", build, *options, cwd=root, **variables)
 
 
+@pytest.mark.full
 def test_cuda_on_without_nvcc_is_an_error(root: Path, tmp_path: Path) -> None:
     done = configure(root, tmp_path, "-DDIFFKERN_CUDA=on", CUDACXX=str(tmp_path / "no" / "nvcc"))
     assert done.returncode != 0
@@ -173,12 +174,14 @@ def test_cuda_on_without_nvcc_is_an_error(root: Path, tmp_path: Path) -> None:
     assert "put nvcc on PATH" in message
 
 
+@pytest.mark.full
 def test_cuda_auto_without_nvcc_says_so(root: Path, tmp_path: Path) -> None:
     done = configure(root, tmp_path, CUDACXX=str(tmp_path / "no" / "nvcc"), DIFFKERN_CUDA="auto")
     assert done.returncode == 0, done.stdout
     assert "diffkern: CUDA ops off, " in done.stdout
 
 
+@pytest.mark.full
 def test_cuda_off_removes_the_module_of_an_earlier_build(root: Path, tmp_path: Path) -> None:
     stale = tmp_path / "out" / f"_cuda{Path(str(_load._cpu.__file__)).name.removeprefix('_C')}"
     stale.parent.mkdir()
@@ -189,6 +192,7 @@ def test_cuda_off_removes_the_module_of_an_earlier_build(root: Path, tmp_path: P
     assert not stale.exists()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("variable", "value", "sentence"),
     [
@@ -205,6 +209,7 @@ def test_wrong_choice_is_named(root: Path, tmp_path: Path, variable: str, value:
     assert sentence in " ".join(done.stdout.split())
 
 
+@pytest.mark.full
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @pytest.mark.parametrize(("wanted", "shown"), [("8.0;9.0+PTX", "80 90+PTX"), ("8.6 9.0a", "86 90a"), ("", "120+PTX")])
 def test_architectures(root: Path, tmp_path: Path, wanted: str, shown: str) -> None:
@@ -270,6 +275,7 @@ def test_info_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(data["cuda"]) == {"ready", "text", "torch", "driver", "devices"}
 
 
+@pytest.mark.full
 def test_info_shows_a_forced_instruction_set(root: Path) -> None:
     done = run(
         sys.executable, "-m", "diffkern", "info", cwd=Path(diffkern.__file__).parent.parent, DIFFKERN_ISA="scalar"
@@ -297,6 +303,7 @@ def test_info_advises_what_a_user_of_the_wheel_can_install(root: Path, monkeypat
         assert any("diffkern[bench]" in sentence for sentence in info.report()["missing"]) is says
 
 
+@pytest.mark.full
 def test_a_wrong_instruction_set_is_one_sentence() -> None:
     package = Path(diffkern.__file__).parent.parent
     done = run(sys.executable, "-m", "diffkern", "info", cwd=package, DIFFKERN_ISA="mmx")
