@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffkern import storage, streams
+from diffkern import records, streams
 from diffkern.modes import neutral
 from diffkern.schedules.predictions import check_prediction
 
@@ -267,16 +267,16 @@ class Plan:
     @staticmethod
     def from_json(text: str) -> Plan:
         """The plan that `to_json` wrote; ValueError, with the field's name, for anything else."""
-        data = storage.parse(text, "the JSON of a plan")
+        data = records.parse(text, "the JSON of a plan")
         found = data.pop("diffkern_plan", None) if isinstance(data, dict) else data
         if type(found) is not int or found != _FORMAT:
-            got = storage.shown(found)
+            got = records.shown(found)
             raise ValueError(f"text must be the JSON of a plan with diffkern_plan = {_FORMAT}, got {got}")
         rows = data.pop("rows", None)
         if not isinstance(rows, list):
-            raise ValueError(f"rows must be a list of objects, got {storage.shown(rows)}")
-        made = tuple(storage.record(Row, row, f"row {i}: ") for i, row in enumerate(rows))
-        return storage.record(Plan, data, rows=made)
+            raise ValueError(f"rows must be a list of objects, got {records.shown(rows)}")
+        made = tuple(records.record(Row, row, f"row {i}: ") for i, row in enumerate(rows))
+        return records.record(Plan, data, rows=made)
 
     def __str__(self) -> str:
         title = (

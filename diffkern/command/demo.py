@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from diffkern import _load, storage
+from diffkern import _load, records
 from diffkern.command._machine import crowding
 from diffkern.demo import checkpoint, pictures
 from diffkern.demo.checkpoint import Recipe
@@ -77,7 +77,7 @@ def _use_threads(threads: int | None) -> None:
         if threads < 1:
             raise ValueError(f"--threads must be at least 1, got {threads}")
         if threads > MOST_THREADS:
-            raise ValueError(f"--threads must be at most {MOST_THREADS}, got {storage.shown(threads)}")
+            raise ValueError(f"--threads must be at most {MOST_THREADS}, got {records.shown(threads)}")
         torch.set_num_threads(threads)
 
 
@@ -116,7 +116,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     if arguments.first < 0:
         raise ValueError(f"--first must not be negative, got {arguments.first}")
     if arguments.first > 2**63 - count:
-        raise ValueError(f"--first must be at most 2**63 - {count}, got {storage.shown(arguments.first)}")
+        raise ValueError(f"--first must be at most 2**63 - {count}, got {records.shown(arguments.first)}")
     asked = {"guidance": arguments.guidance, "seed": arguments.seed, "micro_batch": arguments.micro_batch}
     recipe = dataclasses.replace(recipe, **{name: value for name, value in asked.items() if value is not None})
     grid = arguments.out is not None or arguments.out_dir is None
@@ -154,7 +154,7 @@ def _check_count(name: str, count: int, most: int) -> None:
     if count < 1:
         raise ValueError(f"{name} must be at least 1, got {count}")
     if count > most:
-        raise ValueError(f"{name} must be at most {most} (a job has {MOST_IMAGES} images), got {storage.shown(count)}")
+        raise ValueError(f"{name} must be at most {most} (a job has {MOST_IMAGES} images), got {records.shown(count)}")
 
 
 def parse_classes(text: str, classes: int) -> list[int]:
@@ -163,7 +163,7 @@ def parse_classes(text: str, classes: int) -> list[int]:
     for part in text.split(","):
         ends = part.strip().split("-")
         if len(ends) > 2 or not all(end.isdecimal() and len(end) < 20 for end in ends):
-            raise ValueError(f"--classes must be like 3 or 0,1,7 or 0-9, got {storage.shown(text)}")
+            raise ValueError(f"--classes must be like 3 or 0,1,7 or 0-9, got {records.shown(text)}")
         low, high = int(ends[0]), int(ends[-1])
         if low > high or high >= classes:
             raise ValueError(f"--classes must lie in 0..{classes - 1} and rise within a range, got {part.strip()!r}")

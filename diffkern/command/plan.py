@@ -18,7 +18,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from diffkern import storage
+from diffkern import records, storage
 from diffkern.plan import Plan, Row
 from diffkern.samplers import SAMPLERS, get_sampler
 from diffkern.schedules.makers import SCHEDULES
@@ -161,7 +161,7 @@ def _parsed(text: str, whole: str) -> ast.expr:
             return ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: nested too deeply
         raise ValueError(
-            f"a plan must be a file or a sampler with its arguments, such as ddim(steps=20), got {storage.shown(whole)}"
+            f"a plan must be a file or a sampler with its arguments, such as ddim(steps=20), got {records.shown(whole)}"
         ) from error
 
 
@@ -171,7 +171,7 @@ def _call(node: ast.expr, whole: str) -> tuple[str, list[Any], dict[str, Any]]:
         return node.id, [], {}
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
         raise ValueError(
-            f"a plan must be a file or a sampler with its arguments, such as ddim(steps=20), got {storage.shown(whole)}"
+            f"a plan must be a file or a sampler with its arguments, such as ddim(steps=20), got {records.shown(whole)}"
         )
     positional = [_value(argument, "", whole) for argument in node.args]
     named: dict[str, Any] = {}
@@ -195,10 +195,10 @@ def _value(node: ast.expr, name: str, whole: str) -> Any:
         value = ast.literal_eval(_Infinity().visit(node))
     except (ValueError, TypeError, RecursionError, MemoryError) as error:
         raise ValueError(
-            f"{name or 'an argument'} must be a number, text or list, got {storage.shown(whole)}"
+            f"{name or 'an argument'} must be a number, text or list, got {records.shown(whole)}"
         ) from error
     if isinstance(value, int) and abs(value) > LARGEST:
-        raise ValueError(f"{name or 'an argument'} must be at most {LARGEST}, got {storage.shown(value)}")
+        raise ValueError(f"{name or 'an argument'} must be at most {LARGEST}, got {records.shown(value)}")
     return value
 
 
@@ -214,5 +214,5 @@ def _apply(function: Callable[..., Any], name: str, positional: tuple[Any, ...],
     try:
         return function(*positional, **named)
     except (TypeError, AttributeError, OverflowError) as error:
-        given = ", ".join(f"{key}={storage.shown(value)}" for key, value in named.items())
+        given = ", ".join(f"{key}={records.shown(value)}" for key, value in named.items())
         raise ValueError(f"{name} does not take these arguments: {error} (got {given or 'none'})") from error

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from diffkern import schedules, storage
+from diffkern import records, schedules, storage
 from diffkern.demo import need
 from diffkern.nn import UNet, UNetConfig
 from diffkern.schedules.discrete import DiscreteSchedule
@@ -46,16 +46,16 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.schedule not in _SCHEDULES:
-            raise ValueError(f"schedule must be one of {', '.join(_SCHEDULES)}, got {storage.shown(self.schedule)}")
+            raise ValueError(f"schedule must be one of {', '.join(_SCHEDULES)}, got {records.shown(self.schedule)}")
         if not 2 <= self.timesteps <= 1_000_000:
-            raise ValueError(f"timesteps must lie in 2..1000000, got {storage.shown(self.timesteps)}")
+            raise ValueError(f"timesteps must lie in 2..1000000, got {records.shown(self.timesteps)}")
         check_prediction(self.prediction)
         if not math.isfinite(self.guidance):
             raise ValueError(f"guidance must be finite, got {self.guidance}")
         if not 1 <= self.micro_batch < 2**31:
-            raise ValueError(f"micro_batch must lie in 1..2**31 - 1, got {storage.shown(self.micro_batch)}")
+            raise ValueError(f"micro_batch must lie in 1..2**31 - 1, got {records.shown(self.micro_batch)}")
         if not -(2**63) <= self.seed < 2**64:
-            raise ValueError(f"seed must be an integer of 64 bits, got {storage.shown(self.seed)}")
+            raise ValueError(f"seed must be an integer of 64 bits, got {records.shown(self.seed)}")
         if self.unet.image_size > 1024:
             raise ValueError(f"unet.image_size must be at most 1024, got {self.unet.image_size}")
 
@@ -108,11 +108,11 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> tu
 
 def _recipe(text: str) -> Recipe:
     """The recipe of the metadata; ValueError for anything else."""
-    values = storage.parse(text, "the JSON of a recipe", "its metadata")
+    values = records.parse(text, "the JSON of a recipe", "its metadata")
     found = values.pop("format", None) if isinstance(values, dict) else None
     if type(found) is not int or found != _FORMAT:
-        raise ValueError(f"its metadata must be the JSON of a recipe of format {_FORMAT}, got {storage.shown(text)}")
-    return storage.record(Recipe, values, "Recipe.")
+        raise ValueError(f"its metadata must be the JSON of a recipe of format {_FORMAT}, got {records.shown(text)}")
+    return records.record(Recipe, values, "Recipe.")
 
 
 def _empty(config: UNetConfig, shapes: dict[str, list[int]]) -> UNet:

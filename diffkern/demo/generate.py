@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffkern import ops, storage
+from diffkern import ops, records
 from diffkern.demo import need
 from diffkern.nn import UNet
 from diffkern.plan import Plan
@@ -54,7 +54,7 @@ def make_plan(
     if steps is None:
         steps = DEFAULT_STEPS[sampler]
     if not 1 <= steps <= MOST_STEPS:
-        raise ValueError(f"steps must be an integer in 1..{MOST_STEPS}, got {storage.shown(steps)}")
+        raise ValueError(f"steps must be an integer in 1..{MOST_STEPS}, got {records.shown(steps)}")
     if eta is not None and sampler != "ddim":
         raise ValueError(f"eta belongs to the sampler ddim, got it with {sampler}")
     if sampler == "ddpm":

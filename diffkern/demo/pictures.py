@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffkern import ops, storage, streams
+from diffkern import ops, records, storage, streams
 from diffkern.demo import need
 from diffkern.nn import UNet
 from diffkern.plan import Plan
@@ -50,7 +50,7 @@ def check_scale(scale: int, image_size: int, images: int = 1) -> None:
     if not 1 <= scale <= most:
         raise ValueError(
             f"scale must lie in 1..{most} for a picture of {images} images of {image_size} x {image_size}, got "
-            f"{storage.shown(scale)}"
+            f"{records.shown(scale)}"
         )
 
 

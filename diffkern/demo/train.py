@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from diffkern import storage
+from diffkern import records
 from diffkern.demo import need
 from diffkern.demo.data import Digits
 from diffkern.names import Prediction
@@ -51,7 +51,7 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"TrainConfig.{name} must be at least 1, got {getattr(self, name)}")
             if getattr(self, name) > most:
-                raise ValueError(f"TrainConfig.{name} must be at most {most}, got {storage.shown(getattr(self, name))}")
+                raise ValueError(f"TrainConfig.{name} must be at most {most}, got {records.shown(getattr(self, name))}")
         for name in ("learning_rate", "clip"):
             if not 0.0 < getattr(self, name) < math.inf:
                 raise ValueError(f"TrainConfig.{name} must be positive and finite, got {getattr(self, name)}")
@@ -59,7 +59,7 @@ class TrainConfig:
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"TrainConfig.{name} must lie in [0, 1), got {getattr(self, name)}")
         if not -(2**63) <= self.seed < 2**64:
-            raise ValueError(f"TrainConfig.seed must be an integer of 64 bits, got {storage.shown(self.seed)}")
+            raise ValueError(f"TrainConfig.seed must be an integer of 64 bits, got {records.shown(self.seed)}")
 
     def rate(self, iteration: int) -> float:
         """The share of the peak learning rate in this iteration."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from diffkern import storage
 from diffkern.diffusion._fit import bare
+from diffkern.names import Prediction
 from diffkern.objectives.time_sampling import TimeSampler, get_time_sampler
 from diffkern.objectives.weightings import Weighting, get_weighting
-from diffkern.records import from_record, parsed, record_of
+from diffkern.records import kind_of, of_kind, parse, record, shown
 from diffkern.schedules.base import Schedule
 
 if TYPE_CHECKING:
@@ -22,21 +26,30 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 KEY, FORMAT = "diffkern_diffusion", 1
-FIELDS = (
-    "learned_variance",
-    "prediction",
-    "schedule",
-    "weight",
-    "target",
-    "times",
-    "drop",
-    "null",
-    "shape",
-    "time_scale",
-    "learned_variance",
-    "network",
-)
 PLACES = 9
+
+
+@dataclasses.dataclass(frozen=True)
+class _Null:
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Config:
+    """What config.json holds beside the number of its format; parts of several kinds are read where they are used."""
+
+    prediction: Prediction
+    schedule: dict[str, Any]
+    weight: dict[str, Any] | None
+    target: Prediction | None
+    times: dict[str, Any]
+    drop: float
+    null: _Null | None
+    shape: tuple[int, ...] | None
+    time_scale: float
+    learned_variance: bool
+    network: dict[str, Any]
 
 
 class _Stored(nn.Module):
@@ -54,31 +67,24 @@ def save(diffusion: Diffusion, folder: str | os.PathLike[str]) -> None:
     folder = Path(folder)
     network = bare(diffusion.model)
     null = diffusion.null
-    config: dict[str, Any] = {
-        KEY: FORMAT,
-        "prediction": diffusion.prediction,
-        "schedule": _schedule_to(diffusion.schedule),
-        "weight": None if diffusion.weight is None else _named(diffusion.weight),
-        "target": diffusion.target,
-        "times": _named(diffusion.times),
-        "drop": diffusion.drop,
-        "null": None if null is None else {"shape": list(null.shape), "dtype": str(null.dtype).removeprefix("torch.")},
-        "shape": None if diffusion.shape is None else list(diffusion.shape),
-        "time_scale": diffusion.time_scale,
-        "learned_variance": diffusion.learned_variance,
-        "network": _network_to(network),
-    }
-    text = json.dumps(config, indent=1, allow_nan=False) + "\n"
+    config = _Config(
+        prediction=diffusion.prediction,
+        schedule=_schedule_to(diffusion.schedule),
+        weight=None if diffusion.weight is None else _named(diffusion.weight),
+        target=diffusion.target,
+        times=_named(diffusion.times),
+        drop=diffusion.drop,
+        null=None if null is None else _Null(tuple(null.shape), str(null.dtype).removeprefix("torch.")),
+        shape=diffusion.shape,
+        time_scale=diffusion.time_scale,
+        learned_variance=diffusion.learned_variance,
+        network=_network_to(network),
+    )
+    text = json.dumps({KEY: FORMAT, **dataclasses.asdict(config)}, indent=1, allow_nan=False) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = {name: folder / f".{name}.{os.getpid()}.part" for name in (WEIGHTS, CONFIG)}
-    try:
-        safetensors.save_model(_Stored(network, null), str(unfinished[WEIGHTS]), metadata={"format": "pt"})
-        unfinished[CONFIG].write_text(text)
-        for name, path in unfinished.items():
-            os.replace(path, folder / name)
-    finally:
-        for path in unfinished.values():
-            path.unlink(missing_ok=True)
+    with storage.whole(folder / CONFIG) as described, storage.whole(folder / WEIGHTS) as weights:
+        safetensors.save_model(_Stored(network, null), str(weights), metadata={"format": "pt"})
+        described.write_text(text)
 
 
 def load(
@@ -94,7 +100,7 @@ def load(
     """See `Diffusion.from_pretrained`."""
     safetensors = _needed("safetensors", "safetensors", "loading")
     config_path, weights_path = _found(path, hub)
-    data = _config(config_path)
+    config = _config(config_path)
     try:
         with safetensors.safe_open(str(weights_path), framework="pt") as file:
             entries = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
@@ -102,22 +108,22 @@ def load(
             dtypes = {entry.get_dtype() for entry in entries.values()}
     except safetensors.SafetensorError as error:
         raise ValueError(f"{weights_path} must be a safetensors file, got none ({error})") from error
-    null = _null(data["null"])
+    null = _place(config.null)
     ours = model is None
     if model is None:
-        model = _network_from(data["network"], shapes, null, str(path))
+        model = _network_from(config.network, shapes, null, str(path))
     found = cls(
         model,
-        _schedule_from(data["schedule"], schedule),
-        data["prediction"],
-        weight=_given("weight", data["weight"], weight, Weighting.from_dict, get_weighting),
-        target=data["target"],
-        times=_given("times", data["times"], times, TimeSampler.from_dict, get_time_sampler),
-        drop=data["drop"],
+        _schedule_from(config.schedule, schedule),
+        config.prediction,
+        weight=_given("weight", config.weight, weight, Weighting.from_dict, get_weighting),
+        target=config.target,
+        times=_given("times", config.times, times, TimeSampler.from_dict, get_time_sampler),
+        drop=config.drop,
         null=null,
-        shape=data["shape"],
-        time_scale=data["time_scale"],
-        learned_variance=data["learned_variance"] is True,
+        shape=config.shape,
+        time_scale=config.time_scale,
+        learned_variance=config.learned_variance,
     )
     stored = _Stored(bare(model), found.null)
     if ours and len(dtypes & _FLOATS.keys()) == 1:
@@ -200,8 +206,8 @@ def _network_to(network: nn.Module) -> dict[str, Any]:
     name = type(network).__name__
     if name in known and type(network) is known[name][0]:
         config = network.config
-        record = record_of(config, {type(config).__name__: known[name][1]}, "network.config", "pass it as model=")
-        return {"name": name, "config": record}
+        stored = kind_of(config, {type(config).__name__: known[name][1]}, "network.config", "pass it as model=")
+        return {"name": name, "config": stored}
     return {"given": f"{type(network).__module__}.{type(network).__qualname__}"}
 
 
@@ -215,14 +221,14 @@ def _network_from(data: Any, shapes: dict[str, list[int]], null: Tensor | None, 
     known = _networks()
     name = data.get("name") if isinstance(data, dict) else None
     if not isinstance(name, str) or name not in known:
-        raise ValueError(f"network.name must be one of {', '.join(known)}, got {name!r:.80}")
+        raise ValueError(f"network.name must be one of {', '.join(known)}, got {shown(name)}")
     network_class, config_class = known[name]
-    config = from_record(data.get("config"), {config_class.__name__: config_class}, "network.config")
+    config = of_kind(data.get("config"), {config_class.__name__: config_class}, "network.config")
     for field, value in vars(config).items():
         size = len(value) if isinstance(value, tuple) else value if field in ("blocks", "depth", "layers") else 0
         if size > len(shapes):
             raise ValueError(
-                f"network.config.{field} must fit the {len(shapes)} tensors of the file, got {value!r:.80}"
+                f"network.config.{field} must fit the {len(shapes)} tensors of the file, got {shown(value)}"
             )
     try:
         with torch.device("meta"):
@@ -242,42 +248,27 @@ def _network_from(data: Any, shapes: dict[str, list[int]], null: Tensor | None, 
         return network_class(config)
 
 
-def _null(data: Any) -> Tensor | None:
+def _place(null: _Null | None) -> Tensor | None:
     """A place for the condition that means none."""
-    if data is None:
+    if null is None:
         return None
-    shape, dtype = (data.get("shape"), data.get("dtype")) if isinstance(data, dict) else (None, None)
-    ok = isinstance(shape, list) and all(isinstance(n, int) and 0 <= n < 2**24 for n in shape)
-    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else None
-    if not ok or not isinstance(kind, torch.dtype) or torch.Size(shape or []).numel() > 2**24:
-        raise ValueError(f"null must have a shape and a dtype, got {data!r:.80}")
-    return torch.zeros(shape, dtype=kind)  # type: ignore[arg-type]
+    kind = getattr(torch, null.dtype, None)
+    ok = all(0 <= n < 2**24 for n in null.shape) and isinstance(kind, torch.dtype)
+    if not ok or math.prod(null.shape) > 2**24:
+        raise ValueError(f"null must have a shape and a dtype, got {shown(null.shape)} and {shown(null.dtype)}")
+    return torch.zeros(null.shape, dtype=kind)
 
 
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be JSON, got bytes that are no text") from error
-    data = parsed(text, str(path))
-    if not isinstance(data, dict) or data.get(KEY) != FORMAT:
-        got = repr(data.get(KEY)) if isinstance(data, dict) else type(data).__name__
+def _config(path: Path) -> _Config:
+    data = parse(path.read_bytes(), "JSON", str(path))
+    found = data.pop(KEY, None) if isinstance(data, dict) else data
+    if type(found) is not int or found != FORMAT:
+        got = shown(found)
         raise ValueError(f"{path} must be the configuration of a Diffusion with {KEY} = {FORMAT}, got {got}")
-    for name in FIELDS:
-        if name not in data:
-            raise ValueError(f"{path} must have the field {name}, got {', '.join(map(str, data))}")
-    for name, kinds in (
-        ("prediction", str),
-        ("target", str | None),
-        ("drop", int | float),
-        ("time_scale", int | float),
-    ):
-        if not isinstance(data[name], kinds) or isinstance(data[name], bool):
-            raise ValueError(f"{path}: {name} must be {kinds}, got {data[name]!r:.80}")
-    sizes = data["shape"]
-    if sizes is not None and not (isinstance(sizes, list) and all(type(n) is int and 0 <= n < 2**24 for n in sizes)):
-        raise ValueError(f"{path}: shape must be a list of sizes, got {sizes!r:.80}")
-    return data
+    config = record(_Config, data, f"{path}: ")
+    if not all(0 <= n < 2**24 for n in config.shape or ()):
+        raise ValueError(f"{path}: shape must be a list of sizes, got {shown(config.shape)}")
+    return config
 
 
 def _found(path: str | os.PathLike[str], hub: dict[str, Any]) -> tuple[Path, Path]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffkern import storage
+from diffkern import records
 from diffkern.nn.attention import SpatialSelfAttention, count_heads
 
 Resample = Literal["none", "down", "up"]
@@ -74,13 +74,13 @@ class UNetConfig:
         for name in (*_SIZES, "classes"):
             value = getattr(self, name)
             if value > LARGEST:
-                raise ValueError(f"UNetConfig.{name} must be at most {LARGEST}, got {storage.shown(value)}")
+                raise ValueError(f"UNetConfig.{name} must be at most {LARGEST}, got {records.shown(value)}")
         if not self.multipliers or min(self.multipliers) < 1:
             raise ValueError(f"UNetConfig.multipliers must be positive integers, one a level, got {self.multipliers}")
         if len(self.multipliers) > 16 or max(self.multipliers) > LARGEST // self.channels:
             raise ValueError(
                 f"UNetConfig.multipliers must be at most 16, each at most {LARGEST // self.channels} for "
-                f"{self.channels} channels, got {storage.shown(self.multipliers)}"
+                f"{self.channels} channels, got {records.shown(self.multipliers)}"
             )
         factor = 2 ** (len(self.multipliers) - 1)
         if self.image_size % factor:
@@ -121,7 +121,7 @@ class UNetConfig:
     @staticmethod
     def from_dict(values: dict[str, Any]) -> UNetConfig:
         """A configuration from `to_dict` or from its JSON; ValueError for an unknown name and for another type."""
-        return storage.record(UNetConfig, values, "UNetConfig.")
+        return records.record(UNetConfig, values, "UNetConfig.")
 
 
 def sinusoidal_embedding(t: Tensor, width: int, max_period: float = 10000.0) -> Tensor:

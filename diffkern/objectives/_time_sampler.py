@@ -12,7 +12,7 @@ from torch import Tensor
 from diffkern import streams
 from diffkern.integers import integer
 from diffkern.modes import readable
-from diffkern.records import parsed
+from diffkern.records import parse
 from diffkern.schedules.base import Schedule
 from diffkern.schedules.discrete import DiscreteSchedule
 from diffkern.schedules.exploding import EDMSchedule
@@ -50,7 +50,7 @@ class TimeSampler(ABC):
     @staticmethod
     def from_json(text: str) -> TimeSampler:
         """What `to_json` wrote."""
-        return TimeSampler.from_dict(parsed(text, "times"))
+        return TimeSampler.from_dict(parse(text, "JSON", "times"))
 
     @abstractmethod
     def quantile(self, u: Tensor) -> Tensor:

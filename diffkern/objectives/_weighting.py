@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffkern.records import parsed
+from diffkern.records import parse
 from diffkern.schedules.base import Schedule, Time, as_float64, check_constants
 from diffkern.schedules.predictions import check_prediction, target_coefficients
 
@@ -60,7 +60,7 @@ class Weighting(ABC):
     @staticmethod
     def from_json(text: str) -> Weighting:
         """What `to_json` wrote."""
-        return Weighting.from_dict(parsed(text, "weight"))
+        return Weighting.from_dict(parse(text, "JSON", "weight"))
 
     @abstractmethod
     def forms(self, a: Tensor, b: Tensor) -> Forms:

@@ -8,7 +8,7 @@ from diffkern.objectives import weightings
 from diffkern.objectives._densities import CosMap, LogitNormal, LogNormal, Mode, Uniform
 from diffkern.objectives._time_sampler import TimeSampler
 from diffkern.objectives._weighting import Weighting
-from diffkern.records import from_record, record_of
+from diffkern.records import kind_of, of_kind
 
 WEIGHTINGS: dict[str, type] = {type(kind).__name__: type(kind) for kind in weightings.WEIGHTINGS.values()}
 TIME_SAMPLERS: dict[str, type] = {kind.__name__: kind for kind in (Uniform, LogitNormal, Mode, CosMap, LogNormal)}
@@ -16,21 +16,21 @@ TIME_SAMPLERS: dict[str, type] = {kind.__name__: kind for kind in (Uniform, Logi
 
 def weighting_to_dict(weighting: Weighting) -> dict[str, Any]:
     """The weighting's kind and constants."""
-    return record_of(weighting, WEIGHTINGS, "weight", "pass it as weight= where it is loaded")
+    return kind_of(weighting, WEIGHTINGS, "weight", "pass it as weight= where it is loaded")
 
 
 def weighting_from_dict(data: object) -> Weighting:
     """The weighting that `weighting_to_dict` wrote."""
-    found: Weighting = from_record(data, WEIGHTINGS, "weight")
+    found: Weighting = of_kind(data, WEIGHTINGS, "weight")
     return found
 
 
 def times_to_dict(sampler: TimeSampler) -> dict[str, Any]:
     """The time sampler's kind and constants."""
-    return record_of(sampler, TIME_SAMPLERS, "times", "pass it as times= where it is loaded")
+    return kind_of(sampler, TIME_SAMPLERS, "times", "pass it as times= where it is loaded")
 
 
 def times_from_dict(data: object) -> TimeSampler:
     """The time sampler that `times_to_dict` wrote."""
-    found: TimeSampler = from_record(data, TIME_SAMPLERS, "times")
+    found: TimeSampler = of_kind(data, TIME_SAMPLERS, "times")
     return found

@@ -145,9 +145,9 @@ class Schedule(ABC):
     @staticmethod
     def from_json(text: str) -> Schedule:
         """The schedule that `to_json` wrote."""
-        from diffkern.records import parsed
+        from diffkern.records import parse
 
-        return Schedule.from_dict(parsed(text, "schedule"))
+        return Schedule.from_dict(parse(text, "JSON", "schedule"))
 
     @abstractmethod
     def alpha(self, t: Time) -> Tensor:

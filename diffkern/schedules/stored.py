@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from diffkern.records import from_record, record_of
+from diffkern.records import kind_of, of_kind, record
 from diffkern.schedules.base import Schedule
 from diffkern.schedules.continuous import (
     CosineSchedule,
@@ -42,6 +42,15 @@ MOST = 1_000_000
 """The longest table that is read."""
 
 
+@dataclasses.dataclass(frozen=True)
+class _Table:
+    """What is stored of a `DiscreteSchedule`."""
+
+    alphas_cumprod: tuple[float, ...]
+    name: str = "discrete"
+    kept: tuple[int, ...] | None = None
+
+
 def to_dict(schedule: Schedule) -> dict[str, Any]:
     """The schedule as plain data; a table is its alphas_cumprod, exact, and the times that its levels are known by."""
     if type(schedule) is DiscreteSchedule:
@@ -53,30 +62,22 @@ def to_dict(schedule: Schedule) -> dict[str, Any]:
             f"schedule {schedule.name} is made of functions, which JSON does not hold: make it again where it is "
             "loaded, and pass it as schedule="
         )
-    return record_of(schedule, ALL, "schedule", "pass it as schedule=")
+    return kind_of(schedule, ALL, "schedule", "pass it as schedule=")
 
 
 def from_dict(data: object) -> Schedule:
     """The schedule that `to_dict` wrote; ValueError naming the field for anything else."""
     if isinstance(data, Mapping) and data.get("kind") == TABLE:
         return _table(data)
-    found: Schedule = from_record(data, ALL, "schedule")
+    found: Schedule = of_kind(data, ALL, "schedule")
     return found
 
 
 def _table(data: Mapping[str, Any]) -> DiscreteSchedule:
-    unknown = sorted(set(data) - {"kind", "name", "alphas_cumprod", "kept"})
-    if unknown:
-        raise ValueError(f"schedule of kind {TABLE} has the fields name, alphas_cumprod, kept, got {unknown[0]!r:.80}")
-    name, values, kept = data.get("name", "discrete"), data.get("alphas_cumprod"), data.get("kept")
-    if not isinstance(name, str):
-        raise ValueError(f"schedule.name must be text, got {name!r:.80}")
-    for field, found in (("alphas_cumprod", values), ("kept", [] if kept is None else kept)):
-        if not isinstance(found, list) or len(found) > MOST:
-            size = f"{len(found)} entries" if isinstance(found, list) else type(found).__name__
-            raise ValueError(f"schedule.{field} must be a list of at most {MOST} numbers, got {size}")
-    for i, value in enumerate(values):  # type: ignore[arg-type]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"schedule.alphas_cumprod[{i}] must be a finite number, got {value!r:.80}")
-    table = DiscreteSchedule(values, name)  # type: ignore[arg-type]
-    return table if kept is None else table.known_by(kept)
+    for name in ("alphas_cumprod", "kept"):
+        size = len(data[name]) if isinstance(data.get(name), list) else 0
+        if size > MOST:
+            raise ValueError(f"schedule.{name} must be a list of at most {MOST} numbers, got {size}")
+    found = record(_Table, {name: value for name, value in data.items() if name != "kind"}, "schedule.")
+    table = DiscreteSchedule(list(found.alphas_cumprod), found.name)
+    return table if found.kept is None else table.known_by(list(found.kept))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -17,7 +18,7 @@ from helpers.diffusion_cases import Exact, small_unet
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from diffkern import Diffusion, schedules
+from diffkern import Diffusion, schedules, storage
 from diffkern.objectives import time_sampling, weightings
 
 SCHEDULE = schedules.cosine(20)
@@ -148,11 +149,15 @@ def test_another_schedule_than_that_of_the_file_is_refused(saved: Path) -> None:
     [
         (lambda data: data.clear(), "must be the configuration of a Diffusion with diffkern_diffusion = 1, got None"),
         (lambda data: data.update(diffkern_diffusion=2), "with diffkern_diffusion = 1, got 2"),
-        (lambda data: data.pop("schedule"), "must have the field schedule"),
+        (lambda data: data.pop("schedule"), "schedule must be given, got none"),
         (lambda data: data.update(prediction=3), "prediction must be .*, got 3"),
-        (lambda data: data.update(prediction="w"), "prediction must be one of eps"),
+        (lambda data: data.update(prediction="w"), "prediction must be one of 'eps', 'x0', .*, got 'w'"),
         (lambda data: data.update(time_scale="1"), "time_scale must be .*, got '1'"),
-        (lambda data: data.update(drop=float("nan")), r"drop must lie in \[0, 1\), got nan"),
+        (lambda data: data.update(drop=float("nan")), "must be JSON, got .*NaN is no JSON number"),
+        (lambda data: data.update(drop=1), r"drop must lie in \[0, 1\), got 1"),
+        (lambda data: data.update(learned_variance=1), "learned_variance must be true or false, got 1"),
+        (lambda data: data.update(times=None), "times must be an object, got None"),
+        (lambda data: data.update(tmies=None), "config.json has the fields prediction, schedule, .*, got 'tmies'"),
         (lambda data: data.update(shape=[1, -8]), "shape must be a list of sizes"),
         (lambda data: data.update(null={"shape": [10**9], "dtype": "float32"}), "null must have a shape and a dtype"),
         (lambda data: data.update(null={"shape": [], "dtype": "load"}), "null must have a shape and a dtype"),
@@ -190,16 +195,26 @@ def test_a_missing_tensor_is_named(copy: Path) -> None:
     refused(re.escape("got nothing for model.enter.bias, which has [16]"), copy)
 
 
-def test_a_save_that_fails_leaves_what_was_there(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("failing", ["model.safetensors", "config.json"])
+def test_a_save_that_fails_leaves_what_was_there(copy: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
     before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    written = []
 
-    def fails(self: Path, text: str) -> None:
-        raise OSError("no space left on device")
+    def open_for_sync(path: str, *args: Any) -> Any:
+        written.append(str(path))
+        if Path(path).name.startswith(failing):
+            raise OSError(errno.ENOSPC, "no space left on device")
+        return open(path, *args)
 
-    monkeypatch.setattr(Path, "write_text", fails)
-    with pytest.raises(OSError, match="no space left"):
-        made().save_pretrained(copy)
-    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+    monkeypatch.setattr(storage, "open", open_for_sync, raising=False)
+    with pytest.raises(OSError, match=f"no space left on device: .*{failing}'"):
+        Diffusion(small_unet(seed=2), SCHEDULE, "eps").save_pretrained(copy)
+    assert len(written) == 1 + (failing == "config.json")
+    after = {path.name: path.read_bytes() for path in copy.iterdir()}
+    assert after.keys() == before.keys()
+    assert after["config.json"] == before["config.json"]
+    if failing == "model.safetensors":
+        assert after == before
 
 
 def test_a_repository_is_fetched_by_huggingface_hub(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,19 +72,19 @@ def test_functions_are_refused_with_the_remedy(value: Any, remedy: str) -> None:
 @pytest.mark.parametrize(
     ("data", "sentence"),
     [
-        ([], "schedule must be a JSON object, got list"),
+        ([], r"schedule must be an object, got \[\]"),
         ({}, "schedule.kind must be one of VPSchedule"),
         ({"kind": "os.system"}, "schedule.kind must be one of VPSchedule"),
         ({"kind": ["VPSchedule"]}, "schedule.kind must be one of VPSchedule"),
         ({**EDM, "sigma_max": "80"}, "schedule.sigma_max must be a finite number, got '80'"),
         ({**EDM, "sigma_max": True}, "schedule.sigma_max must be a finite number, got True"),
-        ({**EDM, "sigma_max": float("inf")}, "schedule.sigma_max must be a finite number, got inf"),
-        ({**EDM, "sigma": 1.0}, "schedule of kind EDMSchedule has the fields sigma_min, sigma_max"),
+        ({**EDM, "sigma_max": float("inf")}, "schedule must be JSON, got .*Infinity is no JSON number"),
+        ({**EDM, "sigma": 1.0}, "schedule has the fields sigma_min, sigma_max, .*, got 'sigma'"),
         ({**EDM, "sigma_max": 0.001}, "sigma_min and sigma_max must be 0 < sigma_min < sigma_max"),
-        ({"kind": "DiscreteSchedule"}, "schedule.alphas_cumprod must be a list of .* numbers, got NoneType"),
+        ({"kind": "DiscreteSchedule"}, "schedule.alphas_cumprod must be given, got none"),
         ({"kind": "DiscreteSchedule", "alphas_cumprod": [0.9, "x"]}, r"schedule.alphas_cumprod\[1\] must be a finite"),
         ({"kind": "DiscreteSchedule", "alphas_cumprod": [0.9, 0.5], "kept": [1, 0]}, "kept must be 2 rising integers"),
-        ({"kind": "DiscreteSchedule", "alphas_cumprod": [0.9], "betas": []}, "has the fields name, alphas"),
+        ({"kind": "DiscreteSchedule", "alphas_cumprod": [0.9], "betas": []}, "fields alphas_cumprod, .*, got 'betas'"),
     ],
 )  # fmt: skip
 def test_what_is_no_schedule_is_refused_by_its_field(data: Any, sentence: str) -> None:
@@ -93,7 +93,7 @@ def test_what_is_no_schedule_is_refused_by_its_field(data: Any, sentence: str) -
 
 
 def test_a_weighting_without_its_constant_is_refused() -> None:
-    sentence = "weight of kind UniformIn must have the field target, got none"
+    sentence = "weight.target must be given, got none"
     with pytest.raises(ValueError, match=re.escape(sentence)):
         weightings.Weighting.from_json('{"kind": "UniformIn"}')
     with pytest.raises(ValueError, match="nested too deeply"):
