@@ -3,7 +3,7 @@
 `dynamic_threshold`, `moments`.
 
 Every op runs on CPU and CUDA tensors, under torch.compile and torch.export; those that return new tensors (except
-`learned_step` and `noise_sum`) under torch.func's reverse mode and vmap. Dimension 0 is the batch. Tables of
+`learned_step`) under torch.func's reverse mode and vmap. Dimension 0 is the batch. Tables of
 coefficients are float64; arithmetic is float32 (float64 for float64 tensors) and rounds once, at the store.
 Wrong input raises RuntimeError with one sentence that names the argument, the rule and the value.
 

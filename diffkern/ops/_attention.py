@@ -47,7 +47,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | Tensor | None = No
         q, k, v = (_autocast(t) for t in (q, k, v))
     if _is_learned(scale):
         q, scale = _times(q, scale), 1.0
-    scale = _scale(scale, q.shape[-1])
+    scale = _scale("attention", scale, q.shape[-1])
     if active() or differentiates(q, k, v):
         op = _Attention.apply if active() else native.attention
         return op(q, k, v, scale)[0]
@@ -81,7 +81,7 @@ def spatial_attention(qkv: Tensor, num_heads: int, order: str = "new", scale: fl
     dim = qkv.shape[1] // (3 * num_heads) if qkv.dim() > 1 else 0
     if _is_learned(scale) and dim > 0 and qkv.shape[1] == 3 * num_heads * dim:
         qkv, scale = _times(qkv, _of_queries(qkv, num_heads, dim, order, scale)), 1.0
-    scale = _scale(scale, dim)
+    scale = _scale("spatial_attention", scale, dim)
     if active() or differentiates(qkv):
         op = _SpatialAttention.apply if active() else native.spatial_attention
         return op(qkv, num_heads, _ORDERS[order], scale)[0]
@@ -89,8 +89,13 @@ def spatial_attention(qkv: Tensor, num_heads: int, order: str = "new", scale: fl
         return native.spatial_attention(qkv, num_heads, _ORDERS[order], scale)[0]
 
 
-def _scale(scale: float | Tensor | None, dim: int) -> float:
-    return float(scale) if scale is not None else 1.0 / math.sqrt(max(dim, 1))
+def _scale(op: str, scale: float | Tensor | None, dim: int) -> float:
+    if scale is None:
+        return 1.0 / math.sqrt(max(dim, 1))
+    try:
+        return float(scale)
+    except (TypeError, ValueError, OverflowError):
+        raise RuntimeError(f"diffkern.{op}: scale must be one number or None, got {scale!r:.80}") from None
 
 
 def _is_learned(scale: float | Tensor | None) -> TypeGuard[Tensor]:

@@ -148,6 +148,8 @@ def bound_step_out(table: Tensor) -> BoundStepOut:
     ) -> None:
         if forward_ad._current_level >= 0:
             refuse_tangents("step", x, m, m2, h0, h1, h2, h3, noise, known)
+        if out is None:  # pays less than a look at the error
+            raise RuntimeError("diffkern.step: out must be a tensor, got None")
         if seeds is not None and not isinstance(seeds, Tensor):
             seeds = numbered(seeds, out)
         args = (x, m, m2, h0, h1, h2, h3, table, row, index, seeds, noise, mask, known, out, x0, s, next)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffkern.ops._common import native, one_device, refuse_grad, wrote
+from diffkern.ops._common import native, one_device, refuse_batches, refuse_grad, wrote
 from diffkern.ops._explained import explained
 from diffkern.ops._seeds import Seeds, as_seeds, numbered
 
@@ -29,6 +29,8 @@ def randn(
     float64 tensors hold the float32 normals, 16-bit tensors the rounded ones. `dtype` is float32 unless given.
     `out`, any strides: written instead; shape and dtype must be its own.
     """
+    if not hasattr(shape, "__iter__"):
+        raise RuntimeError(f"diffkern.randn: shape must be a list of integers, got {shape!r}")
     if not isinstance(seeds, Tensor):
         seeds = as_seeds(seeds, shape[0] if len(shape) else 0, None if out is None else out.device)
     if out is None:
@@ -70,6 +72,8 @@ def noise_sum(
     As with `randn` the bits depend on seed, element and terms alone. `diffkern.brownian` gives the terms that make
     increments of a Brownian path.
     """
+    if not hasattr(size, "__iter__"):
+        raise RuntimeError(f"diffkern.noise_sum: size must be a list of integers, got {size!r}")
     if not isinstance(seeds, Tensor):
         seeds = as_seeds(seeds, size[0] if len(size) else 0)
     refuse_grad("noise_sum", weights)
@@ -80,6 +84,7 @@ def noise_sum(
 def noise_sum_out(seeds: Seeds, streams: Tensor, weights: Tensor, out: Tensor) -> Tensor:
     """`noise_sum` into `out`, [B, ...] of any floating dtype and any strides; returns it."""
     refuse_grad("noise_sum", out, weights)
+    refuse_batches("noise_sum_out", seeds if isinstance(seeds, Tensor) else None, streams, weights, out)
     native.noise_sum_out(numbered(seeds, out), streams, weights, out)
     wrote(out)
     return out

@@ -180,7 +180,7 @@ def loss(
     pred, x0, noise and table. The gradient that comes in (a loss scale) is applied before the one rounding to a 16-bit
     pred: its backward pass makes the gradient anew, where that of a float32 pred hands out what forward stored.
     """
-    if reduction not in REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(unknown("reduction", reduction, REDUCTIONS))
     check_on_device("loss", index, table)
     refuse_tangents("loss", pred, x0, noise, table)

@@ -66,7 +66,7 @@ def variational(
     x_t drops out, as both means hold the same multiple of it. The normal distribution is exact to float32, where
     guided-diffusion's tanh formula is off by up to 2e-4 and stops at 1e-12.
     """
-    if reduction not in REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(unknown("reduction", reduction, REDUCTIONS))
     check_on_device("variational", index, table)
     refuse_tangents("variational", pred, x0, noise)

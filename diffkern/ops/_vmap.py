@@ -87,6 +87,18 @@ def _randn(info: Any, in_dims: Any, size: Any, seeds: Tensor, stream: int, dtype
     return fold.back(made), 0
 
 
+def _noise_sum(
+    info: Any, in_dims: Any, size: Any, seeds: Tensor, streams: Tensor, weights: Tensor, dtype: torch.dtype
+) -> Any:
+    fold = Fold(info, seeds, in_dims[1])
+    if in_dims[2] is None and in_dims[3] is None:
+        made = native.noise_sum([fold.V * fold.B, *size[1:]], fold.samples(seeds, in_dims[1]), streams, weights, dtype)
+        return fold.back(made), 0
+    # The terms are read on the host, the same for the whole batch of a call.
+    given = [fold.front(t, dim).contiguous() for t, dim in zip((seeds, streams, weights), in_dims[1:4], strict=True)]
+    return torch.stack([native.noise_sum(size, *one, dtype) for one in zip(*given, strict=True)]), 0
+
+
 def _noising(info: Any, in_dims: Any, *args: Any) -> Any:
     x0, table, index, seeds, stream, noise, *wants = args
     fold = Fold(info, x0, in_dims[0])
@@ -178,6 +190,7 @@ def rules(weight: slice, bound: slice) -> dict[str, Callable[..., Any]]:
     """Of all ops that return new tensors; the slices are the columns of weights of `loss` and `variational`."""
     return {
         "randn": _randn,
+        "noise_sum": _noise_sum,
         "noising": _noising,
         "loss": _loss_of(native.loss, weight),
         "variational": _loss_of(native.variational, bound),

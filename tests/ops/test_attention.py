@@ -289,6 +289,8 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
         r"got strides \[1344, 448, 64, 2\] for shape \[2, 3, 7, 16\]",
     ),
     "scale NaN": (_with(scale=math.nan), r"scale must be finite, got nan"),
+    "scale list": (_with(scale=[1]), r"scale must be one number or None, got \[1\]"),
+    "scale huge": (_with(scale=10**400), r"scale must be one number or None, got 1000"),
     "scale infinite": (_with(scale=math.inf), r"scale must be finite, got inf"),
     "scale beyond float32": (_with(scale=-1e39), r"scale must be finite in float32, got -1e\+39"),
 }

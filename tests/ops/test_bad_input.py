@@ -55,6 +55,8 @@ RANDN: dict[str, Case] = {
     "seeds 2-D": (lambda: ops.randn((2, 3), S[:, None]), r"seeds must have shape \[2\] .*, got \[2, 1\]"),
     "seeds 0-D": (lambda: ops.randn((1, 3), S[0]), r"seeds must have shape \[1\] .*, got \[\]"),
     "size empty": (lambda: ops.randn((), S), r"diffkern\.randn: size must have a batch dimension, got \[\]"),
+    "size none": (lambda: ops.randn(None, 0), r"diffkern\.randn: shape must be a list of integers, got None"),
+    "size a number": (lambda: ops.randn(3, S), r"diffkern\.randn: shape must be a list of integers, got 3"),
     "size negative": (lambda: ops.randn((2, -3), S), r"size must not be negative, got \[2, -3\]"),
     "size huge": (lambda: ops.randn((2, 2**40, 2**40), S), r"shape \[2, 1099511627776, 1099511627776\] .* allocated"),
     "stream negative": (lambda: ops.randn((2, 3), S, -1), r"stream must be in \[0, 2\^53\), got -1"),
@@ -202,6 +204,7 @@ LOSS: dict[str, Case] = {
     "both": (lambda: loss(seeds=S, noise=M), r"give either seeds .* or noise .*, got both"),
     "neither": (lambda: ops.loss(M, X, L, INDEX), r"diffkern\.loss: seeds .* or noise .* must be given, got neither"),
     "reduction": (lambda: loss(reduction="max"), r"reduction must be one of none, mean, sum, got 'max'"),
+    "reduction list": (lambda: loss(reduction=[1]), r"reduction must be one of none, mean, sum, got \[1\]"),
     "reduction number": (
         lambda: torch.ops.diffkern.loss(M, X, L, INDEX, S, 0, None, 3, False),
         r"reduction must be 0 \(none\), 1 \(mean\) or 2 \(sum\), got 3",

@@ -65,6 +65,13 @@ def test_every_operand_of_a_bound_step_out_stands_in_its_place() -> None:
         assert torch.equal(got[name], expected), name
 
 
+@pytest.mark.parametrize("seeds", [None, 3, torch.tensor([4, 5, 6])], ids=str)
+def test_a_bound_step_needs_a_tensor_to_write(seeds: int | Tensor | None) -> None:
+    x = values(SHAPE, 0, torch.float32)
+    with pytest.raises(RuntimeError, match=r"^diffkern\.step: out must be a tensor, got None$"):
+        ops.bound_step_out(table({"a": 0.9, "g": 0.1}))(x, x, 0, out=None, seeds=seeds)  # type: ignore[arg-type]
+
+
 @pytest.mark.full
 def test_a_bound_step_is_traced_whole() -> None:
     step = ops.bound_step(table({"a": 0.9, "b": 0.2, "p": 1.1, "q": -0.4}), want_x0=True)

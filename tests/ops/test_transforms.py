@@ -41,12 +41,19 @@ def many(seed: int, *shape: int) -> Tensor:
     return values((V, *shape), seed)
 
 
+TERMS = torch.tensor([7, 9]), torch.tensor([0.5, -2.0], dtype=torch.float64)
 INDEX = torch.tensor([[0, 2], [1, 1], [2, 0]])
 MASK = numbers(20).abs().clamp(max=1)
 
 # name -> (function of tensors, tensors [V, ...] of one call each, which of them have gradients)
 CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], int]] = {
     "randn": (lambda s: ops.randn((B, 3, 4), s, 7), (SEEDS,), 0),
+    "noise_sum": (lambda s: ops.noise_sum((B, 3, 4), s, *TERMS), (SEEDS,), 0),
+    "noise_sum, terms of each call": (
+        lambda s, streams, weights: ops.noise_sum((B, 3, 4), s, streams, weights, torch.float64),
+        (SEEDS, torch.arange(2 * V).reshape(V, 2), many(1, 2).double()),
+        0,
+    ),
     "noising": (
         lambda x, s, i: ops.noising(x, NOISING, i, seeds=s, want_target=True, want_eps=True),
         (numbers(1), SEEDS, INDEX),
@@ -274,6 +281,7 @@ def test_what_has_no_part_in_them_says_so() -> None:
     calls: dict[str, Callable[[Tensor], Any]] = {
         "step_out": lambda x: ops.step_out(x, None, table=rows, out=out),
         "noising_out": lambda x: ops.noising_out(x, NOISING[:1], seeds=seeds, out=out),
+        "noise_sum_out": lambda x: ops.noise_sum_out(seeds, torch.tensor([1]), torch.ones(1, dtype=torch.float64), x),
         "learned_step": lambda x: ops.learned_step(x, None, table=learned)[0],
         "dynamic_threshold_out": lambda x: ops.dynamic_threshold_out(x, out=out),
     }
@@ -301,7 +309,7 @@ def test_a_bound_step_does_not_lose_a_gradient_outside_of_vmap() -> None:
 
 
 def test_every_op_has_a_rule_or_says_so() -> None:
-    told = {"learned_step", "noise_sum"}
+    told = {"learned_step"}
     returning = {name for name in op_names.registered() if not name.endswith("_out")}
     assert set(_vmap.rules(slice(0), slice(0))) == returning - told
 

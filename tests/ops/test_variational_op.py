@@ -237,6 +237,7 @@ def test_bad_input() -> None:
         check_sentence(lambda table=table: call(table=table), sentence)
     check_sentence(lambda: call(noise=x0), r"give either seeds \(noise by address\) or noise \(a tensor\), got both")
     check_sentence(lambda: call(reduction="max"), r"reduction must be one of none, mean, sum, got 'max'")
+    check_sentence(lambda: call(reduction=[1]), r"reduction must be one of none, mean, sum, got \[1\]")
     check_sentence(lambda: call(index=torch.tensor([0, 1])), r"index must be in \[0, 1\), the rows of the table, got 1")
     check_sentence(
         lambda: call(x0=x0.clone().requires_grad_()), r"differentiable in pred only, and x0, noise or table requires"
