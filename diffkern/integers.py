@@ -6,6 +6,9 @@ from operator import index
 
 import torch
 
+MOST_ROWS = 10_000_000
+"""Of a plan, and of a grid that is made from a number of steps: what is asked for beyond has no end."""
+
 
 def as_integer(value: object) -> int | None:
     """``value`` as an int (a `torch.SymInt` as it is); None where it is no integer: 2.0, "2" and True are none."""
@@ -29,3 +32,10 @@ def integer(argument: str, value: object, least: int = 1, most: int | None = Non
             rule = f"of at least {least}" if most is None else f"in {least}..{most}"
         raise ValueError(f"{argument} must be an integer {rule}, got {value if found is not None else repr(value)}")
     return found
+
+
+def check_rows(argument: str, count: int, rows: int) -> int:
+    """``count``; raises ValueError where ``rows`` for each of it are more than a plan may have."""
+    if count * rows > MOST_ROWS:
+        raise ValueError(f"{argument} must make a plan of at most {MOST_ROWS} rows, got {count}")
+    return count

@@ -6,7 +6,7 @@ import itertools
 import math
 
 from diffkern import streams
-from diffkern.integers import integer
+from diffkern.integers import check_rows, integer
 from diffkern.modes import neutrally
 from diffkern.names import Prediction, Spacing
 from diffkern.plan import Plan, Row
@@ -57,6 +57,8 @@ def repaint(
     space, points = own_grid("repaint", schedule, steps, prediction, sigmas, timesteps, spacing, clip)
     count = len(points) - 1
     last = count - 1
+    jumps = len(range(0, count - jump_length, jump_length))
+    check_rows("jump_n_sample", jump_n_sample, jumps * (jump_length + 1))
     rows: list[Row] = []
     at: list[Node] = []
     for before, after in itertools.pairwise(_levels(count, jump_length, jump_n_sample)):

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from diffkern.integers import check_rows
 from diffkern.modes import neutrally
 from diffkern.plan import Plan, Row
 from diffkern.samplers._noise_path import Span, clock
@@ -145,7 +146,7 @@ def annealed_langevin(
     2006.09011). A step of the plan is one Langevin step.
     """
     need_schedule(schedule)
-    each = check_steps(each)
+    each = check_steps(each, argument="each")
     if (levels is None) == (timesteps is None):
         raise ValueError("annealed_langevin needs exactly one of levels and timesteps, got none or both")
     if timesteps is not None:
@@ -168,6 +169,7 @@ def _langevin(
     if not 0.0 < size < math.inf:
         raise ValueError(f"step_size must be positive, got {size}")
     walk = Walk(name, schedule, prediction, None)
+    check_rows("steps" if name == "langevin" else "each", each, len(times))
     points = walk.nodes(times)
     rows: list[Row] = []
     at: list[Node] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from diffkern.integers import integer
+from diffkern.integers import check_rows, integer
 from diffkern.modes import neutrally
 from diffkern.names import Prediction, Predictor, Spacing
 from diffkern.plan import Plan, Row
@@ -72,6 +72,8 @@ def rows_of(
             raise ValueError(f"dt must be positive, got {dt}")
     walk = Walk("predictor_corrector", schedule, prediction, None)
     times = _times(schedule, steps, timesteps, spacing)
+    if corrector != "none":
+        check_rows("corrector_steps", corrector_steps, len(times))
     nodes = walk.nodes(times)
     rates = walk.rates(schedule.drift, schedule.diffusion_squared, times=times) if predictor == "euler_maruyama" else []
     rows: list[Row] = []

@@ -27,6 +27,21 @@ def check_constants(**values: object) -> None:
             )
 
 
+def number(argument: str, value: object) -> float:
+    """A constant as a float; raises ValueError for what is no number that float64 holds."""
+    try:
+        if not isinstance(value, str | bytes):
+            return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        pass
+    raise ValueError(f"{argument} must be a number that float64 holds, got {_short(value)}")
+
+
+def _short(value: object) -> str:
+    text = type(value).__name__ if isinstance(value, Tensor) else repr(value)
+    return text if len(text) <= 60 else f"{text[:28]}...{text[-28:]}"
+
+
 def as_time(t: Time) -> Tensor:
     """``t`` as a tensor: int64 stays int64, other integers become int64, everything else float64. Numbers: CPU."""
     tensor = t if isinstance(t, Tensor) else torch.as_tensor(t, device="cpu")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffkern.integers import integer
 from diffkern.modes import neutrally
-from diffkern.schedules.base import Schedule, UnitTime, check_constants
+from diffkern.schedules.base import Schedule, UnitTime, check_constants, number
 from diffkern.schedules.continuous import (
     CosineSchedule,
     LaplaceSchedule,
@@ -90,16 +90,15 @@ def from_betas(betas: Tensor | Iterable[float], name: str = "from_betas") -> Dis
 @_of_constants
 def linear(T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> DiscreteSchedule:
     """Betas evenly spaced from beta_start to beta_end (arXiv 2006.11239; lectures 000, 002)."""
-    return from_betas(torch.linspace(beta_start, beta_end, _steps(T), dtype=torch.float64), "linear")
+    low, high = _betas(beta_start, beta_end)
+    return from_betas(torch.linspace(low, high, _steps(T), dtype=torch.float64), "linear")
 
 
 @_of_constants
 def scaled_linear(T: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> DiscreteSchedule:
     """Square roots of the betas evenly spaced: the schedule of latent diffusion (arXiv 2112.10752)."""
-    for argument, value in (("beta_start", beta_start), ("beta_end", beta_end)):
-        if not 0.0 < value < 1.0:
-            raise ValueError(f"beta must lie in (0, 1), got {argument} = {value}")
-    roots = torch.linspace(math.sqrt(beta_start), math.sqrt(beta_end), _steps(T), dtype=torch.float64)
+    low, high = _betas(beta_start, beta_end)
+    roots = torch.linspace(math.sqrt(low), math.sqrt(high), _steps(T), dtype=torch.float64)
     return from_betas(roots**2, "scaled_linear")
 
 
@@ -109,10 +108,16 @@ def cosine(T: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> Discrete
 
     arXiv 2102.09672, eq. 17; lecture 002.
     """
+    s, max_beta = number("s", s), number("max_beta", max_beta)
     if not 0.0 <= s < math.inf:
         raise ValueError(f"s must be >= 0, got {s}")
+    if not 0.0 < max_beta < 1.0:
+        raise ValueError(f"max_beta must lie in (0, 1), got {max_beta}")
     f = torch.cos((torch.arange(_steps(T) + 1, dtype=torch.float64) / T + s) / (1.0 + s) * (math.pi / 2)) ** 2
-    return from_betas((1.0 - f[1:] / f[:-1]).clamp(max=max_beta), "cosine")
+    betas = 1.0 - f[1:] / f[:-1]
+    if not bool((betas > 0.0).all()):
+        raise ValueError(f"s must leave a positive beta at each of the {T} steps, got {s}")
+    return from_betas(betas.clamp(max=max_beta), "cosine")
 
 
 @_of_constants
@@ -122,6 +127,7 @@ def cosine_arc(T: int = 1000, eps: float = 1e-5) -> DiscreteSchedule:
     Lecture 000, slide "DDPM – Noise Schedule".
     Signal and noise rate move uniformly on a quarter circle. Steps whose values meet the same bound add no noise.
     """
+    eps = number("eps", eps)
     if not 0.0 < eps < 0.5:
         raise ValueError(f"eps must lie in (0, 0.5), got {eps}")
     t = torch.arange(1, _steps(T) + 1, dtype=torch.float64) / T
@@ -131,6 +137,7 @@ def cosine_arc(T: int = 1000, eps: float = 1e-5) -> DiscreteSchedule:
 @_of_constants
 def sigmoid(T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> DiscreteSchedule:
     """beta_i = beta_start + sigmoid(x_i) (beta_end - beta_start), x evenly from -6 to 6 (arXiv 2203.02923, GeoDiff)."""
+    beta_start, beta_end = number("beta_start", beta_start), number("beta_end", beta_end)
     x = torch.linspace(-6.0, 6.0, _steps(T), dtype=torch.float64)
     return from_betas(torch.sigmoid(x) * (beta_end - beta_start) + beta_start, "sigmoid")
 
@@ -138,6 +145,7 @@ def sigmoid(T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> 
 @_of_constants
 def exponential(T: int = 1000, rate: float = 12.0) -> DiscreteSchedule:
     """abar_t = e^(-rate (t+1)/T): equal betas 1 - e^(-rate/T)."""
+    rate = number("rate", rate)
     if not 0.0 < rate < math.inf:
         raise ValueError(f"rate must be positive, got {rate}")
     return DiscreteSchedule((-rate * _fractions(T)).exp(), "exponential")
@@ -152,6 +160,7 @@ def laplace(
     ``compat`` gives the table that diffusers makes with the same numbers, mu = 0, b = 0.5, eps = 1e-6: it takes the
     signal rate, the root of abar, for abar, divides by its value at t = 0 and bounds the betas by 0.999.
     """
+    mu, b, eps = number("mu", mu), number("b", b), number("eps", eps)
     path = laplace_vp(mu, b, eps)
     if not compat:
         return discretise(path, T, "laplace")
@@ -288,6 +297,14 @@ SCHEDULES: dict[str, Callable[[], Schedule]] = {
     "flow": flow,
 }
 """Every schedule with its defaults, by name."""
+
+
+def _betas(beta_start: float, beta_end: float) -> tuple[float, float]:
+    found = number("beta_start", beta_start), number("beta_end", beta_end)
+    for argument, value in zip(("beta_start", "beta_end"), found, strict=True):
+        if not 0.0 < value < 1.0:
+            raise ValueError(f"beta must lie in (0, 1), got {argument} = {value}")
+    return found
 
 
 def _fractions(T: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffkern.checks import unknown
-from diffkern.integers import integer
+from diffkern.integers import check_rows, integer
 
 SHIFTS = ("exponential", "linear")
 
@@ -156,7 +156,7 @@ def _ending_in_0(levels: Tensor) -> Tensor:
 
 
 def _check_count(n: int) -> None:
-    integer("n", n)
+    check_rows("n", integer("n", n), 1)
 
 
 def _check_levels(n: int, sigma_min: float, sigma_max: float) -> None:

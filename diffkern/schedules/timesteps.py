@@ -9,7 +9,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from diffkern.checks import unknown
-from diffkern.integers import integer
+from diffkern.integers import check_rows, integer
 
 SPACINGS = ("leading", "trailing", "linspace")
 Numbers = Sequence[float] | Tensor
@@ -47,9 +47,11 @@ def linspace(T: int, steps: int) -> list[float]:
     return [float(T - 1), *inner, 0.0][:steps]
 
 
-def check_steps(steps: int, most: int | None = None) -> int:
-    """``steps``; raises ValueError unless it is an integer of at least 1, and at most ``most``."""
-    return integer("steps", steps, 1, most, None if most is None else f"in 1..{most} (T = {most})")
+def check_steps(steps: int, most: int | None = None, argument: str = "steps") -> int:
+    """``steps``; raises ValueError unless it is an integer of at least 1, and at most ``most`` (or `MOST_ROWS`)."""
+    if most is not None:
+        return integer(argument, steps, 1, most, f"in 1..{most} (T = {most})")
+    return check_rows(argument, integer(argument, steps), 1)
 
 
 def check_timesteps(T: int, timesteps: Iterable[float]) -> list[int]:

@@ -109,6 +109,8 @@ def test_options() -> None:
         ours.diffkern(seeds=torch.zeros(2))
     with pytest.raises(ValueError, match=r"seeds must be an integer or int64 \[B\], got str"):
         ours.diffkern(seeds="5")
+    with pytest.raises(ValueError, match=r"seeds must be an integer or int64 \[B\], got bool"):
+        ours.diffkern(seeds=True)
     x = start()
     ours.diffkern(rng="counter")
     with pytest.raises(ValueError, match=r"needs scheduler.diffkern\(seeds=...\) or a generator given to step"):

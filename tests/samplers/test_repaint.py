@@ -185,6 +185,7 @@ def test_op_counts_and_json():
     ({"jump_length": 0}, "jump_length must be an integer of at least 1, got 0"),
     ({"jump_length": 2.5}, r"jump_length must be an integer of at least 1, got 2\.5"),
     ({"jump_n_sample": 0}, "jump_n_sample must be an integer of at least 1, got 0"),
+    ({"jump_length": 2, "jump_n_sample": 2**63}, "jump_n_sample must make a plan of at most 10000000 rows, got 922"),
     ({"eta": -1.0}, r"eta must be a finite number >= 0, got -1\.0"),
     ({"steps": 0}, "steps must be"),
     ({"steps": 1001}, "steps must .* got 1001"),

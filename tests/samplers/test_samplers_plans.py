@@ -200,7 +200,11 @@ def test_every_sampler_is_documented():
         (lambda: samplers.langevin(VP, 5, t=0.5, step_size=0), r"step_size must be positive, got 0"),
         (lambda: samplers.langevin(VP, 5, t=0.0, step_size=1), r"langevin needs sigma > 0 at each model call, got 0"),
         (lambda: samplers.annealed_langevin(VE), r"annealed_langevin needs exactly one of levels and timesteps"),
-        (lambda: samplers.annealed_langevin(VE, 3, each=0), r"steps must be an integer of at least 1, got 0"),
+        (lambda: samplers.annealed_langevin(VE, 3, each=0), r"each must be an integer of at least 1, got 0"),
+        (lambda: samplers.annealed_langevin(VE, 3, each=2**63), r"each must make a plan of at most .*, got 922"),
+        (lambda: samplers.annealed_langevin(VE, 3, each=10**7 // 2), r"each must make a plan of .* rows, got 5000000"),
+        (lambda: samplers.langevin(VE, 2**63, t=0.5, step_size=0.1), r"steps must make a plan of at most 10000000"),
+        (lambda: samplers.euler(VE, 2**63), r"steps must make a plan of at most 10000000 rows, got 922337203685"),
         (lambda: samplers.annealed_langevin(VE, timesteps=[0.1, 0.2]), r"timesteps must fall strictly"),
     ],
 )  # fmt: skip

@@ -228,6 +228,8 @@ def test_nothing_is_read_back(norm):
     ({"corrector": "mala"}, "corrector must be 'langevin' or 'ald' or 'none', got 'mala'"),
     ({"predictor": "none", "corrector": "none"}, "predictor and corrector must not both be 'none'"),
     ({"corrector_steps": 0}, "corrector_steps must be an integer of at least 1, got 0"),
+    ({"corrector_steps": 2**63}, "corrector_steps must make a plan of at most 10000000 rows, got 9223372036854775808"),
+    ({"steps": 2**63}, "steps must make a plan of at most 10000000 rows, got 9223372036854775808"),
     ({"snr": 0.0}, "snr must be positive, got 0"),
     ({"snr": math.nan}, "snr must be positive, got nan"),
     ({"norm": "all"}, "norm must be 'sample' or 'batch', got 'all'"),
