@@ -27,9 +27,15 @@ def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     and is removed if anything fails. What is no regular file, such as /dev/stdout, is written to as it is. OSError
     names the ``path``.
     """
-    unfinished: Path | None = None
+    place = Path(path)
+    unfinished = place
     try:
-        with _beside(Path(path)) as unfinished:
+        if place.exists() and not stat.S_ISREG(place.stat().st_mode):
+            yield place
+            return
+        place = place.resolve()  # a link stays, and what it points to is written
+        unfinished = place.with_name(f"{place.name[:64]}.{secrets.token_hex(8)}.part")
+        with _beside(place, unfinished):
             yield unfinished
     except OSError as error:
         if error.errno is None or (error.filename is not None and error.filename != str(unfinished)):
@@ -38,17 +44,15 @@ def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    if path.exists() and not stat.S_ISREG(path.stat().st_mode):
-        yield path
-        return
-    path = path.resolve()  # a link stays, and what it points to is written
-    unfinished = path.with_name(f"{path.name[:64]}.{secrets.token_hex(8)}.part")
+def _beside(place: Path, unfinished: Path) -> Iterator[None]:
     try:
-        yield unfinished
+        with open(unfinished, "xb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+        yield
         with open(unfinished, "rb") as file:
             os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        unfinished.chmod(mode)  # of any new file: safetensors puts one in its place that others cannot read
+        os.replace(unfinished, place)
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise

@@ -89,7 +89,7 @@ class UniformIn(Weighting):
 
     def __post_init__(self) -> None:
         if self.target not in ("eps", "x0"):
-            raise ValueError(f"target must be eps or x0 (for others give the losses target=), got {self.target!r}")
+            raise ValueError(f"target must be eps or x0 (for others give the losses target=), got {self.target!r:.80}")
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -241,7 +241,7 @@ class VLB(Weighting):
 
     def __post_init__(self) -> None:
         if self.variance not in ("beta", "beta_tilde"):
-            raise ValueError(f"variance must be 'beta' or 'beta_tilde', got {self.variance!r}")
+            raise ValueError(f"variance must be 'beta' or 'beta_tilde', got {self.variance!r:.80}")
 
     def forms(self, a: Tensor, b: Tensor) -> Forms:
         """Half of `Likelihood`: time measured in log-SNR."""
