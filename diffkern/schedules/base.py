@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from diffkern.modes import readable
+from diffkern.records import parse, shown
 
 Time = int | float | Tensor
 
@@ -34,12 +35,7 @@ def number(argument: str, value: object) -> float:
             return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError, RuntimeError):
         pass
-    raise ValueError(f"{argument} must be a number that float64 holds, got {_short(value)}")
-
-
-def _short(value: object) -> str:
-    text = type(value).__name__ if isinstance(value, Tensor) else repr(value)
-    return text if len(text) <= 60 else f"{text[:28]}...{text[-28:]}"
+    raise ValueError(f"{argument} must be a number that float64 holds, got {shown(value)}")
 
 
 def as_time(t: Time) -> Tensor:
@@ -160,8 +156,6 @@ class Schedule(ABC):
     @staticmethod
     def from_json(text: str) -> Schedule:
         """The schedule that `to_json` wrote."""
-        from diffkern.records import parse
-
         return Schedule.from_dict(parse(text, "JSON", "schedule"))
 
     @abstractmethod
