@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffkern import ops
 from diffkern.compat.kit import loop
+from diffkern.compat.kit.rows import check_room
 from diffkern.modes import kept
 from diffkern.plan import Plan
 from diffkern.samplers.nodes import Coordinates, Node, grid
@@ -126,6 +127,7 @@ class EDMLoss:
         sigma = (z * self.P_std + self.P_mean).exp()
         weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
         y, augment_labels = (images, None) if augment_pipe is None else augment_pipe(images)
+        check_room(y.dtype, self, sigma)
         table = torch.zeros(y.shape[0], 4, dtype=torch.float64, device=y.device)
         table[:, 0] = 1.0
         table[:, 1] = sigma.flatten()

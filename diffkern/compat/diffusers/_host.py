@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffkern.compat.kit.rows import check_room
 from diffkern.compat.kit.tables import written
-from diffkern.modes import neutral
+from diffkern.modes import neutral, readable
 
 Number = int | float
 
@@ -66,6 +67,11 @@ class Levels(HostCopy):
             self.values = host(sigmas, exact=True)
             """The original's float32 numbers as float64, on the CPU."""
         self.numbers = self.values.tolist()
+
+    def check_room(self, scheduler: Any, dtype: torch.dtype, row: int, index: Tensor | None = None) -> None:
+        """`kit.rows.check_room` at the level of a row; of the rows of the samples where these may be looked at."""
+        if index is None or readable(index):
+            check_room(dtype, scheduler, self.numbers[row] if index is None else self.values[index])
 
 
 class Clock(HostCopy):

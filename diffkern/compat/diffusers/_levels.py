@@ -96,6 +96,12 @@ class LevelsEngine(Engine):
         """The original's float32 sigmas as float64 on the CPU."""
         return self.sources(scheduler)[0].values
 
+    def check_room(self, scheduler: DropIn, x: Tensor, row: int, index: Any = None, dtype: Any = None) -> None:
+        """Refuses float16 (x, or ``dtype``) where the level is beyond it; not again for what a step has returned."""
+        dtype, carried = dtype or x.dtype, self.carried
+        if dtype is torch.float16 and (carried is None or carried.out is not x):
+            self.sources(scheduler)[0].check_room(scheduler, dtype, row, index)
+
     def keep(self, scheduler: DropIn, key: Any, rows: Rows) -> None:
         """Keeps the rows of a step for `repeat`."""
         sigmas = scheduler.sigmas
@@ -167,15 +173,18 @@ class LevelsEngine(Engine):
             return out, x0, s
         table = rows.table
         check_row(scheduler, row, table)
-        dtype = m.dtype if dtype is None else dtype
+        dtype, index = m.dtype if dtype is None else dtype, operands.get("index")
+        self.check_room(scheduler, x, row, index)
+        if x.dtype is not dtype:
+            self.check_room(scheduler, x, row + 1, None if index is None else index + 1, dtype)
         state = torch.float64 if torch.float64 in (m.dtype, dtype) else torch.float32
-        place = scheduler.sigmas, row if operands.get("index") is None else None
+        place = scheduler.sigmas, row if index is None else None
         x, wants = self.start_from(x, dtype, *place)
         if dtype != state:
             table = self.tables.get(("narrow", id(table)), lambda: unscaled(rows.table), table)
             operands.update(next_copies=1, next_dtype=dtype)
-        operands.update(rows.wants, state=state)
-        found = self.run(as_dtype(x, torch.float32), m, *histories, table=table, row=row, **operands)
+        operands |= {**rows.wants, "state": state, "table": table, "row": row}
+        found = self.run(as_dtype(x, torch.float32), m, *histories, **operands)
         out, x0, s, narrowed = self.end_with(found, wants, *place)
         return out if narrowed is None else narrowed, x0, s
 
@@ -198,6 +207,7 @@ class LevelsEngine(Engine):
             else:
                 return self.run_plain(scheduler, rows, x, m, *histories, row=row)
         check_row(scheduler, row, rows.table)
+        self.check_room(scheduler, x, row)
         dtype = promote(x.dtype, m.dtype)
         if dtype in SIXTEEN:
             place = scheduler.sigmas, row
@@ -261,6 +271,7 @@ class LevelsEngine(Engine):
             row = scheduler.begin_index if scheduler.step_index is None else scheduler.step_index
             return self.mixed_at(scheduler, x, noise, row, key, scales)
         index = self.indices(scheduler, timesteps, x.device)
+        self.check_room(scheduler, x, 0, index, promote(x.dtype, noise.dtype))
         return self.noised(x, noise, index, lambda: torch.stack(scales(), 1), (key,), scheduler.sigmas)
 
     def mixed_at(
@@ -279,7 +290,8 @@ class LevelsEngine(Engine):
             return table_of(len(s), a=s, g=n)
 
         table = self.tables.get(("mixed", key), build, *self.sources(scheduler))
-        state = torch.promote_types(x.dtype, noise.dtype)
+        state = promote(x.dtype, noise.dtype)
+        self.check_room(scheduler, x, row, None, state)
         return ops.step(as_dtype(x, state), None, table=table, row=row, noise=as_dtype(noise, state))[0]
 
 
@@ -301,11 +313,6 @@ class KarrasEngine(LevelsEngine):
         """What the model's input is multiplied by at each level, [S + 1]."""
         return (self.levels(scheduler) ** 2 + 1) ** -0.5
 
-    def input_rows(self, scheduler: DropIn) -> Rows:
-        """The rows of `scale_input`."""
-        scale = self.input_scale(scheduler)
-        return Rows(table_of(len(scale), a=scale))
-
     def scale_input(self, scheduler: DropIn, sample: Tensor, timestep: Any) -> Tensor:
         """x times `input_scale`: made by the step that returned ``sample`` where the last one was asked for in this
         way (its op then writes it beside x'), else in one op."""
@@ -320,19 +327,20 @@ class KarrasEngine(LevelsEngine):
                 return scaled
         row, index = self.row(scheduler, timestep, sample.device)
         sources = self.sources(scheduler)
+        self.check_room(scheduler, sample, row, index)
         if sample.dtype in SIXTEEN and index is None:  # the same product, at a third of the time
             scales = self.tables.get(("input scales",), lambda: self.input_scale(scheduler).tolist(), *sources)
             out = sample * scales[row]
         else:
-            rows = self.tables.get(("input",), lambda: self.input_rows(scheduler), *sources)
+            every = len(sources[0].numbers)
+            rows = self.tables.get(("input",), lambda: Rows(table_of(every, a=self.input_scale(scheduler))), *sources)
             out, *_ = super().run_plain(scheduler, rows, sample, None, row=row, index=index)
         if hasattr(scheduler, "is_scale_input_called"):
             scheduler.is_scale_input_called = True
         return out
 
     def look_ahead(self, scheduler: DropIn, found: Results, row: int, rows: int) -> None:
-        after, _, _, scaled = found
-        sigmas = scheduler.sigmas
+        (after, _, _, scaled), sigmas = found, scheduler.sigmas
         if row + 1 >= rows or after.is_inference() or sigmas.is_inference():  # whose writes are not counted
             self.ahead = None
         elif after.requires_grad:  # x' may be cut from its graph in place

@@ -15,7 +15,8 @@ from torch import Tensor
 from diffkern import ops, streams
 from diffkern.compat.diffusers._engine import Attached, DropIn, Engine
 from diffkern.compat.diffusers._host import host
-from diffkern.compat.kit.rows import AT, promote, table_of
+from diffkern.compat.kit.rows import AT, check_room, promote, table_of
+from diffkern.modes import readable
 
 CORRECTOR = 1 << 20
 """Noise by address: the corrector's calls draw on ``streams.STEP + CORRECTOR`` + their number."""
@@ -40,6 +41,8 @@ class ScoreSdeVeScheduler(DropIn, Original):
         check(self)
         engine = self._engine
         row, index = row_of(self, timestep, sample)
+        if sample.dtype is torch.float16 and (index is None or readable(index)):
+            check_room(sample.dtype, self, host(self.discrete_sigmas)[row if index is None else index])
         noise, seeds = engine.noise(sample, generator)
         operands: dict[str, Any] = {"row": row, "index": index, "noise": noise, "seeds": seeds}
         operands.update(table=table_for(self), state=state_of(sample, model_output))

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from diffkern import streams
-from diffkern.modes import kept
+from diffkern.checks import check_level, most_in
+from diffkern.modes import kept, readable
 from diffkern.plan import COLUMNS, LEARNED_COLUMNS, Row
 
 AT = {name: i for i, name in enumerate(LEARNED_COLUMNS)}
@@ -105,6 +106,25 @@ def wide(*dtypes: torch.dtype) -> torch.dtype:
         if dtype is not found:
             found = torch.promote_types(found, dtype)
     return found
+
+
+_HALF = most_in(torch.float16)
+
+
+def check_room(dtype: torch.dtype, owner: object, level: float | Tensor) -> None:
+    """Raise ValueError, with the dtypes that work, for a float16 state whose noise level is above 8188.
+
+    ``level``: that of the state, or a tensor of those of its samples; on a device they are not looked at. ``owner``:
+    what the level is of.
+    """
+    if dtype is not torch.float16:
+        return
+    if isinstance(level, Tensor):
+        if not readable(level):
+            return
+        level = float(level.detach().max())
+    if not level <= _HALF:
+        check_level(level, dtype, f"the noise level of {type(owner).__name__}")
 
 
 def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:

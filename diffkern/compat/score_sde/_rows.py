@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffkern import ops
 from diffkern.checks import returned
-from diffkern.compat.kit.rows import AT, as_dtype, in_format, promote, table_of
+from diffkern.compat.kit.rows import AT, as_dtype, check_room, in_format, promote, table_of
 from diffkern.compat.kit.tables import Tables
 from diffkern.modes import neutral
 
@@ -69,6 +69,19 @@ def std(sde: Any, t: Tensor, x: Tensor | None = None) -> Tensor:
     at = t.new_zeros(len(t), 1) if x is None or linear(sde, "marginal_prob") else x
     found: Tensor = sde.marginal_prob(at, t)[1]
     return found
+
+
+def check_state(sde: Any, x: Tensor, t: Tensor) -> None:
+    """Raise ValueError for a float16 state at times [B] (not looked at on a device) whose noise it has no room for."""
+    if x.dtype is torch.float16:
+        check_room(x.dtype, sde, std(sde, t, x))
+
+
+def check_start(sde: Any, x: Tensor) -> None:
+    """`check_state` at T."""
+    if x.dtype is torch.float16:
+        start = x.detach().cpu()
+        check_state(sde, start, torch.full([len(x)], float(sde.T), dtype=torch.float32, device="cpu"))
 
 
 def rate(sde: Any, method: str, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -74,6 +74,7 @@ class LinearPredictor(Predictor):
 
     def update_fn(self, x: Tensor, t: Tensor) -> Pair:
         """(x', mean of x') of the state x [B, ...] at the times t [B], by one op."""
+        _rows.check_state(self.sde, x, t)
         z = torch.randn_like(x) if self.draws_first else None
         if not self.fits():
             return self.plain(x, t, z)
@@ -193,6 +194,7 @@ class Langevin(Corrector):
 
     def update_fn(self, x: Tensor, t: Tensor) -> Pair:
         """(x', mean of x') after ``n_steps`` steps, each one op and what its step size takes."""
+        _rows.check_state(self.sde, x, t)
         pair = x, x
         scale: Tensor | None = None
         sizes: tuple[Tensor, Tensor, Tensor] | None = None

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from diffkern import ops
+from diffkern.compat.kit.rows import check_room, promote
 from diffkern.compat.score_sde import _rows
 from diffkern.compat.score_sde.models import get_model_fn, get_score_fn
 from diffkern.compat.score_sde.sde_lib import VESDE, VPSDE
@@ -87,6 +88,7 @@ def get_sde_loss_fn(
         if not all(_rows.linear(sde, method) for method in ("marginal_prob", "sde")):
             return _plain(sde, score_fn, batch, t, z, reduce_mean, likelihood_weighting)
         signal, std = (values.double() for values in _rows.rate(sde, "marginal_prob", t))
+        check_room(promote(batch.dtype, t.dtype), sde, std)
         noised, z = _noised(batch, z, torch.stack([signal, std], 1), None, t.dtype)
         m, scale = score_fn.network(noised, t), score_fn.scale(t)
         # score + z/std = scale (m - v z), v = -1/(scale std): 1 for a network of eps whose std is the SDE's.

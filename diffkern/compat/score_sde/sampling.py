@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffkern.compat.score_sde import _ode
+from diffkern.compat.score_sde import _ode, _rows
 from diffkern.compat.score_sde._prepared import prepared_run
 from diffkern.compat.score_sde._updates import (
     AncestralSamplingPredictor,
@@ -126,6 +126,7 @@ def get_pc_sampler(
     @torch.no_grad()
     def pc_sampler(model: Any) -> tuple[Tensor, int]:
         x = sde.prior_sampling(shape).to(device)
+        _rows.check_start(sde, x)
         score_fn = get_score_fn(sde, model, train=False, continuous=continuous)
         steps = (
             (NonePredictor if predictor is None else predictor)(sde, score_fn, probability_flow),
@@ -180,7 +181,9 @@ def get_ode_sampler(
 
     @torch.no_grad()
     def ode_sampler(model: Any, z: Tensor | None = None) -> tuple[Tensor, int]:
-        x = (sde.prior_sampling(shape) if z is None else _ode.widened(z)).to(device)
+        start = sde.prior_sampling(shape) if z is None else z
+        _rows.check_start(sde, start)
+        x = (start if z is None else _ode.widened(start)).to(device)
         score_fn = get_score_fn(sde, model, train=False, continuous=True)
         x, calls = _ode.integrate(sde, score_fn, x, (sde.T, eps), rtol, atol, method, solver)
         if denoise:
