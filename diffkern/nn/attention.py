@@ -1,18 +1,22 @@
 """Attention blocks of diffusion UNets over `diffkern.spatial_attention` and `diffkern.attention`.
 
 Both work on [B, C, positions...], contiguous or channels_last, and move nothing between the 1 x 1 convolutions and the
-attention.
+attention. With ``attention="torch"`` the same formula runs in `F.scaled_dot_product_attention`, for exporters that know
+torch's operators alone (ONNX).
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffkern.ops import attention, spatial_attention
+
+Attention = Literal["diffkern", "torch"]
+"""Whose kernels a block's attention runs in."""
 
 __all__ = ["SpatialCrossAttention", "SpatialSelfAttention", "count_heads"]
 
@@ -46,11 +50,39 @@ def _silent(channels: int) -> nn.Conv1d:
     return conv
 
 
+def check_attention(name: str, value: object) -> None:
+    """Raise ValueError unless the argument ``name`` is one of `Attention`."""
+    if value not in ("diffkern", "torch"):
+        raise ValueError(f"{name} must be one of diffkern, torch, got {value!r}")
+
+
+def spatial_attention_by_torch(qkv: Tensor, num_heads: int, order: str) -> Tensor:
+    """What `diffkern.spatial_attention` computes, in torch's operators."""
+    part, axes = {"new": (1, (3, num_heads, -1)), "legacy": (2, (num_heads, 3, -1)), "edm": (3, (num_heads, -1, 3))}[
+        order
+    ]
+    q, k, v = (t.transpose(-1, -2) for t in qkv.flatten(2).unflatten(1, axes).unbind(part))  # [B, heads, N, D]
+    out = F.scaled_dot_product_attention(q, k, v)
+    return out.transpose(-1, -2).flatten(1, 2).unflatten(2, qkv.shape[2:])
+
+
 class _Block(nn.Module):
     """What both blocks share: the norm, 1 x 1 convolutions over any positions, weights of any 1 x 1 shape."""
 
-    def __init__(self, channels: int, num_heads: int, num_head_channels: int | None, groups: int, eps: float) -> None:
+    attention: Attention = "diffkern"
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int,
+        num_head_channels: int | None,
+        groups: int,
+        eps: float,
+        attention: Attention,
+    ) -> None:
         super().__init__()
+        check_attention("attention", attention)
+        self.attention = attention
         if groups < 1 or channels % groups:
             raise ValueError(f"groups must divide the {channels} channels, got {groups}")
         self.channels = channels
@@ -95,6 +127,7 @@ class SpatialSelfAttention(_Block):
     `load_state_dict` takes its weights; those of linear layers and two-dimensional convolutions are reshaped. Heads:
     `num_heads`, or channels / `num_head_channels`. `order` as in `diffkern.spatial_attention`: weights of OpenAI's
     checkpoints need "legacy". ADM: groups 32, eps 1e-5; DDPM: eps 1e-6, one head. The last layer starts at zero.
+    `attention`: "diffkern", or "torch" for `F.scaled_dot_product_attention`; the attribute may be set at any time.
     """
 
     def __init__(
@@ -106,8 +139,9 @@ class SpatialSelfAttention(_Block):
         order: str = "new",
         groups: int = 32,
         eps: float = 1e-5,
+        attention: Attention = "diffkern",
     ) -> None:
-        super().__init__(channels, num_heads, num_head_channels, groups, eps)
+        super().__init__(channels, num_heads, num_head_channels, groups, eps, attention)
         if order not in ("new", "legacy", "edm"):
             raise ValueError(f"order must be one of new, legacy, edm, got {order!r}")
         self.order = order
@@ -117,9 +151,13 @@ class SpatialSelfAttention(_Block):
     def forward(self, x: Tensor) -> Tensor:
         self._check(x)
         qkv = self._pointwise(self.qkv, self._normed(x))
-        if self.order == "edm":
-            qkv = qkv.contiguous()  # in channels_last the channels of such a head are not contiguous
-        return x + self._pointwise(self.proj_out, spatial_attention(qkv, self.num_heads, self.order))
+        if self.attention == "torch":
+            out = spatial_attention_by_torch(qkv, self.num_heads, self.order)
+        else:
+            if self.order == "edm":
+                qkv = qkv.contiguous()  # in channels_last the channels of such a head are not contiguous
+            out = spatial_attention(qkv, self.num_heads, self.order)
+        return x + self._pointwise(self.proj_out, out)
 
 
 class SpatialCrossAttention(_Block):
@@ -127,6 +165,7 @@ class SpatialCrossAttention(_Block):
 
     The context [B, T, E] (the 77 tokens of a text encoder, say) becomes k and v in one linear layer. Parameters:
     `norm`, `q` [C, C, 1], `kv` [2 C, E] with k's rows first, `proj_out` [C, C, 1]. The last layer starts at zero.
+    `attention` as in `SpatialSelfAttention`.
     """
 
     def __init__(
@@ -138,8 +177,9 @@ class SpatialCrossAttention(_Block):
         *,
         groups: int = 32,
         eps: float = 1e-5,
+        attention: Attention = "diffkern",
     ) -> None:
-        super().__init__(channels, num_heads, num_head_channels, groups, eps)
+        super().__init__(channels, num_heads, num_head_channels, groups, eps, attention)
         self.context_channels = context_channels
         self.q = nn.Conv1d(channels, channels, 1)
         self.kv = nn.Linear(context_channels, 2 * channels)
@@ -154,5 +194,6 @@ class SpatialCrossAttention(_Block):
         heads = self.num_heads
         q = self._pointwise(self.q, self._normed(x)).flatten(2).unflatten(1, (heads, -1)).transpose(-1, -2)
         k, v = self.kv(context).unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, T, D]
-        out = attention(q, k, v).transpose(-1, -2).flatten(1, 2).unflatten(2, x.shape[2:])
+        run = F.scaled_dot_product_attention if self.attention == "torch" else attention
+        out = run(q, k, v).transpose(-1, -2).flatten(1, 2).unflatten(2, x.shape[2:])
         return x + self._pointwise(self.proj_out, out)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffkern import records
-from diffkern.nn.attention import SpatialSelfAttention, count_heads
+from diffkern.nn.attention import Attention, SpatialSelfAttention, check_attention, count_heads
 
 Resample = Literal["none", "down", "up"]
 Modulation = Literal["scale_shift", "add"]
@@ -49,6 +49,7 @@ class UNetConfig:
     modulation         "scale_shift": adaptive group norm, (1 + scale) GroupNorm(h) + shift; "add": GroupNorm(h + shift)
     dropout            dropout before the second convolution of a residual block
     time_scale         the time is multiplied by this before the sinusoids (1000 for times in [0, 1])
+    attention          "diffkern", or "torch": the same formula in `F.scaled_dot_product_attention`, as ONNX needs it
     """
 
     image_size: int = 8
@@ -64,6 +65,7 @@ class UNetConfig:
     modulation: Modulation = "scale_shift"
     dropout: float = 0.0
     time_scale: float = 1.0
+    attention: Attention = "diffkern"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
@@ -105,6 +107,7 @@ class UNetConfig:
             raise ValueError(f"UNetConfig.dropout must lie in [0, 1), got {self.dropout}")
         if self.embedding % 2:
             raise ValueError(f"UNetConfig.embedding must be even, got {self.embedding}")
+        check_attention("UNetConfig.attention", self.attention)
         if not math.isfinite(self.time_scale):
             raise ValueError(f"UNetConfig.time_scale must be finite, got {self.time_scale}")
 
@@ -242,7 +245,8 @@ class UNet(nn.Module):
             )
 
         def attention(channels: int) -> SpatialSelfAttention:
-            return SpatialSelfAttention(channels, config.heads, groups=group_norm(channels).num_groups)
+            groups = group_norm(channels).num_groups
+            return SpatialSelfAttention(channels, config.heads, groups=groups, attention=config.attention)
 
         def stage(in_channels: int, out_channels: int, level: int) -> _Stage:
             attends = level in config.attention_levels
@@ -280,6 +284,18 @@ class UNet(nn.Module):
 
         self.norm = group_norm(current)
         self.leave = _zeroed(nn.Conv2d(current, config.out_channels, 3, padding=1))
+
+    def set_attention(self, attention: Attention) -> UNet:
+        """Switches every attention block to diffkern's kernels or to torch's, with the same weights; the network.
+
+        ``attention``: "diffkern", or "torch", which `torch.onnx.export` needs; equal within rounding. The config
+        follows. ValueError for another.
+        """
+        self.config = dataclasses.replace(self.config, attention=attention)
+        for module in self.modules():
+            if isinstance(module, SpatialSelfAttention):
+                module.attention = attention
+        return self
 
     @property
     def null_class(self) -> int:
