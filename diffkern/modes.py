@@ -25,7 +25,14 @@ _TRACERS = [getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "
 
 @contextmanager
 def neutral() -> Iterator[None]:
-    """Inside: ordinary tensors, made on the CPU where no device is named, without gradients, and real ones."""
+    """Inside: ordinary tensors, made on the CPU where no device is named, without gradients, and real ones.
+
+    What torch.compile traces stays in its graph: there it only makes no inference tensors.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        with torch.inference_mode(False):
+            yield
+        return
     with ExitStack() as modes:
         if torch._C._functorch.peek_interpreter_stack() is not None:
             from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
@@ -95,7 +102,12 @@ def readable(values: Tensor) -> bool:
 
     Those of a transform of torch.func (vmap) are not.
     """
-    if torch.compiler.is_compiling() or values.device.type != "cpu" or isinstance(values, FakeTensor):
+    return values.device.type == "cpu" and real(values)
+
+
+def real(values: Tensor) -> bool:
+    """`readable` on any device: looking at values of a GPU waits for it."""
+    if torch.compiler.is_compiling() or values.is_meta or isinstance(values, FakeTensor):
         return False
     return not torch._C._functorch.is_functorch_wrapped_tensor(values)
 

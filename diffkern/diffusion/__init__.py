@@ -164,10 +164,8 @@ class Diffusion(nn.Module):
         the noise. ``reduction`` "none" [B], "mean", "sum"; further arguments go to the network. Ho et al. 2020;
         lectures 000, 001, 002. Warns once if the range of x0 is far from [-1, 1].
         """
-        if not self._data_seen:
-            _fit.check_data(x0)
-            if not torch.compiler.is_compiling():
-                self._data_seen = True
+        if not self._data_seen and _fit.check_data(x0):
+            self._data_seen = True
         batch = x0.shape[0]
         seeds = draw_seeds(batch, device=x0.device) if seeds is None else as_seeds(seeds, batch, x0.device)
         if t is None:

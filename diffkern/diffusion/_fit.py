@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from diffkern.checks import need_tensor
+from diffkern.modes import neutral, real, untraced
 from diffkern.plan import Plan
 from diffkern.schedules import predictions
 from diffkern.schedules.base import Schedule, UnitTime
@@ -40,14 +43,48 @@ def bare(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while, put back module by module."""
-    training = [inside for inside in module.modules() if inside.training]
-    module.eval()
+    """Evaluation mode for a while, put back module by module, by the last of the threads that are at it."""
+    alone = torch.compiler.is_dynamo_compiling()  # which traces no locks
+    training = _begin(module) if alone else _first(module)
     try:
         yield
     finally:
-        for inside in training:
-            inside.training = True
+        if alone:
+            _end(training)
+        else:
+            _last(module)
+
+
+def _begin(module: nn.Module) -> list[nn.Module]:
+    training = [inside for inside in module.modules() if inside.training]
+    module.eval()
+    return training
+
+
+def _end(training: list[nn.Module]) -> None:
+    for inside in training:
+        inside.training = True
+
+
+def _first(module: nn.Module) -> list[nn.Module]:
+    with _LOCK:
+        count, training = _RUNNING.get(module, (0, []))
+        training = training if count else _begin(module)
+        _RUNNING[module] = count + 1, training
+    return training
+
+
+def _last(module: nn.Module) -> None:
+    with _LOCK:
+        count, training = _RUNNING.pop(module)
+        if count > 1:
+            _RUNNING[module] = count - 1, training
+        else:
+            _end(training)
+
+
+_LOCK = threading.Lock()
+_RUNNING: WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = WeakKeyDictionary()
 
 
 def null_of(model: nn.Module, null: float | Tensor | None, drop: float) -> Tensor | None:
@@ -90,12 +127,22 @@ def time_scale(model: nn.Module, schedule: Schedule, prediction: str, given: flo
         return 1.0
     if isinstance(schedule, UnitTime):
         return EMBEDDED / own
-    ends = schedule.model_time(prediction, torch.tensor(schedule.time_range, dtype=torch.float64))
-    return EMBEDDED / (own * float((ends[1] - ends[0]).abs()))
+    with neutral():
+        ends = schedule.model_time(prediction, torch.tensor(schedule.time_range, dtype=torch.float64))
+        return EMBEDDED / (own * float((ends[1] - ends[0]).abs()))
 
 
+@untraced
 def check_plan(plan: Plan, schedule: Schedule, prediction: str) -> None:
-    """Raise ValueError for a plan that was made for another prediction or on another schedule."""
+    """Raise ValueError for a plan that was made for another prediction or on another schedule; looked at once."""
+    key = "fits", schedule, prediction
+    if key not in plan.cache:
+        with neutral():
+            _check_plan(plan, schedule, prediction)
+        plan.cache[key] = True
+
+
+def _check_plan(plan: Plan, schedule: Schedule, prediction: str) -> None:
     if plan.prediction != prediction:
         raise ValueError(
             f"plan {plan.name} must be made for the model's prediction {prediction!r}, got one for "
@@ -140,15 +187,18 @@ def _schedule_times(times: Tensor, schedule: Schedule, prediction: str) -> tuple
     return times, (times >= 0) & (times <= 1)
 
 
-def check_data(x0: Any) -> None:
-    """Raise ValueError for what are no images as floating-point numbers; warn where their range is far from [-1, 1]."""
+def check_data(x0: Any) -> bool:
+    """Raise ValueError for what are no images as floating-point numbers; warn where their range is far from [-1, 1].
+
+    Returns whether the values could be looked at: not in a graph, nor under a transform of torch.func.
+    """
     need_tensor("x0", x0)
     if not x0.is_floating_point():
         raise ValueError(
             f"x0 must be floating point in about [-1, 1], got {x0.dtype}: scale images of bytes by x0 / 127.5 - 1"
         )
-    if x0.numel() == 0 or torch.compiler.is_compiling():
-        return
+    if x0.numel() == 0 or not real(x0):
+        return False
     size = float(x0.detach().to(torch.float32).square().mean().sqrt())
     if size > LOUD or 0.0 < size < FAINT:
         warnings.warn(
@@ -156,3 +206,4 @@ def check_data(x0: Any) -> None:
             f"meaning; its root mean square is {size:.3g}: scale it (images of 0..255 by x0 / 127.5 - 1)",
             stacklevel=4,
         )
+    return True

@@ -9,6 +9,7 @@ from typing import Any
 
 from diffkern.checks import misspelt
 from diffkern.diffusion._fit import check_plan
+from diffkern.modes import neutral
 from diffkern.plan import Plan
 from diffkern.samplers import get_sampler
 from diffkern.sampling.options import SampleOptions
@@ -50,7 +51,10 @@ def plan_of(
         check_plan(sampler, schedule, prediction)
         return sampler
     if sampler is None:
-        sampler = ("ddpm" if learned else "ddim") if isinstance(schedule, DiscreteSchedule) else "euler"
+        with neutral():
+            from_noise = float(schedule.alpha(schedule.noise_end)) == 0.0  # where samplers in sigma cannot start
+        discrete = isinstance(schedule, DiscreteSchedule)
+        sampler = ("ddpm" if learned else "ddim") if discrete or from_noise else "euler"
         sampler = "heun" if isinstance(schedule, EDMSchedule) else sampler
     if isinstance(sampler, str):
         make: Callable[..., Plan] = get_sampler(sampler)

@@ -2,20 +2,45 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import resource
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 LIMIT = 3.0
 """GiB, of the process of the tests and of each that it starts."""
+PLENTY = 1.5
+"""GiB from which on a process lets go of what a module of tests has left behind."""
 
 
 def peaks() -> tuple[float, float]:
     """The most memory that this process, and any one that it has started and waited for, ever had, in GiB."""
     own, children = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return own / 2**20, children / 2**20
+
+
+def held() -> float:
+    """The memory that this process has now, in GiB; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**30
+    except OSError:
+        return 0.0
+
+
+def let_go() -> None:
+    """Compiled graphs, garbage, and memory that the allocator keeps."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.reset()
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 class Peak:
@@ -27,9 +52,11 @@ class Peak:
         self.found: dict[str, tuple[float, float]] = {}
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_teardown(self, item: pytest.Item) -> Iterator[None]:
+    def pytest_runtest_teardown(self, item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
         result = yield
         self.ran = True
+        if (nextitem is None or nextitem.path != item.path) and held() > PLENTY:
+            let_go()
         if max(peaks()) > LIMIT and not self.told:
             self.told = True
             if item.get_closest_marker("long") is None:

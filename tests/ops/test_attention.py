@@ -25,13 +25,14 @@ SMALL_N = (1, 63, 64, 65, 77, 127, 256)
 
 
 def compare(q: Tensor, k: Tensor, v: Tensor, what: str, scale: float | None = None) -> None:
-    exact, lse = reference.attention(q, k, v, scale)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    out, sums = torch.ops.diffkern.attention(q, k, v, factor)
-    check_error(out, exact, plain(q, k, v, scale), what, attention_floors(q, k, v, factor).out)
+    every = torch.ops.diffkern.attention(q, k, v, factor)
     # Sums are those of the weights as the product with v has them, so in bfloat16 each may be rounded.
     bound = {torch.float64: 1e-13, torch.bfloat16: 2.0**-9}.get(q.dtype, 4e-6)
-    torch.testing.assert_close(sums.double(), lse, rtol=bound, atol=bound * (1 + q.shape[-1] ** 0.5), msg=what)
+    for part, out, sums in zip(*(t.split(1024, 2) for t in (q, *every)), strict=True):  # weights of all: gigabytes
+        exact, lse = reference.attention(part, k, v, scale)
+        check_error(out, exact, plain(part, k, v, scale), what, attention_floors(part, k, v, factor).out)
+        torch.testing.assert_close(sums.double(), lse, rtol=bound, atol=bound * (1 + q.shape[-1] ** 0.5), msg=what)
 
 
 # ------------------------------------------------------------------------------------------------------------ accuracy

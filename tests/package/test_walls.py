@@ -88,7 +88,7 @@ WALLS = {
     "sampling": "modes streams tableaus integers checks names progress signatures schedules plan ops brownian draws "
     "samplers",
     "simulate": "streams tableaus integers checks names schedules plan ops draws objectives",
-    "diffusion": "checks names records storage schedules plan ops draws samplers nn objectives sampling simulate",
+    "diffusion": "modes checks names records storage schedules plan ops draws samplers nn objectives sampling simulate",
     "compat": "modes streams tableaus integers checks schedules plan ops brownian samplers nn objectives sampling "
     "simulate diffkern",
     "demo": "streams names records storage schedules plan ops samplers nn objectives sampling diffusion",

@@ -39,8 +39,14 @@ def device(request: pytest.FixtureRequest, device_of: Callable[[str], Device]) -
     return device_of(request.param)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _kernels_are_let_go() -> Iterator[None]:
-    """Those of large kernels: half a gigabyte of them is kept."""
+    yield
+    forget()
+
+
+@pytest.fixture(autouse=True)
+def _large_kernels_are_let_go() -> Iterator[None]:
+    """Half a gigabyte of them is kept."""
     yield
     forget(beyond=60_000)

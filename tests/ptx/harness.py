@@ -288,7 +288,7 @@ MODULES: list[Any] = []
 def forget(beyond: int = 0) -> None:
     """Let go of the kernels made ready so far, where they have more instructions than ``beyond``, and of what their
     launches counted: their PTX stays, and is read again where it is needed."""
-    if sum(known.held for known in MODULES) <= beyond:
+    if beyond and sum(known.held for known in MODULES) <= beyond:
         return
     for known in MODULES:
         known.forget()
