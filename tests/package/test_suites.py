@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from helpers import peak
@@ -86,10 +87,10 @@ def test_a_process_that_has_grown_too_large_fails_the_test_but_for_a_long_one(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, marks: tuple[str, ...]
 ) -> None:
     monkeypatch.setattr(peak, "LIMIT", 0.01)
-    item = SimpleNamespace(get_closest_marker=lambda name: name if name in marks else None)
+    item: Any = SimpleNamespace(path=None, get_closest_marker=lambda name: name if name in marks else None)
     watch = peak.Peak(request.config)
     for expected in (StopIteration if marks else pytest.fail.Exception, StopIteration):  # it is said once
-        teardown = watch.pytest_runtest_teardown(item)
+        teardown = watch.pytest_runtest_teardown(item, nextitem=item)
         next(teardown)
         with pytest.raises(expected):
             teardown.send(None)
