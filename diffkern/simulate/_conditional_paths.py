@@ -200,17 +200,26 @@ def _positive(value: Tensor, sigma: Tensor) -> Tensor:
     return value / sigma
 
 
-def _noise(z: Tensor, seeds: Seeds | None, noise: Tensor | None, generator: torch.Generator | None) -> Tensor:
+def stored_noise(
+    z: Tensor, seeds: Seeds | None, noise: Tensor | None, generator: torch.Generator | None
+) -> Tensor | None:
+    """eps as a tensor, the one given or one of torch's generator; None where it is that of the seeds."""
     if sum(v is not None for v in (seeds, noise, generator)) > 1:
         raise ValueError("give one of seeds, noise and generator, got several")
-    if noise is not None:
-        if noise.shape != z.shape:
-            raise ValueError(f"noise must have the shape of z, {list(z.shape)}, got {list(noise.shape)}")
+    if seeds is not None or noise is not None:
         return noise
-    if seeds is not None:
-        return ops.randn(z.shape, ops.as_seeds(seeds, len(z), z.device), streams.TRAINING, dtype=z.dtype)
     device = z.device if generator is None else generator.device
     return torch.randn(z.shape, dtype=z.dtype, device=device, generator=generator).to(z.device)
+
+
+def _noise(z: Tensor, seeds: Seeds | None, noise: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    eps = stored_noise(z, seeds, noise, generator)
+    if eps is None:
+        assert seeds is not None
+        return ops.randn(z.shape, ops.as_seeds(seeds, len(z), z.device), streams.TRAINING, dtype=z.dtype)
+    if eps.shape != z.shape:
+        raise ValueError(f"noise must have the shape of z, {list(z.shape)}, got {list(eps.shape)}")
+    return eps
 
 
 def same_shape(x: Tensor, z: Tensor) -> None:

@@ -14,7 +14,7 @@ from diffkern.objectives.marginals import log_joint, marginal_prediction
 from diffkern.ops import Seeds, as_seeds
 from diffkern.schedules import predictions
 from diffkern.schedules.base import Schedule, Time, as_time
-from diffkern.simulate._conditional_paths import same_shape
+from diffkern.simulate._conditional_paths import same_shape, stored_noise
 from diffkern.simulate._process import column
 
 
@@ -38,12 +38,8 @@ class GaussianPath:
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """alpha z + sigma eps; eps by address (`seeds` [B], as `losses.noised`), given, or from torch's generator."""
-        if sum(v is not None for v in (seeds, noise, generator)) > 1:
-            raise ValueError("give one of seeds, noise and generator, got several")
-        if seeds is None and noise is None:
-            device = z.device if generator is None else generator.device
-            noise = torch.randn(z.shape, dtype=z.dtype, device=device, generator=generator).to(z.device)
-        return noised(z, as_time(t), self.schedule, seeds=seeds, noise=noise)
+        eps = stored_noise(z, seeds, noise, generator)
+        return noised(z, as_time(t), self.schedule, seeds=seeds, noise=eps)
 
     def conditional(self, x: Tensor, z: Tensor, t: Time, prediction: str) -> Tensor:
         """u z + v eps with eps = (x - alpha z)/sigma: any of `schedules.predictions` at x, given that the data is z."""
