@@ -8,14 +8,25 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import k_diffusion_oracle
-from helpers.k_diffusion_cases import ALL, ANCESTRAL, CHURN, SDE, STEP, Network, error, levels, run, start, theirs
-from helpers.lazy import needs
+from helpers.k_diffusion_cases import (
+    ALL,
+    ANCESTRAL,
+    CHURN,
+    SDE,
+    STEP,
+    Network,
+    error,
+    levels,
+    needs_k_diffusion,
+    run,
+    start,
+    theirs,
+)
 from torch import Tensor
 
 from diffkern.compat import k_diffusion as ours
 
-pytestmark = needs(*k_diffusion_oracle.NEEDED)
+pytestmark = needs_k_diffusion
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in ALL),

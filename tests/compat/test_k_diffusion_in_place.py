@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.k_diffusion_cases import ALL, CHURN, SDE, Network, error, levels, start, theirs
+from helpers.k_diffusion_cases import ALL, CHURN, SDE, Network, error, levels, needs_k_diffusion, start, theirs
 from torch import Tensor
 
 from diffkern.compat import k_diffusion as ours
@@ -39,6 +39,7 @@ def edited(module: Any, name: str, what: str, **options: Any) -> Tensor:
     return out
 
 
+@needs_k_diffusion
 @pytest.mark.parametrize("what", ["x", "m", "xm"])
 @pytest.mark.parametrize("name", ALL)
 def test_edits_count_as_in_k_diffusion(name: str, what: str) -> None:
@@ -47,6 +48,7 @@ def test_edits_count_as_in_k_diffusion(name: str, what: str) -> None:
     assert error(edited(ours, name, what), edited(theirs, name, what)) < limit
 
 
+@needs_k_diffusion
 @pytest.mark.parametrize("name", CHURN)
 def test_edits_count_as_in_k_diffusion_with_churn(name: str) -> None:
     churn = {"s_churn": 3.0, "s_noise": 1.01}
@@ -91,6 +93,7 @@ def test_a_callback_does_not_change_the_callers_sigmas() -> None:
 # --- 16 bits ---------------------------------------------------------------------------------------------------------
 
 
+@needs_k_diffusion
 @pytest.mark.parametrize("steps", [10, 200, 1000])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["euler", "dpmpp_2m"])
@@ -101,7 +104,7 @@ def test_many_small_steps_add_up(name: str, dtype: torch.dtype, steps: int) -> N
         level = sigma.double().reshape(-1, 1, 1, 1)
         return (0.25 / (0.25 + level**2) * x.double()).to(x.dtype)
 
-    sigmas = theirs.sampling.get_sigmas_karras(steps, 0.01, 10.0)
+    sigmas = levels(steps, first=10.0, last=0.01)
     x = (10.0 * torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).to(dtype)
     with torch.no_grad():
         want = getattr(ours.sampling, f"sample_{name}")(model, x.double(), sigmas.double(), disable=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from helpers import k_diffusion_oracle
+from helpers.lazy import needs
 
 theirs = k_diffusion_oracle.Peer()
 
@@ -35,8 +36,14 @@ class Network:
         return (wide / (1 + level**2).sqrt() + 0.3 * torch.tanh(wide / (1 + level) + ramp) + shift).to(x.dtype)
 
 
-def levels(n: int = 9, dtype: torch.dtype = torch.float32) -> Tensor:
-    return theirs.sampling.get_sigmas_karras(n, 0.03, 60.0).to(dtype)
+def levels(n: int = 9, dtype: torch.dtype = torch.float32, first: float = 60.0, last: float = 0.03) -> Tensor:
+    """Karras's, arXiv 2206.00364, eq. 5, and 0."""
+    roots = torch.linspace(first ** (1 / 7), last ** (1 / 7), n)
+    return torch.cat([roots**7, torch.zeros(1)]).to(dtype)
+
+
+needs_k_diffusion = needs(*k_diffusion_oracle.NEEDED)
+"""Of tests that ask the original; the others run without it."""
 
 
 def start(dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (2, 3, 5, 7)) -> Tensor:
