@@ -14,6 +14,7 @@ from .aliases import Array
 from .errors import LaunchError, PtxParseError, UnsupportedError
 from .kernel import PACK, Kernel, Result, smem_limit
 from .machine import Machine, Options, dims3
+from .machine.state import register_bytes
 from .memory import Memory
 from .memory.addresses import FUNC_BASE
 from .memory.buffers import buffer_span, is_torch
@@ -262,7 +263,8 @@ class Module:
         n = grid[0] * grid[1] * grid[2]
         ctas = list(range(n)) if o.only_ctas is None else [int(c) for c in o.only_ctas]
         T = (nt + 31) // 32 * 32
-        per = max(1, o.lanes_per_chunk // T)
+        lanes = min(o.lanes_per_chunk, o.max_chunk_registers // max(1, register_bytes(prog)))
+        per = max(1, lanes // T)
         sb = prog.static_bytes + shared_bytes + 1024
         per = max(1, min(per, o.max_chunk_shared // sb))
         if o.ctas_per_chunk:

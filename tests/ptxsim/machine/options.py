@@ -33,6 +33,7 @@ class Options:
     quantum: int = 4000  # steps before a spinning group yields to another
     lanes_per_chunk: int = 4096
     max_chunk_shared: int = 64 << 20
+    max_chunk_registers: int = 512 << 20  # bytes: a kernel may have tens of thousands of virtual registers
     ctas_per_chunk: int = 0  # 0: automatic
     cooperative: bool = False  # all CTAs in one chunk (grid-wide spinning works)
     only_ctas: Iterable[int] | None = None  # iterable of linear CTA ids to simulate

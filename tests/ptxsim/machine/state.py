@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from ..program import Program
 
 
+def register_bytes(prog: Program) -> int:
+    """Memory of a lane's registers."""
+    return sum(1 if r.width == 1 else 16 if r.width == 128 else store_width(r.width) // 8 for r in prog.regs)
+
+
 class State:
     """State of one chunk of CTAs."""
 
@@ -63,7 +68,7 @@ class State:
         self.coop_ws = res.get("_coop", 0)
         # registers
         self.R: list[Array] = []
-        for r in prog.regs:
+        for r in prog.regs:  # as `register_bytes` counts them
             if r.width == 128:
                 a: Array = np.full((L, 2), 0xA5A5A5A5A5A5A5A5, U64)
             elif r.width == 1:

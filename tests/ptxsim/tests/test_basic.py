@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import ptxsim
+from ptxsim.machine.state import register_bytes
 from ptxsim.tests.compiled import mod_of
 from ptxsim.tests.philox import philox_ref
 
@@ -333,3 +334,23 @@ def test_chunking_and_subset(mod: ptxsim.Module) -> None:
     o2 = np.zeros_like(o)
     mod.launch("k_idx3", (2, 3, 4), (4, 3, 2), [o2], only_ctas=[3, 9])
     assert ((o2 != 0).reshape(24, 24).any(1).nonzero()[0] == [3, 9]).all()
+
+
+def test_the_memory_of_a_chunk_is_bounded(mod: ptxsim.Module) -> None:
+    """A chunk of one CTA where the registers of two would take more than allowed: the same results."""
+    o = np.zeros(24 * 24, np.int32)
+    o1 = np.zeros_like(o)
+    mod.launch("k_idx3", (2, 3, 4), (4, 3, 2), [o])
+    lane = register_bytes(mod.kernel("k_idx3").program(True))
+    assert lane > 0
+    steps: list[int] = []
+    for bound in (lane * 32, lane * 32 * 24):
+        seen: set[tuple[int, ...]] = set()
+        mod.launch(
+            *("k_idx3", (2, 3, 4), (4, 3, 2), [o1]),
+            max_chunk_registers=bound,
+            trace=lambda ins, lanes, seen=seen: seen.add(tuple(lanes)),
+        )
+        assert (o == o1).all()
+        steps.append(max(max(lanes) for lanes in seen if lanes))
+    assert steps[0] < 32 <= steps[1]
