@@ -284,6 +284,7 @@ class Module:
         for i in range(0, len(ctas), per):
             m = Machine(prog, prog.handlers, ctas[i : i + per], grid, block, kp, self.mem, o, shared_bytes, st, res)
             m.run()
+            m.let_go()
         dt = time.time() - t0
         rep = st.report(
             self.mem,

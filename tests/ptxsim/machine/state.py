@@ -117,6 +117,10 @@ class State:
         self.wi = [0] * len(self.code)
         self.ti = [0] * len(self.code)
 
+    def let_go(self) -> None:
+        """Frees the chunk now: its parts refer to each other, and the garbage collector comes when it comes."""
+        self.__dict__.clear()
+
     def _init_special(self, lane: Array, tid: Array) -> None:
         bx, by, bz = self.block
         gx, gy, gz = self.grid
