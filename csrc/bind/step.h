@@ -126,11 +126,13 @@ struct StepOps {
     if (args.space.batch * args.space.count > 0) run(args, out, draws);
   }
 
+  // Operands that most steps have come first: what a call in Python leaves out costs it nothing, and each None that it
+  // gives a tenth of a microsecond or more.
   static std::tuple<Tensor, MaybeTensor, MaybeTensor, MaybeTensor> step(
-      MaybeTensor x, MaybeTensor m, MaybeTensor m2, MaybeTensor h0, MaybeTensor h1, MaybeTensor h2, MaybeTensor h3,
-      Tensor table, int64_t row, MaybeTensor index, MaybeTensor seeds, MaybeTensor noise, MaybeTensor mask,
-      MaybeTensor known, bool want_x0, bool want_s, int64_t next_copies,
-      std::optional<torch::headeronly::ScalarType> next_dtype) {
+      MaybeTensor x, MaybeTensor m, Tensor table, int64_t row, bool want_x0, bool want_s, int64_t next_copies,
+      std::optional<torch::headeronly::ScalarType> next_dtype, MaybeTensor m2, MaybeTensor h0, MaybeTensor h1,
+      MaybeTensor h2, MaybeTensor h3, MaybeTensor index, MaybeTensor seeds, MaybeTensor noise, MaybeTensor mask,
+      MaybeTensor known) {
     StepOperands o{{"x", x},
                    {"m", m},
                    {"m2", m2},
@@ -165,10 +167,10 @@ struct StepOps {
     return {out, x0, s, next};
   }
 
-  static void step_out(MaybeTensor x, MaybeTensor m, MaybeTensor m2, MaybeTensor h0, MaybeTensor h1, MaybeTensor h2,
-                       MaybeTensor h3, Tensor table, int64_t row, MaybeTensor index, MaybeTensor seeds,
-                       MaybeTensor noise, MaybeTensor mask, MaybeTensor known, Tensor out, MaybeTensor x0,
-                       MaybeTensor s, MaybeTensor next) {
+  static void step_out(MaybeTensor x, MaybeTensor m, Tensor table, int64_t row, Tensor out, MaybeTensor x0,
+                       MaybeTensor s, MaybeTensor next, MaybeTensor m2, MaybeTensor h0, MaybeTensor h1, MaybeTensor h2,
+                       MaybeTensor h3, MaybeTensor index, MaybeTensor seeds, MaybeTensor noise, MaybeTensor mask,
+                       MaybeTensor known) {
     step_into({{"x", x},
                {"m", m},
                {"m2", m2},
@@ -186,23 +188,22 @@ struct StepOps {
               row);
   }
 
+#define DK_FEW                                                                                                \
+  "Tensor? m2=None, Tensor? h0=None, Tensor? h1=None, Tensor? h2=None, Tensor? h3=None, Tensor? index=None, " \
+  "Tensor? seeds=None, Tensor? noise=None, Tensor? mask=None, Tensor? known=None"
+
   // `step_ad` is `step` with an autograd formula (diffkern/ops/_step.py): a formula costs microseconds a call even
   // where no gradient is wanted, so it has a name of its own.
   static void define(StableLibrary& m) {
     m.def(
-        "step(Tensor? x, Tensor? m, Tensor? m2, Tensor? h0, Tensor? h1, Tensor? h2, Tensor? h3, Tensor table, SymInt "
-        "row, "
-        "Tensor? index, Tensor? seeds, Tensor? noise, Tensor? mask, Tensor? known, bool want_x0, bool want_s, "
-        "int next_copies, ScalarType? next_dtype) -> (Tensor, Tensor?, Tensor?, Tensor?)");
+        "step(Tensor? x, Tensor? m, Tensor table, SymInt row, bool want_x0=False, bool want_s=False, "
+        "int next_copies=0, ScalarType? next_dtype=None, " DK_FEW ") -> (Tensor, Tensor?, Tensor?, Tensor?)");
     m.def(
-        "step_ad(Tensor? x, Tensor? m, Tensor? m2, Tensor? h0, Tensor? h1, Tensor? h2, Tensor? h3, Tensor table, "
-        "SymInt row, Tensor? index, Tensor? seeds, Tensor? noise, Tensor? mask, Tensor? known, bool want_x0, bool "
-        "want_s, "
-        "int next_copies, ScalarType? next_dtype) -> (Tensor, Tensor?, Tensor?, Tensor?)");
+        "step_ad(Tensor? x, Tensor? m, Tensor table, SymInt row, bool want_x0=False, bool want_s=False, "
+        "int next_copies=0, ScalarType? next_dtype=None, " DK_FEW ") -> (Tensor, Tensor?, Tensor?, Tensor?)");
     m.def(
-        "step_out(Tensor? x, Tensor? m, Tensor? m2, Tensor? h0, Tensor? h1, Tensor? h2, Tensor? h3, Tensor table, "
-        "SymInt row, Tensor? index, Tensor? seeds, Tensor? noise, Tensor? mask, Tensor? known, Tensor(a!) out, "
-        "Tensor(b!)? x0, Tensor(c!)? s, Tensor(d!)? next) -> ()");
+        "step_out(Tensor? x, Tensor? m, Tensor table, SymInt row, Tensor(a!) out, Tensor(b!)? x0=None, "
+        "Tensor(c!)? s=None, Tensor(d!)? next=None, " DK_FEW ") -> ()");
   }
 
   static void implement(StableLibrary& m) {
@@ -210,6 +211,8 @@ struct StepOps {
     m.impl("step_ad", TORCH_BOX(&StepOps::step));
     m.impl("step_out", TORCH_BOX(&StepOps::step_out));
   }
+
+#undef DK_FEW
 };
 
 }  // namespace dk::bind

@@ -72,10 +72,8 @@ class BoundStepOut(Protocol):
     ) -> None: ...
 
 
-# What the overload calls: without its frame of Python, which pays for that of the bound step. torch.compile, which
-# knows the overload alone, is given that.
-_step: Callable[..., Any] = native.step.default._op
-_step_out: Callable[..., Any] = native.step_out.default._op
+_step: Callable[..., Any] = native.step.default
+_step_out: Callable[..., Any] = native.step_out.default
 _named = tuple.__new__  # Stepped(*found) unpacks and packs again
 
 
@@ -92,7 +90,8 @@ def bound_step(
     Not differentiable, and it does not look: the caller knows that no operand requires grad. An index outside the
     table gives NaN on CUDA, also with DIFFKERN_CHECK=1. Raises NotImplementedError for an operand with a tangent.
     """
-    copies, dtype = next_copies, next_dtype
+    wants = (want_x0, want_s, next_copies, next_dtype)
+    few = _given(wants, (False, False, 0, None))
 
     # Keyword-only for type checkers alone: Python fills the defaults of such arguments one by one.
     def step(
@@ -110,14 +109,25 @@ def bound_step(
     ) -> Stepped:
         if forward_ad._current_level >= 0:
             refuse_tangents("step", x, m, m2, h0, h1, h2, h3, noise)
-        if seeds is not None and not isinstance(seeds, Tensor):
-            seeds = numbered(seeds, x, h0, h1, h2, h3, noise, m)
-        args = (x, m, m2, h0, h1, h2, h3, table, row, index, seeds, noise, None, None, want_x0, want_s, copies, dtype)
-        if torch.compiler.is_compiling():
-            return Stepped(*native.step.default(*args))
-        return _named(Stepped, _step(*args))
+        args: tuple[Any, ...]
+        if index is noise is seeds is None:
+            if h2 is h3 is None:
+                args = few if m2 is h0 is h1 is None else (*wants, m2, h0, h1)
+            else:
+                args = (*wants, m2, h0, h1, h2, h3)
+        else:
+            if seeds is not None and not isinstance(seeds, Tensor):
+                seeds = numbered(seeds, x, h0, h1, h2, h3, noise, m)
+            args = (*wants, m2, h0, h1, h2, h3, index, seeds, noise)
+        return _named(Stepped, _step(x, m, table, row, *args))
 
     return step
+
+
+def _given(values: tuple[Any, ...], defaults: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The values up to the last that is not its default: what is left out costs nothing."""
+    given = [i for i, (value, default) in enumerate(zip(values, defaults, strict=True)) if value != default]
+    return values[: given[-1] + 1] if given else ()
 
 
 def bound_step_out(table: Tensor) -> BoundStepOut:
@@ -152,10 +162,9 @@ def bound_step_out(table: Tensor) -> BoundStepOut:
             raise RuntimeError("diffkern.step: out must be a tensor, got None")
         if seeds is not None and not isinstance(seeds, Tensor):
             seeds = numbered(seeds, out)
-        args = (x, m, m2, h0, h1, h2, h3, table, row, index, seeds, noise, mask, known, out, x0, s, next)
-        if torch.compiler.is_compiling():
-            native.step_out.default(*args)
-        else:
-            _step_out(*args)
+        args: tuple[Any, ...] = (x, m, table, row, out, x0, s, next, m2, h0, h1)
+        if not (index is seeds is noise is mask is known is h2 is h3 is None):
+            args += (h2, h3, index, seeds, noise, mask, known)
+        _step_out(*args)
 
     return step_out

@@ -65,7 +65,6 @@ def step(
     try:
         if seeds is not None and not isinstance(seeds, Tensor):
             seeds = numbered(seeds, x, h0, h1, h2, h3, noise, known, m)
-        args = (x, m, m2, h0, h1, h2, h3, table, row, index, seeds, noise, mask, known)
         check_on_device("step", index, table)
         refuse_tangents("step", x, m, m2, h0, h1, h2, h3, noise, known, table)
         if mask is not None and mask.requires_grad and torch.is_grad_enabled():
@@ -76,7 +75,8 @@ def step(
             op = _step_gradient.Step.apply
         else:
             op = native.step_ad if _wants_grad(x, m, m2, h0, h1, h2, h3, noise, known, table) else native.step
-        return op(*args, want_x0, want_s, next_copies, next_dtype)
+        wants, histories = (want_x0, want_s, next_copies, next_dtype), (h0, h1, h2, h3)
+        return op(x, m, table, row, *wants, m2, *histories, index, seeds, noise, mask, known)
     except Exception as error:
         explain("step", step, locals(), error)
         raise
@@ -115,7 +115,7 @@ def step_out(
     refuse_grad("step_out", x, m, m2, h0, h1, h2, h3, noise, mask, known, table, out, x0, s, next)
     refuse_batches("step_out", x, m, m2, out)
     seeds = numbered(seeds, out)
-    native.step_out(x, m, m2, h0, h1, h2, h3, table, row, index, seeds, noise, mask, known, out, x0, s, next)
+    native.step_out(x, m, table, row, out, x0, s, next, m2, h0, h1, h2, h3, index, seeds, noise, mask, known)
     wrote(out, x0, s, next)
     return out
 
@@ -123,22 +123,22 @@ def step_out(
 def _step_fake(
     x: Tensor | None,
     m: Tensor | None,
-    m2: Tensor | None,
-    h0: Tensor | None,
-    h1: Tensor | None,
-    h2: Tensor | None,
-    h3: Tensor | None,
     table: Tensor,
     row: int,
-    index: Tensor | None,
-    seeds: Tensor | None,
-    noise: Tensor | None,
-    mask: Tensor | None,
-    known: Tensor | None,
-    want_x0: bool,
-    want_s: bool,
-    next_copies: int,
-    next_dtype: torch.dtype | None,
+    want_x0: bool = False,
+    want_s: bool = False,
+    next_copies: int = 0,
+    next_dtype: torch.dtype | None = None,
+    m2: Tensor | None = None,
+    h0: Tensor | None = None,
+    h1: Tensor | None = None,
+    h2: Tensor | None = None,
+    h3: Tensor | None = None,
+    index: Tensor | None = None,
+    seeds: Tensor | None = None,
+    noise: Tensor | None = None,
+    mask: Tensor | None = None,
+    known: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     like = next(t for t in (x, h0, h1, h2, h3, noise, known, m) if t is not None)
     others = {"seeds": seeds, "noise": noise, "mask": mask, "known": known}
@@ -157,11 +157,12 @@ torch.library.register_fake("diffkern::step_ad", _step_fake)
 
 
 @torch.library.register_fake("diffkern::step_out")
-def _(*args: Any) -> None:
-    x, m, m2, h0, h1, h2, h3, table, _, index, seeds, noise, mask, known, out, x0, s, next_ = args
-    inputs = {"x": x, "m": m, "m2": m2, "h0": h0, "h1": h1, "h2": h2, "h3": h3, "table": table, "index": index}
-    others = {"seeds": seeds, "noise": noise, "mask": mask, "known": known, "x0": x0, "s": s, "next": next_}
-    one_device("step", row_by_value=True, out=out, **inputs, **others)
+def _(
+    x: Any, m: Any, table: Any, row: int, out: Tensor, x0: Any = None, s: Any = None, next: Any = None, *few: Any
+) -> None:
+    names = ("m2", "h0", "h1", "h2", "h3", "index", "seeds", "noise", "mask", "known")
+    others = {"x": x, "m": m, "table": table, "x0": x0, "s": s, "next": next, **dict(zip(names, few, strict=False))}
+    one_device("step", row_by_value=True, out=out, **others)
 
 
 torch.library.register_autograd("diffkern::step_ad", _step_gradient.backward, setup_context=_step_gradient.setup)

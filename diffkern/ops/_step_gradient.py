@@ -15,7 +15,7 @@ COLUMNS: tuple[str, ...] = tuple(layout()["columns"]["step"])
 
 
 def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    x, m, m2, h0, h1, h2, h3, table, row, index, seeds, noise, mask, known, *_, next_copies, _ = inputs
+    x, m, table, row, _, _, next_copies, _, m2, h0, h1, h2, h3, index, seeds, noise, mask, known = inputs
     ctx.save_for_backward(x, m, m2, h0, h1, h2, h3, table, index, seeds, noise, mask, known)
     ctx.row, ctx.copies, ctx.batch = row, next_copies, output[0].shape[0]
 
@@ -29,7 +29,7 @@ def backward(
     rows = table[ctx.row].reshape(1, -1) if index is None else gather(table, index)
     rows = rows.to(state.device).reshape(*rows.shape, *(1,) * (state.dim() - 1))
     c = dict(zip(COLUMNS, rows.unbind(1), strict=True))
-    by_table = ctx.needs_input_grad[7]
+    by_table = ctx.needs_input_grad[2]
     halves = None
     if g_next is not None:
         wide = g_next.to(torch.float64 if state.dtype == torch.float64 else torch.float32)
@@ -39,7 +39,7 @@ def backward(
     if mask is not None:
         open_ = opened(mask, g_out.dtype)
         g_closed = g_out * (1 - open_)
-        if ctx.needs_input_grad[13]:
+        if ctx.needs_input_grad[17]:
             g_known = as_dtype_of(times(c["known_s"], g_closed), state)
         g_out = g_out * open_
     g_clean = g_clamped = times(c["b"], g_out) + times(c["B"], g_s) + (0.0 if g_x0 is None else g_x0)
@@ -48,8 +48,8 @@ def backward(
     sources = (None, noise) if noise is not None else (seeds, None)
     known_on_host = is_plain(c["clip"]) and not table.is_cuda and not torch.compiler.is_compiling()  # not traced
     if by_table or not known_on_host or bool(torch.isfinite(c["clip"]).any()):
-        inputs = (x, m, m2, *histories, table, ctx.row, index, *sources, None, known)
-        x0 = _again(by_table, *inputs, True, False, 0, None)[1]
+        operands = (m2, *histories, index, *sources, None, known)
+        x0 = _again(by_table, x, m, table, ctx.row, True, False, 0, None, *operands)[1]
         g_clean = g_clean * (x0.abs() < c["clip"].to(x0.dtype))  # the gradient passes where x0 was inside
     g_m = times(c["d"], g_out) + times(c["q"], g_clean) + times(c["D"], g_s)
     guided = m is not None and (m2 is not None or m.shape[0] != ctx.batch)
@@ -73,8 +73,8 @@ def backward(
         z2 = None if mask is None else _drawn(state.detach(), table, ctx.row, index, seeds, "known_stream")
         new = None
         if halves is not None:
-            inputs = (x, m, m2, *histories, table, ctx.row, index, seeds, noise, mask, known)
-            new = _again(True, *inputs, False, False, 0, None)[0]
+            operands = (m2, *histories, index, seeds, noise, mask, known)
+            new = _again(True, x, m, table, ctx.row, False, False, 0, None, *operands)[0]
         outside = (g_clamped - g_clean) * x0.sign()  # type: ignore[union-attr]
         found = {
             **{"a": dot(g_out, x), "b": dot(g_out, x0), "d": dot(g_out, model), "g": dot(g_out, z)},
@@ -88,14 +88,14 @@ def backward(
     return (
         None if x is None else as_dtype_of(times(c["a"], g_out) + times(c["p"], g_clean) + times(c["A"], g_s), state),
         g_first,
+        g_table,
+        *(None,) * 5,
         None if m2 is None else g_second,
         *(None if h is None else as_dtype_of(times(c[f"e{k}"], g_out), state) for k, h in enumerate(histories)),
-        g_table,
-        *(None,) * 3,
+        *(None,) * 2,
         None if noise is None else as_dtype_of(times(c["g"], g_out) + times(c["r"], g_clean), state),
         None,
         g_known,
-        *(None,) * 4,
     )
 
 
@@ -117,9 +117,7 @@ def _drawn(
     draws = torch.zeros_like(table)
     draws[:, at["clip"]] = draws[:, at["g"]] = 1.0
     draws[:, at["stream"]] = table[:, at[stream]].detach()
-    return native.step(
-        None, None, None, like, *(None,) * 3, draws, row, index, seeds, *(None,) * 3, False, False, 0, None
-    )[0]
+    return native.step(None, None, draws, row, h0=like, index=index, seeds=seeds)[0]
 
 
 Step: Any = function(native.step, setup, backward)

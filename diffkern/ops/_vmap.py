@@ -135,25 +135,31 @@ def _loss_of(op: Any, columns: slice) -> Callable[..., Any]:
     return rule
 
 
+_STEP = tuple(argument.name for argument in native.step.default._schema.arguments)
+
+
 def _step(info: Any, in_dims: Any, *args: Any) -> Any:
-    table, row, index, *_ = args[7:]
-    states = [(args[i], i) for i in (0, 3, 4, 5, 6, 11, 13, 1)]  # x, histories, noise, known; m may be two batches
-    fold = Fold(info, *first_of([(t, in_dims[i]) for t, i in states]))
-    operands = fold.each(*((args[i], in_dims[i]) for i in range(7)))
-    seeds, noise, mask, known = fold.each(*((args[i], in_dims[i]) for i in (10, 11, 12, 13)))
-    if in_dims[7] is not None and index is None:
-        like = next(t for t in operands if t is not None)
+    given = dict(zip(_STEP, args, strict=False))  # what has its default may be left out
+    dims = {name: dim for name, dim in zip(_STEP, in_dims, strict=False) if given[name] is not None}
+    states = ("x", "h0", "h1", "h2", "h3", "noise", "known", "m")  # m may be two batches
+    fold = Fold(info, *first_of([(given.get(name), dims.get(name)) for name in states]))
+    names = ("x", "m", "m2", "h0", "h1", "h2", "h3", "seeds", "noise", "mask", "known")
+    operands = dict(zip(names, fold.each(*((given.get(name), dims.get(name)) for name in names)), strict=True))
+    table, row, index = given["table"], given["row"], given.get("index")
+    if dims.get("table") is not None and index is None:
+        like = next(t for t in operands.values() if t is not None)
         table, index = table.to(like.device), torch.tensor(row, device=like.device)
-    index_dim = None if args[9] is None else in_dims[9]
     if index is not None:
-        table, index = fold.rows(table, in_dims[7], index, index_dim)
-    *wants, copies, dtype = args[14:]
-    if torch.is_grad_enabled() and any(t is not None and is_tracked(t) for t in (*operands, noise, known, table)):
+        table, index = fold.rows(table, dims.get("table"), index, dims.get("index"))
+    tracked = [t for name, t in operands.items() if name not in ("seeds", "mask") and t is not None]
+    if torch.is_grad_enabled() and any(is_tracked(t) for t in (*tracked, table)):
         raise NotImplementedError(
             "diffkern.step: a bound step (of schedulers' loops) has no gradient out of vmap: use diffkern.ops.step"
         )
-    outs = native.step(*operands, table, row, index, seeds, noise, mask, known, *wants, copies, dtype)
-    found = (*(fold.back(t) for t in outs[:3]), fold.back(outs[3], max(copies, 1)))
+    x, m = operands.pop("x"), operands.pop("m")
+    wants = {name: given[name] for name in ("want_x0", "want_s", "next_copies", "next_dtype") if name in given}
+    outs = native.step(x, m, table, row, index=index, **wants, **operands)
+    found = (*(fold.back(t) for t in outs[:3]), fold.back(outs[3], max(wants.get("next_copies", 0), 1)))
     return found, out_dims(found)
 
 

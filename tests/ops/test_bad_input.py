@@ -317,14 +317,14 @@ def test_fuzz_never_crashes(seed: int) -> None:
             elif kind == "loss":
                 torch.ops.diffkern.loss(likely[0], likely[1], table_, index, seeds, 1, few[2], pick([0, 1, 2, 3]), True)
             elif kind == "step":
-                inputs = (*few[:7], table_, number, index, seeds, few[7], few[8], few[9])
-                torch.ops.diffkern.step(
-                    *inputs, True, True, pick([0, 1, 2, 3]), pick([None, torch.float16, torch.int8])
-                )
+                wants = (True, True, pick([0, 1, 2, 3]), pick([None, torch.float16, torch.int8]))
+                others = (*few[2:7], index, seeds, few[7], few[8], few[9])
+                torch.ops.diffkern.step(*few[:2], table_, number, *wants, *others)
             else:
                 outs = [t.clone() if isinstance(t, Tensor) else t for t in few[10:14]]
-                inputs = (*few[:7], table_, number, index, seeds, few[7], few[8], few[9])
-                torch.ops.diffkern.step_out(*inputs, X.clone() if outs[0] is None else outs[0], *outs[1:])
+                others = (*few[2:7], index, seeds, few[7], few[8], few[9])
+                out = X.clone() if outs[0] is None else outs[0]
+                torch.ops.diffkern.step_out(*few[:2], table_, number, out, *outs[1:], *others)
             done += 1
         except (RuntimeError, NotImplementedError, TypeError, StopIteration, IndexError):  # the last two of fakes
             failed += 1

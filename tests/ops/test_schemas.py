@@ -60,6 +60,13 @@ BOTH = torch.cat([T["m"], T["h1"]], 1)
 LEARNED_INPUTS = (T["x"], BOTH, LEARNED, 1, INDEX, SEEDS, None, MASK, T["known"])
 STEP_INPUTS = (*(T[n] for n in ("x", "m", "m2", "h0", "h1", "h2", "h3")), STEP, 1, None, SEEDS, None, MASK, T["known"])
 
+
+def stepped(inputs: tuple[Any, ...], *results: Any) -> tuple[Any, ...]:
+    """The arguments of a step's op from (x, m, m2, h0, h1, h2, h3, table, row, index, seeds, noise, mask, known)."""
+    x, m, *others, rows, row, index, seeds, noise, mask, known = inputs
+    return x, m, rows, row, *results, *others, index, seeds, noise, mask, known
+
+
 LOGPROB = STEP.clone()
 LOGPROB[:, COLUMNS.index("r")] = 0
 LOGPROB_INPUTS = (T["known"], *STEP_INPUTS[:7], LOGPROB, 1, None, True)
@@ -153,12 +160,12 @@ CALLS: dict[str, tuple[tuple[Any, ...], Callable[[], tuple[Tensor, ...]]]] = {
         (UP_MAP, QKV, OUT_MAP, LSE_MAP, 2, 1, 0.3),
         lambda: gradients(lambda t: reference.spatial_attention(t, 2, "legacy", 0.3), UP_MAP, QKV),
     ),
-    "step": ((*STEP_INPUTS, True, True, 1, torch.float64), step_reference),
-    "step_ad": ((*STEP_INPUTS, True, True, 1, torch.float64), step_reference),
+    "step": (stepped(STEP_INPUTS, True, True, 1, torch.float64), step_reference),
+    "step_ad": (stepped(STEP_INPUTS, True, True, 1, torch.float64), step_reference),
     "learned_step": ((*LEARNED_INPUTS, True, 1, torch.float64), learned_reference),
     "learned_step_out": ((*LEARNED_INPUTS, empty(), empty(), empty(dtype=torch.float64)), learned_reference),
     "step_logprob": (LOGPROB_INPUTS, logprob_reference),
-    "step_out": ((*STEP_INPUTS, empty(), empty(), empty(), empty(dtype=torch.float64)), step_reference),
+    "step_out": (stepped(STEP_INPUTS, empty(), empty(), empty(), empty(dtype=torch.float64)), step_reference),
 }
 
 
@@ -234,8 +241,7 @@ def opcheck_samples() -> dict[str, tuple[str, tuple[Any, ...]]]:
         samples[f"noising {layout}"] = ("noising", (x, NOISING, INDEX, SEEDS, 5, None, True, False))
         samples[f"loss {layout}"] = ("loss", (m, x, LOSS, INDEX, SEEDS, 5, None, 0, True))
         both = torch.cat([m, m]).to(torch.bfloat16)
-        arguments = (x, both, *none[:5], table(ROWS["eps guided"]), 0, *none[:5], True, True, 2, None)
-        samples[f"step {layout}"] = ("step", arguments)
+        samples[f"step {layout}"] = ("step", (x, both, table(ROWS["eps guided"]), 0, True, True, 2, None))
         samples[f"quantile {layout}"] = ("quantile", (x.bfloat16(), 0.5))
         samples[f"dynamic_threshold {layout}"] = ("dynamic_threshold", (x.half(), 0.995, math.inf))
         out = arrange(empty(), layout.replace("expanded", "permuted"))
@@ -256,9 +262,8 @@ def opcheck_samples() -> dict[str, tuple[str, tuple[Any, ...]]]:
     samples["variational fixed"] = ("variational", (leaf(T["m"]), T["x"], fixed, INDEX, SEEDS, 0, None, 0, True))
     given = [leaf(t) if isinstance(t, Tensor) and t is not STEP and t.is_floating_point() else t for t in STEP_INPUTS]
     given[12] = MASK
-    samples["step_ad gradient"] = ("step_ad", (*given, True, True, 2, None))
-    few = (leaf(T["x"]), leaf(T["m"]), *none[:5], table(ROWS["eps"]), 0, *none[:5], False, False, 0, None)
-    samples["step_ad few"] = ("step_ad", few)
+    samples["step_ad gradient"] = ("step_ad", stepped(tuple(given), True, True, 2, None))
+    samples["step_ad few"] = ("step_ad", (leaf(T["x"]), leaf(T["m"]), table(ROWS["eps"]), 0))
     after, x, m, m2, *rest = LOGPROB_INPUTS
     samples["step_logprob gradient"] = ("step_logprob", (after, x, leaf(m), leaf(m2), *rest))
     both = leaf(torch.cat([m, m2]).half())
@@ -271,8 +276,8 @@ def opcheck_samples() -> dict[str, tuple[str, tuple[Any, ...]]]:
         given = (arrange(after, layout), arrange(x, layout), wide, *none[:5], learned, 0, INDEX % 2, True)
         samples[f"step_logprob learned {layout}"] = ("step_logprob", given)
     index = (T["x"], T["m"], T["m2"], *none[:4], table(ROWS["eps"], ROWS["eps noise"]), 0, INDEX % 2, SEEDS, *none[:3])
-    samples["step index"] = ("step", (*index, False, False, 0, None))
-    samples["step_out few"] = ("step_out", (*STEP_INPUTS, empty(), None, None, None))
+    samples["step index"] = ("step", stepped(index, False, False, 0, None))
+    samples["step_out few"] = ("step_out", stepped(STEP_INPUTS, empty(), None, None, None))
     for layout in ("channels_last", "permuted", "sliced"):
         x, m = arrange(T["x"], layout), arrange(BOTH, layout).to(torch.bfloat16)
         arguments = (x, m, LEARNED, 1, None, None, T["noise"], None, None, layout == "sliced", 2, None)
