@@ -100,6 +100,17 @@ def free(*tensors: Tensor | None) -> bool:
     return True
 
 
+def fits(m: Tensor, x: Tensor, *others: Tensor | None) -> bool:
+    """Whether a bound op can take the operands as they are: one dtype and shape, no derivative asked for."""
+    if m.shape != x.shape or forward_ad._current_level >= 0:
+        return False
+    dtype, grad, fit = x.dtype, torch.is_grad_enabled(), True
+    for t in (m, x, *others):  # a loop: all() with a generator takes twice as long
+        if t is not None and (t.dtype is not dtype or (grad and t.requires_grad)):
+            fit = False
+    return fit
+
+
 class Hot:
     """What the last step was run with, and what that was made of: a loop's next step finds it by identity.
 

@@ -21,6 +21,8 @@ from diffkern.compat.kit.rows import SIXTEEN, as_dtype, column, promote, table_o
 from diffkern.compat.kit.tables import version
 from diffkern.plan import SLOTS, Plan
 
+FLOAT = torch.float32
+
 
 class LevelsEngine(Engine):
     """Finds the step that a loop is at without a device read, keeps what depends on the levels, runs the steps."""
@@ -109,6 +111,8 @@ class LevelsEngine(Engine):
             self.hot = Hot(key, rows, scheduler._internal_dict, (sigmas,))
 
     # ---------------------------------------------------------------------------------------------- the op
+    looks_ahead = False
+    """Whether a model's input is made of what a step returned."""
     scales_next = False
     """Whether a step's op also makes the next model's input: `KarrasEngine.scale_input`."""
 
@@ -121,24 +125,28 @@ class LevelsEngine(Engine):
         hot, row = self.hot, scheduler._step_index
         if hot is None or row is None or hot.key != key or hot.config is not scheduler._internal_dict:
             return None
-        rows, sigmas = hot.rows, hot.sources[0]
+        rows, sigmas, dtype = hot.rows, hot.sources[0], x.dtype
         if (
             sigmas is not scheduler.sigmas
             or sigmas._version != hot.version
             or row >= rows.count
             or type(timestep) is not Tensor
             or not timestep.is_floating_point()
-            or x.dtype is not m.dtype
-            or x.shape != m.shape
+            or dtype is not m.dtype
+            or x.numel() != m.numel()  # of other shapes the op refuses all but two batches
             or (torch.is_grad_enabled() and (x.requires_grad or m.requires_grad))
             or forward_ad._current_level >= 0
         ):
             return None
-        if x.dtype is not torch.float32:
-            return self.repeat_narrow(scheduler, rows, m, x, row)
-        run = rows.onward if self.scales_next and row + 1 < rows.count else rows.plain
-        found: Results = run(x, m, row)
-        self.look_ahead(scheduler, found, row, rows.count)
+        try:
+            if dtype is not FLOAT:
+                return self.repeat_narrow(scheduler, rows, m, x, row)
+            run = rows.onward if self.scales_next and row + 1 < rows.count else rows.plain
+            found: Results = run(x, m, row)
+        except RuntimeError:  # the long way has the right one, or none
+            return None
+        if self.looks_ahead:
+            self.look_ahead(scheduler, found, row, rows.count)
         scheduler._step_index = row + 1
         return found
 
@@ -303,6 +311,8 @@ def check_row(scheduler: DropIn, row: int, table: Tensor) -> None:
 
 class KarrasEngine(LevelsEngine):
     """x = x0 + sigma z: the model's input, made by the step before where a loop asks for it in that way."""
+
+    looks_ahead = True
 
     own = ("hot", "carried", "ahead")
     ahead: tuple[Tensor, int, int, Tensor | None, Tensor, Any] | None = None

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from diffkern.compat.diffusers._engine import DropIn, Engine, Hot, Rows, unrounded
 from diffkern.compat.diffusers._host import check_numbers, host
@@ -199,14 +198,3 @@ def ring(past: Past, m1: Tensor, m2: Tensor) -> dict[str, Tensor]:
 def alphas_and_sigmas(scheduler: DropIn) -> Tensor:
     """(alpha, sigma) at each of the S + 1 levels, float64."""
     return torch.stack(scheduler._sigma_to_alpha_sigma_t(host(scheduler.sigmas, exact=True)), 1)
-
-
-def fits(m: Tensor, x: Tensor, *others: Tensor | None) -> bool:
-    """Whether a bound op can take the operands as they are: one dtype and shape, no derivative asked for."""
-    if m.shape != x.shape or forward_ad._current_level >= 0:
-        return False
-    dtype, grad, fit = x.dtype, torch.is_grad_enabled(), True
-    for t in (m, x, *others):  # a loop: all() with a generator takes twice as long
-        if t is not None and (t.dtype is not dtype or (grad and t.requires_grad)):
-            fit = False
-    return fit

@@ -13,6 +13,7 @@ from diffkern.compat.diffusers._engine import Carried, DropIn, Engine, Hot, Resu
 from diffkern.compat.diffusers._host import Clock, host
 from diffkern.compat.kit.rows import SIXTEEN, column
 
+FLOAT = torch.float32
 EPS_AT_PURE_NOISE = 2.0**-24
 """abar in place of 0 where the model predicts eps: the value that diffusers' other schedulers write there."""
 
@@ -23,7 +24,7 @@ class TimesEngine(Engine):
     def repeat(self, scheduler: DropIn, m: Tensor, timestep: Any, x: Tensor, key: Any, end: Tensor) -> Results | None:
         """(x', x0, ...) of a step without noise whose rows are at hand (`keep`), for operands with nothing to convert;
         None where anything is new: then the long way runs. ``end``: the level beyond the table, one of its sources."""
-        hot = self.hot
+        hot, dtype = self.hot, x.dtype
         if hot is None or hot.key != key or hot.config is not scheduler._internal_dict:
             return None
         times, abar, last = hot.sources
@@ -35,8 +36,8 @@ class TimesEngine(Engine):
             or type(timestep) is not Tensor
             or timestep.dtype is not times.dtype
             or timestep.dim()
-            or x.dtype is not m.dtype
-            or x.shape != m.shape
+            or dtype is not m.dtype
+            or x.numel() != m.numel()  # of other shapes the op refuses all but two batches
             or (torch.is_grad_enabled() and (x.requires_grad or m.requires_grad))
             or forward_ad._current_level >= 0
         ):
@@ -46,17 +47,21 @@ class TimesEngine(Engine):
         at, off = divmod(timestep.data_ptr() - clock.start, clock.stride)
         if off or not 0 <= at < len(clock.times):
             return None
-        if x.dtype not in SIXTEEN:
-            return hot.rows.plain(x, m, clock.times[at])
-        carried = self.carried
-        if carried is None or carried.out is not x or carried.run is not clock or carried.at != at:
+        try:
+            if dtype is FLOAT or dtype not in SIXTEEN:
+                return hot.rows.plain(x, m, clock.times[at])
+            carried = self.carried
+            if carried is None or carried.out is not x or carried.run is not clock or carried.at != at:
+                return None
+            if x.is_inference() or x._version != carried.writes:
+                return None
+            state, x0, s, out = hot.rows.narrow(dtype)(carried.state, m, clock.times[at])
+        except RuntimeError:  # the long way has the right one, or none
             return None
-        if x.is_inference() or x._version != carried.writes:
-            return None
-        state, x0, s, out = hot.rows.narrow(x.dtype)(carried.state, m, clock.times[at])
         assert out is not None
+        assert x0 is not None
         self.carried = Carried(state, out, 0 if out.is_inference() else out._version, clock, at + 1)
-        return out, x0, s, None
+        return out, x0.to(dtype), s, None
 
     def keep(self, scheduler: DropIn, key: Any, rows: Rows, end: Tensor) -> None:
         """Keeps the rows of a step for `repeat`."""

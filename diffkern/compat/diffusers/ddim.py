@@ -45,7 +45,7 @@ class DDIMScheduler(DropIn, Original):
             )
         engine = self._engine
         key = (self.num_inference_steps, engine.exact, eta, use_clipped_model_output)
-        found = engine.repeat(self, model_output, timestep, sample, key, self.final_alpha_cumprod)
+        found: Any = engine.repeat(self, model_output, timestep, sample, key, self.final_alpha_cumprod)
         if found is None:
             row, index = engine.row(self, timestep, sample.device)
             rows = rows_of(self, float(eta), bool(use_clipped_model_output))
@@ -67,9 +67,10 @@ class DDIMScheduler(DropIn, Original):
             else:
                 found = engine.run(x, model_output, want_x0=True, **operands, **narrow)
             found = engine.end_with(found, narrow, *place)
+            found = found[0], as_dtype(found[1], found[0].dtype)
             if eta == 0 and not self.config.thresholding:  # a number of its own: tensors may be written to
                 engine.keep(self, (*key[:2], float(eta), key[3]), rows, self.final_alpha_cumprod)
-        out, x0 = found[0], as_dtype(found[1], found[0].dtype)
+        out, x0 = found[0], found[1]
         if not return_dict:
             return out, x0
         return DDIMSchedulerOutput(prev_sample=out, pred_original_sample=x0)

@@ -28,7 +28,7 @@ class DDIMInverseScheduler(DropIn, Original):
         """One step, as the original's; ``timestep`` may also be one a sample, int [B]."""
         engine, end = self._engine, self.initial_alpha_cumprod
         key = (self.num_inference_steps, engine.exact)
-        found = engine.repeat(self, model_output, timestep, sample, key, end)
+        found: Any = engine.repeat(self, model_output, timestep, sample, key, end)
         if found is None:
             row, index = engine.row(self, timestep, sample.device)
             rows = rows_of(self)
@@ -36,8 +36,9 @@ class DDIMInverseScheduler(DropIn, Original):
             x, narrow = engine.start_from(sample, promote(sample.dtype, model_output.dtype), *place)
             found = engine.run(x, model_output, table=rows.table, row=row, index=index, want_x0=True, **narrow)
             found = engine.end_with(found, narrow, *place)
+            found = found[0], as_dtype(found[1], found[0].dtype)
             engine.keep(self, key, rows, end)
-        out, x0 = found[0], as_dtype(found[1], found[0].dtype)
+        out, x0 = found[0], found[1]
         if not return_dict:
             return out, x0
         return DDIMSchedulerOutput(prev_sample=out, pred_original_sample=x0)

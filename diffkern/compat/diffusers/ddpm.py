@@ -10,11 +10,11 @@ from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from torch import Tensor
 
 from diffkern import ops
-from diffkern.compat.diffusers._engine import Attached, DropIn
+from diffkern.compat.diffusers._engine import Attached, DropIn, Rows, fits
 from diffkern.compat.diffusers._host import host
 from diffkern.compat.diffusers._plans import plan_of, thresholded
 from diffkern.compat.diffusers._times import TimesEngine, to_x0
-from diffkern.compat.kit.rows import as_dtype, column, promote, table_of, with_columns
+from diffkern.compat.kit.rows import SIXTEEN, as_dtype, column, promote, table_of, with_columns
 from diffkern.plan import Plan
 
 LEARNED = ("learned", "learned_range")
@@ -23,8 +23,8 @@ LEARNED = ("learned", "learned_range")
 class DDPMRows(NamedTuple):
     """One row a training timestep."""
 
-    table: Tensor
-    """[T, 21]: the steps."""
+    steps: Rows
+    """[T, 21]."""
     logs: Tensor
     """[T, 2]: the log-variances ln beta~ and ln beta."""
     learned: Tensor
@@ -60,6 +60,11 @@ class DDPMScheduler(DropIn, Original):
         draws = index is not None or row > 0
         noise, seeds = engine.noise(model_output, generator) if draws else (None, None)
         rows = rows_of(self)
+        # What most loops are: nothing to convert, to look up or to differentiate.
+        plain = index is None and seeds is None and sample.dtype not in SIXTEEN and self.variance_type not in LEARNED
+        if plain and not self.config.thresholding and fits(model_output, sample, noise):
+            out, x0, _, _ = rows.steps.plain(sample, model_output, row, noise=noise)
+            return (out, x0) if not return_dict else DDPMSchedulerOutput(prev_sample=out, pred_original_sample=x0)
         operands: dict[str, Any] = {"row": row, "index": index}
         place = engine.place(self, timestep, row, index)
         x, narrow = engine.start_from(sample, promote(sample.dtype, model_output.dtype), *place)
@@ -69,7 +74,7 @@ class DDPMScheduler(DropIn, Original):
         else:
             if draws and self.variance_type in LEARNED:
                 noise, seeds = spread(self, rows, predicted, noise, seeds, model_output, **operands), None
-            operands.update(table=rows.table, noise=noise, seeds=seeds, **narrow)
+            operands.update(table=rows.steps.table, noise=noise, seeds=seeds, **narrow)
             if self.config.thresholding:
                 found = engine.run_thresholded(self, x, model_output, **operands)
             else:
@@ -94,7 +99,7 @@ class DDPMScheduler(DropIn, Original):
             raise ValueError("a plan has a fixed variance or a range of it, got variance_type='learned': use step")
         rows, at, times = rows_of(self), self.timesteps.cpu(), self._engine.clock(self.timesteps).times
         learned = rows.learned[at, -2:] if self.variance_type == "learned_range" else None
-        plan = plan_of("ddpm", rows.table[at], times, self.config.prediction_type, learned=learned)
+        plan = plan_of("ddpm", rows.steps.table[at], times, self.config.prediction_type, learned=learned)
         return thresholded(plan, self.config)
 
 
@@ -140,7 +145,7 @@ def made(scheduler: DDPMScheduler, strided: bool) -> DDPMRows:
     engine.number_streams(scheduler, table)
     logs = torch.stack([small.log(), beta.log()], 1).double()
     middle, half = (logs[:, 1] + logs[:, 0]) / 2, (logs[:, 1] - logs[:, 0]) / 2
-    return DDPMRows(table, logs, torch.cat([table, middle[:, None], half[:, None]], 1))
+    return DDPMRows(Rows(table, want_x0=True), logs, torch.cat([table, middle[:, None], half[:, None]], 1))
 
 
 def std_of(scheduler: DDPMScheduler, small: Tensor, beta: Tensor) -> Tensor:
@@ -210,7 +215,7 @@ def spread(
         )
     if noise is None:
         assert seeds is not None
-        stream = int(column(rows.table, "stream")[row])
+        stream = int(column(rows.steps.table, "stream")[row])
         noise = ops.randn(like.shape, seeds, stream, dtype=like.dtype)
     if scheduler.variance_type == "learned":
         return predicted**0.5 * noise

@@ -11,9 +11,9 @@ from diffusers import DEISMultistepScheduler as Original
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
-from diffkern.compat.diffusers._engine import Attached, DropIn, Rows
+from diffkern.compat.diffusers._engine import Attached, DropIn, Rows, fits
 from diffkern.compat.diffusers._host import host
-from diffkern.compat.diffusers._multistep import MultistepEngine, Past, fits, past_between, ring
+from diffkern.compat.diffusers._multistep import MultistepEngine, Past, past_between, ring
 from diffkern.compat.diffusers._plans import plan_of
 from diffkern.compat.kit.rows import as_dtype, promote, table_of
 from diffkern.plan import Plan

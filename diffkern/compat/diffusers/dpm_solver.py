@@ -9,11 +9,11 @@ from diffusers import DPMSolverMultistepScheduler as Original
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
-from diffkern.compat.diffusers._engine import Attached, DropIn, Rows
+from diffkern.compat.diffusers._engine import Attached, DropIn, Rows, fits
 from diffkern.compat.diffusers._host import host
-from diffkern.compat.diffusers._multistep import MultistepEngine, Past, check_repeats, fits, past_between, ring
+from diffkern.compat.diffusers._multistep import MultistepEngine, Past, check_repeats, past_between, ring
 from diffkern.compat.diffusers._plans import plan_of, thresholded
-from diffkern.compat.kit.rows import promote, table_of
+from diffkern.compat.kit.rows import SIXTEEN, promote, table_of
 from diffkern.plan import Plan
 
 
@@ -64,7 +64,6 @@ class DPMSolverMultistepScheduler(DropIn, Original):
             self.sigmas[i + 1]  # the original's exception
         if done and past.idle[i - 1]:
             check_repeats(self, past, i)
-        dtype = model_output.dtype if kept else promote(model_output.dtype, sample.dtype)
         noise = seeds = None
         if stochastic:
             noise = variance_noise
@@ -74,17 +73,17 @@ class DPMSolverMultistepScheduler(DropIn, Original):
             else:
                 noise = noise.to(model_output.device)
         older = engine.earlier(self, past.earlier[i])
+        plain = seeds is None and not config.thresholding and (noise is None or noise.shape == sample.shape)
+        if plain and sample.dtype not in SIXTEEN and fits(model_output, sample, *older, noise):
+            out, m0, _, _ = rows.plain(sample, model_output, i, h0=older[0], h1=older[1], noise=noise)
+            engine.remember(self, model_output if kept else m0, past.idle[i])
+            return SchedulerOutput(prev_sample=out) if return_dict else (out,)
+        dtype = model_output.dtype if kept else promote(model_output.dtype, sample.dtype)
         sigmas, (x, narrow) = self.sigmas, engine.start_from(sample, dtype, self.sigmas, i)
         if narrow:
             older = [engine.wide(m) for m in older]
         operands: dict[str, Any] = {"row": i, "noise": noise, "seeds": seeds, **narrow}
-        free = (
-            seeds is None and not narrow and not config.thresholding and (noise is None or noise.shape == sample.shape)
-        )
-        if free and fits(model_output, sample, *older, noise):
-            out, m0, _, _ = rows.plain(sample, model_output, i, h0=older[0], h1=older[1], noise=noise)
-            m0 = model_output if kept else m0
-        elif config.thresholding and "++" in config.algorithm_type:
+        if config.thresholding and "++" in config.algorithm_type:
             found = engine.run_thresholded(self, x, model_output, *older, table=rows.table, **operands)
             out, m0, _, _ = engine.end_with(found, narrow, sigmas, i)
         elif config.thresholding:

@@ -60,7 +60,7 @@ class EulerDiscreteScheduler(DropIn, Original):
         key = (s_churn, s_tmin, s_tmax, s_noise, engine.exact)
         found = engine.repeat(self, model_output, timestep, sample, key)
         if found is not None:
-            out, x0, _, _ = found
+            out, x0 = found[0], found[1]
         else:
             refuse_integers(timestep, "EulerDiscreteScheduler.step()")
             if not self.is_scale_input_called:

@@ -92,7 +92,7 @@ class FlowMatchEulerDiscreteScheduler(DropIn, OriginalEuler):
             found = engine.repeat(self, model_output, timestep, sample, engine.exact)
         out: Any
         if found is not None:
-            out, *_ = found
+            out = found[0]
         else:
             refuse_integers(timestep, "FlowMatchEulerDiscreteScheduler.step()")
             row, index = engine.row(self, timestep, sample.device)

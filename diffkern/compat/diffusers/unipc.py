@@ -10,12 +10,12 @@ from diffusers import UniPCMultistepScheduler as Original
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
-from diffkern.compat.diffusers._engine import Attached, DropIn, Rows
+from diffkern.compat.diffusers._engine import Attached, DropIn, Rows, fits
 from diffkern.compat.diffusers._host import host
-from diffkern.compat.diffusers._multistep import MultistepEngine, Past, check_repeats, fits, past_between
+from diffkern.compat.diffusers._multistep import MultistepEngine, Past, check_repeats, past_between
 from diffkern.compat.diffusers._plans import plan_of, thresholded
 from diffkern.compat.diffusers._unipc_rows import Levels, Step, combine, halves
-from diffkern.compat.kit.rows import as_dtype, column, table_of
+from diffkern.compat.kit.rows import SIXTEEN, as_dtype, column, table_of
 from diffkern.compat.kit.tables import version
 from diffkern.plan import SLOTS, Plan
 
@@ -118,7 +118,7 @@ class UniPCMultistepScheduler(DropIn, Original):
         mode, last = mode_of(self, i, sample)
         sigmas, dtype = self.sigmas, sample.dtype
         narrow: dict[str, Any] = {}
-        if not self.solver_p:
+        if dtype in SIXTEEN and not self.solver_p:
             sample, narrow = engine.start_from(sample, dtype, sigmas, i)  # from here on the state itself
         reached, kept = min(self.lower_order_nums, order), keeps_output(self)
         steps = steps_of(self, reached, mode, model_output, sample)
