@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import struct
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 import ptxsim
 from ptxsim.machine.state import register_bytes
+from ptxsim.memory.shared import SharedMem
 from ptxsim.tests.compiled import mod_of
 from ptxsim.tests.philox import philox_ref
 
@@ -354,3 +356,15 @@ def test_the_memory_of_a_chunk_is_bounded(mod: ptxsim.Module) -> None:
         assert (o == o1).all()
         steps.append(max(max(lanes) for lanes in seen if lanes))
     assert steps[0] < 32 <= steps[1]
+
+
+def test_a_chunk_is_freed_without_the_garbage_collector(mod: ptxsim.Module) -> None:
+    o = np.zeros(24 * 24, np.int32)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            mod.launch("k_idx3", (2, 3, 4), (4, 3, 2), [o], ctas_per_chunk=5)
+        assert not any(isinstance(found, SharedMem) for found in gc.get_objects())
+    finally:
+        gc.enable()
