@@ -21,7 +21,7 @@ inline Tensor new_dense(const Operand& like, const std::vector<int64_t>& sizes, 
   int64_t stride = 1;
   for (size_t k = order.size(); k-- > 0;) {
     strides[order[k]] = stride;
-    stride *= sizes[order[k]] > 1 ? sizes[order[k]] : 1;
+    stride = times(stride, std::max(sizes[order[k]], int64_t{1}));
   }
   return allocate(like, sizes, strides, like.dtype);
 }
@@ -116,7 +116,7 @@ inline void check_lse(const char* op, const Operand& lse, const Operand& first, 
     if (lse.sizes[d] > 1 && lse.strides[d] != expected) {
       fail(op, "lse must be contiguous, got strides ", shape_text(lse.strides, lse.dims));
     }
-    expected *= lse.sizes[d] > 1 ? lse.sizes[d] : 1;
+    expected = times(expected, std::max(lse.sizes[d], int64_t{1}));
   }
 }
 
@@ -174,7 +174,7 @@ inline bool positions_merge(const Operand& o) {
     if (o.sizes[d] == 1) continue;
     if (tokens == 1) stride = o.strides[d];
     if (o.strides[d] != stride * tokens) return false;
-    tokens *= o.sizes[d];
+    tokens = times(tokens, o.sizes[d]);
   }
   return true;
 }
@@ -190,7 +190,7 @@ inline SpatialView spatial_view(const char* op, const Operand& o) {
   SpatialView view{o.data(), o.sizes[1], 1, o.strides[0], o.strides[1], 1};
   for (int64_t d = o.dims - 1; d >= 2; --d) {
     if (view.tokens == 1) view.token = o.strides[d];
-    view.tokens *= o.sizes[d];
+    view.tokens = times(view.tokens, o.sizes[d]);
   }
   if (view.tokens < 1) fail(op, o.name, " must have at least one position, got shape ", shape_text(o));
   return view;

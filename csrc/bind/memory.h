@@ -1,6 +1,7 @@
 // The memory of a call: what an output may overlap, the space and the views that the kernels see, new tensors.
 #pragma once
 
+#include <algorithm>
 #include <initializer_list>
 #include <vector>
 
@@ -87,7 +88,7 @@ inline bool rows_contiguous(const Operand& o) {
   int64_t expected = 1;
   for (int64_t d = o.dims - 1; d >= 1; --d) {
     if (o.sizes[d] != 1 && o.strides[d] != expected) return false;
-    expected *= o.sizes[d];
+    expected = times(expected, o.sizes[d]);
   }
   return true;
 }
@@ -98,7 +99,7 @@ inline bool channels_last(const Operand& o) {
   int64_t expected = o.sizes[1];
   for (int64_t d = o.dims - 1; d >= 2; --d) {
     if (o.sizes[d] != 1 && o.strides[d] != expected) return false;
-    expected *= o.sizes[d];
+    expected = times(expected, o.sizes[d]);
   }
   return true;
 }
@@ -110,7 +111,7 @@ inline Space make_space(const char* op, const Operand& first, const std::vector<
   Space space{};
   space.batch = first.sizes[0];
   space.count = 1;
-  for (int64_t d = 1; d < first.dims; ++d) space.count *= first.sizes[d];
+  for (int64_t d = 1; d < first.dims; ++d) space.count = times(space.count, first.sizes[d]);
   space.channels = 1;
   if (space.batch == 0 || space.count == 0) return space;  // nothing to address: any layout serves
   bool contiguous = true, last = true;
@@ -187,17 +188,17 @@ inline Tensor allocate(const Operand& like, const std::vector<int64_t>& sizes, c
 inline Tensor empty_like(const Operand& like, int32_t dtype, int64_t copies = 1) {
   std::vector<int64_t> sizes(like.sizes, like.sizes + like.dims), strides(like.strides, like.strides + like.dims);
   int64_t inner = 1;
-  for (int64_t d = 1; d < like.dims; ++d) inner *= like.sizes[d];
+  for (int64_t d = 1; d < like.dims; ++d) inner = times(inner, like.sizes[d]);
   if (!((rows_contiguous(like) || channels_last(like)) && (like.sizes[0] <= 1 || like.strides[0] == inner))) {
     int64_t stride = 1;
     for (int64_t d = like.dims - 1; d >= 0; --d) {
       strides[d] = stride;
-      stride *= like.sizes[d] > 1 ? like.sizes[d] : 1;
+      stride = times(stride, std::max(like.sizes[d], int64_t{1}));
     }
   } else {
     strides[0] = inner;
   }
-  sizes[0] *= copies;
+  sizes[0] = times(sizes[0], copies);
   return allocate(like, sizes, strides, dtype);
 }
 
@@ -214,7 +215,7 @@ inline Tensor new_empty(const Operand& like, const std::vector<int64_t>& sizes, 
   int64_t stride = 1;
   for (size_t d = sizes.size(); d-- > 0;) {
     strides[d] = stride;
-    stride *= sizes[d] > 1 ? sizes[d] : 1;
+    stride = times(stride, std::max(sizes[d], int64_t{1}));
   }
   return allocate(like, sizes, strides, dtype);
 }

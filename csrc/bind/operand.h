@@ -34,6 +34,11 @@ inline void check_status(AOTITorchError status) {
   if (status != AOTI_TORCH_SUCCESS) throw std::runtime_error("diffkern: a call into libtorch failed");
 }
 
+// A product of sizes. Those of an empty tensor, or of one that torch will refuse to make, may be beyond int64.
+inline int64_t times(int64_t a, int64_t b) {
+  return static_cast<int64_t>(static_cast<uint64_t>(a) * static_cast<uint64_t>(b));
+}
+
 // A tensor's metadata, read once.
 struct Operand {
   const char* name = nullptr;
@@ -69,7 +74,7 @@ struct Operand {
   }
   int64_t numel() const {
     int64_t n = 1;
-    for (int64_t d = 0; d < dims; ++d) n *= sizes[d];
+    for (int64_t d = 0; d < dims; ++d) n = times(n, sizes[d]);
     return n;
   }
 };
