@@ -78,8 +78,8 @@ define RUN_TESTS
 rm -rf build/wheel build/site
 $(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
 $(PY) -m pip install --quiet --no-deps --target build/site build/wheel/*.whl
-$(WITH_NVCC) DIFFKERN_TEST_WHEEL="$$(ls $(CURDIR)/build/wheel/*.whl)" PYTHONPATH=$(CURDIR)/build/site \
-  $(BIN)/pytest -n $(JOBS) --dist worksteal -m "$(TESTS)" $(ARGS)
+$(WITH_NVCC) DIFFKERN_TEST_WHEEL="$$(ls $(CURDIR)/build/wheel/*.whl)" DIFFKERN_SITE=build/site \
+  PYTHONPATH=$(CURDIR)/build/site $(BIN)/pytest -n $(JOBS) --dist worksteal -m "$(TESTS)" $(ARGS)
 endef
 test: TESTS = not full and not long
 test-all: TESTS = not long
@@ -98,7 +98,8 @@ test-long: $(VENV)/.extra-test $(VENV)/.nvcc
 fuzz: $(VENV)/.extra-test build
 	DIFFKERN_FUZZ=$(FUZZ) $(BIN)/pytest -n $(JOBS) --dist worksteal -m "" tests/fuzz $(ARGS)
 
-# The CPU module is built with the sanitizer into a copy of the package, and tested there. gcc's runtime has to come
+# The CPU module is built with the sanitizer into a copy of the package, and tested there (`python -m pytest` would put
+# the tree before it; the tests check what DIFFKERN_SITE says they are run on). gcc's runtime has to come
 # first in a process that is not built with it, and libstdc++ with it, where it looks for throw; ThreadSanitizer's does
 # not stand random addresses.
 SANITIZED = tests/ops tests/fuzz/test_ops_valid.py tests/fuzz/test_ops_broken.py -k "not compile and not isa"
@@ -118,7 +119,8 @@ asan ubsan tsan: $(VENV)/.extra-test
 	  -DPython_EXECUTABLE=$(abspath $(PY)) -DDIFFKERN_CUDA=off -DDIFFKERN_SANITIZE=$(SANITIZER) \
 	  -DDIFFKERN_OUTPUT_DIR=$(CURDIR)/build/$@/site/diffkern
 	$(BIN)/cmake --build build/$@/cmake
-	PYTHONPATH=$(CURDIR)/build/$@/site $(UNDER) $(PY) -m pytest -p no:cacheprovider $(SANITIZED) $(ARGS)
+	DIFFKERN_SITE=build/$@/site PYTHONPATH=$(CURDIR)/build/$@/site $(UNDER) $(PY) $(BIN)/pytest -p no:cacheprovider \
+	  $(SANITIZED) $(ARGS)
 
 test-gpu: $(VENV)/.extra-test build
 	$(BIN)/pytest --gpu $(ARGS)

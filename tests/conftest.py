@@ -63,6 +63,9 @@ def pytest_report_header(config: pytest.Config) -> str:
 
     import diffkern
 
+    wanted = os.environ.get("DIFFKERN_SITE")
+    if wanted and (config.rootpath / wanted).resolve() not in Path(diffkern.__file__).resolve().parents:
+        raise pytest.UsageError(f"the package in {wanted} is to be tested, found {diffkern.__file__}")
     return f"diffkern {diffkern.__version__} from {Path(diffkern.__file__).parent}, torch {torch.__version__}"
 
 

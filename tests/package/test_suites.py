@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -41,10 +42,27 @@ def test_no_test_module_imports_another(root: Path) -> None:
 
 def collected(root: Path, *arguments: str) -> set[str]:
     """Node ids of the tests of one file that `pytest ARGUMENTS` would run."""
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests/ops/test_noise.py", *arguments]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    done = pytest_of(root, "--collect-only", "-q", "tests/ops/test_noise.py", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     return {line for line in done.stdout.splitlines() if "::" in line}
+
+
+def pytest_of(root: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`pytest ARGUMENTS`: the program, as `python -m pytest` puts the tree before an installed package."""
+    command, variables = [sys.executable, str(Path(sys.executable).with_name("pytest")), *arguments], os.environ
+    return subprocess.run(command, cwd=root, env={**variables, **environment}, capture_output=True, text=True)
+
+
+@pytest.mark.full
+def test_a_suite_refuses_to_run_on_another_package_than_the_one_built_for_it(root: Path) -> None:
+    """The sanitizers' goals and make test name the folder; in the tree stands a module without a sanitizer."""
+    found = pytest_of(root, "tests/ops/test_noise.py", "--collect-only", DIFFKERN_SITE="build/none")
+    assert found.returncode == 4
+    assert "the package in build/none is to be tested, found " in found.stdout + found.stderr
+    makefile = (root / "Makefile").read_text()
+    goals = re.findall(r"DIFFKERN_SITE=(\S+) .*?PYTHONPATH=\$\(CURDIR\)/(\S+) ", makefile.replace("\\\n", " "))
+    assert [site for site, _ in goals] == [path for _, path in goals] == ["build/site", "build/$@/site"]
+    assert "$(PY) -m pytest" not in makefile
 
 
 @pytest.mark.full
