@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,14 +60,41 @@ def returned(value: object, shape: torch.Size, name: str = "model", row: int | N
     raise ValueError(text if row is None else f"{text} at row {row}")
 
 
-FOREIGN = {
-    "epsilon": "eps",
-    "noise": "eps",
-    "sample": "x0",
-    "x_start": "x0",
+PREDICTIONS_ELSEWHERE: dict[str, str] = {
+    "epsilon": "eps",  # diffusers, guided-diffusion
+    "pred_noise": "eps",  # denoising-diffusion-pytorch, as the other pred_
+    "sample": "x0",  # diffusers
+    "original_sample": "x0",  # diffusers, of its outputs
+    "x_start": "x0",  # guided-diffusion
     "start_x": "x0",
-    "v_prediction": "v",
-    "num_inference_steps": "steps",
+    "pred_x0": "x0",
+    "v_prediction": "v",  # diffusers
+    "pred_v": "v",
+    "previous_x": "mu",  # guided-diffusion
+}
+"""What other libraries call a prediction, and its name here."""
+PREDICTIONS_OF_TWO_MEANINGS: dict[str, str] = {
+    "flow_prediction": (
+        "which is eps - x0 in diffusers, while 'velocity' is the schedule's d alpha/dt x0 + d sigma/dt eps, x0 - eps "
+        "on flow(): negate the network's output there, or take path(lambda t: 1 - t, lambda t: t)"
+    )
+}
+"""Names of other libraries with another meaning here, and which."""
+EDM_ELSEWHERE: dict[str, str] = {
+    "epsilon": "which diffusers' EDM schedulers call epsilon",
+    "v_prediction": "whose negative diffusers' EDM schedulers call v_prediction",
+}
+"""Names that mean another prediction for the EDM schedulers of the library that they are from: what of ``edm``."""
+SAMPLERS_ELSEWHERE: dict[str, str] = {  # of programs on k-diffusion
+    "euler_a": "euler_ancestral",
+    "dpm_2_a": "dpm_2_ancestral",
+    "dpmpp_2s_a": "dpmpp_2s_ancestral",
+}
+"""What other programs call a sampler, and its name here."""
+ARGUMENTS_ELSEWHERE: dict[str, str] = {"num_inference_steps": "steps"}
+"""What other libraries call an argument of one meaning and type, and its name here."""
+FOREIGN = {
+    "noise": "eps",  # also an argument of the losses and samplers
     "num_steps": "steps",
     "num_timesteps": "steps",
     "guidance_scale": "guidance",
@@ -82,7 +110,39 @@ FOREIGN = {
     "dpmsolver++": "dpmpp_2m",
     "squaredcos_cap_v2": "cosine",
 }
-"""What other libraries call it, by what it is called here."""
+"""What other libraries call what is here called so, or much like it: for sentences. Names of one meaning are taken, and
+stand above."""
+_ELSEWHERE = {**FOREIGN, **PREDICTIONS_ELSEWHERE, **SAMPLERS_ELSEWHERE, **ARGUMENTS_ELSEWHERE}
+
+
+def plain(name: str) -> str:
+    """A word without its case and its separators: two of one plain form are one word."""
+    return name.lower().replace("++", "pp").replace("-", "").replace("_", "").replace(" ", "")
+
+
+def word(value: object, known: Iterable[str], elsewhere: Mapping[str, str] | None = None) -> str | None:
+    """The one of the ``known`` words that a value is, by its `plain` form or that of a name ``elsewhere``; or None."""
+    if not isinstance(value, str):
+        return None
+    sought = plain(value)
+    for name in known:
+        if plain(name) == sought:
+            return name
+    for name, ours in (elsewhere or {}).items():
+        if plain(name) == sought:
+            return ours
+    return None
+
+
+def renamed(function: str, options: dict[str, Any], known: Container[str]) -> dict[str, Any]:
+    """Arguments by keyword, those of `ARGUMENTS_ELSEWHERE` by the name of the ``known`` one; TypeError for both."""
+    for name, ours in ARGUMENTS_ELSEWHERE.items():
+        if name in options and name not in known and ours in known:
+            if options.get(ours) is not None:
+                raise TypeError(f"{function} got {ours} and {name}, which are one argument: give {ours} alone")
+            options = {**options, ours: options[name]}
+            del options[name]
+    return options
 
 
 def meant(value: object, known: Iterable[str]) -> str | None:
@@ -90,18 +150,14 @@ def meant(value: object, known: Iterable[str]) -> str | None:
     if not isinstance(value, str):
         return None
     names = list(known)
-    plain = {_plain(name): name for name in names}
-    found = FOREIGN.get(value.lower().replace("-", "_"))
+    found = word(value, (), _ELSEWHERE)
     if found in names:
         return found
-    if _plain(value) in plain:
-        return plain[_plain(value)]
-    near = difflib.get_close_matches(_plain(value), plain, 1, 0.7)
-    return plain[near[0]] if near else None
-
-
-def _plain(name: str) -> str:
-    return name.lower().replace("++", "pp").replace("-", "").replace("_", "").replace(" ", "")
+    if same := word(value, names):
+        return same
+    forms = {plain(name): name for name in names}
+    near = difflib.get_close_matches(plain(value), forms, 1, 0.7)
+    return forms[near[0]] if near else None
 
 
 def unknown(argument: str, value: object, known: Iterable[str]) -> str:

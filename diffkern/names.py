@@ -1,4 +1,10 @@
-"""The words that arguments take, as types, so that a type checker finds a typo before it runs."""
+"""The words that arguments take, as types, so that a type checker finds a typo before it runs.
+
+The types know each word by one name. What else is taken for it at run time is in `diffkern.checks`. A string that is
+known at run time only, as from a command line, becomes what a typed argument takes by `samplers.get_sampler`,
+`schedules.predictions.check_prediction`, `objectives.weightings.get_weighting` and
+`objectives.time_sampling.get_time_sampler`.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +12,83 @@ from typing import Literal
 
 Prediction = Literal["eps", "x0", "v", "score", "velocity", "mu", "edm"]
 """What a network puts out: `diffkern.schedules.predictions`."""
+SamplerName = Literal[
+    "ddpm",
+    "ddim",
+    "euler",
+    "heun",
+    "midpoint",
+    "rk4",
+    "rk4_38",
+    "lms",
+    "deis",
+    "euler_ancestral",
+    "dpmpp_1s",
+    "dpmpp_2s",
+    "dpmpp_2m",
+    "dpmpp_3m",
+    "dpmpp_2m_sde",
+    "dpmpp_3m_sde",
+    "dpmpp_sde",
+    "dpm_2",
+    "dpm_2_ancestral",
+    "dpmpp_2s_ancestral",
+    "unipc",
+    "euler_maruyama",
+    "flow_sde",
+    "langevin",
+    "annealed_langevin",
+    "ddim_inversion",
+    "repaint",
+]
+"""What makes a plan: `diffkern.samplers`."""
+WeightingName = Literal[
+    "uniform",
+    "x0",
+    "eps",
+    "snr",
+    "v",
+    "snr_plus_one",
+    "truncated_snr",
+    "min_snr",
+    "soft_min_snr",
+    "p2",
+    "edm",
+    "likelihood",
+    "vlb",
+]
+"""What a loss is weighted by: `diffkern.objectives.weightings`."""
+TimesName = Literal["uniform", "stratified", "logit_normal", "mode", "cosmap", "log_normal", "loss_second_moment"]
+"""How training times are drawn: `diffkern.objectives.time_sampling`."""
 Reduction = Literal["none", "mean", "sum"]
 """Of a loss over the batch."""
-Spacing = Literal["leading", "trailing", "linspace", "karras", "log_snr", "exponential", "polyexponential", "beta"]
-"""Of a sampler's steps: `diffkern.schedules.grids`."""
+TableSpacing = Literal["leading", "trailing", "linspace"]
+"""Of whole times of a table: `diffkern.schedules.grids.spaced_timesteps`."""
+LevelSpacing = Literal["karras", "log_snr", "exponential", "polyexponential", "beta"]
+"""Of noise levels: `diffkern.schedules.grids.levels`."""
+Spacing = Literal[TableSpacing, LevelSpacing]
+"""Of a sampler's steps, of either kind: `diffkern.schedules.grids`."""
+ShiftKind = Literal["exponential", "linear"]
+"""What mu says of a flow's shift."""
+ReverseVariance = Literal["beta", "beta_tilde"]
+"""Of a reverse step: its upper and its lower bound."""
+LearnedVariance = Literal[ReverseVariance, "learned"]
+"""The same, or what the network says of it."""
+NoisePath = Literal["independent", "brownian"]
+"""Where a sampler's noise comes from: an address a step, or one Brownian path a sample."""
+MultistepSolver = Literal["midpoint", "heun"]
+"""The second-order terms of DPM-Solver++'s SDE."""
+UniPCVariant = Literal["bh1", "bh2"]
+EpsFrom = Literal["model", "x0"]
+"""Which eps points DDIM's direction."""
+GuidanceForm = Literal["scale", "paper"]
+"""Whether the conditional model alone has the weight 1 or 0."""
+HeadOrder = Literal["new", "legacy", "edm"]
+"""How q, k, v and the heads lie in the channels of `ops.spatial_attention`."""
+Attention = Literal["diffkern", "torch"]
+"""Whose kernels a block's attention runs in."""
+TimeDtype = Literal["int64", "float32"]
+"""Of the times that a plan gives the model."""
 Coupling = Literal["independent", "ot"]
 """How flow matching pairs noise with data."""
 Projection = Literal["rademacher", "gaussian"]
@@ -22,3 +101,7 @@ Norm = Literal["sample", "batch"]
 """Whose norms decide a step."""
 Corrector = Literal["langevin", "ald", "none"]
 Predictor = Literal["reverse_diffusion", "ancestral", "euler_maruyama", "none"]
+OdeSolver = Literal["device", "scipy"]
+"""Where the drop-in for score_sde solves its ODE: in our solver on the device, or in scipy as the original."""
+Rng = Literal["torch", "counter"]
+"""Where the noise of a drop-in for diffusers comes from: torch's generator, as the original's, or addresses."""

@@ -31,7 +31,8 @@ from torch import Tensor
 
 from diffkern import records, streams
 from diffkern.modes import neutral
-from diffkern.schedules.predictions import check_prediction
+from diffkern.names import Prediction, TimeDtype
+from diffkern.schedules.predictions import check_prediction, with_predictions
 
 COLUMNS = (
     *("w", "p", "q", "r", "clip", "a", "b", "d", "e0", "e1", "e2", "e3", "g", "A", "B", "D", "k"),
@@ -134,8 +135,8 @@ class Plan:
     rows: tuple[Row, ...]
     init_scale: float = 1.0
     first_k: float = 1.0
-    prediction: str = "eps"
-    time_dtype: str = "float32"
+    prediction: Prediction = "eps"
+    time_dtype: TimeDtype = "float32"
     """dtype of the times the model is given: "int64" or "float32"."""
     learned_variance: bool = False
     """The model returns 2C channels, the second half its variance; its rows are run by ``ops.learned_step``."""
@@ -144,7 +145,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", tuple(self.rows))
-        check_prediction(self.prediction)
+        object.__setattr__(self, "prediction", check_prediction(self.prediction))
         if not self.rows:
             raise ValueError("rows must hold at least one row, got none")
         if self.time_dtype not in ("int64", "float32"):
@@ -276,7 +277,7 @@ class Plan:
         if not isinstance(rows, list):
             raise ValueError(f"rows must be a list of objects, got {records.shown(rows)}")
         made = tuple(records.record(Row, row, f"row {i}: ") for i, row in enumerate(rows))
-        return records.record(Plan, data, rows=made)
+        return records.record(Plan, with_predictions(data, "prediction"), rows=made)
 
     def __str__(self) -> str:
         title = (

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diffkern.checks import opened
+from diffkern.names import HeadOrder, Reduction
 from diffkern.plan import COLUMNS
 
 __all__ = [
@@ -121,7 +122,7 @@ def loss(
     seeds: Tensor | None = None,
     stream: int = 0,
     noise: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     compute: torch.dtype = torch.float64,
 ) -> Tensor:
     """weight mean (pred - (u x0 + v eps))^2 per sample, then none, mean or sum over the batch. Differentiable."""
@@ -151,7 +152,7 @@ def variational(
     seeds: Tensor | None = None,
     stream: int = 0,
     noise: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     compute: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     """Squared error, KL or decoder term by their definitions. Differentiable."""
@@ -317,7 +318,7 @@ def attention(
 def spatial_attention(
     qkv: Tensor,
     num_heads: int,
-    order: str = "new",
+    order: HeadOrder = "new",
     scale: float | None = None,
     *,
     compute: torch.dtype = torch.float64,

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-from diffkern.checks import misspelt
+from diffkern.checks import misspelt, renamed
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -32,6 +32,7 @@ def shows_arguments_of(source: Callable[..., Any]) -> Callable[[F], F]:
 
         @functools.wraps(function)
         def checked(*args: Any, **options: Any) -> Any:
+            options = renamed(f"{function.__name__}()", options, known)
             for name in options:
                 if name not in known:  # else the error would name ``source``
                     raise TypeError(misspelt(f"{function.__name__}()", name, known))
@@ -49,6 +50,7 @@ def names_the_nearest(function: F) -> F:
 
     @functools.wraps(function)
     def checked(*args: Any, **options: Any) -> Any:
+        options = renamed(f"{function.__name__}()", options, known)
         for name in options:
             if name not in known:
                 raise TypeError(misspelt(f"{function.__name__}()", name, known))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from diffkern import records, storage
+from diffkern.checks import SAMPLERS_ELSEWHERE, unknown, word
 from diffkern.plan import Plan, Row
 from diffkern.samplers import SAMPLERS, get_sampler
 from diffkern.schedules.makers import SCHEDULES
@@ -40,7 +41,7 @@ def read(source: str, arguments: tuple[str, ...] = (), name: str = "source") -> 
         if arguments:
             raise ValueError(f"arguments belong to a sampler, got {' '.join(arguments)} for the file {source}")
         return Plan.from_json(sys.stdin.read() if source == "-" else _text(source, name))
-    call = _parsed(source, source)
+    call = _parsed(_by_name(source), source)
     sampler, positional, named = _call(call, source)
     for argument in arguments:
         key, equals, value = argument.partition("=")
@@ -165,6 +166,12 @@ def _parsed(text: str, whole: str) -> ast.expr:
         ) from error
 
 
+def _by_name(source: str) -> str:
+    """The source with its sampler by its own name, which "DPM++ 2M" is none of Python's for."""
+    head, bracket, rest = source.partition("(")
+    return (word(head.strip(), SAMPLERS, SAMPLERS_ELSEWHERE) or head) + bracket + rest
+
+
 def _call(node: ast.expr, whole: str) -> tuple[str, list[Any], dict[str, Any]]:
     """(name, positional arguments, named arguments) of ``name`` or ``name(...)``."""
     if isinstance(node, ast.Name):
@@ -187,7 +194,7 @@ def _value(node: ast.expr, name: str, whole: str) -> Any:
     if name == "schedule":
         which, positional, named = _call(node, whole)
         if which not in SCHEDULES:
-            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {which!r}")
+            raise ValueError(unknown("schedule", which, SCHEDULES))
         return _apply(SCHEDULES[which], which, tuple(positional), named)
     if isinstance(node, ast.Name):  # a word without quotes: spacing=karras
         return math.inf if node.id == "inf" else node.id

@@ -13,9 +13,10 @@ import torch
 
 from diffkern import records, schedules, storage
 from diffkern.demo import need
+from diffkern.names import Prediction
 from diffkern.nn import UNet, UNetConfig
 from diffkern.schedules.discrete import DiscreteSchedule
-from diffkern.schedules.predictions import check_prediction
+from diffkern.schedules.predictions import check_prediction, with_predictions
 
 _KEY = "diffkern_demo"
 _FORMAT = 1
@@ -38,7 +39,7 @@ class Recipe:
     unet: UNetConfig = dataclasses.field(default_factory=UNetConfig)
     schedule: str = "cosine"
     timesteps: int = 1000
-    prediction: str = "eps"
+    prediction: Prediction = "eps"
     guidance: float = 1.5
     micro_batch: int = 80
     seed: int = 0
@@ -49,7 +50,7 @@ class Recipe:
             raise ValueError(f"schedule must be one of {', '.join(_SCHEDULES)}, got {records.shown(self.schedule)}")
         if not 2 <= self.timesteps <= 1_000_000:
             raise ValueError(f"timesteps must lie in 2..1000000, got {records.shown(self.timesteps)}")
-        check_prediction(self.prediction)
+        object.__setattr__(self, "prediction", check_prediction(self.prediction))
         if not math.isfinite(self.guidance):
             raise ValueError(f"guidance must be finite, got {self.guidance}")
         if not 1 <= self.micro_batch < 2**31:
@@ -112,7 +113,7 @@ def _recipe(text: str) -> Recipe:
     found = values.pop("format", None) if isinstance(values, dict) else None
     if type(found) is not int or found != _FORMAT:
         raise ValueError(f"its metadata must be the JSON of a recipe of format {_FORMAT}, got {records.shown(text)}")
-    return records.record(Recipe, values, "Recipe.")
+    return records.record(Recipe, with_predictions(values, "prediction"), "Recipe.")
 
 
 def _empty(config: UNetConfig, shapes: dict[str, list[int]]) -> UNet:

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from diffkern import ops, records
 from diffkern.demo import need
+from diffkern.names import Prediction
 from diffkern.nn import UNet
 from diffkern.plan import Plan
 from diffkern.samplers import get_sampler
+from diffkern.samplers.arguments import sampler_name
 from diffkern.sampling.runner import initial, sample
 from diffkern.schedules.discrete import DiscreteSchedule
 from diffkern.schedules.spacings import karras_sigmas
@@ -39,7 +41,7 @@ def make_plan(
     schedule: DiscreteSchedule,
     steps: int | None = None,
     *,
-    prediction: str = "eps",
+    prediction: Prediction = "eps",
     eta: float | None = None,
 ) -> Plan:
     """The plan of a sampler as the demo uses it, the estimate of x0 kept in [-1, 1].
@@ -48,8 +50,7 @@ def make_plan(
     levels of Karras et al. 2022. `steps` defaults to `DEFAULT_STEPS`; `eta` is DDIM's. An unknown name is a
     ValueError that lists the known ones.
     """
-    if sampler not in DEFAULT_STEPS:
-        raise ValueError(f"sampler must be one of {', '.join(DEFAULT_STEPS)}, got {sampler!r}")
+    sampler = sampler_name(sampler, DEFAULT_STEPS)
     make = get_sampler(sampler)
     if steps is None:
         steps = DEFAULT_STEPS[sampler]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from diffkern import ops, records, storage, streams
 from diffkern.demo import need
+from diffkern.names import Prediction
 from diffkern.nn import UNet
 from diffkern.plan import Plan
 from diffkern.sampling.runner import initial, sample
@@ -110,7 +111,7 @@ def class_grid(images: Tensor, classes: Tensor, title: str = "", *, columns: int
 
 
 def forward_strip(
-    images: Tensor, schedule: DiscreteSchedule, prediction: str, *, columns: int = 11, seed: int = 0
+    images: Tensor, schedule: DiscreteSchedule, prediction: Prediction, *, columns: int = 11, seed: int = 0
 ) -> Any:
     """The forward process: a row an image, from clean data to noise, every column q(x_t | x_0) with the same eps
     (lecture 000)."""

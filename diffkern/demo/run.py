@@ -21,7 +21,6 @@ from diffkern.demo.generate import class_rows, generate, make_plan
 from diffkern.demo.train import TrainConfig, train
 from diffkern.nn import UNet
 from diffkern.plan import Plan
-from diffkern.schedules.predictions import check_prediction
 
 RUNS = (("ddpm", 250), ("ddim", 50), ("ddim", 10), ("euler", 30), ("heun", 15))
 """Samplers of the demo with their steps."""
@@ -114,7 +113,7 @@ def run_demo(config: DemoConfig | None = None) -> list[Line]:
         schedule,
         recipe.unet,
         config.train,
-        prediction=check_prediction(recipe.prediction),
+        prediction=recipe.prediction,
         device=config.device,
         progress=config.progress,
     )
@@ -187,14 +186,14 @@ def _sampler(sampler: str, steps: int, model: UNet, recipe: Recipe, judge: Judge
         seed=recipe.seed,
         guidance=recipe.guidance,
         micro_batch=recipe.micro_batch,
-        progress=f"{sampler} {steps}" if config.progress else False,
+        progress=f"{plan.name} {steps}" if config.progress else False,
     )
     shown = GRID_ROWS * CLASSES
     picture = pictures.class_grid(made.images[:shown], classes[:shown], grid_title(plan, recipe.guidance))
-    pictures.write(picture, config.out / f"{sampler}_{steps}.png")
+    pictures.write(picture, config.out / f"{plan.name}_{steps}.png")
     quality = judge.measure(made.images, classes)
     return Line(
-        sampler, steps, made.model_calls, made.model_seconds, made.update_seconds, quality.agreement, quality.frechet
+        plan.name, steps, made.model_calls, made.model_seconds, made.update_seconds, quality.agreement, quality.frechet
     )
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from diffkern.checks import unwrapped
 from diffkern.diffusion import _files, _fit, _plans
 from diffkern.draws import draw_seeds
-from diffkern.names import Prediction, Reduction
+from diffkern.names import Prediction, Reduction, SamplerName, TimesName, WeightingName
 from diffkern.objectives.losses import drop_condition, noised, simple_loss
 from diffkern.objectives.time_sampling import TimeSampler, get_time_sampler
 from diffkern.objectives.variational import hybrid_loss
@@ -34,13 +34,13 @@ from diffkern.sampling.runner import sample as run_plan
 from diffkern.schedules.base import Schedule, Time, as_time
 from diffkern.schedules.discrete import DiscreteSchedule
 from diffkern.schedules.exploding import EDMSchedule
-from diffkern.schedules.predictions import check_prediction, convert, per_sample
+from diffkern.schedules.predictions import convert, per_sample, prediction_of
 from diffkern.simulate.likelihood import LogLikelihood, log_likelihood
 
 __all__ = ["Diffusion"]
 
-Sampler = str | Plan | Callable[..., Plan]
-Weight = str | Weighting | Callable[[Tensor, str], Tensor]
+Sampler = SamplerName | Plan | Callable[..., Plan]
+Weight = WeightingName | Weighting | Callable[[Tensor, str], Tensor]
 
 
 class Diffusion(nn.Module):
@@ -75,7 +75,7 @@ class Diffusion(nn.Module):
         *,
         weight: Weight | None = None,
         target: Prediction | None = None,
-        times: str | TimeSampler | None = None,
+        times: TimesName | TimeSampler | None = None,
         drop: float = 0.0,
         null: float | Tensor | None = None,
         shape: Sequence[int] | None = None,
@@ -88,7 +88,7 @@ class Diffusion(nn.Module):
         if not isinstance(schedule, Schedule):
             raise ValueError(f"schedule must be a diffkern Schedule, got {type(schedule).__name__}")
         self.model, self.schedule = model, schedule
-        self.prediction = check_prediction(schedule.default_prediction if prediction is None else prediction)
+        self.prediction = prediction_of(schedule, prediction)
         low, high = schedule.time_range
         t = int(high) if isinstance(schedule, DiscreteSchedule) else 0.5 * (low + high)
         schedule.coefficients(self.prediction, t)  # raises where the schedule does not have the prediction
@@ -97,7 +97,7 @@ class Diffusion(nn.Module):
                 "weight must be a name, a Weighting or a function, got a tensor: its rows belong to a batch"
             )
         self.weight = None if weight is None else get_weighting(weight)
-        self.target = None if target is None else check_prediction(target)
+        self.target = None if target is None else prediction_of(schedule, target)
         if times is None:
             times = "log_normal" if isinstance(schedule, EDMSchedule) else "uniform"
         self.times = get_time_sampler(times)
@@ -336,7 +336,7 @@ class Diffusion(nn.Module):
         *,
         schedule: Schedule | None = None,
         weight: Weight | None = None,
-        times: str | TimeSampler | None = None,
+        times: TimesName | TimeSampler | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         **hub: Any,

@@ -20,6 +20,7 @@ from diffkern.objectives.time_sampling import TimeSampler, get_time_sampler
 from diffkern.objectives.weightings import Weighting, get_weighting
 from diffkern.records import kind_of, of_kind, parse, record, shown
 from diffkern.schedules.base import Schedule
+from diffkern.schedules.predictions import with_predictions
 
 if TYPE_CHECKING:
     from diffkern.diffusion import Diffusion
@@ -265,7 +266,7 @@ def _config(path: Path) -> _Config:
     if type(found) is not int or found != FORMAT:
         got = shown(found)
         raise ValueError(f"{path} must be the configuration of a Diffusion with {KEY} = {FORMAT}, got {got}")
-    config = record(_Config, data, f"{path}: ")
+    config = record(_Config, with_predictions(data, "prediction", "target"), f"{path}: ")
     if not all(0 <= n < 2**24 for n in config.shape or ()):
         raise ValueError(f"{path}: shape must be a list of sizes, got {shown(config.shape)}")
     return config

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diffkern.checks import need_tensor
 from diffkern.modes import neutral, real, untraced
+from diffkern.names import Prediction
 from diffkern.plan import Plan
 from diffkern.schedules import predictions
 from diffkern.schedules.base import Schedule, UnitTime
@@ -108,7 +109,7 @@ def shape_of(model: nn.Module, shape: Sequence[int] | None) -> tuple[int, ...] |
     return (channels, size, size) if isinstance(channels, int) and isinstance(size, int) else None
 
 
-def time_scale(model: nn.Module, schedule: Schedule, prediction: str, given: float | None) -> float:
+def time_scale(model: nn.Module, schedule: Schedule, prediction: Prediction, given: float | None) -> float:
     """What the schedule's model times are multiplied by for the network; see `Diffusion`."""
     if given is not None:
         if isinstance(given, bool) or not isinstance(given, int | float) or not 0.0 < given < math.inf:
@@ -133,7 +134,7 @@ def time_scale(model: nn.Module, schedule: Schedule, prediction: str, given: flo
 
 
 @untraced
-def check_plan(plan: Plan, schedule: Schedule, prediction: str) -> None:
+def check_plan(plan: Plan, schedule: Schedule, prediction: Prediction) -> None:
     """Raise ValueError for a plan that was made for another prediction or on another schedule; looked at once."""
     key = "fits", schedule, prediction
     if key not in plan.cache:
@@ -142,7 +143,7 @@ def check_plan(plan: Plan, schedule: Schedule, prediction: str) -> None:
         plan.cache[key] = True
 
 
-def _check_plan(plan: Plan, schedule: Schedule, prediction: str) -> None:
+def _check_plan(plan: Plan, schedule: Schedule, prediction: Prediction) -> None:
     if plan.prediction != prediction:
         raise ValueError(
             f"plan {plan.name} must be made for the model's prediction {prediction!r}, got one for "
@@ -175,7 +176,7 @@ def _check_plan(plan: Plan, schedule: Schedule, prediction: str) -> None:
         )
 
 
-def _schedule_times(times: Tensor, schedule: Schedule, prediction: str) -> tuple[Tensor, Tensor]:
+def _schedule_times(times: Tensor, schedule: Schedule, prediction: Prediction) -> tuple[Tensor, Tensor]:
     """(the schedule's times of these model times, NaN where not compared; whether the schedule has them)."""
     if isinstance(schedule, DiscreteSchedule):
         kept = schedule.kept.to(torch.float64)

@@ -7,9 +7,10 @@ import numbers
 from collections.abc import Callable
 from typing import Any
 
-from diffkern.checks import misspelt
+from diffkern.checks import misspelt, renamed
 from diffkern.diffusion._fit import check_plan
 from diffkern.modes import neutral
+from diffkern.names import Prediction, SamplerName
 from diffkern.plan import Plan
 from diffkern.samplers import get_sampler
 from diffkern.sampling.options import SampleOptions
@@ -33,8 +34,8 @@ def split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def plan_of(
     schedule: Schedule,
-    prediction: str,
-    sampler: str | Plan | Callable[..., Plan] | None,
+    prediction: Prediction,
+    sampler: SamplerName | Plan | Callable[..., Plan] | None,
     steps: int | None,
     options: dict[str, Any],
     learned: bool,
@@ -66,6 +67,8 @@ def plan_of(
         options = {"variance": "learned", **options}
     known = inspect.signature(make).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    options = renamed("sample()", {"steps": steps, **options}, known)
+    steps = options.pop("steps")
     for name in options:
         if name in ("schedule", "prediction") or not (name in known or open_ended):
             choices = [other for other in (*known, *sorted(LOOP)) if other not in ("schedule", "prediction")]

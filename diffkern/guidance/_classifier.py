@@ -17,10 +17,11 @@ from diffkern.guidance._guided import Model
 from diffkern.guidance._spans import number
 from diffkern.integers import as_integer
 from diffkern.modes import neutral, readable
+from diffkern.names import Prediction
 from diffkern.plan import COLUMNS
 from diffkern.schedules.base import Schedule
 from diffkern.schedules.discrete import DiscreteSchedule
-from diffkern.schedules.predictions import check_prediction, target_coefficients
+from diffkern.schedules.predictions import prediction_of, target_coefficients
 
 Gradient = Callable[..., Tensor]
 """gradient(x, t) -> like x."""
@@ -95,7 +96,7 @@ def _gradient(log_prob: Callable[..., Tensor], scale: float | Tensor, name: str)
 
 
 def classifier_guided(
-    model: Model, gradient: Gradient, schedule: Schedule, prediction: str | None = None
+    model: Model, gradient: Gradient, schedule: Schedule, prediction: Prediction | None = None
 ) -> ClassifierGuided:
     """Classifier guidance by score shift: the model whose score is that of ``model`` plus gradient(x_t, t).
 
@@ -110,18 +111,18 @@ def classifier_guided(
     x_t is noise that says nothing about y, and the score is not shifted there. One fused op a call (edm: two); the
     coefficients of whole times of a table are made once, those of others on the device at each call.
     """
-    return ClassifierGuided(model, gradient, schedule, prediction or schedule.default_prediction)
+    return ClassifierGuided(model, gradient, schedule, prediction_of(schedule, prediction))
 
 
 class ClassifierGuided:
     """``guided(x, t)``: the model's prediction with its score shifted; see `classifier_guided`."""
 
-    def __init__(self, model: Model, gradient: Gradient, schedule: Schedule, prediction: str) -> None:
+    def __init__(self, model: Model, gradient: Gradient, schedule: Schedule, prediction: Prediction) -> None:
         for name, value in (("model", model), ("gradient", gradient)):
             if not callable(value):
                 raise ValueError(f"{name} must be callable, got {type(value).__name__}")
         self.model, self.gradient, self.schedule = model, gradient, schedule
-        self.prediction = check_prediction(prediction)
+        self.prediction = prediction = prediction_of(schedule, prediction)
         if prediction == "mu" and not isinstance(schedule, DiscreteSchedule):
             raise ValueError(f"prediction 'mu' needs a discrete schedule, got {schedule.name}")
         if prediction == "edm":
@@ -184,7 +185,7 @@ class ClassifierGuided:
         return _table("e0", shift, d=1.0), _index(shift, x)
 
 
-def score_shift(schedule: Schedule, prediction: str, t: int | float | Tensor) -> Tensor:
+def score_shift(schedule: Schedule, prediction: Prediction, t: int | float | Tensor) -> Tensor:
     """-sigma (v - u sigma/alpha), float64 in the shape of t: d m/d score at fixed x of a prediction m = u x0 + v eps.
 
     0 where alpha is 0, unless u is 0 (eps, score), for which it has a value everywhere.

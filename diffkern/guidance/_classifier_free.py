@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
 from diffkern.checks import unknown
 from diffkern.guidance._guided import Branch, Guided, Model, Weight
 from diffkern.guidance._spans import time_span
+from diffkern.names import GuidanceForm, Prediction
 from diffkern.plan import Plan
 from diffkern.schedules.base import Schedule
 
-FORMS = ("scale", "paper")
+FORMS = get_args(GuidanceForm)
 
 
 def classifier_free(
@@ -23,13 +24,13 @@ def classifier_free(
     uncond: Any,
     weight: Weight,
     *,
-    form: str = "scale",
+    form: GuidanceForm = "scale",
     rescale: float = 0.0,
     interval: tuple[float, float] | None = None,
     sigma_interval: tuple[float, float] | None = None,
     plan: Plan | None = None,
     schedule: Schedule | None = None,
-    prediction: str | None = None,
+    prediction: Prediction | None = None,
     batched: bool = True,
     keywords: bool = False,
 ) -> Guided:
@@ -82,7 +83,7 @@ def compose(
     sigma_interval: tuple[float, float] | None = None,
     plan: Plan | None = None,
     schedule: Schedule | None = None,
-    prediction: str | None = None,
+    prediction: Prediction | None = None,
     batched: bool = True,
     keywords: bool = False,
 ) -> Guided:
@@ -120,7 +121,7 @@ def nested(
     sigma_interval: tuple[float, float] | None = None,
     plan: Plan | None = None,
     schedule: Schedule | None = None,
-    prediction: str | None = None,
+    prediction: Prediction | None = None,
     batched: bool = True,
     keywords: bool = False,
 ) -> Guided:
@@ -164,7 +165,7 @@ def autoguidance(
     sigma_interval: tuple[float, float] | None = None,
     plan: Plan | None = None,
     schedule: Schedule | None = None,
-    prediction: str | None = None,
+    prediction: Prediction | None = None,
 ) -> Guided:
     """Guidance by a worse model of the same thing: m_weak + w (m - m_weak) (Karras et al., arXiv 2406.02507).
 

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffkern.names import Prediction
 from diffkern.plan import Plan
 from diffkern.schedules.base import Schedule
 from diffkern.schedules.discrete import DiscreteSchedule
+from diffkern.schedules.predictions import prediction_of
 
 
 def number(t: Any, device: torch.device | str) -> Tensor:
@@ -88,7 +90,7 @@ def time_span(
     sigma_interval: tuple[float, float] | None,
     plan: Plan | None,
     schedule: Schedule | None,
-    prediction: str | None,
+    prediction: Prediction | None,
 ) -> TimeSpan | None:
     """The span of either kind of interval; None for neither."""
     if interval is None and sigma_interval is None:
@@ -104,8 +106,9 @@ def time_span(
         raise ValueError(
             f"sigma_interval needs the schedule that has these noise levels: give schedule=, got {sigma_interval}"
         )
-    given = prediction or (schedule.default_prediction if plan is None else plan.prediction)
-    return sigma_span(schedule, sigma_interval, given)
+    if prediction is None and plan is not None:
+        prediction = plan.prediction
+    return sigma_span(schedule, sigma_interval, prediction_of(schedule, prediction))
 
 
 def steps_span(plan: Plan, interval: tuple[float, float]) -> TimeSpan:
@@ -138,7 +141,7 @@ def steps_span(plan: Plan, interval: tuple[float, float]) -> TimeSpan:
     return span
 
 
-def sigma_span(schedule: Schedule, interval: tuple[float, float], prediction: str) -> TimeSpan:
+def sigma_span(schedule: Schedule, interval: tuple[float, float], prediction: Prediction) -> TimeSpan:
     """The times of the levels low < sigma/alpha <= high of a schedule (arXiv 2404.07724); high may be inf."""
     low, high = _pair("sigma_interval", interval)
     if not 0.0 <= low < high:
@@ -160,7 +163,7 @@ def sigma_span(schedule: Schedule, interval: tuple[float, float], prediction: st
     return TimeSpan(min(lower, upper), max(lower, upper))
 
 
-def _model_time(schedule: Schedule, sigma: float, prediction: str) -> float:
+def _model_time(schedule: Schedule, sigma: float, prediction: Prediction) -> float:
     t = schedule.time_of_log_snr(-2.0 * math.log(sigma))
     if isinstance(schedule, DiscreteSchedule):
         t = torch.where(t.abs() < 1e-6, 0.0, t)  # the first level exactly

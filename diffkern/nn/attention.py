@@ -8,15 +8,14 @@ torch's operators alone (ONNX).
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, get_args
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffkern.checks import unknown
+from diffkern.names import Attention, HeadOrder
 from diffkern.ops import attention, spatial_attention
-
-Attention = Literal["diffkern", "torch"]
-"""Whose kernels a block's attention runs in."""
 
 __all__ = ["SpatialCrossAttention", "SpatialSelfAttention", "count_heads"]
 
@@ -56,7 +55,7 @@ def check_attention(name: str, value: object) -> None:
         raise ValueError(f"{name} must be one of diffkern, torch, got {value!r}")
 
 
-def spatial_attention_by_torch(qkv: Tensor, num_heads: int, order: str) -> Tensor:
+def spatial_attention_by_torch(qkv: Tensor, num_heads: int, order: HeadOrder) -> Tensor:
     """What `diffkern.spatial_attention` computes, in torch's operators."""
     part, axes = {"new": (1, (3, num_heads, -1)), "legacy": (2, (num_heads, 3, -1)), "edm": (3, (num_heads, -1, 3))}[
         order
@@ -136,14 +135,14 @@ class SpatialSelfAttention(_Block):
         num_heads: int = 1,
         num_head_channels: int | None = None,
         *,
-        order: str = "new",
+        order: HeadOrder = "new",
         groups: int = 32,
         eps: float = 1e-5,
         attention: Attention = "diffkern",
     ) -> None:
         super().__init__(channels, num_heads, num_head_channels, groups, eps, attention)
-        if order not in ("new", "legacy", "edm"):
-            raise ValueError(f"order must be one of new, legacy, edm, got {order!r}")
+        if order not in get_args(HeadOrder):
+            raise ValueError(unknown("order", order, get_args(HeadOrder)))
         self.order = order
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = _silent(channels)

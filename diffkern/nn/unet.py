@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffkern import records
-from diffkern.nn.attention import Attention, SpatialSelfAttention, check_attention, count_heads
+from diffkern.names import Attention
+from diffkern.nn.attention import SpatialSelfAttention, check_attention, count_heads
 
 Resample = Literal["none", "down", "up"]
 Modulation = Literal["scale_shift", "add"]

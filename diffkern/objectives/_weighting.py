@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from diffkern.names import Prediction
 from diffkern.records import parse
 from diffkern.schedules.base import Schedule, Time, as_float64, check_constants
-from diffkern.schedules.predictions import check_prediction, target_coefficients
+from diffkern.schedules.predictions import check_prediction, prediction_of, target_coefficients
 
 WeightFunction = Callable[[Tensor, str], Tensor]
 """weight(log_snr, prediction): float64 weights, shaped like log_snr, of the squared error of that prediction."""
@@ -66,7 +67,7 @@ class Weighting(ABC):
     def forms(self, a: Tensor, b: Tensor) -> Forms:
         """The weights at snr = a/b, a + b = 1, each in a form that holds at a = 0 and at b = 0."""
 
-    def __call__(self, log_snr: Time, prediction: str = "eps") -> Tensor:
+    def __call__(self, log_snr: Time, prediction: Prediction = "eps") -> Tensor:
         """Weight, float64 in the shape of `log_snr` (-inf and +inf included), where alpha^2 + sigma^2 = 1.
 
         For ``eps``, ``x0``, ``v`` and ``score``; the other predictions depend on more of a schedule than its SNR: `at`.
@@ -74,13 +75,14 @@ class Weighting(ABC):
         value = as_float64(log_snr)
         a, b = torch.sigmoid(value), torch.sigmoid(-value)
         forms = self.forms(a, b)
-        if check_prediction(prediction) == "score":
+        prediction = check_prediction(prediction)
+        if prediction == "score":
             return forms.eps * b
         if prediction not in Forms._fields:
             raise ValueError(f"the weight of prediction {prediction!r} depends on the schedule: use at(schedule, ...)")
         return {"eps": forms.eps, "x0": forms.x0, "v": forms.v}[prediction]
 
-    def at(self, schedule: Schedule, prediction: str, t: Time, target: str | None = None) -> Tensor:
+    def at(self, schedule: Schedule, prediction: Prediction, t: Time, target: Prediction | None = None) -> Tensor:
         """Weight of the squared error of `prediction` at the times `t`, float64 in the shape of `t`.
 
         `target` is where the loss is measured; it changes nothing but for ``uniform`` and for functions.
@@ -90,12 +92,12 @@ class Weighting(ABC):
         return in_prediction(self.forms(torch.sigmoid(log_snr), torch.sigmoid(-log_snr)), schedule, prediction, t)
 
 
-def scale(schedule: Schedule, prediction: str, t: Time) -> tuple[str, Tensor]:
+def scale(schedule: Schedule, prediction: Prediction, t: Time) -> tuple[str, Tensor]:
     """(base, c): the error of the prediction is c times that of eps or of x0, or (base "") c is |det| itself.
 
     Apart from the base, so that eps and score (both blind where alpha is 0) still compare there, as do x0 and mu.
     """
-    check_prediction(prediction)
+    prediction = prediction_of(schedule, prediction)
     if prediction in ("eps", "x0"):
         return prediction, torch.ones_like(schedule.alpha(t))
     if prediction == "score":
@@ -108,7 +110,7 @@ def scale(schedule: Schedule, prediction: str, t: Time) -> tuple[str, Tensor]:
     return "", (schedule.alpha(t) * v - schedule.sigma(t) * u).abs()
 
 
-def in_prediction(forms: Forms, schedule: Schedule, prediction: str, t: Time) -> Tensor:
+def in_prediction(forms: Forms, schedule: Schedule, prediction: Prediction, t: Time) -> Tensor:
     """The weight of the error of ``prediction``."""
     base, c = scale(schedule, prediction, t)
     if base:
@@ -116,11 +118,12 @@ def in_prediction(forms: Forms, schedule: Schedule, prediction: str, t: Time) ->
     return forms.v * (schedule.alpha(t) ** 2 + schedule.sigma(t) ** 2) / c**2
 
 
-def fold(schedule: Schedule, prediction: str, target: str, t: Time) -> Tensor:
+def fold(schedule: Schedule, prediction: Prediction, target: Prediction, t: Time) -> Tensor:
     """(det_target / det_prediction)^2, float64: |error in target|^2 for an error of 1 in the network's prediction.
 
     inf where the prediction does not determine the target (``eps`` to ``x0`` where alpha is 0).
     """
+    prediction, target = prediction_of(schedule, prediction), prediction_of(schedule, target)
     if prediction == target:
         return torch.ones_like(schedule.alpha(t))
     source, sink = scale(schedule, prediction, t), scale(schedule, target, t)

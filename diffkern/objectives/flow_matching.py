@@ -22,7 +22,7 @@ from torch import Tensor
 
 from diffkern.checks import unknown
 from diffkern.draws import draw_seeds
-from diffkern.names import Coupling, Prediction, Reduction
+from diffkern.names import Coupling, Prediction, Reduction, TimesName
 from diffkern.objectives._time_sampler import TimeSampler
 from diffkern.objectives.losses import Model, Weight, simple_loss
 from diffkern.objectives.marginals import log_joint, marginal_prediction
@@ -43,7 +43,7 @@ def flow_matching_loss(
     t: Tensor | None = None,
     schedule: Schedule | None = None,
     *,
-    times: str | TimeSampler = "uniform",
+    times: TimesName | TimeSampler = "uniform",
     coupling: Coupling = "independent",
     target: Prediction | None = None,
     weight: Weight | None = None,

@@ -23,7 +23,7 @@ from diffkern import ops, streams
 from diffkern.checks import check_level, most_in, need_model, need_tensor, unwrapped
 from diffkern.draws import check_count, draw_seeds
 from diffkern.modes import fakes, kept, readable
-from diffkern.names import Prediction, Reduction
+from diffkern.names import Prediction, Reduction, WeightingName
 from diffkern.objectives._densities import LogNormal, Uniform
 from diffkern.objectives._weighting import WeightFunction, Weighting
 from diffkern.objectives.weightings import WEIGHTINGS, get_weighting
@@ -32,6 +32,7 @@ from diffkern.schedules.base import Schedule, Time, as_time, need_schedule
 from diffkern.schedules.discrete import DiscreteSchedule
 from diffkern.schedules.exploding import EDMSchedule
 from diffkern.schedules.makers import edm
+from diffkern.schedules.predictions import prediction_of
 
 __all__ = [
     "draw_seeds",
@@ -44,7 +45,7 @@ __all__ = [
 ]
 
 Model = Callable[..., Tensor]
-Weight = str | Weighting | WeightFunction | Tensor
+Weight = WeightingName | Weighting | WeightFunction | Tensor
 """What the losses take as `weight`; see `prediction_loss`."""
 
 UNIFORM = WEIGHTINGS["uniform"]
@@ -79,7 +80,7 @@ def _times(t: Time) -> Tensor:
         raise ValueError(f"t must be a time or one a sample, got {got}: are the arguments in another order?") from None
 
 
-def _table(schedule: Schedule, prediction: str, t: Tensor, x0: Tensor) -> tuple[Tensor, Tensor | None]:
+def _table(schedule: Schedule, prediction: Prediction, t: Tensor, x0: Tensor) -> tuple[Tensor, Tensor | None]:
     """(table, index) for the noising op: the schedule's own table, or one row a sample for continuous times."""
     need_tensor("x0", x0)
     if t.dim() > 1 or (t.dim() == 1 and t.shape[0] != x0.shape[0]):
@@ -98,7 +99,11 @@ def _rows(table: Tensor, weight: Tensor) -> Tensor:
 
 
 def _discrete_rows(
-    schedule: DiscreteSchedule, prediction: str, target: str | None, weighting: Weighting, device: torch.device
+    schedule: DiscreteSchedule,
+    prediction: Prediction,
+    target: Prediction | None,
+    weighting: Weighting,
+    device: torch.device,
 ) -> Tensor:
     """Loss rows of t = 0..T-1."""
     table = schedule.table(prediction, device)
@@ -113,8 +118,8 @@ _kept_rows = kept(64)(_discrete_rows)
 @kept(64)
 def _all_hold(
     schedule: DiscreteSchedule,
-    prediction: str,
-    target: str | None,
+    prediction: Prediction,
+    target: Prediction | None,
     weighting: Weighting,
     device: torch.device,
     dtype: torch.dtype,
@@ -125,8 +130,8 @@ def _all_hold(
 
 def _loss_table(
     schedule: Schedule,
-    prediction: str,
-    target: str | None,
+    prediction: Prediction,
+    target: Prediction | None,
     weight: Weight | None,
     t: Tensor,
     x0: Tensor,
@@ -134,6 +139,8 @@ def _loss_table(
 ) -> tuple[Tensor, Tensor | None]:
     """(table, index) for the loss op: a weighting, a table and the change of space all go into the row's weight."""
     table, index = _table(schedule, prediction, t, x0)
+    prediction = prediction_of(schedule, prediction)
+    target = None if target is None else prediction_of(schedule, target)
     weighting = UNIFORM if weight is None or isinstance(weight, Tensor) else get_weighting(weight)
     holds = False
     if isinstance(schedule, DiscreteSchedule):
@@ -155,7 +162,9 @@ def _loss_table(
     return rows, index
 
 
-def _check_rows(rows: Tensor, t: Tensor, what: str, schedule: Schedule, prediction: str, dtype: torch.dtype) -> None:
+def _check_rows(
+    rows: Tensor, t: Tensor, what: str, schedule: Schedule, prediction: Prediction, dtype: torch.dtype
+) -> None:
     """Raise ValueError for a target that the prediction's dtype does not hold, or a weight that is not finite."""
     limit = torch.full((3,), most_in(dtype), dtype=torch.float64, device="cpu")
     limit[2] = torch.finfo(torch.float64).max

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffkern.modes import readable
+from diffkern.names import Prediction
 from diffkern.schedules import predictions
 from diffkern.schedules.base import as_time
 
@@ -19,7 +20,12 @@ __all__ = ["log_joint", "marginal_prediction"]
 
 
 def marginal_prediction(
-    data: Tensor, x: Tensor, t: Tensor, schedule: Schedule, prediction: str = "velocity", weights: Tensor | None = None
+    data: Tensor,
+    x: Tensor,
+    t: Tensor,
+    schedule: Schedule,
+    prediction: Prediction = "velocity",
+    weights: Tensor | None = None,
 ) -> Tensor:
     """E[target given x_t = x] where the data are the N given points: the exact minimiser of the losses, for checks.
 

@@ -29,7 +29,7 @@ from diffkern.checks import unwrapped
 from diffkern.draws import draw_seeds, projections
 from diffkern.integers import integer
 from diffkern.modes import readable
-from diffkern.names import Projection, Reduction
+from diffkern.names import Projection, Reduction, TimesName
 from diffkern.objectives._time_sampler import TimeSampler
 from diffkern.objectives.losses import Weight, simple_loss
 from diffkern.objectives.time_sampling import get_time_sampler
@@ -59,7 +59,7 @@ def denoising_score_matching_loss(
     t: Tensor | None,
     schedule: Schedule,
     *,
-    times: str | TimeSampler = "uniform",
+    times: TimesName | TimeSampler = "uniform",
     weight: Weight = SIGMA_SQUARED,
     seeds: Seeds | None = None,
     noise: Tensor | None = None,
@@ -215,7 +215,7 @@ def _gradient(s: Tensor, x: Tensor, v: Tensor, keep: bool) -> Tensor:
     return gradient.flatten(1).to(s.dtype)
 
 
-def _reduce(values: Tensor, reduction: str) -> Tensor:
+def _reduce(values: Tensor, reduction: Reduction) -> Tensor:
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction must be one of none, mean, sum, got {reduction!r}")
     return values if reduction == "none" else values.mean() if reduction == "mean" else values.sum()

@@ -31,7 +31,7 @@ from torch import Tensor
 from diffkern import ops, streams
 from diffkern.checks import unwrapped
 from diffkern.modes import kept
-from diffkern.names import Prediction, Reduction
+from diffkern.names import LearnedVariance, Prediction, Reduction
 from diffkern.ops import HALF_BIN, VARIATIONAL_COLUMNS, Seeds
 from diffkern.progress import progress_bar
 from diffkern.schedules import predictions
@@ -50,7 +50,7 @@ __all__ = [
     "vlb_loss",
 ]
 
-Variance = str | float
+Variance = LearnedVariance | float
 Model = Callable[..., Tensor]
 
 

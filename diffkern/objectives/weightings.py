@@ -35,10 +35,11 @@ import torch
 from torch import Tensor
 
 from diffkern.checks import unknown
+from diffkern.names import Prediction, ReverseVariance
 from diffkern.objectives._weighting import Forms, WeightFunction, Weighting, check_positive, fold, scale
 from diffkern.schedules.base import Schedule, Time, as_float64, as_time, check_constants
 from diffkern.schedules.discrete import DiscreteSchedule
-from diffkern.schedules.predictions import check_prediction
+from diffkern.schedules.predictions import check_prediction, prediction_of
 
 __all__ = [
     "EDM",
@@ -71,12 +72,12 @@ class Uniform(Weighting):
         one = torch.ones_like(a)
         return Forms(one, one, one)
 
-    def __call__(self, log_snr: Time, prediction: str = "eps") -> Tensor:
+    def __call__(self, log_snr: Time, prediction: Prediction = "eps") -> Tensor:
         """1."""
         check_prediction(prediction)
         return torch.ones_like(as_float64(log_snr))
 
-    def at(self, schedule: Schedule, prediction: str, t: Time, target: str | None = None) -> Tensor:
+    def at(self, schedule: Schedule, prediction: Prediction, t: Time, target: Prediction | None = None) -> Tensor:
         """`fold` of the target."""
         return fold(schedule, prediction, target or prediction, t)
 
@@ -210,9 +211,10 @@ class Likelihood(Weighting):
         """1, a/b, a: time measured in log-SNR."""
         return Forms(torch.ones_like(a), a / b, a)
 
-    def at(self, schedule: Schedule, prediction: str, t: Time, target: str | None = None) -> Tensor:
+    def at(self, schedule: Schedule, prediction: Prediction, t: Time, target: Prediction | None = None) -> Tensor:
         """g^2 (det_score / det_prediction)^2."""
         del target
+        prediction = prediction_of(schedule, prediction)
         base, c = scale(schedule, prediction, t)
         alpha, sigma, g2 = schedule.alpha(t), schedule.sigma(t), schedule.diffusion_squared(t)
         if prediction == "score":
@@ -236,7 +238,7 @@ class VLB(Weighting):
     that is 0 as well). In continuous time it is half of `Likelihood` (Kingma et al. 2021, arXiv 2107.00630).
     """
 
-    variance: str = "beta_tilde"
+    variance: ReverseVariance = "beta_tilde"
     name = "vlb"
 
     def __post_init__(self) -> None:
@@ -247,7 +249,7 @@ class VLB(Weighting):
         """Half of `Likelihood`: time measured in log-SNR."""
         return Forms(*(0.5 * form for form in Likelihood().forms(a, b)))
 
-    def at(self, schedule: Schedule, prediction: str, t: Time, target: str | None = None) -> Tensor:
+    def at(self, schedule: Schedule, prediction: Prediction, t: Time, target: Prediction | None = None) -> Tensor:
         """coef_x0^2/(2 variance) for the x0 error, without the beta^2/beta of a step that adds no noise."""
         if not isinstance(schedule, DiscreteSchedule):
             return 0.5 * Likelihood().at(schedule, prediction, t)
@@ -271,12 +273,12 @@ class Custom(Weighting):
     def forms(self, a: Tensor, b: Tensor) -> Forms:
         """The function at ln(a/b)."""
         log_snr = a.log() - b.log()
-        return Forms(*(self(log_snr, prediction) for prediction in Forms._fields))
+        return Forms(self(log_snr, "eps"), self(log_snr, "x0"), self(log_snr, "v"))
 
-    def __call__(self, log_snr: Time, prediction: str = "eps") -> Tensor:
+    def __call__(self, log_snr: Time, prediction: Prediction = "eps") -> Tensor:
         """The function's value, checked for its shape."""
         value = as_float64(log_snr)
-        weight = as_float64(self.function(value, prediction))
+        weight = as_float64(self.function(value, check_prediction(prediction)))
         if weight.shape != value.shape:
             raise ValueError(
                 f"weight(log_snr, prediction) must return one weight a log_snr, shape {list(value.shape)}, "
@@ -284,7 +286,7 @@ class Custom(Weighting):
             )
         return weight
 
-    def at(self, schedule: Schedule, prediction: str, t: Time, target: str | None = None) -> Tensor:
+    def at(self, schedule: Schedule, prediction: Prediction, t: Time, target: Prediction | None = None) -> Tensor:
         """The function for the target, folded to the prediction."""
         space = target or prediction
         return self(schedule.log_snr(t), space) * fold(schedule, prediction, space, t)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffkern.checks import unknown
 from diffkern.integers import integer
+from diffkern.names import HeadOrder
 from diffkern.ops._common import (
     active,
     below_autograd,
@@ -57,7 +58,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | Tensor | None = No
 
 
 @explained("spatial_attention")
-def spatial_attention(qkv: Tensor, num_heads: int, order: str = "new", scale: float | Tensor | None = None) -> Tensor:
+def spatial_attention(
+    qkv: Tensor, num_heads: int, order: HeadOrder = "new", scale: float | Tensor | None = None
+) -> Tensor:
     """Self-attention over the positions of [B, 3 C, H, W], or [B, 3 C, N], or more dimensions: [B, C, H, W].
 
     `attention` on q, k and v as a 1 x 1 convolution wrote them, without moving them: contiguous or channels_last (the

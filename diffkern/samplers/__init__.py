@@ -32,9 +32,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from diffkern.checks import unknown
 from diffkern.plan import Plan
 from diffkern.samplers.ancestral import ddim, ddim_inversion, ddpm, euler_ancestral
+from diffkern.samplers.arguments import sampler_name
 from diffkern.samplers.dpm_2 import dpm_2, dpm_2_ancestral, dpmpp_2s_ancestral
 from diffkern.samplers.dpm_solver import (
     dpmpp_1s,
@@ -121,7 +121,8 @@ SAMPLERS: dict[str, Callable[..., Plan]] = {
 
 
 def get_sampler(name: str) -> Callable[..., Plan]:
-    """The sampler of that name; raises ValueError with the known names."""
-    if name not in SAMPLERS:
-        raise ValueError(unknown("sampler", name, SAMPLERS))
-    return SAMPLERS[name]
+    """The sampler of that name, in any case and with - or spaces for _ too ("DDIM", "DPM++ 2M", "Euler a").
+
+    Raises ValueError with the known names for any other.
+    """
+    return SAMPLERS[sampler_name(name, SAMPLERS)]

@@ -9,9 +9,10 @@ steps; k-diffusion's runs in sigma, or what its ``transform`` makes of it, betwe
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from diffkern import brownian
+from diffkern.names import NoisePath
 from diffkern.samplers.arguments import choice
 
 if TYPE_CHECKING:
@@ -21,9 +22,9 @@ Span = tuple[float, float] | None
 Clock = Callable[["Node", "Node", float], Span]
 
 
-def clock(noise_path: str) -> Clock:
+def clock(noise_path: NoisePath) -> Clock:
     """A function from the two levels that a row's noise spans, and its g, to the row's ``path``."""
-    if choice("noise_path", noise_path, ("independent", "brownian")) == "independent":
+    if choice("noise_path", noise_path, get_args(NoisePath)) == "independent":
         return lambda _node, _to, _g: None
     return _span
 

@@ -9,17 +9,17 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from diffkern.modes import neutrally
-from diffkern.names import Prediction, Spacing
+from diffkern.names import EpsFrom, LearnedVariance, NoisePath, Prediction, Spacing
 from diffkern.plan import Plan
 from diffkern.samplers._noise_path import clock
-from diffkern.samplers.arguments import need_schedule, not_negative
+from diffkern.samplers.arguments import choice, need_schedule, not_negative
 from diffkern.samplers.nodes import (
     Coordinates,
     GridOptions,
@@ -48,7 +48,7 @@ def ddpm(
     *,
     timesteps: Numbers | None = None,
     spacing: Spacing | None = None,
-    variance: str | float = "beta_tilde",
+    variance: LearnedVariance | float = "beta_tilde",
     prediction: Prediction | None = None,
     clip: float | None = None,
     sigmas: Numbers | None = None,
@@ -68,8 +68,7 @@ def ddpm(
     if steps is None and timesteps is None and sigmas is None and isinstance(schedule, DiscreteSchedule):
         steps = schedule.T
     run = _run("ddpm", schedule, steps, prediction, sigmas, timesteps, spacing, clip)
-    learned = variance == "learned"
-    if learned:
+    if variance == "learned":
         none = run.beta == 0.0
         high = torch.where(none, 1.0, run.beta)
         low = torch.where(run.beta_tilde > 0.0, run.beta_tilde, high)  # 0 in the last step, which does not draw
@@ -81,7 +80,7 @@ def ddpm(
         g = mixed_variance(run.beta, run.beta_tilde, variance).sqrt()
     g[-1] = 0.0
     plan = run.plan("ddpm", run.coef_xt, run.coef_x0, torch.zeros_like(g), g, r0, r1)
-    return replace(plan, learned_variance=True) if learned else plan
+    return replace(plan, learned_variance=True) if variance == "learned" else plan
 
 
 @names_the_nearest
@@ -95,7 +94,7 @@ def ddim(
     clip: float | None = None,
     timesteps: Numbers | None = None,
     spacing: Spacing | None = None,
-    eps_from: str | None = None,
+    eps_from: EpsFrom | None = None,
     sigmas: Numbers | None = None,
 ) -> Plan:
     """x_s = sqrt(abar_s) x0 + sqrt(1 - abar_s - sd^2) eps + sd z with sd = eta sqrt(beta_tilde).
@@ -117,8 +116,7 @@ def ddim(
     run = _run("ddim", schedule, steps, prediction, sigmas, timesteps, spacing, clip)
     if eps_from is None:
         eps_from = "model" if run.space.clip == math.inf else "x0"
-    if eps_from not in ("model", "x0"):
-        raise ValueError(f"eps_from must be 'model' or 'x0', got {eps_from!r}")
+    choice("eps_from", eps_from, get_args(EpsFrom))
     if not 0.0 <= eta < math.inf:
         raise ValueError(f"eta must be a finite number >= 0, got {eta}")
     g = eta * run.beta_tilde.sqrt()
@@ -212,7 +210,7 @@ def euler_ancestral(
     *,
     eta: float = 1.0,
     noise: float = 1.0,
-    noise_path: str = "independent",
+    noise_path: NoisePath = "independent",
     **options: Unpack[GridOptions],
 ) -> Plan:
     """Euler to a lower level and noise back up: x' = alpha' x0 + sigma_down eps + noise sigma_up z, order 1 as an SDE.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-from diffkern.checks import meant
+from diffkern.checks import SAMPLERS_ELSEWHERE, meant, unknown, word
 from diffkern.integers import integer
 from diffkern.schedules.base import need_schedule as need_schedule
 
@@ -33,6 +33,14 @@ def choice(argument: str, value: str, allowed: Sequence[str]) -> str:
         near = meant(value, allowed)
         raise ValueError(text if near is None else f"{text}: did you mean {near!r}?")
     return value
+
+
+def sampler_name(value: str, known: Collection[str]) -> str:
+    """The one of the ``known`` samplers that the value names (`names.word`); raises ValueError for any other."""
+    found = word(value, known, SAMPLERS_ELSEWHERE)
+    if found is None or found not in known:
+        raise ValueError(unknown("sampler", value, known))
+    return found
 
 
 def order_in(value: int, most: int) -> int:

@@ -15,11 +15,12 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 from typing_extensions import Unpack
 
 from diffkern.modes import neutrally
+from diffkern.names import MultistepSolver, NoisePath
 from diffkern.plan import Plan, Row
 from diffkern.samplers._jump import Jump
 from diffkern.samplers._noise_path import Clock, clock
@@ -40,6 +41,32 @@ from diffkern.schedules.base import Schedule
 from diffkern.signatures import shows_arguments_of
 
 
+class StochasticOptions(GridOptions, total=False):
+    """Arguments of `dpmpp_1s`, but for eta."""
+
+    noise: float
+    noise_path: NoisePath
+
+
+class SecondOrderOptions(StochasticOptions, total=False):
+    """Arguments of `dpmpp_2m`, but for eta."""
+
+    solver: MultistepSolver
+    lower_order_final: bool
+
+
+class ThirdOrderOptions(SecondOrderOptions, total=False):
+    """Arguments of `dpmpp_3m`, but for eta."""
+
+    compat: bool
+
+
+class MiddleOptions(StochasticOptions, total=False):
+    """Arguments of `dpmpp_2s`, but for eta."""
+
+    r: float
+
+
 @neutrally
 @shows_arguments_of(grid)
 def dpmpp_1s(
@@ -48,7 +75,7 @@ def dpmpp_1s(
     *,
     eta: float = 0.0,
     noise: float = 1.0,
-    noise_path: str = "independent",
+    noise_path: NoisePath = "independent",
     **options: Unpack[GridOptions],
 ) -> Plan:
     """DPM-Solver++ of first order: x' = (sigma'/sigma) e^(-eta h) x + alpha' (1 - e^(-(1 + eta) h)) x0 + noise.
@@ -69,8 +96,8 @@ def dpmpp_2m(
     *,
     eta: float = 0.0,
     noise: float = 1.0,
-    noise_path: str = "independent",
-    solver: str = "midpoint",
+    noise_path: NoisePath = "independent",
+    solver: MultistepSolver = "midpoint",
     lower_order_final: bool = False,
     **options: Unpack[GridOptions],
 ) -> Plan:
@@ -87,7 +114,9 @@ def dpmpp_2m(
 
 @neutrally
 @shows_arguments_of(dpmpp_2m)
-def dpmpp_2m_sde(schedule: Schedule, steps: int | None = None, *, eta: float = 1.0, **options: Any) -> Plan:
+def dpmpp_2m_sde(
+    schedule: Schedule, steps: int | None = None, *, eta: float = 1.0, **options: Unpack[SecondOrderOptions]
+) -> Plan:
     """`dpmpp_2m` with eta = 1: the reverse SDE, new noise each step; other arguments are `dpmpp_2m`'s."""
     return replace(dpmpp_2m(schedule, steps, eta=eta, **options), name="dpmpp_2m_sde")
 
@@ -100,8 +129,8 @@ def dpmpp_3m(
     *,
     eta: float = 0.0,
     noise: float = 1.0,
-    noise_path: str = "independent",
-    solver: str = "heun",
+    noise_path: NoisePath = "independent",
+    solver: MultistepSolver = "heun",
     lower_order_final: bool = False,
     compat: bool = False,
     **options: Unpack[GridOptions],
@@ -121,7 +150,9 @@ def dpmpp_3m(
 
 @neutrally
 @shows_arguments_of(dpmpp_3m)
-def dpmpp_3m_sde(schedule: Schedule, steps: int | None = None, *, eta: float = 1.0, **options: Any) -> Plan:
+def dpmpp_3m_sde(
+    schedule: Schedule, steps: int | None = None, *, eta: float = 1.0, **options: Unpack[ThirdOrderOptions]
+) -> Plan:
     """`dpmpp_3m` with eta = 1: the reverse SDE, new noise each step; other arguments are `dpmpp_3m`'s."""
     return replace(dpmpp_3m(schedule, steps, eta=eta, **options), name="dpmpp_3m_sde")
 
@@ -135,7 +166,7 @@ def dpmpp_2s(
     r: float = 0.5,
     eta: float = 0.0,
     noise: float = 1.0,
-    noise_path: str = "independent",
+    noise_path: NoisePath = "independent",
     **options: Unpack[GridOptions],
 ) -> Plan:
     """DPM-Solver++(2S): a first-order step to lambda + r h, then the whole one with the x0 extrapolated through both.
@@ -184,7 +215,9 @@ def _middles(space: Coordinates, steps: list[tuple[Node, Node, Jump]], r: float)
 
 @neutrally
 @shows_arguments_of(dpmpp_2s)
-def dpmpp_sde(schedule: Schedule, steps: int | None = None, *, eta: float = 1.0, **options: Any) -> Plan:
+def dpmpp_sde(
+    schedule: Schedule, steps: int | None = None, *, eta: float = 1.0, **options: Unpack[MiddleOptions]
+) -> Plan:
     """`dpmpp_2s` with eta = 1: the reverse SDE, two model calls a step; other arguments are `dpmpp_2s`'s."""
     return replace(dpmpp_2s(schedule, steps, eta=eta, **options), name="dpmpp_sde")
 
@@ -211,14 +244,14 @@ def _multistep(
     points: list[Node],
     eta: float,
     noise: float,
-    noise_path: str,
-    solver: str,
+    noise_path: NoisePath,
+    solver: MultistepSolver,
     lower_order_final: bool,
     compat: bool,
 ) -> Plan:
     """The j-th step of some length saves its x0 in slot j mod (order - 1) and reads those of the ones before."""
     _check(eta, noise)
-    choice("solver", solver, ("midpoint", "heun"))
+    choice("solver", solver, get_args(MultistepSolver))
     path = clock(noise_path)
     jumps = [Jump(node, to, eta) for node, to in itertools.pairwise(points)]
     count = sum(not jump.still for jump in jumps)
@@ -248,7 +281,7 @@ def _multistep(
     return chain(name, space, rows, points[:-1], native_scale(space, points[0]))
 
 
-def _weights(jump: Jump, lengths: list[float], solver: str, compat: bool) -> list[float]:
+def _weights(jump: Jump, lengths: list[float], solver: MultistepSolver, compat: bool) -> list[float]:
     """Weights of x0 and the one or two estimates before it, ``lengths`` ago in lambda, the latest first."""
     first = jump.weight(0)
     r0, slope = lengths[0] / jump.h, jump.weight(1)

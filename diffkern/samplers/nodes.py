@@ -11,12 +11,12 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict, cast
 
 import torch
 
 from diffkern import streams
-from diffkern.names import Prediction, Spacing
+from diffkern.names import LevelSpacing, Prediction, Spacing, TableSpacing
 from diffkern.plan import Plan, Row
 from diffkern.samplers.arguments import bound, need_schedule
 from diffkern.samplers.points import filled, in_sigma, in_time, times_of, undetermined
@@ -66,7 +66,7 @@ class Coordinates:
     """What turns a value of v into a `Node`."""
 
     schedule: Schedule
-    prediction: str
+    prediction: Prediction
     clip: float
     in_time: bool
 
@@ -141,10 +141,10 @@ def _table_alphas(sigmas: Sequence[float]) -> list[float]:
     return [1.0 / math.sqrt(1.0 + sigma * sigma) for sigma in sigmas]
 
 
-def coordinates(schedule: Schedule, prediction: str | None, clip: float | None) -> Coordinates:
+def coordinates(schedule: Schedule, prediction: Prediction | None, clip: float | None) -> Coordinates:
     """The coordinates that a schedule is integrated in."""
     need_schedule(schedule)
-    chosen = predictions.check_prediction(schedule.default_prediction if prediction is None else prediction)
+    chosen = predictions.prediction_of(schedule, prediction)
     return Coordinates(schedule, chosen, bound(clip), isinstance(schedule, FlowSchedule | PathSchedule))
 
 
@@ -219,7 +219,7 @@ def _placed(
     if steps is not None:
         check_spacing(spacing)
         if spacing in LEVELS:
-            sigmas = levels(schedule, steps, spacing)
+            sigmas = levels(schedule, steps, cast(LevelSpacing, spacing))
         elif isinstance(schedule, EDMSchedule):
             sigmas = schedule.sigmas(steps)
     if isinstance(schedule, EDMSchedule) and timesteps is not None:
@@ -243,7 +243,7 @@ def _given_times(schedule: Schedule, timesteps: Numbers, least: int) -> list[flo
     return monotone("timesteps", timesteps, rising=schedule.direction < 0, least=least)
 
 
-def call_times(schedule: Schedule, steps: int | None, timesteps: Numbers | None, spacing: str) -> list[float]:
+def call_times(schedule: Schedule, steps: int | None, timesteps: Numbers | None, spacing: Spacing) -> list[float]:
     """The times of the model calls, from noise to data, for a sampler that ends on clean data after the last."""
     if not isinstance(schedule, DiscreteSchedule):
         if timesteps is not None:
@@ -263,7 +263,7 @@ def call_times(schedule: Schedule, steps: int | None, timesteps: Numbers | None,
         times = linspace(schedule.T, steps)
     else:
         assert steps is not None
-        times = [float(t) for t in spaced_timesteps(schedule.T, steps, spacing)]
+        times = [float(t) for t in spaced_timesteps(schedule.T, steps, cast(TableSpacing, spacing))]
     for t in times:
         if not 0 <= t <= schedule.T - 1:
             raise ValueError(f"timesteps must lie in 0..{schedule.T - 1} (T = {schedule.T}), got {t}")

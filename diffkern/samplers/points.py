@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from diffkern.names import Prediction
 from diffkern.schedules import predictions
 from diffkern.schedules.discrete import DiscreteSchedule
 from diffkern.schedules.exploding import EDMSchedule
@@ -84,7 +85,7 @@ def points(space: Coordinates, u: Tensor) -> Points:
     return Points(*(column[:count] for column in (said.time, said.k, p, q, sx, s0, sm)))
 
 
-def undetermined(schedule: Schedule, prediction: str, time: float) -> str:
+def undetermined(schedule: Schedule, prediction: Prediction, time: float) -> str:
     """What a prediction lacks at a time, as a sentence."""
     return (
         f"prediction {prediction!r} does not determine x0 and eps where alpha v - sigma u is 0: {schedule.name}, "
@@ -134,7 +135,7 @@ def in_sigma(
 
 
 def _target_at_level(
-    schedule: DiscreteSchedule, prediction: str, t: Tensor, alpha: Tensor, sigma: Tensor
+    schedule: DiscreteSchedule, prediction: Prediction, t: Tensor, alpha: Tensor, sigma: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(u, v) at the level sigma: noise levels need not be those of the table, times then only label them."""
     one, zero = torch.ones_like(sigma), torch.zeros_like(sigma)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffkern.integers import check_rows
 from diffkern.modes import neutrally
+from diffkern.names import NoisePath, Prediction
 from diffkern.plan import Plan, Row
 from diffkern.samplers._noise_path import Span, clock
 from diffkern.samplers.arguments import bound, need_schedule, not_negative
@@ -30,8 +31,8 @@ def euler_maruyama(
     steps: int | None = None,
     *,
     eta: float = 1.0,
-    noise_path: str = "independent",
-    prediction: str | None = None,
+    noise_path: NoisePath = "independent",
+    prediction: Prediction | None = None,
     timesteps: Numbers | None = None,
     clip: float | None = None,
 ) -> Plan:
@@ -75,7 +76,7 @@ def flow_sde(
     steps: int | None = None,
     *,
     sigma_t: float | Callable[[float], float] = 1.0,
-    prediction: str | None = None,
+    prediction: Prediction | None = None,
     timesteps: Numbers | None = None,
     clip: float | None = None,
 ) -> Plan:
@@ -113,7 +114,7 @@ def langevin(
     *,
     t: float,
     step_size: float,
-    prediction: str | None = None,
+    prediction: Prediction | None = None,
 ) -> Plan:
     """Langevin dynamics at one level t of noise: x' = x + step_size score + sqrt(2 step_size) z.
 
@@ -134,7 +135,7 @@ def annealed_langevin(
     each: int = 100,
     step_size: float = 1e-5,
     timesteps: Numbers | None = None,
-    prediction: str | None = None,
+    prediction: Prediction | None = None,
     denoise: bool = False,
 ) -> Plan:
     """NCSN's sampler: ``each`` Langevin steps at each of falling noise levels.
@@ -164,7 +165,13 @@ def annealed_langevin(
 
 
 def _langevin(
-    name: str, schedule: Schedule, times: list[float], each: int, size: float, prediction: str | None, denoise: bool
+    name: str,
+    schedule: Schedule,
+    times: list[float],
+    each: int,
+    size: float,
+    prediction: Prediction | None,
+    denoise: bool,
 ) -> Plan:
     if not 0.0 < size < math.inf:
         raise ValueError(f"step_size must be positive, got {size}")
@@ -187,9 +194,9 @@ def _langevin(
 class Walk:
     """Rows of a schedule's own state in its own time."""
 
-    def __init__(self, name: str, schedule: Schedule, prediction: str | None, clip: float | None) -> None:
+    def __init__(self, name: str, schedule: Schedule, prediction: Prediction | None, clip: float | None) -> None:
         need_schedule(schedule)
-        chosen = predictions.check_prediction(schedule.default_prediction if prediction is None else prediction)
+        chosen = predictions.prediction_of(schedule, prediction)
         self.name, self.schedule, self.prediction, self.clip = name, schedule, chosen, bound(clip)
 
     def nodes(self, times: list[float]) -> list[Node]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import get_args
 
 import numpy as np
 from typing_extensions import Unpack
 
 from diffkern.modes import neutrally
+from diffkern.names import UniPCVariant
 from diffkern.plan import Plan, Row
 from diffkern.samplers._jump import Jump
 from diffkern.samplers._phi import phi
@@ -25,7 +27,7 @@ def unipc(
     steps: int | None = None,
     *,
     order: int = 2,
-    variant: str = "bh2",
+    variant: UniPCVariant = "bh2",
     corrector: bool = True,
     lower_order_final: bool = True,
     **options: Unpack[GridOptions],
@@ -45,7 +47,7 @@ def unipc(
     last steps hold it back. State, grid and arguments as for `dpmpp_2m`.
     """
     order = order_in(order, 3)
-    choice("variant", variant, ("bh1", "bh2"))
+    choice("variant", variant, get_args(UniPCVariant))
     space, points = own_grid("unipc", schedule, steps, **options)
     jumps = [Jump(node, to) for node, to in itertools.pairwise(points)]
     count = sum(not jump.still for jump in jumps)
@@ -96,7 +98,7 @@ def unipc(
 class _Step:
     """One step of UniP and the UniC that corrects its end; estimates are weighted, the latest first."""
 
-    def __init__(self, jump: Jump, past: list[Node], variant: str) -> None:
+    def __init__(self, jump: Jump, past: list[Node], variant: UniPCVariant) -> None:
         self.jump, self.alpha, order = jump, jump.alpha, len(past)
         if jump.sharp:
             return

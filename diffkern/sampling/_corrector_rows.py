@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from diffkern.integers import check_rows, integer
 from diffkern.modes import neutrally
-from diffkern.names import Prediction, Predictor, Spacing
+from diffkern.names import Corrector, Prediction, Predictor, ReverseVariance, Spacing
 from diffkern.plan import Plan, Row
 from diffkern.samplers.arguments import choice, need_schedule
 from diffkern.samplers.nodes import Node, call_times, time_grid
@@ -18,8 +18,8 @@ from diffkern.schedules.exploding import EDMSchedule
 from diffkern.schedules.paths import FlowSchedule, PathSchedule
 from diffkern.schedules.timesteps import Numbers, check_steps
 
-PREDICTORS = ("reverse_diffusion", "ancestral", "euler_maruyama", "none")
-CORRECTORS = ("langevin", "ald", "none")
+PREDICTORS = get_args(Predictor)
+CORRECTORS = get_args(Corrector)
 
 
 class Score(NamedTuple):
@@ -41,11 +41,11 @@ def rows_of(
     schedule: Schedule,
     steps: int | None,
     *,
-    corrector: str,
+    corrector: Corrector,
     predictor: Predictor = "reverse_diffusion",
     corrector_steps: int = 1,
     snr: float = 0.16,
-    variance: str | None = None,
+    variance: ReverseVariance | None = None,
     dt: float | None = None,
     denoise: bool = True,
     prediction: Prediction | None = None,
@@ -62,7 +62,7 @@ def rows_of(
     if not 0.0 < snr < math.inf:
         raise ValueError(f"snr must be positive, got {snr}")
     if variance is not None:
-        choice("variance", variance, ("beta", "beta_tilde"))
+        choice("variance", variance, get_args(ReverseVariance))
         if predictor != "ancestral":
             raise ValueError(f"variance belongs to the ancestral predictor, got it for {predictor!r}")
     if dt is not None:
@@ -116,7 +116,7 @@ def rows_of(
     return walk.plan(rows, at), scores
 
 
-def _times(schedule: Schedule, steps: int | None, timesteps: Numbers | None, spacing: str) -> list[float]:
+def _times(schedule: Schedule, steps: int | None, timesteps: Numbers | None, spacing: Spacing) -> list[float]:
     """The times of the model calls, from noise to data; after the last one comes clean data."""
     if (steps is None) == (timesteps is None):
         raise ValueError("predictor_corrector needs exactly one of steps and timesteps, got none or both")

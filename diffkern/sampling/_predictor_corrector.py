@@ -171,7 +171,7 @@ class _Run:
         cond: Any,
         mask: Tensor | None,
         known: Tensor | None,
-        norm: str,
+        norm: Norm,
         seeds: Tensor | None,
     ) -> None:
         self.dtype = x.dtype

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from diffkern.names import Corrector, Norm, Prediction, Predictor, Spacing
+from diffkern.names import Corrector, Norm, Prediction, Predictor, ReverseVariance, Spacing
 from diffkern.ops import Seeds
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class RowOptions(TypedDict, total=False):
     predictor: Predictor
     corrector_steps: int
     snr: float
-    variance: str | None
+    variance: ReverseVariance | None
     dt: float | None
     denoise: bool
     prediction: Prediction | None

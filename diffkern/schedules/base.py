@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from diffkern.modes import readable
+from diffkern.names import Prediction
 from diffkern.records import parse, shown
 
 Time = int | float | Tensor
@@ -128,7 +129,7 @@ class Schedule(ABC):
         return super().__new__(cls)
 
     name: str
-    default_prediction: str = "eps"
+    default_prediction: Prediction = "eps"
     noise_end: float
     """The time at which a sampler starts."""
     data_end: float
@@ -277,19 +278,19 @@ class Schedule(ABC):
         z = x.reshape(x.shape[0], -1).to(torch.float64) / self.prior_std
         return -0.5 * (z * z).sum(1) - z.shape[1] * (0.5 * math.log(2.0 * math.pi) + math.log(self.prior_std))
 
-    def coefficients(self, prediction: str, t: Time) -> Tensor:
+    def coefficients(self, prediction: Prediction, t: Time) -> Tensor:
         """Rows for the noising op, [..., 4] float64: (s, n, u, v) with x_t = s x0 + n eps and target = u x0 + v eps."""
         from diffkern.schedules import predictions  # which imports of schedules as arguments
 
         u, v = predictions.target_coefficients(self, prediction, t)
         return torch.stack([self.alpha(t), self.sigma(t), u, v], dim=-1)
 
-    def model_time(self, prediction: str, t: Time) -> Tensor:
+    def model_time(self, prediction: Prediction, t: Time) -> Tensor:
         """The time a network for this prediction is given: ``t`` itself, c_noise for ``edm``."""
         del prediction
         return as_time(t)
 
-    def input_scale(self, prediction: str, t: Time) -> Tensor:
+    def input_scale(self, prediction: Prediction, t: Time) -> Tensor:
         """What x_t is multiplied by before the network sees it: 1, or c_in for ``edm``."""
         del prediction
         return torch.ones_like(as_time(t), dtype=torch.float64)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from diffkern.modes import fakes, neutral, neutrally, readable, untraced
+from diffkern.names import Prediction, ReverseVariance
 from diffkern.schedules.base import (
     Schedule,
     Time,
@@ -19,6 +21,7 @@ from diffkern.schedules.base import (
     check_log_snrs,
     check_times,
 )
+from diffkern.schedules.predictions import prediction_of
 
 __all__ = ["DiscreteSchedule"]
 
@@ -116,7 +119,7 @@ class DiscreteSchedule(Schedule):
         same._kept = torch.tensor(listed, dtype=torch.int64)
         return same
 
-    def model_time(self, prediction: str, t: Time) -> Tensor:
+    def model_time(self, prediction: Prediction, t: Time) -> Tensor:
         """``t`` itself; of a `subsequence`, the kept time, linear between whole t."""
         del prediction
         t = as_time(t)
@@ -251,7 +254,7 @@ class DiscreteSchedule(Schedule):
         """(coef_x0, coef_xt) of the single step t -> t-1."""
         return self.posterior(t)[:2]
 
-    def variance(self, t: Time, s: Time | None = None, kind: str | float = "beta_tilde") -> Tensor:
+    def variance(self, t: Time, s: Time | None = None, kind: ReverseVariance | float = "beta_tilde") -> Tensor:
         """Variance of the reverse step t -> s: ``"beta"``, ``"beta_tilde"``, or a number v in [0, 1] between them.
 
         A number mixes the logarithms, exp(v ln beta + (1-v) ln beta_tilde): arXiv 2102.09672, eq. 15; lecture
@@ -259,9 +262,9 @@ class DiscreteSchedule(Schedule):
         """
         return mixed_variance(self.beta(t, s), self.posterior(t, s)[2], kind)
 
-    def table(self, prediction: str, device: torch.device | str = "cpu") -> Tensor:
+    def table(self, prediction: Prediction, device: torch.device | str = "cpu") -> Tensor:
         """`coefficients` of t = 0..T-1, [T, 4] float64, made once a prediction and device; do not write into it."""
-        return _kept_on(self, "table:" + prediction, str(device))
+        return _kept_on(self, "table:" + prediction_of(self, prediction), str(device))
 
     def step_table(self) -> Tensor:
         """Rows (s, n, 0, 1), [T, 4], of the single step q(x_t given x_{t-1}) = N(sqrt(1-beta_t) x_{t-1}, beta_t I)."""
@@ -322,7 +325,7 @@ class DiscreteSchedule(Schedule):
         return (index - 1) + torch.where(torch.isinf(above), 0.0, part)
 
 
-def mixed_variance(beta: Tensor, beta_tilde: Tensor, kind: str | float) -> Tensor:
+def mixed_variance(beta: Tensor, beta_tilde: Tensor, kind: ReverseVariance | float) -> Tensor:
     """`DiscreteSchedule.variance` of a reverse step from its two bounds."""
     if isinstance(kind, str) and kind in ("beta", "beta_tilde"):
         return beta if kind == "beta" else beta_tilde
@@ -341,7 +344,11 @@ def _kept_on(schedule: DiscreteSchedule, key: str, device: str) -> Tensor:
         kind, _, prediction = key.partition(":")
         with neutral():
             levels = torch.arange(schedule.T)
-            values = schedule.coefficients(prediction, levels) if kind == "table" else getattr(schedule, f"_{kind}")
+            values = (
+                schedule.coefficients(cast(Prediction, prediction), levels)
+                if kind == "table"
+                else getattr(schedule, f"_{kind}")
+            )
             found = values.to(device) if mode is None else values
         if mode is not None:
             found = values.to(device)

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffkern.names import Prediction
 from diffkern.schedules.base import Schedule, Time, UnitTime, as_log_snr, as_time, check_log_snrs, check_times
+from diffkern.schedules.predictions import prediction_of
 from diffkern.schedules.spacings import karras_sigmas
 
 __all__ = ["EDMSchedule", "ExponentialVESchedule", "VESchedule"]
@@ -151,7 +153,7 @@ class EDMSchedule(Schedule):
                 raise ValueError(f"{argument} must be positive, got {value}")
 
     name = "edm"
-    default_prediction = "edm"
+    default_prediction: Prediction = "edm"
     data_end = 0.0
 
     @property
@@ -208,10 +210,12 @@ class EDMSchedule(Schedule):
         total = sigma**2 + self.sigma_data**2
         return self.sigma_data**2 / total, sigma * self.sigma_data / total.sqrt(), total.rsqrt(), 0.25 * sigma.log()
 
-    def model_time(self, prediction: str, t: Time) -> Tensor:
+    def model_time(self, prediction: Prediction, t: Time) -> Tensor:
         """c_noise for ``edm``, else sigma."""
-        return self.preconditioning(t)[3] if prediction == "edm" else self._times(t)
+        return self.preconditioning(t)[3] if prediction_of(self, prediction) == "edm" else self._times(t)
 
-    def input_scale(self, prediction: str, t: Time) -> Tensor:
+    def input_scale(self, prediction: Prediction, t: Time) -> Tensor:
         """c_in for ``edm``, else 1."""
-        return self.preconditioning(t)[2] if prediction == "edm" else torch.ones_like(self._times(t))
+        return (
+            self.preconditioning(t)[2] if prediction_of(self, prediction) == "edm" else torch.ones_like(self._times(t))
+        )

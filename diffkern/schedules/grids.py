@@ -23,12 +23,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from diffkern.checks import unknown
+from diffkern.names import LevelSpacing, Spacing, TableSpacing
 from diffkern.schedules.base import Schedule
 from diffkern.schedules.discrete import DiscreteSchedule
 from diffkern.schedules.exploding import EDMSchedule
@@ -83,17 +84,17 @@ LEVELS: dict[str, Callable[..., Tensor]] = {
 """Spacings of noise levels by name: function(n, sigma_min, sigma_max, **options) gives n levels and a final 0."""
 
 
-def check_spacing(spacing: str) -> str:
+def check_spacing(spacing: str) -> Spacing:
     """``spacing`` if it is known; raises ValueError with the known ones."""
     if spacing not in SPACINGS and spacing not in LEVELS:
         raise ValueError(unknown("spacing", spacing, [*SPACINGS, *LEVELS]))
-    return spacing
+    return cast(Spacing, spacing)
 
 
 def levels(
     schedule: Schedule,
     n: int,
-    spacing: str = "log_snr",
+    spacing: LevelSpacing = "log_snr",
     *,
     sigma_min: float | None = None,
     sigma_max: float | None = None,
@@ -120,7 +121,7 @@ def levels(
     return LEVELS[spacing](n, **ends, **options)
 
 
-def times(schedule: Schedule, n: int, spacing: str = "log_snr", **options: Any) -> Tensor:
+def times(schedule: Schedule, n: int, spacing: LevelSpacing = "log_snr", **options: Any) -> Tensor:
     """The n times of a schedule that have the noise levels of `levels`, [n], from noise to data, the final 0 left out.
 
     Fractional for a table (by `DiscreteSchedule.time_of_sigma`). A sampler on a flow also takes the end, which to add.
@@ -129,7 +130,7 @@ def times(schedule: Schedule, n: int, spacing: str = "log_snr", **options: Any) 
 
 
 def table_times(
-    schedule: DiscreteSchedule, steps: int | None, timesteps: Iterable[float] | None, spacing: str = "leading"
+    schedule: DiscreteSchedule, steps: int | None, timesteps: Iterable[float] | None, spacing: Spacing = "leading"
 ) -> list[int]:
     """The table entries a discrete sampler visits: ``steps`` of them by `whole_times`, or the ``timesteps`` given."""
     if timesteps is not None:
@@ -140,7 +141,7 @@ def table_times(
     return whole_times(schedule, steps, spacing)
 
 
-def whole_times(schedule: DiscreteSchedule, n: int, spacing: str = "log_snr", **options: Any) -> list[int]:
+def whole_times(schedule: DiscreteSchedule, n: int, spacing: Spacing = "log_snr", **options: Any) -> list[int]:
     """n different entries of a table, from noise to data: by `spaced_timesteps`, or the ones nearest to `levels`.
 
     Levels that are closer than the table is fine share a nearest entry; all but the last such then move on to the next
@@ -148,8 +149,8 @@ def whole_times(schedule: DiscreteSchedule, n: int, spacing: str = "log_snr", **
     """
     n = check_steps(n, schedule.T)
     if check_spacing(spacing) in SPACINGS:
-        return spaced_timesteps(schedule.T, n, spacing, **options)
-    rounded = torch.round(times(schedule, n, spacing, **options)).to(torch.int64).tolist()
+        return spaced_timesteps(schedule.T, n, cast(TableSpacing, spacing), **options)
+    rounded = torch.round(times(schedule, n, cast(LevelSpacing, spacing), **options)).to(torch.int64).tolist()
     chosen: list[int] = []
     for i, t in enumerate(reversed(rounded)):
         lowest = chosen[-1] + 1 if chosen else 0

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffkern.integers import integer
 from diffkern.modes import neutrally
+from diffkern.names import Prediction
 from diffkern.schedules.base import Schedule, UnitTime, check_constants, number
 from diffkern.schedules.continuous import (
     CosineSchedule,
@@ -256,7 +257,7 @@ def path(
     alpha_slope: Function | None = None,
     beta_slope: Function | None = None,
     name: str = "path",
-    prediction: str = "velocity",
+    prediction: Prediction = "velocity",
     time_eps: float = 0.0,
 ) -> PathSchedule:
     """See `PathSchedule`: any path from alpha(t) and beta(t), ``path(lambda t: t, lambda t: 1 - t)`` for one."""

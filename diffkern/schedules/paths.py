@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from diffkern.modes import neutral, readable
+from diffkern.names import Prediction
 from diffkern.schedules.base import LogSNRDefined, Schedule, Time, UnitTime
+from diffkern.schedules.predictions import check_prediction
 
 __all__ = ["FlowSchedule", "LogSNRSchedule", "PathSchedule"]
 
@@ -34,7 +36,7 @@ class FlowSchedule(UnitTime):
             raise ValueError(f"sigma_min must lie in [0, 1), got {self.sigma_min}")
 
     name = "flow"
-    default_prediction = "velocity"
+    default_prediction: Prediction = "velocity"
     noise_end = 0.0
     data_end = 1.0
 
@@ -141,7 +143,7 @@ class PathSchedule(UnitTime):
     alpha_slope: Function | None = None
     beta_slope: Function | None = None
     name: str = "path"
-    default_prediction: str = "velocity"
+    default_prediction: Prediction = "velocity"
     time_eps: float = 0.0
     noise_end: float = field(init=False, default=0.0)
     data_end: float = field(init=False, default=1.0)
@@ -153,6 +155,7 @@ class PathSchedule(UnitTime):
                 raise ValueError(f"{argument} must be a function of t, got {value!r}")
         if not 0.0 <= self.time_eps < 1.0:
             raise ValueError(f"time_eps must lie in [0, 1), got {self.time_eps}")
+        object.__setattr__(self, "default_prediction", check_prediction(self.default_prediction))
         with neutral():
             self._look()
 

@@ -15,16 +15,22 @@ so one 2x2 system, with determinant alpha v - sigma u, turns any prediction into
 | ``velocity`` | d alpha/dt | d sigma/dt | all | arXiv 2210.02747; lectures 000, 003 |
 | ``mu`` | c0 + ct alpha | ct sigma | discrete | lectures 000, 001, 002: posterior mean c0 x0 + ct x_t, t -> t-1 |
 | ``edm`` | (1 - c_skip)/c_out | -c_skip sigma/c_out | EDM | arXiv 2206.00364: the preconditioned network's F |
+
+Another library's name is taken too where it means one thing (`checks.PREDICTIONS_ELSEWHERE`: "epsilon", "v_prediction"
+...), in any case and with - or a space for _; kept and printed is the one above. On an EDM schedule "epsilon" and
+"v_prediction" are refused, as diffusers' EDM schedulers mean F and -F by them, and everywhere "flow_prediction", which
+is eps - x0, the opposite of ``velocity`` on `flow`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar, cast, get_args
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
 
-from diffkern.checks import unknown
+from diffkern.checks import EDM_ELSEWHERE, PREDICTIONS_ELSEWHERE, PREDICTIONS_OF_TWO_MEANINGS, unknown, word
 from diffkern.modes import readable
 from diffkern.names import Prediction
 
@@ -38,19 +44,55 @@ PREDICTIONS = get_args(Prediction)
 
 
 def check_prediction(prediction: str) -> Prediction:
-    """Return ``prediction`` if it is known, else raise ValueError with the known ones."""
-    if prediction not in PREDICTIONS:
+    """The prediction of that name, ours or another library's (see the module's docstring).
+
+    Raises ValueError with the known names for any other, and with the reason for one of two meanings.
+    """
+    if prediction in PREDICTIONS:
+        return cast(Prediction, prediction)
+    found = word(prediction, PREDICTIONS, PREDICTIONS_ELSEWHERE)
+    if found is None:
+        why = PREDICTIONS_OF_TWO_MEANINGS.get(word(prediction, PREDICTIONS_OF_TWO_MEANINGS) or "")
+        if why is not None:
+            raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}, {why}")
         raise ValueError(unknown("prediction", prediction, PREDICTIONS))
-    return cast(Prediction, prediction)
+    return cast(Prediction, found)
 
 
-def target_coefficients(schedule: Schedule, prediction: str, t: Time) -> tuple[Tensor, Tensor]:
+def prediction_of(schedule: Schedule, prediction: str | None) -> Prediction:
+    """`check_prediction` on a schedule, whose default None is.
+
+    Raises ValueError also for names that mean something else on an EDM schedule in the library that they are from.
+    """
+    if prediction is None:
+        return check_prediction(schedule.default_prediction)
+    if prediction in PREDICTIONS:
+        return cast(Prediction, prediction)
+    elsewhere = word(prediction, EDM_ELSEWHERE) if schedule.default_prediction == "edm" else None
+    if elsewhere is not None:
+        ours = check_prediction(prediction)
+        raise ValueError(
+            f"prediction must be {ours!r} or 'edm' on an EDM schedule, got {prediction!r}: {ours!r} is that of x0 "
+            f"+ sigma eps, 'edm' the preconditioned network of arXiv 2206.00364, {EDM_ELSEWHERE[elsewhere]}"
+        )
+    return check_prediction(prediction)
+
+
+def with_predictions(data: Any, *fields: str) -> Any:
+    """An object of JSON with the predictions in these ``fields`` by their names here; anything else as it is."""
+    if not isinstance(data, Mapping):
+        return data
+    found = {name: word(data.get(name), PREDICTIONS, PREDICTIONS_ELSEWHERE) for name in fields}
+    return {**data, **{name: value for name, value in found.items() if value is not None}}
+
+
+def target_coefficients(schedule: Schedule, prediction: Prediction, t: Time) -> tuple[Tensor, Tensor]:
     """(u, v), float64 in the shape of ``t``: the prediction's target is u x0 + v eps (table in the module's docstring).
 
     Raises ValueError for an unknown prediction, a prediction that the schedule does not have, a time outside the
     schedule, and ``score`` where sigma is 0.
     """
-    check_prediction(prediction)
+    prediction = prediction_of(schedule, prediction)
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
     if prediction == "eps":
@@ -75,7 +117,7 @@ def target_coefficients(schedule: Schedule, prediction: str, t: Time) -> tuple[T
     return (1.0 - c_skip) / c_out, -c_skip * sigma / c_out
 
 
-def to_x0_eps(schedule: Schedule, prediction: str, t: Time) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def to_x0_eps(schedule: Schedule, prediction: Prediction, t: Time) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(p, q, P, Q), float64 in the shape of ``t``: x0 = p x + q m and eps = P x + Q m for the model output m at x.
 
     With det = alpha v - sigma u: p = v/det, q = -sigma/det, P = -u/det, Q = alpha/det.
@@ -112,11 +154,12 @@ def estimates(alpha: Tensor, sigma: Tensor, u: Tensor, v: Tensor) -> tuple[Tenso
     return p, q, P, Q
 
 
-def between(schedule: Schedule, source: str, target: str, t: Time) -> tuple[Tensor, Tensor]:
+def between(schedule: Schedule, source: Prediction, target: Prediction, t: Time) -> tuple[Tensor, Tensor]:
     """(cx, cm), float64 in the shape of ``t``: the ``target`` prediction is cx x + cm m for a ``source`` output m.
 
     Proportional predictions (``eps`` and ``score``) convert at every time; all others need det != 0, see `to_x0_eps`.
     """
+    source, target = prediction_of(schedule, source), prediction_of(schedule, target)
     u, v = target_coefficients(schedule, source, t)
     u2, v2 = target_coefficients(schedule, target, t)
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
@@ -134,8 +177,7 @@ def convert(m: Tensor, x: Tensor, t: Time, schedule: Schedule, source: Predictio
     dtype of ``m``; arithmetic is float32 for 16-bit tensors, otherwise in their own dtype. ``source == target`` returns
     ``m`` itself. Raises ValueError for unequal shapes, a ``t`` of wrong length, and what `between` refuses.
     """
-    check_prediction(source)
-    check_prediction(target)
+    source, target = prediction_of(schedule, source), prediction_of(schedule, target)
     if m.shape != x.shape:
         raise ValueError(f"m and x must have one shape, got {tuple(m.shape)} and {tuple(x.shape)}")
     if source == target:

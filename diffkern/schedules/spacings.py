@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from diffkern.checks import unknown
 from diffkern.integers import check_rows, integer
+from diffkern.names import ShiftKind
 
-SHIFTS = ("exponential", "linear")
+SHIFTS = get_args(ShiftKind)
 
 
 def karras_sigmas(n: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
@@ -83,7 +85,7 @@ def flow_sigmas(
     sigma_min: float | None = None,
     shift: float = 1.0,
     mu: float | None = None,
-    kind: str = "exponential",
+    kind: ShiftKind = "exponential",
     terminal: float | None = None,
 ) -> Tensor:
     """n levels of a flow, sigma = 1 - t, evenly from sigma_max to sigma_min, shifted once, and a final 0, [n + 1].
@@ -116,7 +118,7 @@ def shifted(sigmas: Tensor, shift: float) -> Tensor:
     return shift * sigmas / (1.0 + (shift - 1.0) * sigmas)
 
 
-def dynamically_shifted(sigmas: Tensor, mu: float, kind: str = "exponential") -> Tensor:
+def dynamically_shifted(sigmas: Tensor, mu: float, kind: ShiftKind = "exponential") -> Tensor:
     """`shifted` by s = e^mu ("exponential") or s = mu ("linear"): s/(s + 1/sigma - 1); see `resolution_mu`."""
     if kind not in SHIFTS:
         raise ValueError(unknown("kind", kind, SHIFTS))

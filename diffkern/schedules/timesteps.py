@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import get_args
 
 from torch import Tensor
 
 from diffkern.checks import unknown
 from diffkern.integers import check_rows, integer
+from diffkern.names import TableSpacing
 
-SPACINGS = ("leading", "trailing", "linspace")
+SPACINGS = get_args(TableSpacing)
 Numbers = Sequence[float] | Tensor
 """Times or noise levels as a caller may give them."""
 
 
-def spaced_timesteps(T: int, steps: int, spacing: str = "leading", offset: int = 0) -> list[int]:
+def spaced_timesteps(T: int, steps: int, spacing: TableSpacing = "leading", offset: int = 0) -> list[int]:
     """``steps`` of the T table entries, from noise to data.
 
     ``leading``: i (T // steps) + offset, which never reaches T-1 when steps < T (diffusers' default for DDIM and DDPM).

@@ -12,7 +12,7 @@ from torch import Tensor
 from diffkern import ops, streams
 from diffkern.checks import unknown
 from diffkern.draws import draw_seeds
-from diffkern.names import Reduction
+from diffkern.names import Reduction, TimesName
 from diffkern.objectives.time_sampling import TimeSampler, get_time_sampler
 from diffkern.ops import Seeds
 from diffkern.schedules.base import Time, as_time
@@ -104,7 +104,7 @@ class ConditionalPath:
         z: Tensor,
         t: Tensor | None = None,
         *,
-        times: str | TimeSampler = "uniform",
+        times: TimesName | TimeSampler = "uniform",
         seeds: Seeds | None = None,
         noise: Tensor | None = None,
         reduction: Reduction = "mean",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffkern import streams
 from diffkern.draws import uniform_by_address
+from diffkern.names import Prediction
 from diffkern.objectives.losses import noised
 from diffkern.objectives.marginals import log_joint, marginal_prediction
 from diffkern.ops import Seeds, as_seeds
@@ -41,7 +42,7 @@ class GaussianPath:
         eps = stored_noise(z, seeds, noise, generator)
         return noised(z, as_time(t), self.schedule, seeds=seeds, noise=eps)
 
-    def conditional(self, x: Tensor, z: Tensor, t: Time, prediction: str) -> Tensor:
+    def conditional(self, x: Tensor, z: Tensor, t: Time, prediction: Prediction) -> Tensor:
         """u z + v eps with eps = (x - alpha z)/sigma: any of `schedules.predictions` at x, given that the data is z."""
         same_shape(x, z)
         alpha, sigma = self._rates(x, t)
@@ -124,6 +125,6 @@ class DataMarginal:
         """ln p_t(x) in nats, [B] float64."""
         return torch.logsumexp(log_joint(self.data, x, as_time(t), self.schedule, self.weights), 1)
 
-    def _mean(self, x: Tensor, t: Time, prediction: str) -> Tensor:
+    def _mean(self, x: Tensor, t: Time, prediction: Prediction) -> Tensor:
         weights = self.weights
         return marginal_prediction(self.data, x, as_time(t), self.schedule, prediction, weights).to(x.dtype)

@@ -98,8 +98,8 @@ def from_model(
     that is called for its derivative must have one: an output without a gradient in x, where one is wanted, is an
     error and not a divergence of 0.
     """
-    predictions.check_prediction(prediction)
-    predictions.check_prediction(target)
+    prediction = predictions.prediction_of(schedule, prediction)
+    target = predictions.prediction_of(schedule, target)
     checked("model", model)
 
     def field(x: Tensor, t: Tensor) -> Tensor:

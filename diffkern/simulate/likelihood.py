@@ -46,7 +46,7 @@ from diffkern.ops import Seeds
 from diffkern.plan import Plan
 from diffkern.schedules.base import Schedule
 from diffkern.schedules.discrete import DiscreteSchedule
-from diffkern.schedules.predictions import check_prediction
+from diffkern.schedules.predictions import prediction_of
 from diffkern.simulate._adaptive import dormand_prince
 from diffkern.simulate._dequantise import dequantise, nats_to_bits_per_dim
 from diffkern.simulate._divergence import drawn_directions, given_directions, pairwise_sum, with_divergence
@@ -107,7 +107,7 @@ def log_likelihood(
     at `t_noise`. Everything else: the module's docstring.
     """
     _check_schedule(schedule)
-    prediction = check_prediction(schedule.default_prediction if prediction is None else prediction)
+    prediction = prediction_of(schedule, prediction)
     _check_x(x)
     low, high = schedule.time_range
     ends = (low, high) if schedule.direction > 0 else (high, low)

@@ -46,8 +46,8 @@ def refused(call: Callable[[], Any], sentence: str) -> None:
         (lambda: V.sample(SHAPE, diffkern.ddim(TABLE, 5, prediction="v"), eta=0.5), "eta must be given to the sampler"),
         (lambda: V.sample(SHAPE, "DDIMM"), r"sampler must be one of .*, got 'DDIMM': did you mean 'ddim'\?"),
         (
-            lambda: V.sample(SHAPE, "ddim", num_inference_steps=5),
-            r"argument 'num_inference_steps': did you mean 'steps'\?",
+            lambda: V.sample(SHAPE, "ddim", num_steps=5),
+            r"argument 'num_steps': did you mean 'steps'\?",
         ),
         (lambda: V.sample(SHAPE, "ddim", guidance_scale=5), "'guidance_scale': did you mean 'guidance'?"),
         (lambda: V.sample(SHAPE, "ddim", prediction="eps"), "unexpected keyword argument 'prediction'"),

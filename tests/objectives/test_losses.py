@@ -264,8 +264,8 @@ def test_uniform_times() -> None:
             r"index must be in \[0, 1000\).*got 1000",
         ),
         (
-            lambda x, s: losses.noised(x, torch.zeros(6).long(), s, "epsilon", seeds=ops.seeds(0, 6)),
-            r"prediction must be one of.*epsilon",
+            lambda x, s: losses.noised(x, torch.zeros(6).long(), s, "epsilom", seeds=ops.seeds(0, 6)),
+            r"prediction must be one of .*, got 'epsilom'",
         ),
         (lambda x, s: losses.noised(x, torch.zeros(6).long(), s), r"seeds .* or noise .* must be given, got neither"),
         (

@@ -306,8 +306,8 @@ def test_diffusers_min_snr_forms_and_velocity() -> None:
         (lambda: VLB("gamma"), r"variance must be 'beta' or 'beta_tilde', got 'gamma'"),
         (lambda: UniformIn("velocity"), r"target must be eps or x0.*got 'velocity'"),
         (lambda: MinSNR()(0.0, "velocity"), r"the weight of prediction 'velocity' depends on the schedule: use at"),
-        (lambda: MinSNR()(0.0, "epsilon"), r"prediction must be one of .*, got 'epsilon'"),
-        (lambda: Uniform()(0.0, "epsilon"), r"prediction must be one of .*, got 'epsilon'"),
+        (lambda: MinSNR()(0.0, "epsilom"), r"prediction must be one of .*, got 'epsilom'"),
+        (lambda: Uniform()(0.0, "epsilom"), r"prediction must be one of .*, got 'epsilom'"),
         (lambda: loss(weight=torch.ones(3)), r"weight must have shape \[1000\], got \[3\]"),
         (lambda: loss(weight=-torch.ones(1000)), r"weight must be finite and not negative, got weight\[0\] = -1.0"),
         (
@@ -334,7 +334,7 @@ def test_diffusers_min_snr_forms_and_velocity() -> None:
             lambda: loss(weight=lambda log_snr, p: log_snr * torch.nan),
             r"weight 'custom' must give prediction 'eps' a finite weight, got nan at t = 5",
         ),
-        (lambda: loss(target="epsilon"), r"prediction must be one of .*, got 'epsilon'"),
+        (lambda: loss(target="epsilom"), r"prediction must be one of .*, got 'epsilom'"),
     ],
 )
 def test_bad_input_is_one_sentence(call: object, sentence: str) -> None:

@@ -41,6 +41,9 @@ def typos(model: Any, network: nn.Module, x: Tensor, t: Tensor, plan: Plan) -> N
     assert_type(Diffusion(network, linear()).sample(4, plan, trajectory=True), Sampled)
     assert_type(Diffusion(network, linear()).plan("ddim"), Plan)
     Diffusion(network, linear(), "epsilon")  # type: ignore[arg-type]
+    Diffusion(network, linear()).sample(4, "dimm")  # type: ignore[call-overload]
+    Diffusion(network, linear(), weight="min-snr", times="uniform")  # type: ignore[arg-type]
+    samplers.dpmpp_2m_sde(linear(), 4, solver="huen")  # type: ignore[arg-type]
     losses.simple_loss(model, x, 10, linear(), "v", target="x0", reduction="none")
     losses.simple_loss(model, x, t, linear(), "v_prediction")  # type: ignore[arg-type]
     losses.prediction_loss(x, x, t, linear(), reduction="avg")  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, Generic, NamedTuple, TypeVar, overload
+from typing import Any, Generic, NamedTuple, TypeVar, get_args, overload
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from diffkern.compat.diffusers._host import Clock
 from diffkern.compat.kit.rows import SIXTEEN, as_dtype, column, promote, split
 from diffkern.compat.kit.tables import Tables, version
 from diffkern.integers import as_integer
+from diffkern.names import Rng
 
 try:
     from diffusers import SchedulerMixin as SchedulerMixin
@@ -31,7 +32,7 @@ except ImportError as error:
 
 Results = tuple[Tensor, Any, Any, Any]
 """(x', x0 or None, s or None, the next model's input or None) of an op."""
-RNGS = ("torch", "counter")
+RNGS = get_args(Rng)
 
 
 class Rows:
@@ -134,7 +135,7 @@ class Engine:
     deep copies and pickles take its options along.
     """
 
-    rng: str = "torch"
+    rng: Rng = "torch"
     seeds: int | Tensor | None = None
     exact: bool = False
 
@@ -374,7 +375,7 @@ class DropIn:
     dt: Any
 
     def diffkern(
-        self: Self, *, rng: str | None = None, seeds: int | Tensor | None = None, exact: bool | None = None
+        self: Self, *, rng: Rng | None = None, seeds: int | Tensor | None = None, exact: bool | None = None
     ) -> Self:
         """Set diffkern's options and return the scheduler; what is not given stays.
 

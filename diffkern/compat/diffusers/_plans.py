@@ -9,10 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from diffkern import streams
+from diffkern.checks import PREDICTIONS_ELSEWHERE
 from diffkern.compat.diffusers._host import Number
+from diffkern.names import TimeDtype
 from diffkern.plan import COLUMNS, Plan, Row
+from diffkern.schedules.predictions import check_prediction
 
-PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "velocity"}
+PREDICTIONS = {**PREDICTIONS_ELSEWHERE, "flow_prediction": "velocity"}
 """diffusers' names of the predictions in diffkern's."""
 
 
@@ -26,7 +29,7 @@ def plan_of(
     learned: Tensor | None = None,
     init_scale: float = 1.0,
     first_k: float = 1.0,
-    time_dtype: str = "int64",
+    time_dtype: TimeDtype = "int64",
 ) -> Plan:
     """Rows of a table as a plan: row i is given the model's time ``times[i]``. ``learned`` [S, 2] holds r0 and r1 where
     the model learned its variance."""
@@ -42,7 +45,7 @@ def plan_of(
         rows=tuple(rows),
         init_scale=init_scale,
         first_k=first_k,
-        prediction=PREDICTIONS.get(prediction, prediction),
+        prediction=check_prediction(PREDICTIONS.get(prediction, prediction)),
         time_dtype=time_dtype,
         learned_variance=learned is not None,
     )

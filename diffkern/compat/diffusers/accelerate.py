@@ -12,6 +12,7 @@ from torch import nn
 
 from diffkern.compat.diffusers.attention import DiffkernAttnProcessor, why_not
 from diffkern.compat.kit import kernels
+from diffkern.names import Rng
 
 __all__ = ["Report", "Swap", "accelerate", "restore"]
 
@@ -86,7 +87,7 @@ class Report(tuple[Swap, ...]):
 
 
 def accelerate(
-    pipeline: Any, *, schedulers: bool = True, attention: bool = True, rng: str = "torch", exact: bool = False
+    pipeline: Any, *, schedulers: bool = True, attention: bool = True, rng: Rng = "torch", exact: bool = False
 ) -> Report:
     """Puts diffkern's schedulers and attention into a diffusers pipeline, in place; returns what was swapped and what
     not, with the reason. `restore` undoes it. Calling it again swaps what has come since.
@@ -140,7 +141,7 @@ def _parts(pipeline: Any) -> list[tuple[str, Any]]:
 
 
 # --------------------------------------------------------------------------------------------------------- schedulers
-def _swap_scheduler(pipeline: Any, name: str, scheduler: Any, rng: str, exact: bool) -> Swap:
+def _swap_scheduler(pipeline: Any, name: str, scheduler: Any, rng: Rng, exact: bool) -> Swap:
     before = _name(scheduler)
     if _is_ours(scheduler):
         return Swap(name, None, before, before, "it is diffkern's already")

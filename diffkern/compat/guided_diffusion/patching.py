@@ -23,6 +23,7 @@ from diffkern.compat.guided_diffusion._probe import differences, results, undist
 from diffkern.compat.guided_diffusion._report import Change, Report
 from diffkern.compat.guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from diffkern.compat.guided_diffusion.respace import SpacedDiffusion
+from diffkern.names import HeadOrder
 
 __all__ = ["Change", "Report", "patch", "unpatch"]
 
@@ -260,8 +261,9 @@ def _patch_attention(where: str, original: type, todo: list[tuple[Any, str, Any]
     return Change(f"{where}.forward", note=note, reason=reason)
 
 
-def _order(original: type) -> str | None:
+def _order(original: type) -> HeadOrder | None:
     """In which order it reads q, k and v, None where it is neither of the two; improved-diffusion's has no heads."""
+    orders: tuple[HeadOrder, ...] = ("legacy", "new")
     x = torch.linspace(-2, 2, 2 * 48 * 5, dtype=torch.float32).sin().reshape(2, 48, 5)
     for arguments, heads in (((2,), 2), ((), 1)):
         try:
@@ -271,7 +273,7 @@ def _order(original: type) -> str | None:
             continue
         if getattr(layer, "n_heads", 1) != heads:
             continue
-        for order in ("legacy", "new"):
+        for order in orders:
             found = unet.qkv_attention(x, heads, order)
             if isinstance(want, Tensor) and want.shape == found.shape and torch.allclose(found, want, atol=1e-4):
                 return order

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffkern.compat.kit.kernels import why_not_channels, why_not_on, why_torch
+from diffkern.names import HeadOrder
 from diffkern.ops import spatial_attention
 
 __all__ = ["FALLBACKS", "QKVAttention", "QKVAttentionLegacy", "qkv_attention"]
@@ -20,7 +21,7 @@ FALLBACKS: Counter[str] = Counter()
 """Reason -> number of calls of this process that ran on torch's own attention: there is no kernel, or it is faster."""
 
 
-def qkv_attention(qkv: Tensor, n_heads: int, order: str) -> Tensor:
+def qkv_attention(qkv: Tensor, n_heads: int, order: HeadOrder) -> Tensor:
     """softmax(q^T k / sqrt(C)) v of every head: [N, 3 H C, T] to [N, H C, T], in the dtype of qkv.
 
     ``order``: "legacy" where a head's q, k and v stand together, "new" where all q come first
@@ -53,7 +54,7 @@ def qkv_attention(qkv: Tensor, n_heads: int, order: str) -> Tensor:
     return spatial_attention(qkv, n_heads, order)
 
 
-def _by_torch(qkv: Tensor, heads: int, order: str, reason: str, copies: bool = False) -> Tensor:
+def _by_torch(qkv: Tensor, heads: int, order: HeadOrder, reason: str, copies: bool = False) -> Tensor:
     """``copies``: with the channels contiguous, which its kernel is several times faster on."""
     if not torch.compiler.is_compiling():
         FALLBACKS[reason] += 1
@@ -65,7 +66,7 @@ def _by_torch(qkv: Tensor, heads: int, order: str, reason: str, copies: bool = F
 
 
 class _Attention(nn.Module):
-    order: ClassVar[str]
+    order: ClassVar[HeadOrder]
 
     def __init__(self, n_heads: int) -> None:
         super().__init__()

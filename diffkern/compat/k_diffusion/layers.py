@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from diffkern import ops
 from diffkern.compat.k_diffusion.utils import append_dims, to_d
 from diffkern.compat.kit import rows
+from diffkern.names import Prediction
 from diffkern.schedules.makers import edm
 
 Weighting = Callable[[Tensor], Tensor]
@@ -111,7 +112,7 @@ def edm_loss(
     sigma: Tensor,
     sigma_data: float,
     *,
-    prediction: str = "edm",
+    prediction: Prediction = "edm",
     sign: float = 1.0,
     weight: Tensor | None = None,
 ) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from torch import Tensor
@@ -11,18 +11,19 @@ from torch import Tensor
 from diffkern.compat.kit.rows import as_dtype, wide
 from diffkern.compat.score_sde import _rows
 from diffkern.compat.score_sde.models import ScoreFunction, from_flattened_numpy, to_flattened_numpy
+from diffkern.names import OdeSolver
 from diffkern.samplers.arguments import choice
 from diffkern.sampling import adaptive
 
-SOLVERS = ("device", "scipy")
+SOLVERS = get_args(OdeSolver)
 
 
-def check_solver(solver: str) -> None:
+def check_solver(solver: OdeSolver) -> None:
     """Raises ValueError for another."""
     choice("solver", solver, SOLVERS)
 
 
-def on_schedule(sde: Any, method: str, solver: str) -> bool:
+def on_schedule(sde: Any, method: str, solver: OdeSolver) -> bool:
     """Whether diffkern's solvers take it: RK45, and an SDE that is one of diffkern's schedules."""
     known = all(_rows.linear(sde, name) for name in ("sde", "marginal_prob")) and sde.T == 1
     return solver == "device" and method == "RK45" and known
@@ -36,7 +37,7 @@ def integrate(
     rtol: float,
     atol: float,
     method: str,
-    solver: str,
+    solver: OdeSolver,
 ) -> tuple[Tensor, int]:
     """(state at span[1] in the dtype of x, network calls) from the state x at span[0]."""
     if not on_schedule(sde, method, solver):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffkern.compat.score_sde import _ode
 from diffkern.compat.score_sde.models import from_flattened_numpy, get_score_fn, to_flattened_numpy
+from diffkern.names import OdeSolver
 from diffkern.simulate.likelihood import log_likelihood, nats_to_bits_per_dim
 
 __all__ = ["get_div_fn", "get_likelihood_fn"]
@@ -36,7 +37,7 @@ def get_likelihood_fn(
     atol: float = 1e-5,
     method: str = "RK45",
     eps: float = 1e-5,
-    solver: str = "device",
+    solver: OdeSolver = "device",
 ) -> Callable[[Any, Tensor], tuple[Tensor, Tensor, int]]:
     """``likelihood_fn(model, data) -> (bits a dimension [B], latent [B, ...], network calls)``.
 

@@ -31,6 +31,7 @@ from diffkern.compat.score_sde._updates import (
     register_predictor,
 )
 from diffkern.compat.score_sde.models import from_flattened_numpy, get_score_fn, to_flattened_numpy
+from diffkern.names import OdeSolver
 
 __all__ = [
     "AncestralSamplingPredictor",
@@ -169,7 +170,7 @@ def get_ode_sampler(
     method: str = "RK45",
     eps: float = 1e-3,
     device: torch.device | str = "cuda",
-    solver: str = "device",
+    solver: OdeSolver = "device",
 ) -> Callable[..., tuple[Tensor, int]]:
     """``ode_sampler(model, z=None) -> (samples, network calls)``: the probability flow from T to eps, from z.
 
