@@ -7,36 +7,39 @@
 namespace dk::cpu {
 namespace {
 
-// Four quads at a time, one 32-bit word in the low half of each 64-bit lane: the widening multiply ignores the rest.
+// Four quads in a vector, one 32-bit word in the low half of each 64-bit lane: the widening multiply ignores the rest.
+// All four vectors of a group go through a round together, as one alone waits for its products.
 struct Avx2Noise {
   DK_AVX2 static void words(const Keys& keys, uint64_t stream, uint64_t q0, Group& out) {
+    constexpr int kVectors = kQuadsAtOnce / 4;
     const __m256i m0 = _mm256_set1_epi64x(kPhiloxM0), m1 = _mm256_set1_epi64x(kPhiloxM1);
-    const __m256i low = _mm256_set1_epi64x(0xffffffff);
-    for (int64_t i = 0; i < kQuadsAtOnce; i += 8) {
-      __m256i c0[2], c1[2], c2[2], c3[2];
-      for (int half = 0; half < 2; ++half) {  // even and odd quads
-        const __m256i q =
-            _mm256_add_epi64(_mm256_set1_epi64x(static_cast<int64_t>(q0) + i + half), _mm256_setr_epi64x(0, 2, 4, 6));
-        c0[half] = q;
-        c1[half] = _mm256_srli_epi64(q, 32);
-        c2[half] = _mm256_set1_epi64x(static_cast<int64_t>(stream & 0xffffffffu));
-        c3[half] = _mm256_set1_epi64x(static_cast<int64_t>(stream >> 32));
+    __m256i c0[kVectors], c1[kVectors], c2[kVectors], c3[kVectors];
+    for (int w = 0; w < kVectors; ++w) {  // even and odd quads of the first eight, then of the next
+      const int64_t first = static_cast<int64_t>(q0) + w / 2 * 8 + w % 2;
+      const __m256i q = _mm256_add_epi64(_mm256_set1_epi64x(first), _mm256_setr_epi64x(0, 2, 4, 6));
+      c0[w] = q;
+      c1[w] = _mm256_srli_epi64(q, 32);
+      c2[w] = _mm256_set1_epi64x(static_cast<int64_t>(stream & 0xffffffffu));
+      c3[w] = _mm256_set1_epi64x(static_cast<int64_t>(stream >> 32));
+    }
+#pragma GCC unroll 10
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      const __m256i key0 = _mm256_set1_epi64x(static_cast<int64_t>(keys.k0[round]));
+      const __m256i key1 = _mm256_set1_epi64x(static_cast<int64_t>(keys.k1[round]));
+#pragma GCC unroll 4
+      for (int w = 0; w < kVectors; ++w) {
+        const __m256i a = _mm256_mul_epu32(c0[w], m0), b = _mm256_mul_epu32(c2[w], m1);
+        c0[w] = _mm256_xor_si256(_mm256_srli_epi64(b, 32), _mm256_xor_si256(c1[w], key0));
+        c1[w] = b;
+        c2[w] = _mm256_xor_si256(_mm256_srli_epi64(a, 32), _mm256_xor_si256(c3[w], key1));
+        c3[w] = a;
       }
-      for (int round = 0; round < kPhiloxRounds; ++round) {
-        const __m256i key0 = _mm256_set1_epi64x(static_cast<int64_t>(keys.k0[round]));
-        const __m256i key1 = _mm256_set1_epi64x(static_cast<int64_t>(keys.k1[round]));
-        for (int half = 0; half < 2; ++half) {
-          const __m256i a = _mm256_mul_epu32(c0[half], m0), b = _mm256_mul_epu32(c2[half], m1);
-          c0[half] = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(b, 32), c1[half]), key0);
-          c1[half] = b;
-          c2[half] = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(a, 32), c3[half]), key1);
-          c3[half] = a;
-        }
-      }
-      const __m256i* r[4] = {c0, c1, c2, c3};
+    }
+    for (int w = 0; w < kVectors; w += 2) {
+      const __m256i* r[4] = {c0 + w, c1 + w, c2 + w, c3 + w};
       for (int j = 0; j < 4; ++j) {
-        const __m256i merged = _mm256_or_si256(_mm256_and_si256(r[j][0], low), _mm256_slli_epi64(r[j][1], 32));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(&out[j][i]), merged);
+        const __m256i merged = _mm256_blend_epi32(r[j][0], _mm256_slli_epi64(r[j][1], 32), 0xaa);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(&out[j][4 * w]), merged);
       }
     }
   }

@@ -119,10 +119,8 @@ def units(target: str) -> tuple[Unit, ...]:
 
 
 def flags(of: Sequence[Unit]) -> tuple[str, ...]:
-    """The flags that all of these have."""
-    found = {unit.flags for unit in of}
-    assert len(found) == 1, f"{len(found)} sets of flags in one target"
-    return found.pop()
+    """The flags that all of these have: one may have more, for the order of its instructions."""
+    return tuple(flag for flag in of[0].flags if all(flag in unit.flags for unit in of))
 
 
 # ---------------------------------------------------------------------------------------------------------- CPU
