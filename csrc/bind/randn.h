@@ -44,7 +44,7 @@ struct RandnOps {
   }
 
   static void define(StableLibrary& m) {
-    m.def("randn(SymInt[] size, Tensor seeds, SymInt stream, ScalarType dtype) -> Tensor");
+    m.def("randn(SymInt[] size, Tensor seeds, SymInt stream=0, ScalarType dtype=float) -> Tensor");
     m.def("randn_out(Tensor seeds, SymInt stream, Tensor(a!) out) -> ()");
   }
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from diffkern.ops._common import native, one_device, refuse_batches, refuse_grad, wrote
-from diffkern.ops._explained import explained
+from diffkern.ops._explained import explain, explained
 from diffkern.ops._seeds import Seeds, as_seeds, numbered
 
+_randn: Callable[..., Tensor] = native.randn.default
 
-@explained("randn")
+
 def randn(
     shape: Sequence[int],
     seeds: Seeds,
@@ -29,24 +30,32 @@ def randn(
     float64 tensors hold the float32 normals, 16-bit tensors the rounded ones. `dtype` is float32 unless given.
     `out`, any strides: written instead; shape and dtype must be its own.
     """
-    if not hasattr(shape, "__iter__"):
-        raise RuntimeError(f"diffkern.randn: shape must be a list of integers, got {shape!r}")
-    if not isinstance(seeds, Tensor):
-        seeds = as_seeds(seeds, shape[0] if len(shape) else 0, None if out is None else out.device)
-    if out is None:
-        return native.randn(list(shape), seeds, stream, torch.float32 if dtype is None else dtype)
-    if list(out.shape) != list(shape):
-        raise RuntimeError(f"diffkern.randn: out must have shape {list(shape)}, got {list(out.shape)}")
-    if dtype is not None and dtype != out.dtype:
-        raise RuntimeError(f"diffkern.randn: out must have dtype {dtype}, got {out.dtype}")
-    refuse_grad("randn", out)
-    native.randn_out(seeds, stream, out)
-    wrote(out)
-    return out
+    try:
+        if not hasattr(shape, "__iter__"):
+            raise RuntimeError(f"diffkern.randn: shape must be a list of integers, got {shape!r}")
+        if not isinstance(seeds, Tensor):
+            seeds = as_seeds(seeds, shape[0] if len(shape) else 0, None if out is None else out.device)
+        if out is None:
+            if dtype is not None and dtype is not torch.float32:
+                return _randn(list(shape), seeds, stream, dtype)
+            if type(stream) is int and stream == 0:
+                return _randn(list(shape), seeds)
+            return _randn(list(shape), seeds, stream)
+        if list(out.shape) != list(shape):
+            raise RuntimeError(f"diffkern.randn: out must have shape {list(shape)}, got {list(out.shape)}")
+        if dtype is not None and dtype != out.dtype:
+            raise RuntimeError(f"diffkern.randn: out must have dtype {dtype}, got {out.dtype}")
+        refuse_grad("randn", out)
+        native.randn_out(seeds, stream, out)
+        wrote(out)
+        return out
+    except Exception as error:
+        explain("randn", randn, locals(), error)
+        raise
 
 
 @torch.library.register_fake("diffkern::randn")
-def _(size: Sequence[int], seeds: Tensor, stream: int, dtype: torch.dtype) -> Tensor:
+def _(size: Sequence[int], seeds: Tensor, stream: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     return seeds.new_empty(size, dtype=dtype)
 
 

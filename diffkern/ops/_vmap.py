@@ -81,9 +81,9 @@ def out_dims(outs: Sequence[Tensor | None]) -> tuple[int | None, ...]:
 
 
 # --------------------------------------------------------------------------------------------------- the ops' rules
-def _randn(info: Any, in_dims: Any, size: Any, seeds: Tensor, stream: int, dtype: torch.dtype) -> Any:
+def _randn(info: Any, in_dims: Any, size: Any, seeds: Tensor, *stream_and_dtype: Any) -> Any:
     fold = Fold(info, seeds, in_dims[1])
-    made = native.randn([fold.V * fold.B, *size[1:]], fold.samples(seeds, in_dims[1]), stream, dtype)
+    made = native.randn([fold.V * fold.B, *size[1:]], fold.samples(seeds, in_dims[1]), *stream_and_dtype)
     return fold.back(made), 0
 
 

@@ -226,6 +226,15 @@ def test_a_tensor_of_a_dtype_that_no_op_takes_is_refused_by_its_name(name: str) 
         check_sentence(lambda wrong=wrong: getattr(torch.ops.diffkern, name)(*wrong), sentence)
 
 
+def test_what_a_call_of_randn_leaves_out_is_stream_0_and_float32() -> None:
+    alone, all_of_it = (torch.ops.diffkern.randn(SHAPE, SEEDS, *more) for more in ((), (0, torch.float32)))
+    assert same_bits(alone, all_of_it)
+    assert same_bits(torch.vmap(lambda s: ops.randn((1, *SHAPE[1:]), s[None]))(SEEDS)[:, 0], alone)
+    for stream in (0.0, None, ""):
+        with pytest.raises(RuntimeError, match="stream"):
+            ops.randn(SHAPE, SEEDS, stream)  # type: ignore[arg-type]
+
+
 def test_step_ad_is_step() -> None:
     a, b = torch.ops.diffkern.step(*CALLS["step"][0]), torch.ops.diffkern.step_ad(*CALLS["step_ad"][0])
     assert all(same_bits(p, q) for p, q in zip(a, b, strict=True))
