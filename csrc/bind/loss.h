@@ -22,7 +22,8 @@ struct LossOps {
 
   static std::tuple<Tensor, MaybeTensor> loss(Tensor pred_tensor, Tensor x0_tensor, Tensor table_tensor,
                                               MaybeTensor index_tensor, MaybeTensor seeds_tensor, int64_t stream,
-                                              MaybeTensor noise_tensor, int64_t reduction, bool want_grad) {
+                                              MaybeTensor noise_tensor, int64_t reduction, bool want_grad,
+                                              bool wide_grad) {
     const char* op = "loss";
     const Operand pred("pred", pred_tensor), x0("x0", x0_tensor), table("table", table_tensor),
         index("index", index_tensor), seeds("seeds", seeds_tensor), noise("noise", noise_tensor);
@@ -45,7 +46,8 @@ struct LossOps {
     const int64_t batch = x0.sizes[0];
     const int32_t sums = sum_dtype(dtype);
     MaybeTensor grad;
-    if (want_grad) grad = empty_like(pred, pred.dtype);
+    const Dtype grad_dtype = wide_grad && size_of(pred_dtype) < size_of(Dtype::f32) ? Dtype::f32 : pred_dtype;
+    if (want_grad) grad = empty_like(pred, torch_dtype(grad_dtype));
     const Operand grad_operand("grad", grad);
     Tensor value = args.reduction == Reduction::none ? new_empty(x0, {batch}, sums) : new_empty(x0, {}, sums);
     args.space =
@@ -53,11 +55,21 @@ struct LossOps {
     args.x0 = make_view(args.space, x0, dtype);
     args.pred = make_view(args.space, pred, pred_dtype);
     args.noise = make_view(args.space, noise, dtype);
-    args.grad = make_view(args.space, grad_operand, pred_dtype);
+    args.grad = make_view(args.space, grad_operand, grad_dtype);
     const int64_t blocks = sum_blocks(args.space.count);
-    Tensor partials = new_empty(x0, {batch, blocks}, sums), samples = new_empty(x0, {batch}, sums);
-    args.partials = partials.mutable_data_ptr();
-    args.samples = samples.mutable_data_ptr();
+    // What the kernels add up on the way; of a small call on the host it is not worth a tensor.
+    constexpr int64_t kFew = 64;
+    double few[kFew];
+    MaybeTensor partials, samples;
+    if (Backend::kHost && batch <= kFew && 0 <= blocks && blocks < kFew && batch * (blocks + 1) <= kFew) {
+      args.partials = few;
+      args.samples = few + batch * blocks;
+    } else {
+      partials = new_empty(x0, {batch, blocks}, sums);
+      samples = new_empty(x0, {batch}, sums);
+      args.partials = partials->mutable_data_ptr();
+      args.samples = samples->mutable_data_ptr();
+    }
     args.value = value.mutable_data_ptr();
     run(args, x0);  // an empty sample has loss NaN, as torch's mean of nothing
     return {value, grad};
@@ -66,7 +78,7 @@ struct LossOps {
   static void define(StableLibrary& m) {
     m.def(
         "loss(Tensor pred, Tensor x0, Tensor table, Tensor? index, Tensor? seeds, SymInt stream, Tensor? noise, "
-        "int reduction, bool want_grad) -> (Tensor, Tensor?)");
+        "int reduction, bool want_grad, bool wide_grad=False) -> (Tensor, Tensor?)");
   }
 
   static void implement(StableLibrary& m) { m.impl("loss", TORCH_BOX(&LossOps::loss)); }

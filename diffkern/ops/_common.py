@@ -97,6 +97,13 @@ def differentiates(*tensors: Tensor | None) -> bool:
     return False
 
 
+def is_traced() -> bool:
+    """Whether what is called now is seen by a tracer, a transform or a mode of dispatch."""
+    if torch.compiler.is_compiling() or active():
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
+
+
 def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
     """The ops have no forward-mode derivatives: said, as torch would take their tangents for zeros."""
     if forward_ad._current_level < 0:
@@ -175,15 +182,21 @@ def refuse_twice(op: str) -> None:
 
 
 _SMALL = 2**18
+_NARROW = (torch.float16, torch.bfloat16)
+
+
+def stores_wide(pred: Tensor) -> bool:
+    """Whether a 16-bit prediction is small enough (1 MiB in float32) to have its gradient stored unrounded.
+
+    That is quicker than to make it in the backward pass.
+    """
+    return pred.dtype in _NARROW and pred.numel() <= _SMALL
 
 
 def widened(pred: Tensor) -> Tensor:
-    """A 16-bit prediction that requires grad in float32 where that is small (1 MiB), else itself.
-
-    A loss then stores its gradient unrounded, which is quicker than to make it in the backward pass.
-    """
-    narrow = pred.dtype in (torch.float16, torch.bfloat16) and pred.requires_grad and torch.is_grad_enabled()
-    return pred.to(torch.float32) if narrow and not torch.compiler.is_compiling() and pred.numel() <= _SMALL else pred
+    """A prediction that requires grad in float32 where its gradient is stored so, else itself."""
+    narrow = pred.dtype in _NARROW and pred.requires_grad and torch.is_grad_enabled()
+    return pred.to(torch.float32) if narrow and not torch.compiler.is_compiling() and stores_wide(pred) else pred
 
 
 def stores_gradient(pred: Tensor, x0: Tensor) -> bool:
@@ -195,11 +208,26 @@ def stores_gradient(pred: Tensor, x0: Tensor) -> bool:
     return pred.dtype == torch.float64 or (pred.dtype == torch.float32 and x0.dtype != torch.float64)
 
 
+def is_usual(pred: Tensor, *constants: Tensor | None) -> bool:
+    """Whether a call is one of plain eager training: on tensors of no other kind, with a gradient of pred alone.
+
+    An autograd function of its own then serves it, at half the cost of the op's, which every tracer and transform sees.
+    """
+    if type(pred) is not Tensor or not pred.requires_grad or not torch.is_grad_enabled():
+        return False
+    for t in constants:
+        if t is not None and (type(t) is not Tensor or t.requires_grad):
+            return False
+    return not is_traced()
+
+
 def scaled_gradient(grad: Tensor, g_value: Tensor) -> Tensor:
     """The gradient that a forward pass stored, times that of its value ([] or [B])."""
-    one = is_plain(g_value) and not g_value.is_cuda and g_value.numel() > 0 and not any(g_value.stride())
-    if one and g_value[(0,) * g_value.dim()].item() == 1.0:
-        return grad  # the usual loss.backward() or value.sum(): nothing to scale, and reading a CPU value costs nothing
+    if is_plain(g_value) and g_value.is_cpu:  # reading a CPU value costs nothing
+        dims = g_value.dim()
+        one = g_value if not dims else g_value[(0,) * dims] if g_value.numel() and not any(g_value.stride()) else None
+        if one is not None and one.item() == 1.0:
+            return grad  # the usual loss.backward() or value.sum(): nothing to scale
     scale = g_value.reshape(-1, *(1,) * (grad.dim() - 1)) if g_value.dim() else g_value
     return (grad * scale).to(grad.dtype)
 

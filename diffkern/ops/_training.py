@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,15 +20,18 @@ from diffkern.ops._common import (
     dot,
     empty_like,
     function,
+    is_usual,
     native,
     once,
     one_device,
     refuse_batches,
     refuse_grad,
     refuse_tangents,
+    refuse_twice,
     rows_of,
     scaled_gradient,
     stores_gradient,
+    stores_wide,
     table_gradient,
     times,
     weighted_by,
@@ -157,7 +161,9 @@ _Noising: Any = function(native.noising, _noising_setup, _noising_backward)
 
 
 # ------------------------------------------------------------------------------------------------------- loss
-@explained("loss")
+_loss: Callable[..., tuple[Tensor, Tensor]] = native.loss.default
+
+
 def loss(
     pred: Tensor,
     x0: Tensor,
@@ -180,17 +186,28 @@ def loss(
     pred, x0, noise and table. The gradient that comes in (a loss scale) is applied before the one rounding to a 16-bit
     pred: its backward pass makes the gradient anew, where that of a float32 pred hands out what forward stored.
     """
-    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
-        raise ValueError(unknown("reduction", reduction, REDUCTIONS))
-    check_on_device("loss", index, table)
-    refuse_tangents("loss", pred, x0, noise, table)
-    seeds = numbered(seeds, x0)
-    pred = widened(pred)
-    if active():
-        return _Loss.apply(pred, x0, table, index, seeds, stream, noise, REDUCTIONS[reduction], False)[0]
-    want = torch.is_grad_enabled() and not table.requires_grad and stores_gradient(pred, x0)
-    want = want and any(t is not None and t.requires_grad for t in (pred, x0, noise))
-    return native.loss(pred, x0, table, index, seeds, stream, noise, REDUCTIONS[reduction], want)[0]
+    try:
+        if not isinstance(reduction, str) or reduction not in REDUCTIONS:
+            raise ValueError(unknown("reduction", reduction, REDUCTIONS))
+        check_on_device("loss", index, table)
+        refuse_tangents("loss", pred, x0, noise, table)
+        if seeds is not None and not isinstance(seeds, Tensor):
+            seeds = numbered(seeds, x0)
+        given = (x0, table, index, seeds, stream, noise, REDUCTIONS[reduction])
+        if is_usual(pred, x0, table, noise) and (
+            stores_gradient(pred, x0) or (stores_wide(pred) and x0.dtype != torch.float64)
+        ):
+            found: Tensor = _StoredLoss.apply(pred, given)
+            return found
+        pred = widened(pred)
+        if active():
+            return _Loss.apply(pred, *given, False)[0]
+        want = torch.is_grad_enabled() and not table.requires_grad and stores_gradient(pred, x0)
+        want = want and any(t is not None and t.requires_grad for t in (pred, x0, noise))
+        return native.loss(pred, *given, want)[0]
+    except Exception as error:
+        explain("loss", loss, locals(), error)
+        raise
 
 
 @torch.library.register_fake("diffkern::loss")
@@ -204,15 +221,17 @@ def _(
     noise: Tensor | None,
     reduction: int,
     want_grad: bool,
+    wide_grad: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     one_device("loss", x0=x0, pred=pred, table=table, index=index, seeds=seeds, noise=noise)
     dtype = torch.float64 if x0.dtype == torch.float64 else torch.float32
     value = x0.new_empty([x0.shape[0]] if reduction == 0 else [], dtype=dtype)
-    return value, empty_like(pred) if want_grad else None
+    of_grad = torch.float32 if wide_grad and pred.dtype.itemsize < 4 else pred.dtype
+    return value, empty_like(pred, of_grad) if want_grad else None
 
 
 def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    pred, x0, table, index, seeds, ctx.stream, noise, ctx.reduction, _ = inputs
+    pred, x0, table, index, seeds, ctx.stream, noise, ctx.reduction, *_ = inputs
     grad = output[1]
     if grad is not None:
         ctx.mark_non_differentiable(grad)
@@ -220,14 +239,14 @@ def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> N
         ctx.save_for_backward(grad, None, None, table, index, None, None)
     else:
         ctx.save_for_backward(None, pred, x0, table, index, seeds, noise)
-    ctx.dtypes = x0.dtype, noise.dtype if noise is not None else None
+    ctx.dtypes = pred.dtype, x0.dtype, noise.dtype if noise is not None else None
     ctx.set_materialize_grads(False)  # else every backward makes zeros as large as pred, for `grad`
 
 
 def _loss_backward(ctx: Any, g_value: Tensor | None, g_grad: None) -> tuple[Any, ...]:
     grad, pred, x0, table, index, seeds, noise = ctx.saved_tensors
     if g_value is None:
-        return (None,) * 9
+        return (None,) * 10
     _, by_x0, by_table, _, _, _, by_noise, *_ = ctx.needs_input_grad
 
     def make() -> tuple[Tensor | None, ...]:
@@ -244,22 +263,44 @@ def _loss_backward(ctx: Any, g_value: Tensor | None, g_grad: None) -> tuple[Any,
 
     wide, squares = once("loss", make, pred, x0, table, noise, g_value)
     assert wide is not None
-    g_pred = wide if pred is None else wide.to(pred.dtype)
+    g_pred = wide.to(ctx.dtypes[0])
     g_x0 = g_table = g_noise = None
     if by_x0 or by_noise:
         u, v, _ = rows_of(table, index, wide.dim()).unbind(1)
         if by_x0:
-            g_x0 = (-times(u, wide)).to(ctx.dtypes[0])  # type: ignore[union-attr]
+            g_x0 = (-times(u, wide)).to(ctx.dtypes[1])  # type: ignore[union-attr]
         if by_noise:
-            g_noise = (-times(v, wide)).to(ctx.dtypes[1])  # type: ignore[union-attr]
+            g_noise = (-times(v, wide)).to(ctx.dtypes[2])  # type: ignore[union-attr]
     if by_table:
         assert squares is not None
         by_weight = squares * g_value / (x0.shape[0] if ctx.reduction == REDUCTIONS["mean"] else 1)
         eps = noise if noise is not None else _draw(x0, seeds, ctx.stream)
         g_table = table_gradient([dot(-wide, x0), dot(-wide, eps), by_weight.double()], table, index)
-    return g_pred, g_x0, g_table, None, None, None, g_noise, None, None
+    return g_pred, g_x0, g_table, None, None, None, g_noise, None, None, None
 
 
 WEIGHT = slice(2, 3)
 torch.library.register_autograd("diffkern::loss", _loss_backward, setup_context=_loss_setup)
 _Loss: Any = function(native.loss, _loss_setup, _loss_backward)
+
+
+class _StoredLoss(torch.autograd.Function):
+    """The loss with the gradient of pred that its forward pass stores, as `is_usual` calls have it."""
+
+    @staticmethod
+    def forward(ctx: Any, pred: Tensor, given: tuple[Any, ...]) -> Tensor:
+        with below_autograd():
+            value, grad = _loss(pred, *given, True, True)
+        ctx.save_for_backward(grad)
+        ctx.dtype = pred.dtype
+        ctx.set_materialize_grads(False)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, g_value: Tensor | None) -> tuple[Tensor | None, None]:
+        refuse_twice("loss")
+        (grad,) = ctx.saved_tensors
+        if g_value is None:
+            return None, None
+        found = scaled_gradient(grad, g_value)
+        return found if found.dtype is ctx.dtype else found.to(ctx.dtype), None

@@ -124,11 +124,11 @@ def _for_each(rows: tuple[Tensor, Tensor | None], columns: slice, reduction: int
 
 def _loss_of(op: Any, columns: slice) -> Callable[..., Any]:
     def rule(info: Any, in_dims: Any, *args: Any) -> Any:
-        pred, x0, table, index, seeds, stream, noise, reduction, want_grad = args
+        pred, x0, table, index, seeds, stream, noise, reduction, *wants = args
         fold = Fold(info, x0, in_dims[1])
         rows = _for_each(fold.rows(table, in_dims[2], index, in_dims[3]), columns, reduction, fold.B)
         pred, x0, seeds, noise = fold.each(*((args[i], in_dims[i]) for i in (0, 1, 4, 6)))
-        value, *more = op(pred, x0, *rows, seeds, stream, noise, 0, want_grad)
+        value, *more = op(pred, x0, *rows, seeds, stream, noise, 0, *wants)
         outs = (_reduced(value, fold, reduction), *(fold.back(t) for t in more))
         return outs, out_dims(outs)
 

@@ -221,6 +221,37 @@ def test_no_gradient_is_made_where_none_is_wanted() -> None:
     )
 
 
+@pytest.mark.parametrize("reduction", range(3))
+@pytest.mark.parametrize("dtype", STATE_DTYPES, ids=str)
+def test_eager_training_has_the_bits_of_the_op_in_a_graph(dtype: torch.dtype, reduction: int) -> None:
+    """The function of eager mode stores what the op's own formula stores, wide for 16 bits, and scales it alike."""
+    pred, x0 = values((3, 4, 9), 1, dtype).requires_grad_(), values((3, 4, 9), 2, torch.float32)
+    seeds, at, wide = ops.seeds(0, 3), torch.tensor([1, 4, 2]), pred.element_size() < 4
+    for up in (1.0, 2.0**-12, 3.0):
+        ours = ops.loss(pred, x0, TABLE, at, seeds=seeds, reduction=REDUCTIONS[reduction])
+        value, stored = torch.ops.diffkern.loss(pred, x0, TABLE, at, seeds, 0, None, reduction, True, wide)
+        found, expected = (torch.autograd.grad(t, pred, torch.full_like(t, up))[0] for t in (ours, value))
+        assert same_bits(ours, value)
+        assert same_bits(found, expected)
+        assert same_bits(found, (stored * up).to(dtype))
+        assert stored.dtype == (torch.float32 if wide else dtype)
+
+
+def test_what_is_stored_for_the_backward_pass_can_be_packed() -> None:
+    """Hooks on saved tensors (offloading, activation checkpointing) are given the gradient, and it alone."""
+    pred, x0, packed = values((3, 7), 1).requires_grad_(), values((3, 7), 2), []
+
+    def pack(t: Tensor) -> Tensor:
+        packed.append(t)
+        return -2.0 * t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: -0.5 * t):
+        loss = ops.loss(pred, x0, TABLE[2:3], seeds=ops.seeds(0, 3))
+    (grad,) = torch.autograd.grad(loss, pred)
+    assert len(packed) == 1
+    assert same_bits(grad, packed[0])
+
+
 def test_descent() -> None:
     """The gradient points downhill: a few steps of it reach the target."""
     x0, seeds = values((4, 33), 1), ops.seeds(0, 4)

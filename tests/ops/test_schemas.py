@@ -139,7 +139,7 @@ CALLS: dict[str, tuple[tuple[Any, ...], Callable[[], tuple[Tensor, ...]]]] = {
         lambda: reference.noising(T["x"], NOISING, INDEX, noise=T["noise"]),
     ),
     "loss": (
-        (T["m"], T["x"], LOSS, INDEX, SEEDS, 5, None, 2, False),
+        (T["m"], T["x"], LOSS, INDEX, SEEDS, 5, None, 2, False, True),
         lambda: (reference.loss(T["m"], T["x"], LOSS, INDEX, seeds=SEEDS, stream=5, reduction="sum"),),
     ),
     "variational": (
@@ -261,7 +261,9 @@ def opcheck_samples() -> dict[str, tuple[str, tuple[Any, ...]]]:
     for reduction in range(3):
         arguments = (leaf(T["m"]), leaf(T["x"]), LOSS, None, None, 0, leaf(T["noise"]), reduction, True)
         samples[f"loss gradient {reduction}"] = ("loss", arguments)
-    samples["loss bfloat16"] = ("loss", (leaf(T["m"].bfloat16()), T["x"], LOSS, INDEX, SEEDS, 0, None, 1, True))
+    for wide in (False, True):
+        arguments = (leaf(T["m"].bfloat16()), T["x"], LOSS, INDEX, SEEDS, 0, None, 1, True, wide)
+        samples[f"loss bfloat16 {wide}"] = ("loss", arguments)
     pred = torch.cat([T["m"], T["h0"]], 1)
     for name, made in (("gradient", leaf(pred)), ("bfloat16", pred.bfloat16()), ("sliced", arrange(pred, "sliced"))):
         arguments = (made, T["x"], VARIATIONAL, INDEX, None, 0, T["noise"], 1, True)

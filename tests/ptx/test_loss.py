@@ -31,6 +31,15 @@ def test_prediction_dtypes(device: Device, cpu: Cpu, state: torch.dtype, pred_dt
         check(device, cpu, loss(layout, 3, (4, 259), state, pred_dtype=pred_dtype))
 
 
+@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("pred_dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_wide_gradients_of_narrow_predictions(
+    device: Device, cpu: Cpu, state: torch.dtype, pred_dtype: torch.dtype
+) -> None:
+    for layout in ("contiguous", "channels_last", "misaligned", "strided"):
+        check(device, cpu, loss(layout, 3, (4, 259), state, pred_dtype=pred_dtype, grad_dtype=torch.float32))
+
+
 @pytest.mark.parametrize("state", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["channels_last", "channels_last_misaligned"])
 def test_channels_last(device: Device, cpu: Cpu, state: torch.dtype, layout: str) -> None:

@@ -25,6 +25,7 @@ def loss(
     state: torch.dtype,
     *,
     pred_dtype: torch.dtype | None = None,
+    grad_dtype: torch.dtype | None = None,
     reduction: int = NONE,
     grad: bool = True,
     tensor_noise: bool = False,
@@ -37,8 +38,9 @@ def loss(
     }
     if tensor_noise:
         inputs["noise"] = values(3, batch, shape, state, layout)
+    outputs = {"grad": grad_dtype or pred_dtype} if grad else {}
     return Call(
-        "loss", layout, batch, shape, inputs, {"grad": pred_dtype} if grad else {}, table=table(5), state=state,
+        "loss", layout, batch, shape, inputs, outputs, table=table(5), state=state,
         index=torch.arange(batch, dtype=torch.int64) % 5, seeds=None if tensor_noise else seeds_for(batch),
         stream=1 << 40, reduction=reduction,
     )  # fmt: skip
