@@ -15,7 +15,7 @@ struct Avx2Noise {
     const __m256i m0 = _mm256_set1_epi64x(kPhiloxM0), m1 = _mm256_set1_epi64x(kPhiloxM1);
     __m256i c0[kVectors], c1[kVectors], c2[kVectors], c3[kVectors];
     for (int w = 0; w < kVectors; ++w) {  // even and odd quads of the first eight, then of the next
-      const int64_t first = static_cast<int64_t>(q0) + w / 2 * 8 + w % 2;
+      const int64_t first = static_cast<int64_t>(q0 + w / 2 * 8 + w % 2);
       const __m256i q = _mm256_add_epi64(_mm256_set1_epi64x(first), _mm256_setr_epi64x(0, 2, 4, 6));
       c0[w] = q;
       c1[w] = _mm256_srli_epi64(q, 32);

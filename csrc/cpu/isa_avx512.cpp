@@ -16,7 +16,7 @@ struct Avx512Noise {
     const __m512i m0 = _mm512_set1_epi64(kPhiloxM0), m1 = _mm512_set1_epi64(kPhiloxM1);
     __m512i c0[2], c1[2], c2[2], c3[2];
     for (int half = 0; half < 2; ++half) {  // even and odd quads
-      const __m512i q = _mm512_add_epi64(_mm512_set1_epi64(static_cast<int64_t>(q0) + half),
+      const __m512i q = _mm512_add_epi64(_mm512_set1_epi64(static_cast<int64_t>(q0 + half)),
                                          _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14));
       c0[half] = q;
       c1[half] = _mm512_srli_epi64(q, 32);
