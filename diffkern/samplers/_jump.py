@@ -1,35 +1,58 @@
-"""One step of an exponential integrator (arXiv 2211.01095, eq. 9), which DPM-Solver++ and UniPC are made of."""
+"""Steps of an exponential integrator (arXiv 2211.01095, eq. 9), which DPM-Solver++ and UniPC are made of."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
+from diffkern.samplers._columns import Array, Columns, columns, each
 from diffkern.samplers._phi import phi
 
 if TYPE_CHECKING:
     from diffkern.samplers.nodes import Node
 
 
-class Jump:
-    """One exponential step from a point to another: x' = a x + alpha' (sum of weights times estimates of x0) + g z.
+class Jumps(NamedTuple):
+    """Exponential steps between points: x' = a x + alpha' (sum of weights times estimates of x0) + g z, [n] each.
 
-    ``weight(n)`` is k h int_0^1 e^(-(1-u) k h) u^n du, with k = 1 + eta. ``still``: h is 0, the levels are equal.
+    With k = 1 + eta. ``still``: h is 0, the levels are equal. ``sharp``: alpha is 0 before the step, or sigma after it.
     """
 
-    def __init__(self, node: Node, to: Node, eta: float = 0.0) -> None:
-        self.alpha, self.sharp = to.alpha, node.alpha == 0.0 or to.sigma == 0.0
-        # e^-h, which is 0 where alpha is 0 before the step (pure noise) or sigma is 0 after it.
-        self.decay = node.alpha * to.sigma / (to.alpha * node.sigma)
-        self.h = math.inf if self.decay == 0.0 else -math.log(self.decay)
-        again = self.decay**eta if eta > 0.0 else 1.0
-        self.a = to.sigma / node.sigma * again
-        self.g = to.sigma * math.sqrt(max(0.0, 1.0 - again * again))
-        self.rate = (1.0 + eta) * self.h
-        self.still = self.decay == 1.0
+    node: Columns
+    to: Columns
+    sharp: NDArray[np.bool_]
+    still: NDArray[np.bool_]
+    h: Array
+    a: Array
+    g: Array
+    rate: Array
+    """k h."""
 
-    def weight(self, n: int) -> float:
-        """See the class; at n = 0 it is 1 - e^(-k h)."""
-        if self.rate == math.inf:
-            return 1.0  # all weight at u = 1
-        return self.rate * math.factorial(n) * phi(n + 1, -self.rate)
+    def some(self, index: NDArray[np.int64]) -> Jumps:
+        """Those of the steps."""
+        flags = self.sharp[index], self.still[index]
+        return Jumps(self.node.some(index), self.to.some(index), *flags, *(column[index] for column in self[4:]))
+
+    def weight(self, n: int) -> Array:
+        """k h int_0^1 e^(-(1-u) k h) u^n du: at n = 0 it is 1 - e^(-k h), for an infinite h 1, all weight at u = 1."""
+        finite = self.rate != math.inf
+        rate = np.where(finite, self.rate, 1.0)
+        return np.where(finite, rate * math.factorial(n) * phi(n + 1, -rate), 1.0)
+
+
+def jumps(nodes: Sequence[Node], to: Sequence[Node], eta: float = 0.0) -> Jumps:
+    """The steps from these points to those."""
+    node, after = columns(nodes), columns(to)
+    # e^-h, which is 0 where alpha is 0 before the step (pure noise) or sigma is 0 after it.
+    with np.errstate(all="ignore"):
+        decay = node.alpha * after.sigma / (after.alpha * node.sigma)
+        h = each(lambda ratio: math.inf if ratio == 0.0 else -math.log(ratio), decay)
+        again = each(lambda ratio: ratio**eta, decay) if eta > 0.0 else np.ones_like(decay)
+        a = after.sigma / node.sigma * again
+        g = after.sigma * np.sqrt(np.fmax(0.0, 1.0 - again * again))
+    sharp = (node.alpha == 0.0) | (after.sigma == 0.0)
+    return Jumps(node, after, sharp, decay == 1.0, h, a, g, (1.0 + eta) * h)

@@ -6,13 +6,17 @@ All step in the state x0 + sigma eps and take their second slope or estimate at 
 from __future__ import annotations
 
 import math
-from itertools import compress
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 from typing_extensions import Unpack
 
 from diffkern.modes import neutrally
 from diffkern.plan import Plan, Row
 from diffkern.samplers._churn import churned_nodes
+from diffkern.samplers._columns import Array, Columns, columns, placed
+from diffkern.samplers._columns import rows as rows_of
 from diffkern.samplers.arguments import not_negative
 from diffkern.samplers.nodes import Coordinates, GridOptions, Node, chain, grid, row, still
 from diffkern.schedules.base import Schedule
@@ -39,7 +43,7 @@ def dpm_2(
     space, nodes, end = _grid("dpm_2", schedule, steps, **options)
     churned, noises = churned_nodes(space, nodes, churn, churn_range, churn_noise)
     downs = [to.sigma for to in (*nodes[1:], end)]
-    rows, at = _two_slopes(space, churned, downs, [*churned[1:], end], [*noises[1:], 0.0])
+    rows, at = _two_stages(space, churned, downs, [*churned[1:], end], [*noises[1:], 0.0], _two_slopes)
     return chain("dpm_2", space, rows, at, math.hypot(nodes[0].sigma, noises[0]))
 
 
@@ -64,7 +68,8 @@ def dpm_2_ancestral(
     space, nodes, end = _grid("dpm_2_ancestral", schedule, steps, **options)
     after = [*nodes[1:], end]
     levels = [ancestral_levels(node.sigma, to.sigma, eta) for node, to in zip(nodes, after, strict=True)]
-    rows, at = _two_slopes(space, nodes, [down for down, _ in levels], after, [noise * up for _, up in levels])
+    downs, noises = [down for down, _ in levels], [noise * up for _, up in levels]
+    rows, at = _two_stages(space, nodes, downs, after, noises, _two_slopes)
     return chain("dpm_2_ancestral", space, rows, at)
 
 
@@ -93,58 +98,57 @@ def dpmpp_2s_ancestral(
     space, nodes, end = _grid("dpmpp_2s_ancestral", schedule, steps, **options)
     after = [*nodes[1:], end]
     levels = [ancestral_levels(node.sigma, to.sigma, eta) for node, to in zip(nodes, after, strict=True)]
-    middles = _middles(space, nodes, [down for down, _ in levels])
-    rows: list[Row] = []
-    at: list[Node] = []
-    for node, to, middle, (down, up) in zip(nodes, after, middles, levels, strict=True):
-        if middle is None:
-            rows.append(_one(len(rows), node, to, down, noise * up))
-            at.append(node)
-            continue
+    downs, noises = [down for down, _ in levels], [noise * up for _, up in levels]
+
+    def stages(node: Columns, middle: Columns, down: Array) -> tuple[dict[str, Any], dict[str, Any]]:
         half, whole = middle.sigma / node.sigma, down / node.sigma
-        rows.append(_first(row(len(rows), node, middle, a=half, b=1.0 - half)))
-        rows.append(row(len(rows), middle, to, b=1.0 - whole, e=(whole,), g=noise * up))
-        at += [node, middle]
+        return {"a": half, "b": 1.0 - half}, {"b": 1.0 - whole, "e": (whole,)}
+
+    rows, at = _two_stages(space, nodes, downs, after, noises, stages)
     return chain("dpmpp_2s_ancestral", space, rows, at)
 
 
-def _two_slopes(
-    space: Coordinates, nodes: list[Node], downs: list[float], reached: list[Node], noises: list[float]
+def _two_slopes(node: Columns, middle: Columns, down: Array) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The coefficients of both rows of steps along a slope."""
+    half, whole = middle.sigma - node.sigma, down - node.sigma
+    first = {"a": 1.0 + half * node.sx, "b": half * node.s0, "d": half * node.sm}
+    return first, {"a": whole * middle.sx, "b": whole * middle.s0, "d": whole * middle.sm, "e": (1.0,)}
+
+
+def _two_stages(
+    space: Coordinates,
+    nodes: list[Node],
+    downs: list[float],
+    reached: list[Node],
+    noises: list[float],
+    stages: Callable[[Columns, Columns, Array], tuple[dict[str, Any], dict[str, Any]]],
 ) -> tuple[list[Row], list[Node]]:
-    """The rows of steps to the levels ``downs``, each with noise that leaves it at ``reached``, and their points."""
-    rows: list[Row] = []
-    at: list[Node] = []
-    middles = _middles(space, nodes, downs)
-    for node, middle, down, to, g in zip(nodes, middles, downs, reached, noises, strict=True):
-        if middle is None:
-            rows.append(_one(len(rows), node, to, down, g))
-            at.append(node)
-            continue
-        half, whole = middle.sigma - node.sigma, down - node.sigma
-        first = row(len(rows), node, middle, a=1.0 + half * node.sx, b=half * node.s0, d=half * node.sm)
-        rows.append(_first(first))
-        a, b, d = (whole * c for c in (middle.sx, middle.s0, middle.sm))
-        rows.append(row(len(rows), middle, to, a=a, b=b, d=d, e=(1.0,), g=g))
-        at += [node, middle]
+    """The rows of steps to the levels ``downs``, each with noise that leaves it at ``reached``, and their points.
+
+    ``stages`` gives the coefficients of the two rows of steps with a geometric middle; the first keeps the state it
+    started from. A step without has one row.
+    """
+    down, noise = np.array(downs), np.array(noises)
+    sigma = np.array([node.sigma for node in nodes])
+    double = (down > 0.0) & (down != sigma)
+    first = np.cumsum(1 + double) - 1 - double
+    (two,), (one,) = np.nonzero(double), np.nonzero(~double)
+    middles = space.nodes(np.sqrt(sigma * down)[two].tolist())
+    starts = [nodes[j] for j in two]
+    node, middle, to = columns(starts), columns(middles), columns([reached[j] for j in two])
+    begin, end = stages(node, middle, down[two])
+    begun = rows_of(first[two], node, middle, **begin, saves=((0, "x"),), ends_step=False)
+    ended = rows_of(first[two] + 1, middle, to, **end, g=noise[two])
+    single = [_one(int(first[j]), nodes[j], reached[j], downs[j], noises[j]) for j in one]
+    count = len(nodes) + len(two)
+    rows = placed(count, (first[two], begun), (first[two] + 1, ended), (first[one], single))
+    at = placed(count, (first[two], starts), (first[two] + 1, middles), (first[one], [nodes[j] for j in one]))
     return rows, at
-
-
-def _middles(space: Coordinates, nodes: list[Node], downs: list[float]) -> list[Node | None]:
-    """The geometric middles of steps from these points to these levels; None for a step that has none."""
-    two = [0.0 < down != node.sigma for node, down in zip(nodes, downs, strict=True)]
-    levels = [math.sqrt(node.sigma * down) for node, down in zip(nodes, downs, strict=True)]
-    found = iter(space.nodes(list(compress(levels, two))))
-    return [next(found) if has else None for has in two]
 
 
 def _one(i: int, node: Node, to: Node, down: float, g: float) -> Row:
     """A step with one model call: to sigma_down = 0, where it ends on x0, or of no length."""
     return still(i, node, to, g) if down == node.sigma else row(i, node, to, b=1.0, g=g)
-
-
-def _first(made: Row) -> Row:
-    """The first row of a step, which keeps the state it started from."""
-    return made.but(saves=((0, "x"),), ends_step=False)
 
 
 def ancestral_levels(sigma: float, to: float, eta: float) -> tuple[float, float]:

@@ -12,17 +12,21 @@ every number of steps (`diffkern.samplers._noise_path`); "independent" draws noi
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import replace
 from typing import Any, get_args
 
+import numpy as np
+from numpy.typing import NDArray
 from typing_extensions import Unpack
 
 from diffkern.modes import neutrally
 from diffkern.names import MultistepSolver, NoisePath
 from diffkern.plan import Plan, Row
-from diffkern.samplers._jump import Jump
+from diffkern.samplers._columns import Array, placed
+from diffkern.samplers._columns import rows as rows_of
+from diffkern.samplers._histories import HISTORIES
+from diffkern.samplers._jump import Jumps, jumps
 from diffkern.samplers._noise_path import Clock, clock
 from diffkern.samplers.arguments import choice, not_negative
 from diffkern.samplers.nodes import (
@@ -182,35 +186,38 @@ def dpmpp_2s(
     path = clock(noise_path)
     if not 0.0 < r <= 1.0:
         raise ValueError(f"r must lie in (0, 1], got {r}")
-    jumps = [Jump(node, to, eta) for node, to in itertools.pairwise(points)]
-    whole = [not (jump.sharp or jump.still) for jump in jumps]
-    middles = iter(_middles(space, list(itertools.compress(zip(points, points[1:], jumps, strict=False), whole)), r))
-    rows: list[Row] = []
-    at: list[Node] = []
-    for node, to, jump, two in zip(points, points[1:], jumps, whole, strict=False):
-        if not two:
-            rows.append(_last(len(rows), node, to, jump, noise, path))
-            at.append(node)
-            continue
-        middle = next(middles)
-        half = Jump(node, middle, eta)
-        a, b = half.a, half.alpha * half.weight(0)
-        # s holds all that the second row needs of x and the first x0.
-        share = jump.alpha * jump.weight(0)
-        g = noise * half.g
-        more: dict[str, Any] = {"A": jump.a, "B": share * (1.0 - 0.5 / r), "saves": ((0, "s"),), "ends_step": False}
-        rows.append(row(len(rows), node, middle, a=a, b=b, g=g, path=path(node, middle, g), **more))
-        g = noise * jump.g  # of the whole step: on a path its first part is the noise of the first row
-        rows.append(row(len(rows), middle, to, b=share * 0.5 / r, e=(1.0,), g=g, path=path(node, to, g)))
-        at += [node, middle]
+    whole = jumps(points[:-1], points[1:], eta)
+    single = whole.sharp | whole.still
+    two = np.flatnonzero(~single)
+    sizes = np.where(single, 1, 2)
+    first = np.cumsum(sizes) - sizes
+    nodes, ends = ([listed[j] for j in two] for listed in (points, points[1:]))
+    middles = _middles(space, nodes, ends, whole.h[two], r)
+    half, full = jumps(nodes, middles, eta), whole.some(two)
+    # s holds all that the second row needs of x and the first x0.
+    share = full.to.alpha * full.weight(0)
+    more: dict[str, Any] = {"A": full.a, "B": share * (1.0 - 0.5 / r), "saves": ((0, "s"),), "ends_step": False}
+    g = noise * half.g
+    more |= {"a": half.a, "b": half.to.alpha * half.weight(0), "g": g, "fields": _spans(path, nodes, middles, g)}
+    begun = rows_of(first[two], half.node, half.to, **more)
+    g = noise * full.g  # of the whole step: on a path its first part is the noise of the first row
+    more = {"b": share * 0.5 / r, "e": (1.0,), "g": g, "fields": _spans(path, nodes, ends, g)}
+    ended = rows_of(first[two] + 1, half.to, full.to, **more)
+    one = np.flatnonzero(single)
+    others, lower = [points[j] for j in one], [points[j + 1] for j in one]
+    last = _first_order(first[one], others, lower, whole.some(one), noise, path)
+    count = int(sizes.sum())
+    rows = placed(count, (first[two], begun), (first[two] + 1, ended), (first[one], last))
+    at = placed(count, (first[two], nodes), (first[two] + 1, middles), (first[one], others))
     return chain("dpmpp_2s", space, rows, at, native_scale(space, points[0]))
 
 
-def _middles(space: Coordinates, steps: list[tuple[Node, Node, Jump]], r: float) -> list[Node]:
+def _middles(space: Coordinates, nodes: list[Node], ends: list[Node], h: Array, r: float) -> list[Node]:
     """The points at lambda + r h of these steps."""
     if r == 1.0:  # a flow may end above sigma = 0, at a point that has no model call of its own
-        return [to if to.p or to.q else space.native(space.node(to.v)) for _, to, _ in steps]
-    return space.natives(space.at_log_ratios([node.log_ratio + r * jump.h for node, _, jump in steps]))
+        return [to if to.p or to.q else space.native(space.node(to.v)) for to in ends]
+    lengths = h.tolist()
+    return space.native_at_log_ratios([node.log_ratio + r * h for node, h in zip(nodes, lengths, strict=True)])
 
 
 @neutrally
@@ -227,14 +234,24 @@ def _check(eta: float, noise: float) -> None:
     not_negative("noise", noise)
 
 
-def _last(i: int, node: Node, to: Node, jump: Jump, noise: float, path: Clock) -> Row:
-    """A first-order row; on clean data x0 itself, between equal levels x."""
-    if jump.still:
-        return still(i, node, to)
-    if ends_on_x0(to):
-        return row(i, node, to, b=1.0)
-    g = noise * jump.g
-    return row(i, node, to, a=jump.a, b=to.alpha * jump.weight(0), g=g, path=path(node, to, g))
+def _spans(path: Clock, nodes: list[Node], to: list[Node], g: Array) -> dict[str, list[Any]]:
+    """The field ``path`` of rows whose noise spans these levels."""
+    return {"path": [path(*line) for line in zip(nodes, to, g.tolist(), strict=True)]}
+
+
+def _first_order(
+    i: NDArray[np.int64], nodes: list[Node], to: list[Node], jump: Jumps, noise: float, path: Clock
+) -> list[Row]:
+    """First-order rows; on clean data x0 itself, between equal levels x."""
+    exact = [ends_on_x0(after) for after in to]
+    g = np.where(jump.still | np.array(exact, bool), 0.0, noise * jump.g)
+    more: dict[str, Any] = {"a": jump.a, "b": jump.to.alpha * jump.weight(0), "g": g}
+    made = rows_of(i, jump.node, jump.to, fields=_spans(path, nodes, to, g), **more)
+    for k in np.flatnonzero(exact).tolist():
+        made[k] = row(int(i[k]), nodes[k], to[k], b=1.0)
+    for k in np.flatnonzero(jump.still).tolist():
+        made[k] = still(int(i[k]), nodes[k], to[k])
+    return made
 
 
 def _multistep(
@@ -253,35 +270,42 @@ def _multistep(
     _check(eta, noise)
     choice("solver", solver, get_args(MultistepSolver))
     path = clock(noise_path)
-    jumps = [Jump(node, to, eta) for node, to in itertools.pairwise(points)]
-    count = sum(not jump.still for jump in jumps)
-    rows: list[Row] = []
-    lengths: list[float] = []
-    for i, (node, to, jump) in enumerate(zip(points, points[1:], jumps, strict=False)):
-        if jump.still:
-            rows.append(still(i, node, to))
-            continue
-        j = len(lengths)
-        past = 0  # finite steps before this one, as many as its order needs
-        while past < min(order - 1, j) and lengths[j - 1 - past] < math.inf:
-            past += 1
+    nodes, to = points[:-1], points[1:]
+    whole = jumps(nodes, to, eta)
+    taken = np.flatnonzero(~whole.still)
+    number = np.cumsum(~whole.still) - 1  # j
+    past = np.zeros(len(nodes), np.int64)  # finite steps before each, as many as its order needs
+    finite = 0
+    for j, (place, h) in enumerate(zip(taken.tolist(), whole.h[taken].tolist(), strict=True)):
+        used = min(order - 1, finite)
         if lower_order_final:
-            past = min(past, count - 1 - j)
-        if jump.sharp or past == 0:
-            made = _last(i, node, to, jump, noise, path)
-        else:
-            weights = _weights(jump, lengths[j - past : j][::-1], solver, compat)
-            e = [0.0] * 4
-            for n, w in enumerate(weights[1:], 1):
-                e[(j - n) % (order - 1)] = to.alpha * w
-            g = noise * jump.g
-            made = row(i, node, to, a=jump.a, b=to.alpha * weights[0], e=e, g=g, path=path(node, to, g))
-        rows.append(made.but(saves=((j % (order - 1), "x0"),)) if order > 1 else made)
-        lengths.append(jump.h)
-    return chain(name, space, rows, points[:-1], native_scale(space, points[0]))
+            used = min(used, len(taken) - 1 - j)
+        past[place] = 0 if whole.sharp[place] else used
+        finite = finite + 1 if h < math.inf else 0
+    parts: list[tuple[NDArray[np.int64], list[Row]]] = []
+    for used in range(order):
+        at = np.flatnonzero((past == used) & (~whole.still | (used == 0)))
+        if not len(at):
+            continue
+        jump, step = whole.some(at), number[at]
+        starts, ends = [nodes[k] for k in at], [to[k] for k in at]
+        if used == 0:
+            parts.append((at, _first_order(at, starts, ends, jump, noise, path)))
+            continue
+        weights = _weights(jump, [whole.h[taken[step - n]] for n in range(1, used + 1)], solver, compat)
+        e = np.zeros((len(HISTORIES), len(at)))
+        for n, w in enumerate(weights[1:], 1):
+            e[(step - n) % (order - 1), np.arange(len(at))] = jump.to.alpha * w
+        g = noise * jump.g
+        more: dict[str, Any] = {"a": jump.a, "b": jump.to.alpha * weights[0], "e": list(e), "g": g}
+        parts.append((at, rows_of(at, jump.node, jump.to, fields=_spans(path, starts, ends, g), **more)))
+    rows = placed(len(nodes), *parts)
+    for j, place in enumerate(taken.tolist() if order > 1 else ()):
+        rows[place] = rows[place].but(saves=((j % (order - 1), "x0"),))
+    return chain(name, space, rows, nodes, native_scale(space, points[0]))
 
 
-def _weights(jump: Jump, lengths: list[float], solver: MultistepSolver, compat: bool) -> list[float]:
+def _weights(jump: Jumps, lengths: list[Array], solver: MultistepSolver, compat: bool) -> list[Array]:
     """Weights of x0 and the one or two estimates before it, ``lengths`` ago in lambda, the latest first."""
     first = jump.weight(0)
     r0, slope = lengths[0] / jump.h, jump.weight(1)
@@ -292,7 +316,7 @@ def _weights(jump: Jump, lengths: list[float], solver: MultistepSolver, compat: 
     r1 = lengths[1] / jump.h
     curve = jump.weight(2) * (0.5 if compat else 1.0)
     whole = r0 + r1
-    one = [1.0 / r0, -1.0 / r0, 0.0]
+    one = [1.0 / r0, -1.0 / r0, np.zeros_like(r0)]
     two = [1.0 / (r0 * whole), -1.0 / (r0 * r1), 1.0 / (r1 * whole)]
     total = [slope * (x + r0 * y) + curve * y for x, y in zip(one, two, strict=True)]
     return [first + total[0], total[1], total[2]]

@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from typing_extensions import Unpack
 
 from diffkern.modes import neutrally
 from diffkern.plan import SLOTS, Plan, Row
+from diffkern.samplers._columns import columns, each, placed
+from diffkern.samplers._columns import rows as rows_of
 from diffkern.samplers._phi import exponential_weights
 from diffkern.samplers.arguments import order_in
 from diffkern.samplers.nodes import GridOptions, Node, chain, ends_on_x0, grid, row, still
@@ -61,36 +65,42 @@ def deis(
 
 def _rows(nodes: list[Node], end: Node, order: int, *, exponential: bool) -> list[Row]:
     """The j-th step of some length saves its slope in slot j mod (order - 1) and reads those of the ones before."""
-    rows = []
+    after = [*nodes[1:], end]
     slots = max(order - 1, 1)
-    before: list[float] = []  # where the slopes that are kept were taken
-    for i, (node, to) in enumerate(zip(nodes, [*nodes[1:], end], strict=True)):
-        h = to.v - node.v
-        if h == 0.0:
-            rows.append(still(i, node, to))
+    at, to = columns(nodes), columns(after)
+    moves = to.v != at.v
+    taken, number = np.flatnonzero(moves), np.cumsum(moves) - 1  # the steps of some length, and j of each
+    used = np.minimum(order, number + 1)
+    if exponential:
+        used[to.v == 0.0] = 1
+    exact = np.array([ends_on_x0(node) for node in after]) & (at.alpha == 1.0) & (used == 1) & moves
+    parts: list[tuple[NDArray[np.int64], list[Row]]] = []
+    for count in range(1, order + 1):
+        i = np.flatnonzero(moves & ~exact & (used == count))
+        if not len(i):
             continue
-        j = len(before)
-        before.append(node.v)
-        used = min(order, j + 1)
-        if exponential and to.v == 0.0:
-            used = 1
-        if used == 1 and ends_on_x0(to) and node.alpha == 1.0:
-            rows.append(row(i, node, to, b=1.0))
-            continue
-        past = before[j - used + 1 :][::-1]
+        node, v, j = at.some(i), to.v[i], number[i]
+        past = [at.v[taken[j - n]] for n in range(count)]  # where the slopes that are read were taken
         if exponential:
             # int sigma e^(u ln(sigma'/sigma)) du: weights e^z (int_0^1 e^((1-u)(-z)) l_j), z = ln(sigma'/sigma).
-            z = math.log(to.v / node.v)
-            points = [math.log(v / node.v) / z for v in past]
-            weights = [to.v * z * w for w in exponential_weights(points, -z)]
+            z = each(math.log, v / node.v)
+            weights = exponential_weights([each(math.log, earlier / node.v) / z for earlier in past], -z)
+            weights = [v * z * w for w in weights]
         else:
-            weights = [h * w for w in exponential_weights([(v - node.v) / h for v in past], 0.0)]
-        e = [0.0] * SLOTS
-        for n in range(1, used):
-            e[(j - n) % slots] = weights[n]
+            h = v - node.v
+            weights = [h * w for w in exponential_weights([(earlier - node.v) / h for earlier in past], 0.0)]
+        e = np.zeros((SLOTS, len(i)))
+        for n, w in enumerate(weights[1:], 1):
+            e[(j - n) % slots, np.arange(len(i))] = w
         w = weights[0]
-        more: dict[str, Any] = {}
-        if order > 1 and i + 1 < len(nodes):
-            more = {"A": node.sx, "B": node.s0, "D": node.sm, "saves": ((j % slots, "s"),)}
-        rows.append(row(i, node, to, a=1.0 + w * node.sx, b=w * node.s0, d=w * node.sm, e=e, **more))
+        more: dict[str, Any] = {"a": 1.0 + w * node.sx, "b": w * node.s0, "d": w * node.sm, "e": list(e)}
+        if order > 1:
+            more |= {"A": node.sx, "B": node.s0, "D": node.sm}
+            more["fields"] = {"saves": [((slot, "s"),) for slot in (j % slots).tolist()]}
+        parts.append((i, rows_of(i, node, to.some(i), **more)))
+    rows: list[Row] = placed(len(nodes), *parts)
+    for i in np.flatnonzero(exact).tolist():
+        rows[i] = row(i, nodes[i], after[i], b=1.0)
+    for i in np.flatnonzero(~moves).tolist():
+        rows[i] = still(i, nodes[i], after[i])
     return rows

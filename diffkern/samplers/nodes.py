@@ -18,6 +18,7 @@ import torch
 from diffkern import streams
 from diffkern.names import LevelSpacing, Prediction, Spacing, TableSpacing
 from diffkern.plan import Plan, Row
+from diffkern.samplers._histories import HISTORIES, kept_by, without_zero_slopes
 from diffkern.samplers.arguments import bound, need_schedule
 from diffkern.samplers.points import filled, in_sigma, in_time, times_of, undetermined
 from diffkern.schedules import predictions
@@ -29,8 +30,6 @@ from diffkern.schedules.paths import FlowSchedule, PathSchedule
 from diffkern.schedules.timesteps import Numbers, check_steps, linspace, monotone, noise_levels, spaced_timesteps
 
 _EMPTY = Row()
-HISTORIES = ("e0", "e1", "e2", "e3")
-"""The columns that weigh the histories."""
 
 
 class Node(NamedTuple):
@@ -123,6 +122,10 @@ class Coordinates:
             times = self.schedule.time_of_log_snr(2.0 * filled(values)) if values else torch.empty(0)
             return self.nodes(times.tolist()[: len(values)])
         return self.nodes([math.exp(-value) for value in values])
+
+    def native_at_log_ratios(self, values: Sequence[float]) -> list[Node]:
+        """`native` of `at_log_ratios`."""
+        return self.natives(self.at_log_ratios(values))
 
     def _alphas(self, sigmas: Sequence[float]) -> list[float]:
         """alpha at levels sigma/alpha."""
@@ -323,22 +326,26 @@ def chain(
     Raises ValueError where a row needs what the prediction does not determine at its time.
     """
     scales = [node.k for node in at]
-    rows = _without_zero_slopes(rows)
+    rows = without_zero_slopes(rows)
     chained: list[Row] = []
     live: set[int] = set()
     # From the last row to the first: no histories that no later row reads, and no s that is not saved.
     for made, node, k in zip(reversed(rows), reversed(at), [1.0, *scales[:0:-1]], strict=True):
-        saves = tuple(save for save in made.saves if save[0] in live) if made.saves else ()
-        idle = (made.A != 0.0 or made.B != 0.0 or made.D != 0.0) and not any(source == "s" for _, source in saves)
-        if idle:
-            made = made.but(A=0.0, B=0.0, D=0.0)
-        if made.k != k or saves != made.saves:
+        saves = made.saves
+        slots, slope = kept_by(saves)
+        if saves and not live.issuperset(slots):
+            saves = tuple(save for save in saves if save[0] in live)
+            slots, slope = kept_by(saves)
+        if made.k != k or saves is not made.saves:
             made = made.but(k=k, saves=saves)
+        if not slope and (made.A or made.B or made.D):
+            made = made.but(A=0.0, B=0.0, D=0.0)
         if math.isnan(made.p + made.a + made.d + made.A + made.D):
             made = _without_x0(made, space, node)
         if saves:
-            live.difference_update(slot for slot, _ in saves)
-        live.update(made.reads)
+            live -= slots
+        if made.e0 or made.e1 or made.e2 or made.e3:
+            live.update(made.reads)
         chained.append(made)
     whole = isinstance(space.schedule, DiscreteSchedule) and all(node.time == int(node.time) for node in at)
     return Plan(
@@ -349,22 +356,6 @@ def chain(
         prediction=space.prediction,
         time_dtype="int64" if whole else "float32",
     )
-
-
-def _without_zero_slopes(rows: Sequence[Row]) -> list[Row]:
-    """The rows without an s that is 0 x + 0 x0 + 0 m: none is made, and none is read."""
-    kept = []
-    zero: set[int] = set()
-    for made in rows:
-        if zero and not zero.isdisjoint(made.reads):
-            made = made.but(**dict.fromkeys((HISTORIES[slot] for slot in zero.intersection(made.reads)), 0.0))
-        if made.saves:
-            zero -= {slot for slot, _ in made.saves}
-            if made.A == made.B == made.D == 0.0 and any(source == "s" for _, source in made.saves):
-                zero |= {slot for slot, source in made.saves if source == "s"}
-                made = made.but(saves=tuple(save for save in made.saves if save[1] != "s"))
-        kept.append(made)
-    return kept
 
 
 def _without_x0(made: Row, space: Coordinates, node: Node) -> Row:

@@ -8,15 +8,18 @@ stages read, that alone is kept (Heun, midpoint).
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from typing_extensions import Unpack
 
 from diffkern.modes import kept, neutrally
 from diffkern.plan import Plan, Row
 from diffkern.samplers._churn import churned_nodes
+from diffkern.samplers._columns import Array, columns, placed
+from diffkern.samplers._columns import rows as rows_of
 from diffkern.samplers.nodes import Coordinates, GridOptions, Node, chain, ends_on_x0, grid, row, still
 from diffkern.schedules.base import Schedule
 from diffkern.signatures import shows_arguments_of
@@ -145,58 +148,68 @@ def tableau_plan(
     after, reached = [*nodes[1:], end], [*churned[1:], end]
     g = [*noises[1:], 0.0]
     direct = space.prediction == "velocity" and space.clip == math.inf and space.in_time
-    whole = []
+    whole: list[int] = []
+    short: list[int] = []
+    others: list[int] = []
     for j, (node, to) in enumerate(zip(churned, after, strict=True)):
-        last = j + 1 == len(churned)
-        at_end = end_stage or not last
+        at_end = end_stage or j + 1 < len(churned)
         no_slope = (to.sigma == 0.0 and not (direct and at_end)) or (tableau.nodes[-1] == 1.0 and not at_end)
-        whole.append(not no_slope and node.v != to.v)
-    steps = zip(churned, after, strict=True)
-    between = iter(_between(tableau, space, list(itertools.compress(steps, whole)), end))
-    rows: list[Row] = []
-    at: list[Node] = []
-    for j, node in enumerate(churned):
-        stages = next(between) if whole[j] else [node]
-        at += stages
-        if node.v == after[j].v:
-            rows.append(still(len(rows), node, reached[j], g[j]))
+        if node.v == to.v or ((no_slope or len(tableau.nodes) == 1) and ends_on_x0(to) and node.alpha == 1.0):
+            others.append(j)
         else:
-            rows += _step(tableau if whole[j] else EULER, stages, after[j], reached[j], g[j], len(rows))
+            (short if no_slope else whole).append(j)
+    sizes = np.ones(len(churned), np.int64)
+    sizes[whole] = len(tableau.nodes)
+    first = np.cumsum(sizes) - sizes
+    parts: list[tuple[NDArray[np.int64], list[Row], list[Node]]] = []
+    for method, found in ((tableau, whole), (EULER, short)):
+        if found:
+            starts, ends, levels = ([listed[j] for j in found] for listed in (churned, after, reached))
+            parts += _steps(method, space, end, first[found], starts, ends, levels, np.array([g[j] for j in found]))
+    for j in others:
+        node, i = churned[j], int(first[j])
+        still_there = node.v == after[j].v  # else sigma = 0: the step ends on x0 exactly
+        made = still(i, node, reached[j], g[j]) if still_there else row(i, node, reached[j], b=1.0)
+        parts.append((first[j : j + 1], [made], [node]))
+    count = int(sizes.sum())
+    rows = placed(count, *((i, made) for i, made, _ in parts))
+    at = placed(count, *((i, nodes) for i, _, nodes in parts))
     return chain(name, space, rows, at, math.hypot(nodes[0].sigma, noises[0]))
 
 
-def _between(tableau: Tableau, space: Coordinates, steps: list[tuple[Node, Node]], end: Node) -> list[list[Node]]:
-    """The points of each step's model calls."""
+def _steps(
+    tableau: Tableau,
+    space: Coordinates,
+    end: Node,
+    first: NDArray[np.int64],
+    nodes: list[Node],
+    to: list[Node],
+    reached: list[Node],
+    g: Array,
+) -> list[tuple[NDArray[np.int64], list[Row], list[Node]]]:
+    """The rows of steps, by stage: their places, the first of each step at ``first``, and their points."""
     inner = sorted({c for c in tableau.nodes if 0.0 < c < 1.0})
-    points = iter(space.nodes([node.v + c * (to.v - node.v) for node, to in steps for c in inner]))
+    values = [node.v + c * (target.v - node.v) for c in inner for node, target in zip(nodes, to, strict=True)]
+    points, count = space.nodes(values), len(nodes)
+    called = {0.0: nodes, **{c: points[n * count : (n + 1) * count] for n, c in enumerate(inner)}}
+    if tableau.nodes[-1] == 1.0:
+        called[1.0] = [space.node(target.v) if target is end else target for target in to]
+    at = {c: columns(listed) for c, listed in called.items()}
+    h = columns(to).v - at[0.0].v
     found = []
-    for node, to in steps:
-        at = {0.0: node, **{c: next(points) for c in inner}}
-        if tableau.nodes[-1] == 1.0:
-            at[1.0] = space.node(to.v) if to is end else to
-        found.append([at[c] for c in tableau.nodes])
-    return found
-
-
-def _step(tableau: Tableau, stages: list[Node], to: Node, reached: Node, g: float, first: int) -> list[Row]:
-    """The rows of one step."""
-    h = to.v - stages[0].v
-    count = len(stages)
-    if count == 1 and ends_on_x0(to) and stages[0].alpha == 1.0:
-        return [row(first, stages[0], reached, b=1.0)]  # sigma = 0: the step ends on x0 exactly
-    rows = []
-    for j, (node, stage) in enumerate(zip(stages, _stages(tableau), strict=True)):
-        last = j + 1 == count
+    for j, (c, stage) in enumerate(zip(tableau.nodes, _stages(tableau), strict=True)):
+        node, last = at[c], j + 1 == len(tableau.nodes)
         more: dict[str, Any] = {"saves": stage.saves, "ends_step": last}
         if stage.slope:
             kept = h * stage.share if stage.start else 1.0
             more |= {"A": stage.start + kept * node.sx, "B": kept * node.s0 + 0.0, "D": kept * node.sm + 0.0}
         own = h * stage.own
-        after = reached if last else stages[j + 1]
-        a, b, d = own * node.sx + (j == 0), own * node.s0, own * node.sm
-        e = [1.0, *(h * value for value in stage.reads)] if j > 0 else ()
-        rows.append(row(first + j, node, after, a=a, b=b, d=d, e=e, g=g if last else 0.0, **more))
-    return rows
+        more |= {"a": own * node.sx + (j == 0), "b": own * node.s0, "d": own * node.sm}
+        e: list[Array | float] = [1.0, *(h * value for value in stage.reads)] if j > 0 else []
+        following = columns(reached) if last else at[tableau.nodes[j + 1]]
+        made = rows_of(first + j, node, following, e=e, g=g if last else 0.0, **more)
+        found.append((first + j, made, called[c]))
+    return found
 
 
 class _Stage(NamedTuple):

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 from typing_extensions import Unpack
 
 from diffkern.modes import neutrally
 from diffkern.names import UniPCVariant
-from diffkern.plan import Plan, Row
-from diffkern.samplers._jump import Jump
+from diffkern.plan import Plan
+from diffkern.samplers._columns import Array, each, exact_sum, placed
+from diffkern.samplers._columns import rows as rows_of
+from diffkern.samplers._histories import HISTORIES
+from diffkern.samplers._jump import Jumps, jumps
 from diffkern.samplers._phi import phi
 from diffkern.samplers.arguments import choice, order_in
-from diffkern.samplers.nodes import GridOptions, Node, chain, ends_on_x0, grid, native_scale, own_grid, row, still
+from diffkern.samplers.nodes import GridOptions, chain, ends_on_x0, grid, native_scale, own_grid, row, still
 from diffkern.schedules.base import Schedule
 from diffkern.signatures import shows_arguments_of
 
@@ -49,97 +52,77 @@ def unipc(
     order = order_in(order, 3)
     choice("variant", variant, get_args(UniPCVariant))
     space, points = own_grid("unipc", schedule, steps, **options)
-    jumps = [Jump(node, to) for node, to in itertools.pairwise(points)]
-    count = sum(not jump.still for jump in jumps)
-    taken: list[_Step] = []
-    past: list[Node] = []  # where they started, the latest first
-    for node, to, jump in zip(points, points[1:], jumps, strict=False):
-        if jump.still:
+    nodes, to = points[:-1], points[1:]
+    whole = jumps(nodes, to)
+    taken = np.flatnonzero(~whole.still)
+    jump, count = whole.some(taken), len(taken)
+    used = np.ones(count, np.int64)  # estimates that each step has, its own and those of finite steps before
+    finite = 0
+    for j, (sharp, alpha) in enumerate(zip(jump.sharp.tolist(), jump.node.alpha.tolist(), strict=True)):
+        found = min(order, finite + 1, count - j if lower_order_final else order)
+        used[j] = 1 if sharp else found
+        finite = finite + 1 if alpha > 0.0 else 0
+    predicted, corrected = _weights(jump, np.array([nodes[i].log_ratio for i in taken]), used, variant)
+    # Weights of the estimates at j, j - 1, ...: of the correction of x_j, times sigma'/sigma, and of the step.
+    total = np.zeros_like(predicted)
+    if corrector:
+        total[:, 1:] += jump.a[1:] * corrected[:, :-1]
+    total += predicted
+    step = np.arange(count)
+    e = np.zeros((len(HISTORIES), count))
+    for n in range(1, len(total)):
+        e[(step - n) % order, step] += total[n]
+    saves = [((slot, "x0"),) for slot in (step % order).tolist()]
+    more: dict[str, Any] = {"a": jump.a, "b": total[0], "e": list(e), "fields": {"saves": saves}}
+    rows = placed(len(nodes), (taken, rows_of(taken, jump.node, jump.to, **more)))
+    for i, stays in enumerate(whole.still.tolist()):
+        if stays:
+            rows[i] = still(i, nodes[i], to[i])
+        elif ends_on_x0(to[i]):
+            rows[i] = row(i, nodes[i], to[i], b=1.0, saves=rows[i].saves)
+    return chain("unipc", space, rows, nodes, native_scale(space, points[0]))
+
+
+def _weights(jump: Jumps, log_ratios: Array, used: NDArray[np.int64], variant: UniPCVariant) -> tuple[Array, Array]:
+    """Weights [terms, n] of the latest estimates of x0, the latest first, from the start of each step.
+
+    Of UniP in x_(i+1) beside (sigma'/sigma) x_c, from the estimate at i on; of UniC in x_c - x at i + 1, from that at
+    i + 1 on. ``used`` says how many estimates a step's predictor has.
+    """
+    terms = int(used.max(initial=1)) + 1
+    predicted, corrected = np.zeros((terms, len(used))), np.zeros((terms, len(used)))
+    predicted[0] = jump.to.alpha * jump.weight(0)
+    for order in range(1, terms):
+        (at,) = np.nonzero((used == order) & ~jump.sharp)
+        if not len(at):
             continue
-        j = len(taken)
-        past = [node, *past[:order]]
-        finite = 0
-        while finite < min(order, j + 1) - 1 and past[1 + finite].alpha > 0.0:
-            finite += 1
-        used = finite + 1
-        if lower_order_final:
-            used = min(used, count - j)
-        taken.append(_Step(jump, past[: 1 if to.sigma == 0.0 or node.alpha == 0.0 else used], variant))
-    _solve(taken)
-    rows: list[Row] = []
-    slots, j = order, -1
-    before: _Step | None = None  # the step that led here
-    for i, (node, to, jump) in enumerate(zip(points, points[1:], jumps, strict=False)):
-        if jump.still:
-            rows.append(still(i, node, to))
-            continue
-        j += 1
-        step = taken[j]
-        if ends_on_x0(to):
-            made = row(i, node, to, b=1.0)
-        else:
-            # Weights of the estimates at j, j - 1, ...: of the correction of x_j, times sigma'/sigma, and of the step.
-            total = [0.0] * 5
-            if corrector and before is not None:
-                for n, w in enumerate(before.correction()):
-                    total[n] += step.jump.a * w
-            for n, w in enumerate(step.prediction()):
-                total[n] += w
-            e = [0.0] * 4
-            for n in range(1, 5):
-                if total[n] != 0.0:
-                    e[(j - n) % slots] += total[n]
-            made = row(i, node, to, a=step.jump.a, b=total[0], e=e)
-        rows.append(made.but(saves=((j % slots, "x0"),)))
-        before = step
-    return chain("unipc", space, rows, points[:-1], native_scale(space, points[0]))
+        h, alpha, ones = jump.h[at], jump.to.alpha[at], np.ones(len(at))
+        scale = each(math.expm1, -h) if variant == "bh2" else -h
+        sides = [-h * math.factorial(k) * phi(k + 1, -h) / scale for k in range(1, order + 1)]
+        r = [(log_ratios[at - n] - log_ratios[at]) / h for n in range(1, order)]
+        # One term has the rho that the papers' code takes, for both variants.
+        sums = []
+        for points in (r, [*r, ones]):
+            rho = [0.5 * ones] * len(points) if len(points) < 2 else _solved(points, sides)
+            weights = [-alpha * scale * share / x for share, x in zip(rho, points, strict=True)]
+            sums.append([0.0 - exact_sum(weights) if weights else 0.0 * ones, *weights])
+        plain, (base, *past, new) = sums
+        predicted[0, at] += plain[0]
+        corrected[0, at] = new
+        for n, (with_new, without) in enumerate(zip([base, *past], plain, strict=True)):
+            corrected[n + 1, at] = with_new - without
+        for n, weight in enumerate(plain[1:], 1):
+            predicted[n, at] = weight
+    return predicted, corrected
 
 
-class _Step:
-    """One step of UniP and the UniC that corrects its end; estimates are weighted, the latest first."""
-
-    def __init__(self, jump: Jump, past: list[Node], variant: UniPCVariant) -> None:
-        self.jump, self.alpha, order = jump, jump.alpha, len(past)
-        if jump.sharp:
-            return
-        h, here = jump.h, past[0].log_ratio
-        self.r = [(point.log_ratio - here) / h for point in past[1:]]
-        self.scale = math.expm1(-h) if variant == "bh2" else -h
-        self.b = [-h * math.factorial(k) * phi(k + 1, -h) / self.scale for k in range(1, order + 1)]
-        # rho by the number of terms; one term has what the papers' code takes, for both variants
-        self.rho: dict[int, list[float]] = {0: [], 1: [0.5]}
-
-    def systems(self) -> list[list[float]]:
-        """The r of the predictor and the corrector."""
-        return [] if self.jump.sharp else [self.r, [*self.r, 1.0]]
-
-    def _sum(self, r: list[float]) -> list[float]:
-        """-alpha' B sum_k rho_k (x0_k - x0)/r_k as [weight of x0, weights of the x0_k]."""
-        weights = [-self.alpha * self.scale * rho / x for rho, x in zip(self.rho[len(r)], r, strict=True)]
-        return [0.0 - math.fsum(weights), *weights]
-
-    def prediction(self) -> list[float]:
-        """Weights of the estimates at i, i - 1, ... in x_(i+1), beside (sigma'/sigma) x_c."""
-        if self.jump.sharp:
-            return [self.alpha * (self.jump.weight(0))]
-        terms = self._sum(self.r)
-        return [self.alpha * self.jump.weight(0) + terms[0], *terms[1:]]
-
-    def correction(self) -> list[float]:
-        """Weights of the estimates at i + 1, i, i - 1, ... in x_c - x at i + 1."""
-        if self.jump.sharp:
-            return [0.0]
-        base, *past, new = self._sum([*self.r, 1.0])
-        gaps = [c - p for c, p in zip([base, *past], self._sum(self.r), strict=True)]
-        return [new, *gaps]
-
-
-def _solve(steps: list[_Step]) -> None:
+def _solved(r: list[Array], sides: list[Array]) -> list[Array]:
     """rho of every step, the solutions of sum_k rho_k r_k^(n-1) = b_n, n = 1..count: all of a size at once."""
-    for count in (2, 3):
-        found = [(step, r) for step in steps for r in step.systems() if len(r) == count]
-        if found:
-            matrices = np.array([[[x**n for x in r] for n in range(count)] for _, r in found])
-            sides = np.array([step.b[:count] for step, _ in found])[:, :, None]
-            for (step, _), rho in zip(found, np.linalg.solve(matrices, sides)[:, :, 0].tolist(), strict=True):
-                step.rho[count] = rho
+    count = len(r)
+    powers = [[np.ones_like(points), points, each(_squared, points)][:count] for points in r]
+    matrices, right = np.array(powers).transpose(2, 1, 0), np.array(sides[:count]).T[:, :, None]
+    return list(np.linalg.solve(matrices, right)[:, :, 0].T)
+
+
+def _squared(x: float) -> float:
+    return x**2

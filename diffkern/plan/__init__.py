@@ -32,94 +32,21 @@ from torch import Tensor
 from diffkern import records, streams
 from diffkern.modes import neutral
 from diffkern.names import Prediction, TimeDtype
+from diffkern.plan._row import (
+    COLUMNS,
+    LEARNED_COLUMNS,
+    SLOTS,
+    SOURCES,
+    Row,
+    check_learned,
+    check_rows,
+    check_thresholded,
+)
 from diffkern.schedules.predictions import check_prediction, with_predictions
 
-COLUMNS = (
-    *("w", "p", "q", "r", "clip", "a", "b", "d", "e0", "e1", "e2", "e3", "g", "A", "B", "D", "k"),
-    *("known_s", "known_n", "stream", "known_stream"),
-)
-"""The columns of a plan's table, in the order of `DK_STEP_COLUMNS` in csrc/core/step.h."""
+__all__ = ["COLUMNS", "LEARNED_COLUMNS", "SLOTS", "SOURCES", "Plan", "Row"]
 
-LEARNED_COLUMNS = (*COLUMNS, "r0", "r1")
-"""The columns of a plan of learned variance: z is multiplied by exp((r0 + r1 v)/2), v the model's second output."""
-
-SLOTS = 4
-"""A row can read this many histories."""
-SOURCES = ("x", "x0", "s")
-"""What a row can save: the state it read, its x0, its second output."""
 _FORMAT = 1
-_LARGEST_TIME = {"int64": 2.0**63 - 1024, "float32": torch.finfo(torch.float32).max}  # exact in float64
-
-
-@dataclass(frozen=True)
-class Row:
-    """One model call and the update after it; the coefficients' meaning is in the module's docstring."""
-
-    w: float = 0.0
-    p: float = 0.0
-    q: float = 0.0
-    r: float = 0.0
-    clip: float = math.inf
-    a: float = 0.0
-    b: float = 0.0
-    d: float = 0.0
-    e0: float = 0.0
-    e1: float = 0.0
-    e2: float = 0.0
-    e3: float = 0.0
-    g: float = 0.0
-    A: float = 0.0
-    B: float = 0.0
-    D: float = 0.0
-    k: float = 1.0
-    known_s: float = 0.0
-    known_n: float = 0.0
-    stream: int = 0
-    known_stream: int = 0
-    r0: float = 0.0
-    r1: float = 0.0
-    """In a plan of learned variance: ln variance = r0 + r1 v, v from the second half of the model's channels."""
-    path: tuple[float, float] | None = None
-    """(s, t), 0 <= s < t <= 1: z is the increment of the sample's Brownian path from s to t over sqrt(t - s), instead
-    of noise of its own (`diffkern.brownian`)."""
-    time: float = 0.0
-    """The time given to the model."""
-    calls_model: bool = True
-    saves: tuple[tuple[int, str], ...] = ()
-    """(slot, "x" | "x0" | "s"): after the row, that history slot holds the state the row read, its x0 or its s."""
-    ends_step: bool = True
-
-    @cached_property
-    def reads(self) -> tuple[int, ...]:
-        """The history slots whose coefficient is not 0."""
-        return tuple(slot for slot, e in enumerate((self.e0, self.e1, self.e2, self.e3)) if e != 0)
-
-    @cached_property
-    def draws(self) -> bool:
-        """Whether the row reads z: g or r is not 0."""
-        return self.g != 0 or self.r != 0
-
-    @cached_property
-    def makes_x0(self) -> bool:
-        """Whether the row has an x0 formula."""
-        return self.p != 0 or self.q != 0 or self.r != 0
-
-    def but(self, **changes: Any) -> Row:
-        """The row with these fields changed; `dataclasses.replace` in a fifth of the time."""
-        if unknown := changes.keys() - self.__dataclass_fields__.keys():
-            raise TypeError(f"a row has no {', '.join(sorted(unknown))}")
-        made = object.__new__(Row)
-        made.__dict__.update(self.__dict__, **changes)
-        for worked_out in ("reads", "draws", "makes_x0"):
-            made.__dict__.pop(worked_out, None)
-        return made
-
-    def coefficients(self, columns: Sequence[str] = COLUMNS) -> tuple[float, ...]:
-        """The row's entries of the table, in the order of ``columns``."""
-        return tuple(float(getattr(self, name)) for name in columns)
-
-
-_FINITE = attrgetter(*(name for name in LEARNED_COLUMNS if name not in ("clip", "stream", "known_stream")))
 
 
 @dataclass(frozen=True)
@@ -155,14 +82,12 @@ class Plan:
                 raise ValueError(f"{argument} must be finite, got {value}")
         if self.threshold is not None:
             object.__setattr__(self, "threshold", _check_threshold(*self.threshold))
-        saved: set[int] = set()
-        for i, row in enumerate(self.rows):
-            _check_row(i, row, saved, self.time_dtype)
+        check_rows(self.rows, self.time_dtype)
+        for i, row in enumerate(self.rows) if self.learned_variance or self.threshold is not None else ():
             if self.learned_variance:
-                _check_learned(i, row)
+                check_learned(i, row)
             if self.threshold is not None:
-                _check_thresholded(i, row)
-            saved.update(slot for slot, _ in row.saves)
+                check_thresholded(i, row)
         if not self.rows[-1].ends_step:
             raise ValueError("the last row must end a step, got ends_step=False")
 
@@ -319,69 +244,3 @@ def _check_threshold(quantile: float, maximum: float | None) -> tuple[float, flo
     if maximum is not None and not 1.0 <= maximum < math.inf:
         raise ValueError(f"maximum of a threshold must be a finite number >= 1, or None, got {maximum}")
     return quantile, maximum
-
-
-def _check_thresholded(i: int, row: Row) -> None:
-    if not row.calls_model:
-        return
-    if (row.d, row.D, row.r) != (0, 0, 0) or row.clip < math.inf or not row.makes_x0:
-        raise ValueError(
-            f"row {i}: a threshold needs a row that reads the model through x0 alone, without a clip (make the plan "
-            f"with a clip, then with_threshold), got d, D, r, clip = {row.d, row.D, row.r, row.clip}"
-        )
-
-
-def _check_learned(i: int, row: Row) -> None:
-    if not row.calls_model:
-        raise ValueError(f"row {i}: every row of a plan with learned_variance calls the model, got calls_model=False")
-    unused = ("w", "r", "e0", "e1", "e2", "e3", "A", "B", "D")
-    given = [name for name in unused if getattr(row, name) != 0]
-    if given:
-        raise ValueError(
-            f"row {i}: {', '.join(unused)} must be 0 in a plan with learned_variance (guidance: "
-            f"diffkern.guidance.classifier_free), got {given[0]} = {getattr(row, given[0])}"
-        )
-
-
-def _check_row(i: int, row: Row, saved: set[int], time_dtype: str) -> None:
-    """Raise ValueError if row ``i`` could not run after rows that filled the history slots ``saved``."""
-    # What has a finite sum is finite in every part; what has none is looked at one by one.
-    plain = math.isfinite(sum(_FINITE(row))) and row.clip > 0
-    for name in ("stream", "known_stream") if plain else LEARNED_COLUMNS:
-        value = getattr(row, name)
-        if name in ("stream", "known_stream"):
-            if not 0 <= value < streams.LIMIT or value != int(value):
-                raise ValueError(f"row {i}: {name} must be an integer in [0, 2**53), got {value}")
-        elif name == "clip":
-            if not value > 0:
-                raise ValueError(f"row {i}: clip must be positive (inf for none), got {value}")
-        elif not math.isfinite(value):
-            raise ValueError(f"row {i}: coefficient {name} must be finite, got {value}")
-    if row.path is not None and not (len(row.path) == 2 and 0.0 <= row.path[0] < row.path[1] <= 1.0):
-        raise ValueError(f"row {i}: path must be (s, t) with 0 <= s < t <= 1, got {row.path}")
-    if not math.isfinite(row.time):
-        raise ValueError(f"row {i}: time must be finite, got {row.time}")
-    if row.calls_model and time_dtype == "int64" and row.time != int(row.time):
-        raise ValueError(f"row {i}: time must be an integer when time_dtype is 'int64', got {row.time}")
-    if not abs(row.time) <= _LARGEST_TIME[time_dtype]:
-        raise ValueError(f"row {i}: time must be a number that {time_dtype} holds, got {row.time}")
-    for slot in row.reads:
-        if slot not in saved:
-            raise ValueError(
-                f"row {i}: history {slot} is read (e{slot} = {getattr(row, f'e{slot}')}) before any row saved it"
-            )
-    if not row.calls_model and (row.w, row.q, row.d, row.D) != (0, 0, 0, 0):
-        raise ValueError(
-            f"row {i}: w, q, d and D must be 0 in a row that calls no model, got {row.w, row.q, row.d, row.D}"
-        )
-    for slot, source in row.saves:
-        if slot not in range(SLOTS):
-            raise ValueError(f"row {i}: a history slot must lie in 0..{SLOTS - 1}, got {slot}")
-        if source not in SOURCES:
-            raise ValueError(f"row {i}: saves must name one of {', '.join(SOURCES)}, got {source!r}")
-        if source == "x0" and not row.makes_x0:
-            raise ValueError(f"row {i}: x0 is saved but the row has no x0 (p, q and r are 0)")
-        if source == "s" and (row.A, row.B, row.D) == (0, 0, 0):
-            raise ValueError(f"row {i}: s is saved but the row has no s (A, B and D are 0)")
-    if len({slot for slot, _ in row.saves}) != len(row.saves):
-        raise ValueError(f"row {i}: saves must name each history slot once, got {row.saves}")
