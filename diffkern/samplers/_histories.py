@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from diffkern.plan import Row
+if TYPE_CHECKING:
+    from diffkern.plan import Row
 
 HISTORIES = ("e0", "e1", "e2", "e3")
 """The columns that weigh the histories."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from diffkern.samplers._columns import Array, Columns, columns, each
+from diffkern.samplers._arrays import Array, Columns, columns, each
 from diffkern.samplers._phi import phi
 
 if TYPE_CHECKING:

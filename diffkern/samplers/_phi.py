@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from diffkern.samplers._columns import Array, each, exact_sum
+from diffkern.samplers._arrays import Array, each, exact_sum
 
 
 def phi(k: int, z: Array | float) -> Array:

@@ -14,8 +14,8 @@ from typing_extensions import Unpack
 
 from diffkern.modes import neutrally
 from diffkern.plan import Plan, Row
+from diffkern.samplers._arrays import Array, Columns, columns, placed
 from diffkern.samplers._churn import churned_nodes
-from diffkern.samplers._columns import Array, Columns, columns, placed
 from diffkern.samplers._columns import rows as rows_of
 from diffkern.samplers.arguments import not_negative
 from diffkern.samplers.nodes import Coordinates, GridOptions, Node, chain, grid, row, still

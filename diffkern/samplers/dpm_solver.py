@@ -23,7 +23,7 @@ from typing_extensions import Unpack
 from diffkern.modes import neutrally
 from diffkern.names import MultistepSolver, NoisePath
 from diffkern.plan import Plan, Row
-from diffkern.samplers._columns import Array, placed
+from diffkern.samplers._arrays import Array, placed
 from diffkern.samplers._columns import rows as rows_of
 from diffkern.samplers._histories import HISTORIES
 from diffkern.samplers._jump import Jumps, jumps

@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 
 from diffkern.modes import neutrally
 from diffkern.plan import SLOTS, Plan, Row
-from diffkern.samplers._columns import columns, each, placed
+from diffkern.samplers._arrays import columns, each, placed
 from diffkern.samplers._columns import rows as rows_of
 from diffkern.samplers._phi import exponential_weights
 from diffkern.samplers.arguments import order_in

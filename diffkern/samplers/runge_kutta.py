@@ -17,8 +17,8 @@ from typing_extensions import Unpack
 
 from diffkern.modes import kept, neutrally
 from diffkern.plan import Plan, Row
+from diffkern.samplers._arrays import Array, columns, placed
 from diffkern.samplers._churn import churned_nodes
-from diffkern.samplers._columns import Array, columns, placed
 from diffkern.samplers._columns import rows as rows_of
 from diffkern.samplers.nodes import Coordinates, GridOptions, Node, chain, ends_on_x0, grid, row, still
 from diffkern.schedules.base import Schedule

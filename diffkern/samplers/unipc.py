@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from diffkern.modes import neutrally
 from diffkern.names import UniPCVariant
 from diffkern.plan import Plan
-from diffkern.samplers._columns import Array, each, exact_sum, placed
+from diffkern.samplers._arrays import Array, each, exact_sum, placed
 from diffkern.samplers._columns import rows as rows_of
 from diffkern.samplers._histories import HISTORIES
 from diffkern.samplers._jump import Jumps, jumps

@@ -81,6 +81,42 @@ def test_predictor_corrector_too(predictor, counted):
     assert asked[1] == asked[0]
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "euler",
+            "heun",
+            "midpoint",
+            "rk4",
+            "rk4_38",
+            "lms",
+            "deis",
+            "dpm_2",
+            "dpm_2_ancestral",
+            "dpmpp_2s_ancestral",
+        ),
+        *("dpmpp_1s", "dpmpp_2s", "dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "dpmpp_3m_sde", "dpmpp_sde", "unipc"),
+    ],
+)
+def test_more_steps_make_no_more_rows_one_by_one(name, monkeypatch):
+    """Rows are made by columns, all of a stage at once; the last step may have a row of its own."""
+    module, alone = inspect.getmodule(inspect.unwrap(SAMPLERS[name])), Counter[str]()
+    for maker, one in (("row", module.row), ("still", module.still)):
+
+        def call(*args, plain=one, **more):
+            alone["rows"] += 1
+            return plain(*args, **more)
+
+        monkeypatch.setattr(module, maker, call)
+    found = []
+    for steps in (6, 60):
+        alone.clear()
+        assert len(made(name, "vp", steps).rows) >= steps
+        found.append(alone.total())
+    assert found[0] == found[1] <= 1
+
+
 def test_a_point_has_the_same_bits_alone_and_in_a_grid():
     for kind in KINDS:
         space = samplers.nodes.coordinates(KINDS[kind](), "v", None)

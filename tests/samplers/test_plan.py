@@ -289,3 +289,12 @@ def test_a_time_that_its_dtype_cannot_hold_is_refused():
         Plan("p", (replace(OK, time=1e39),))
     with pytest.raises(ValueError, match=r"row 0: stream must be an integer in \[0, 2\*\*53\), got nan"):
         Plan("p", (replace(OK, stream=math.nan),))
+
+
+def test_rows_by_columns_are_the_rows_one_by_one():
+    made = Row.each({"a": [0.5, 2.0], "saves": [(), ((1, "x"),)]}, b=3.0, ends_step=False)
+    assert made == [Row(a=0.5, b=3.0, ends_step=False), Row(a=2.0, b=3.0, saves=((1, "x"),), ends_step=False)]
+    assert made[1].but(a=0.0).coefficients() == Row(b=3.0).coefficients()
+    assert [row.reads for row in Row.each({"e1": [0.0, -1.0]}, e3=0.5)] == [(3,), (1, 3)]
+    with pytest.raises(TypeError, match="a row has no c, z"):
+        Row.each({"z": [1.0]}, c=2)
