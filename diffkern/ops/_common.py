@@ -12,10 +12,19 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 native = torch.ops.diffkern
-active: Callable[[], bool] = torch._C._are_functorch_transforms_active
-"""Whether a transform of torch.func, or vmap, is at work."""
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _CHECKED = os.environ.get("DIFFKERN_CHECK", "") not in ("", "0")
+
+
+def active() -> bool:
+    """Whether a transform of torch.func, or vmap, is at work. torch.compile breaks its graph there."""
+    found: bool = torch._C._are_functorch_transforms_active()
+    if found and torch.compiler.is_dynamo_compiling():
+        torch._dynamo.graph_break(
+            msg="diffkern's ops inside of torch.func.grad or vmap are not for torch.compile: compile the network that "
+            "is called there, or take gradients by autograd (loss.backward(), torch.autograd.grad) of what is compiled"
+        )
+    return found
 
 
 def empty_like(x: Tensor, dtype: torch.dtype | None = None, copies: int = 1) -> Tensor:
