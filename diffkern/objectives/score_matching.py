@@ -139,17 +139,19 @@ def implicit_score_matching_loss(
 
     Hyvarinen 2005; lecture 001, which prints the second term as |1/2 grad s|^2. x [B, ...] are samples of the density
     whose score is wanted, ``score(x)`` or ``score(x, t)`` treats each alone. "none" gives [B]; float32, float64 for
-    float64 x. Differentiable in x, t and what the score depends on.
+    float64 x. Differentiable in x, t and what the score depends on. NotImplementedError under torch.export with
+    ``strict=True``, which cannot follow a gradient inside of a program.
     """
-    keep = torch.is_grad_enabled()
-    with torch.enable_grad():
-        s, pulled = _score(score, x, t, model_kwargs, keep)
+
+    def loss_of(s: Tensor, pulled: Callable[[Tensor], Tensor], seeds: Tensor | None) -> Tensor:
         loss = 0.5 * s.square().sum(1)
         for d in range(s.shape[1]):
             along_d = torch.zeros_like(s)
             along_d[:, d] = 1.0
             loss = loss + pulled(along_d)[:, d]
-    return _reduce(loss if keep else loss.detach(), reduction)
+        return loss
+
+    return _reduce(_differentiated(loss_of, score, x, t, None, model_kwargs), reduction)
 
 
 def sliced_score_matching_loss(
@@ -172,16 +174,51 @@ def sliced_score_matching_loss(
     """
     n_projections = integer("n_projections", n_projections)
     seeds = draw_seeds(x.shape[0], device=x.device) if seeds is None else as_seeds(seeds, x.shape[0], x.device)
-    keep = torch.is_grad_enabled()
-    with torch.enable_grad():
-        s, pulled = _score(score, x, t, model_kwargs, keep)
+
+    def loss_of(s: Tensor, pulled: Callable[[Tensor], Tensor], seeds: Tensor) -> Tensor:
         loss = 0.5 * s.square().sum(1) if variance_reduced else torch.zeros_like(s[:, 0])
         for k in range(n_projections):
             v = projections(x.shape, seeds, k, projection, s.dtype).flatten(1)
             along = (s * v).sum(1)
             term = (pulled(v) * v).sum(1)
             loss = loss + (term if variance_reduced else term + 0.5 * along.square()) / n_projections
-    return _reduce(loss if keep else loss.detach(), reduction)
+        return loss
+
+    return _reduce(_differentiated(loss_of, score, x, t, seeds, model_kwargs), reduction)
+
+
+def _differentiated(
+    loss_of: Callable[..., Tensor],
+    score: Score,
+    x: Tensor,
+    t: Tensor | None,
+    seeds: Tensor | None,
+    more: dict[str, Any],
+) -> Tensor:
+    """``loss_of`` of what `_score` returns, and of seeds, [B]; itself differentiable where gradients are recorded."""
+    keep = torch.is_grad_enabled()
+
+    def whole(x: Tensor, t: Tensor | None, seeds: Tensor | None, more: dict[str, Any]) -> Tensor:
+        with torch.enable_grad():
+            loss = loss_of(*_score(score, x, t, more, keep), seeds)
+        return loss if keep else loss.detach()
+
+    if not torch.compiler.is_exporting():
+        return whole(x, t, seeds, more)
+    if torch.compiler.is_dynamo_compiling():
+        raise NotImplementedError(
+            "score matching takes a gradient inside of the program, which torch.export follows with strict=False "
+            "(its default), got strict=True"
+        )
+    # torch.export records calls of torch's functions, and a gradient makes none: what it does is recorded here, one
+    # level below, and done again for torch.export. All that may have sizes of the batch is an argument.
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes():
+        graph = make_fx(whole)(x, t, seeds, more)
+    found: Tensor = graph(x, t, seeds, more)
+    return found
 
 
 def _score(

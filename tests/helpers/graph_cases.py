@@ -217,6 +217,8 @@ EXPORTED = {
         "flow_matching_loss",
         "ncsn",
         "denoising score matching",
+        "implicit",
+        "sliced",
     ],
     "samplers": ["ddim", "heun", "dpmpp_2m", "guidance"],
 }
