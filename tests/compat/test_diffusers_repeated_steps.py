@@ -12,6 +12,7 @@ from helpers.diffusers_peers import (
     EULER,
     FLOW,
     FLOW_HEUN,
+    HEUN,
     LMS,
     SIGMA_NAMES,
     AllOps,
@@ -70,6 +71,62 @@ def test_loops_that_double_the_batch_make_no_input_in_the_step(name: str) -> Non
         x = mine.step(network(shown, t)[: len(x)], t, x, return_dict=False, **options(mine, {}, generator))[0]
         assert not mine._engine.scales_next
         assert mine._engine.ahead is None or mine._engine.ahead[3] is None
+
+
+@pytest.mark.parametrize("name", SIGMA_NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_short_way_has_the_bits_of_the_long_one(name: str, dtype: torch.dtype) -> None:
+    """Both calls of Heun's step are repeated, each with its own rows."""
+    _, mine = pair(name, {}, 6)
+    _, slow = pair(name, {}, 6)
+    states, generators = [start(mine).to(dtype)] * 2, [torch.Generator().manual_seed(4) for _ in range(2)]
+    for t, u in zip(mine.timesteps, slow.timesteps, strict=True):
+        for at in ("hot", "calls", "scales"):
+            slow._engine.__dict__.pop(at, None)
+        shown, said = scaled(mine, states[0], t), scaled(slow, states[1], u)
+        assert torch.equal(shown, said)
+        results = [
+            scheduler.step(network(said, t), time, x, return_dict=False, **options(mine, {}, generator))
+            for scheduler, time, x, generator in zip((mine, slow), (t, u), states, generators, strict=True)
+        ]
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        states = [result[0] for result in results]
+        if name == HEUN and mine.dt is not None:
+            assert mine.dt == slow.dt == mine.sigmas[mine.step_index] - mine.sigmas[mine.step_index - 1]
+            assert torch.equal(mine.prev_derivative, slow.prev_derivative)
+            assert torch.equal(mine.sample, slow.sample)
+            assert mine.sample.dtype is mine.prev_derivative.dtype is torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_call_of_heuns_is_one_op_and_what_rounds_its_x0(dtype: torch.dtype) -> None:
+    _, mine = pair(HEUN, {}, 6)
+    x = start(mine).to(dtype)
+    for i, t in enumerate(mine.timesteps):
+        with AllOps() as scale:
+            mine.scale_model_input(x, t)
+        with AllOps() as step:
+            x = mine.step(x, t, x, return_dict=False)[0]
+        if i > 1:
+            assert sum(scale.names.values()) == (0 if dtype is torch.float32 else 1)
+            assert step.names["diffkern.step.default"] == 1
+            assert sum(step.names.values()) == (1 if dtype is torch.float32 else 2)
+
+
+@pytest.mark.parametrize("name", SIGMA_NAMES)
+def test_the_same_levels_again_are_the_same_to_the_tables(name: str) -> None:
+    """What a loop was run with serves the next one, at the cost of a look at its numbers; other levels are other."""
+    _, mine = pair(name, {}, 6)
+    found = mine._engine.sources(mine)[0]
+    assert found.numbers == mine.sigmas.tolist() == found.values.tolist()
+    before = mine.sigmas
+    mine.set_timesteps(6)
+    assert mine.sigmas is not before
+    assert mine._engine.sources(mine)[0] is found
+    mine.sigmas.mul_(0.5)
+    other = mine._engine.sources(mine)[0]
+    assert other is not found
+    assert other.numbers == [sigma / 2 for sigma in found.numbers]
 
 
 @pytest.mark.parametrize("name", SIGMA_NAMES)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, Generic, NamedTuple, TypeVar, get_args, overload
+from typing import Any, Generic, TypeVar, get_args, overload
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from diffkern import ops
+from diffkern.compat.diffusers._carried import Carried, unrounded
 from diffkern.compat.diffusers._host import Clock
 from diffkern.compat.kit.rows import SIXTEEN, as_dtype, column, promote, split
 from diffkern.compat.kit.tables import Tables, version
@@ -63,31 +64,6 @@ def unscaled(table: Tensor) -> Tensor:
         copy = table.clone()
         column(copy, "k").fill_(1.0)
         return copy
-
-
-def unrounded(x: Tensor, wide: Tensor) -> Tensor:
-    """``wide`` where x is what it rounds to, else x in its dtype; the gradient is that of x."""
-    same = x.to(wide.dtype)
-    kept = (wide.to(x.dtype) == x) & x.isfinite()
-    return torch.where(kept, same + (wide - same).detach(), same)
-
-
-class Carried(NamedTuple):
-    """What 16 bits do not hold of a loop's state: the float32 state behind the sample that a step returned.
-
-    The next step starts from it wherever its sample is what it rounds to, element by element: where it was edited, or
-    is another sample, it starts from the sample. So it is never more than half a unit away from the sample it is given.
-    """
-
-    state: Tensor
-    """float32, without a graph."""
-    out: Tensor
-    """What the step returned; the look at each element is left out where the next step is given this, unwritten."""
-    writes: int
-    run: Any
-    """What a run has for its own: the timesteps' host copy, or the sigmas."""
-    at: int
-    """The number of the step that comes next in the run."""
 
 
 def free(*tensors: Tensor | None) -> bool:
@@ -207,10 +183,10 @@ class Engine:
         """The float32 state that a sample of 16 bits stands for at step ``at`` of a run; see `Carried`."""
         carried = self.carried
         if carried is None or carried.run is not run or carried.at != at:
-            return x.to(torch.float32)
+            return as_dtype(x, torch.float32)
         state = carried.state
         if carried.out.dtype is not x.dtype or state.shape != x.shape or state.device != x.device:
-            return x.to(torch.float32)
+            return as_dtype(x, torch.float32)
         graph = torch.is_grad_enabled() and x.requires_grad
         if x is carried.out and not graph and not x.is_inference() and x._version == carried.writes:
             return state
@@ -230,7 +206,7 @@ class Engine:
         if dtype not in SIXTEEN or at is None:
             return x, {}
         wants = {"state": torch.float32, "next_copies": 1, "next_dtype": dtype}
-        return self.widened(x, run, at) if x.dtype is dtype else x.to(torch.float32), wants
+        return self.widened(x, run, at) if x.dtype is dtype else as_dtype(x, torch.float32), wants
 
     def end_with(self, found: Results, wants: dict[str, Any], run: Any, at: int | None) -> Results:
         """(x' as the step returns it, x0, s, None) of what an op gave after `start_from`; x0 and s stay float32."""

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from diffkern import ops
-from diffkern.compat.diffusers._engine import Carried, DropIn, Engine, Hot, Results, Rows, free, unscaled
-from diffkern.compat.diffusers._host import Levels, check_numbers
-from diffkern.compat.diffusers._plans import plan_of
-from diffkern.compat.kit.rows import SIXTEEN, as_dtype, column, promote, table_of
+from diffkern.compat.diffusers._carried import Carried
+from diffkern.compat.diffusers._engine import DropIn, Engine, Hot, Results, Rows, free, unscaled
+from diffkern.compat.diffusers._host import HostCopy, Levels, check_numbers
+from diffkern.compat.kit.rows import SIXTEEN, as_dtype, promote, table_of
 from diffkern.compat.kit.tables import version
-from diffkern.plan import SLOTS, Plan
+from diffkern.plan import SLOTS
 
 FLOAT = torch.float32
 
@@ -29,7 +29,8 @@ class LevelsEngine(Engine):
 
     def __init__(self) -> None:
         super().__init__()
-        self._levels: Levels | None = None
+        self._sigmas: HostCopy | None = None
+        self._levels = Levels([])
 
     # ---------------------------------------------------------------------------------------------- which row
     def start(self, scheduler: DropIn, timestep: Any) -> None:
@@ -40,8 +41,8 @@ class LevelsEngine(Engine):
     def index(self, scheduler: DropIn, timestep: Any) -> int:
         """The step of a timestep: the second of those that share it, as the original says, for image to image."""
         clock = self.clock(scheduler.timesteps)
-        found = clock.positions.get(clock.value(timestep))
-        if found is None:  # rounded otherwise than the timesteps, or the original's exception
+        found = clock.places(clock.value(timestep))
+        if not found:  # rounded otherwise than the timesteps, or the original's exception
             return scheduler.index_for_timestep(timestep)
         return found[1] if len(found) > 1 else found[0]
 
@@ -86,13 +87,16 @@ class LevelsEngine(Engine):
 
     # ---------------------------------------------------------------------------------------------- the rows
     def sources(self, scheduler: DropIn) -> tuple[Levels, Any]:
-        """What tables are made of: the host copy of the sigmas, made once a `set_timesteps`, and the config."""
-        sigmas, found = scheduler.sigmas, self._levels
-        if found is None or not found.is_of(sigmas):
-            found = Levels(sigmas)
-            check_numbers(scheduler, found.values)
-            self._levels = found
-        return found, scheduler._internal_dict
+        """What tables are made of: the sigmas on the host, read once a `set_timesteps` and the same object for the same
+        numbers, and the config."""
+        sigmas, copy = scheduler.sigmas, self._sigmas
+        if copy is None or not copy.is_of(sigmas):
+            copy = HostCopy(sigmas)
+            if copy.content() != self._levels.content():
+                check_numbers(scheduler, copy.numbers)
+                self._levels = Levels(copy.numbers)
+            self._sigmas = copy
+        return self._levels, scheduler._internal_dict
 
     def levels(self, scheduler: DropIn) -> Tensor:
         """The original's float32 sigmas as float64 on the CPU."""
@@ -119,9 +123,19 @@ class LevelsEngine(Engine):
     def look_ahead(self, scheduler: DropIn, found: Results, row: int, rows: int) -> None:
         """Notes what `step` returned, where a model's input is made of it."""
 
-    def repeat(self, scheduler: DropIn, m: Tensor, timestep: Any, x: Tensor, key: Any) -> Results | None:
+    def repeat(
+        self,
+        scheduler: DropIn,
+        m: Tensor,
+        timestep: Any,
+        x: Tensor,
+        key: Any,
+        h0: Tensor | None = None,
+        h1: Tensor | None = None,
+    ) -> Results | None:
         """(x', x0, ...) of a step without noise whose rows are at hand (`keep`), for operands of float32, or of 16 bits
-        whose state is at hand (`carry`); None where anything is new: then the long way runs."""
+        whose state is at hand (`carry`), with histories of float32; None where anything is new: then the long way runs.
+        """
         hot, row = self.hot, scheduler._step_index
         if hot is None or row is None or hot.key != key or hot.config is not scheduler._internal_dict:
             return None
@@ -134,15 +148,15 @@ class LevelsEngine(Engine):
             or not timestep.is_floating_point()
             or dtype is not m.dtype
             or x.numel() != m.numel()  # of other shapes the op refuses all but two batches
-            or (torch.is_grad_enabled() and (x.requires_grad or m.requires_grad))
+            or (torch.is_grad_enabled() and not free(x, m, h0, h1))
             or forward_ad._current_level >= 0
         ):
             return None
         try:
             if dtype is not FLOAT:
-                return self.repeat_narrow(scheduler, rows, m, x, row)
+                return self.repeat_narrow(scheduler, rows, m, x, row, h0, h1)
             run = rows.onward if self.scales_next and row + 1 < rows.count else rows.plain
-            found: Results = run(x, m, row)
+            found: Results = run(x, m, row) if h0 is None else run(x, m, row, h0=h0, h1=h1)
         except RuntimeError:  # the long way has the right one, or none
             return None
         if self.looks_ahead:
@@ -150,14 +164,16 @@ class LevelsEngine(Engine):
         scheduler._step_index = row + 1
         return found
 
-    def repeat_narrow(self, scheduler: DropIn, rows: Rows, m: Tensor, x: Tensor, row: int) -> Results | None:
+    def repeat_narrow(
+        self, scheduler: DropIn, rows: Rows, m: Tensor, x: Tensor, row: int, h0: Tensor | None, h1: Tensor | None
+    ) -> Results | None:
         """`repeat` of 16 bits."""
         carried, sigmas = self.carried, scheduler.sigmas
         if carried is None or carried.out is not x or carried.run is not sigmas or carried.at != row:
             return None
         if x.is_inference() or x._version != carried.writes:
             return None
-        state, x0, s, out = rows.narrow(x.dtype)(carried.state, m, row)
+        state, x0, s, out = rows.narrow(x.dtype)(carried.state, m, row, h0=h0, h1=h1)
         assert out is not None
         self.carried = Carried(state, out, version(out), sigmas, row + 1)
         scheduler._step_index = row + 1
@@ -307,103 +323,3 @@ def check_row(scheduler: DropIn, row: int, table: Tensor) -> None:
     """The original's IndexError after the last step."""
     if row >= len(table):
         scheduler.sigmas[row + 1]
-
-
-class KarrasEngine(LevelsEngine):
-    """x = x0 + sigma z: the model's input, made by the step before where a loop asks for it in that way."""
-
-    looks_ahead = True
-
-    own = ("hot", "carried", "ahead")
-    ahead: tuple[Tensor, int, int, Tensor | None, Tensor, Any] | None = None
-    """(x', the row that starts from it, writes to x' and the sigmas, the model's input made of it or None, the sigmas,
-    the config)."""
-
-    def input_scale(self, scheduler: DropIn) -> Tensor:
-        """What the model's input is multiplied by at each level, [S + 1]."""
-        return (self.levels(scheduler) ** 2 + 1) ** -0.5
-
-    def scale_input(self, scheduler: DropIn, sample: Tensor, timestep: Any) -> Tensor:
-        """x times `input_scale`: made by the step that returned ``sample`` where the last one was asked for in this
-        way (its op then writes it beside x'), else in one op."""
-        ahead = self.ahead
-        if ahead is not None:
-            self.ahead = None
-            after, at, writes, scaled, sigmas, config = ahead
-            # A gradient that x' is asked for since goes through an op of its own.
-            self.scales_next = sample is after and at == scheduler._step_index and not sample.requires_grad
-            same = sigmas is scheduler.sigmas and config is scheduler._internal_dict
-            if self.scales_next and scaled is not None and same and writes == version(sample) + version(sigmas):
-                return scaled
-        row, index = self.row(scheduler, timestep, sample.device)
-        sources = self.sources(scheduler)
-        self.check_room(scheduler, sample, row, index)
-        if sample.dtype in SIXTEEN and index is None:  # the same product, at a third of the time
-            scales = self.tables.get(("input scales",), lambda: self.input_scale(scheduler).tolist(), *sources)
-            out = sample * scales[row]
-        else:
-            every = len(sources[0].numbers)
-            rows = self.tables.get(("input",), lambda: Rows(table_of(every, a=self.input_scale(scheduler))), *sources)
-            out, *_ = super().run_plain(scheduler, rows, sample, None, row=row, index=index)
-        if hasattr(scheduler, "is_scale_input_called"):
-            scheduler.is_scale_input_called = True
-        return out
-
-    def look_ahead(self, scheduler: DropIn, found: Results, row: int, rows: int) -> None:
-        (after, _, _, scaled), sigmas = found, scheduler.sigmas
-        if row + 1 >= rows or after.is_inference() or sigmas.is_inference():  # whose writes are not counted
-            self.ahead = None
-        elif after.requires_grad:  # x' may be cut from its graph in place
-            self.ahead, self.scales_next = None, False
-        else:
-            writes = after._version + sigmas._version
-            self.ahead = (after, row + 1, writes, scaled, sigmas, scheduler._internal_dict)
-
-    def run_plain(
-        self,
-        scheduler: DropIn,
-        rows: Rows,
-        x: Tensor,
-        m: Tensor | None,
-        *histories: Tensor | None,
-        row: int,
-        index: Tensor | None = None,
-        **operands: Any,
-    ) -> Results:
-        """A step's op also makes the next model's input, where the loop asks for it."""
-        if m is None or index is not None or not x.dtype is m.dtype is torch.float32:
-            return super().run_plain(scheduler, rows, x, m, *histories, row=row, index=index, **operands)
-        onward = self.scales_next and row + 1 < rows.count
-        found = super().run_plain(scheduler, rows, x, m, *histories, row=row, onward=onward, **operands)
-        self.look_ahead(scheduler, found, row, rows.count)
-        return found
-
-    def rows(self, scheduler: DropIn, table: Tensor, *, want_x0: bool, want_s: bool = False) -> Rows:
-        """The table, its rows also making the next model's input: k = the scale of the level that a row ends at."""
-        scale = self.input_scale(scheduler)
-        column(table, "k")[:] = torch.cat([scale[1:], torch.ones(1, dtype=torch.float64)])[: len(table)]
-        return Rows(table, want_x0=want_x0, want_s=want_s)
-
-    def add_noise(self, scheduler: DropIn, x: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """x0 + sigma z in one op."""
-
-        def scales() -> tuple[Tensor, Tensor]:
-            levels = self.levels(scheduler)
-            return torch.ones_like(levels), levels
-
-        return self.mixed(scheduler, x, noise, timesteps, "add", scales)
-
-    def plan(self, scheduler: DropIn, name: str, table: Tensor, prediction: str | None = None, **options: Any) -> Plan:
-        """The rows as a plan: every row also makes the next model input."""
-        table = table.clone()
-        column(table, "k")[-1] = 1.0  # no model call follows
-        return plan_of(
-            name,
-            table,
-            self.clock(scheduler.timesteps).times,
-            prediction or scheduler.config.prediction_type,
-            init_scale=float(scheduler.init_noise_sigma),
-            first_k=float(self.input_scale(scheduler)[0]),
-            time_dtype="float32",
-            **options,
-        )

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from diffkern.compat.diffusers._engine import DropIn, Engine, Hot, Rows, unrounded
+from diffkern.compat.diffusers._carried import unrounded
+from diffkern.compat.diffusers._engine import DropIn, Engine, Hot, Rows
 from diffkern.compat.diffusers._host import check_numbers, host
-from diffkern.compat.kit.rows import SIXTEEN, with_columns
+from diffkern.compat.kit.rows import SIXTEEN, as_dtype, with_columns
 from diffkern.compat.kit.tables import version
 
 Value = TypeVar("Value")
@@ -92,13 +93,13 @@ class MultistepEngine(Engine):
         for rounded, writes, before in self.unrounded:
             if rounded is m and writes == version(m):
                 return unrounded(m, before) if m.requires_grad or m.is_inference() else before
-        return m.to(torch.float32)
+        return as_dtype(m, torch.float32)
 
     def rounded(self, m0: Tensor | None, dtype: torch.dtype, given: Tensor | None = None) -> Tensor | None:
         """An estimate as the scheduler keeps it (``given``: the model output that it is), noted for `wide`."""
         if m0 is None or m0.dtype is dtype:
             return m0
-        out = m0.to(dtype) if given is None else given
+        out = as_dtype(m0, dtype) if given is None else given
         self.unrounded = ((out, version(out), m0.detach()), *self.unrounded[:2])
         return out
 
@@ -159,7 +160,7 @@ def past_of(idle: Tensor) -> Past:
 
 def past_between(scheduler: DropIn, levels: Tensor, h: Tensor) -> Past:
     """Of the S steps between the levels [S + 1], of lengths h [S] in log-SNR; refuses a single level and NaN."""
-    check_numbers(scheduler, levels)
+    check_numbers(scheduler, levels.tolist())
     past = past_of((h == 0) | (levels[1:] == levels[:-1]))
     check_levels(scheduler, past)
     return past

@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from diffkern import streams
-from diffkern.compat.diffusers._engine import Carried, DropIn, Engine, Hot, Results, Rows
+from diffkern.compat.diffusers._carried import Carried
+from diffkern.compat.diffusers._engine import DropIn, Engine, Hot, Results, Rows
 from diffkern.compat.diffusers._host import Clock, host
-from diffkern.compat.kit.rows import SIXTEEN, column
+from diffkern.compat.kit.rows import SIXTEEN, as_dtype, column
 
 FLOAT = torch.float32
 EPS_AT_PURE_NOISE = 2.0**-24
@@ -61,7 +62,7 @@ class TimesEngine(Engine):
         assert out is not None
         assert x0 is not None
         self.carried = Carried(state, out, 0 if out.is_inference() else out._version, clock, at + 1)
-        return out, x0.to(dtype), s, None
+        return out, as_dtype(x0, dtype), s, None
 
     def keep(self, scheduler: DropIn, key: Any, rows: Rows, end: Tensor) -> None:
         """Keeps the rows of a step for `repeat`."""

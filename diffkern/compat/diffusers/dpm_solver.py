@@ -13,7 +13,7 @@ from diffkern.compat.diffusers._engine import Attached, DropIn, Rows, fits
 from diffkern.compat.diffusers._host import host
 from diffkern.compat.diffusers._multistep import MultistepEngine, Past, check_repeats, past_between, ring
 from diffkern.compat.diffusers._plans import plan_of, thresholded
-from diffkern.compat.kit.rows import SIXTEEN, promote, table_of
+from diffkern.compat.kit.rows import SIXTEEN, as_dtype, promote, table_of
 from diffkern.plan import Plan
 
 
@@ -101,7 +101,7 @@ class DPMSolverMultistepScheduler(DropIn, Original):
             as_it_is = kept and model_output.shape == out.shape and model_output.dtype is dtype
             m0 = engine.rounded(m0, dtype, model_output if as_it_is else None)
         engine.remember(self, m0, idle)
-        out = out if out.dtype == dtype else out.to(dtype)
+        out = as_dtype(out, dtype)
         return SchedulerOutput(prev_sample=out) if return_dict else (out,)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ from diffusers.schedulers.scheduling_edm_euler import EDMEulerSchedulerOutput, l
 from torch import Tensor
 
 from diffkern.compat.diffusers._engine import Attached, DropIn, Rows
+from diffkern.compat.diffusers._host import UNSCALED, refuse_integers
+from diffkern.compat.diffusers._karras import KarrasEngine
 from diffkern.compat.diffusers._level_rows import along, churned
-from diffkern.compat.diffusers._levels import KarrasEngine
-from diffkern.compat.diffusers.euler import UNSCALED, refuse_integers
 from diffkern.compat.kit.rows import table_of
 from diffkern.plan import Plan
 

@@ -10,8 +10,9 @@ from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedule
 from torch import Tensor
 
 from diffkern.compat.diffusers._engine import Attached, DropIn, Rows
+from diffkern.compat.diffusers._host import UNSCALED, refuse_integers
+from diffkern.compat.diffusers._karras import KarrasEngine
 from diffkern.compat.diffusers._level_rows import churned, euler_rows
-from diffkern.compat.diffusers._levels import KarrasEngine
 from diffkern.plan import Plan
 
 
@@ -122,21 +123,3 @@ def steps_of(scheduler: EulerDiscreteScheduler, *churn: float) -> Steps:
         return Steps(engine.rows(scheduler, table, want_x0=not given), (hat > levels[:-1]).tolist(), given)
 
     return engine.tables.get(("rows", *churn, engine.exact), build, *engine.sources(scheduler))
-
-
-UNSCALED = (
-    "The `scale_model_input` function should be called before `step` to ensure correct denoising. "
-    "See `StableDiffusionPipeline` for a usage example."
-)
-
-
-def refuse_integers(timestep: Any, method: str) -> None:
-    """The original's error for an integer, which would be a step's number and not its time."""
-    if isinstance(timestep, Tensor) and timestep.is_floating_point():
-        return
-    if isinstance(timestep, int | torch.IntTensor | torch.LongTensor):
-        raise ValueError(
-            "Passing integer indices (e.g. from `enumerate(timesteps)`) as timesteps to"
-            f" `{method}` is not supported. Make sure to pass"
-            " one of the `scheduler.timesteps` as a timestep."
-        )

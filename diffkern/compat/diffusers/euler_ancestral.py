@@ -10,9 +10,10 @@ from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncest
 from torch import Tensor
 
 from diffkern.compat.diffusers._engine import Attached, DropIn, Rows
+from diffkern.compat.diffusers._host import UNSCALED, refuse_integers
+from diffkern.compat.diffusers._karras import KarrasEngine
 from diffkern.compat.diffusers._level_rows import euler_rows, inverse
-from diffkern.compat.diffusers._levels import KarrasEngine, check_row
-from diffkern.compat.diffusers.euler import UNSCALED, refuse_integers
+from diffkern.compat.diffusers._levels import check_row
 from diffkern.compat.kit.rows import column
 from diffkern.plan import Plan
 

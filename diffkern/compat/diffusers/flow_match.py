@@ -16,10 +16,10 @@ from torch import Tensor
 
 from diffkern import ops, streams
 from diffkern.compat.diffusers._engine import Attached, DropIn, Rows
+from diffkern.compat.diffusers._host import refuse_integers
 from diffkern.compat.diffusers._level_rows import churned
 from diffkern.compat.diffusers._levels import LevelsEngine, check_row
 from diffkern.compat.diffusers._plans import plan_of
-from diffkern.compat.diffusers.euler import refuse_integers
 from diffkern.compat.kit.rows import as_dtype, column, promote, table_of
 from diffkern.plan import Plan
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +12,9 @@ from diffusers import HeunDiscreteScheduler as Original
 from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteSchedulerOutput
 from torch import Tensor
 
-from diffkern.compat.diffusers._engine import Attached, DropIn, Rows
+from diffkern.compat.diffusers._engine import Attached, DropIn, Hot, Rows
+from diffkern.compat.diffusers._karras import KarrasEngine
 from diffkern.compat.diffusers._level_rows import inverse, to_x0
-from diffkern.compat.diffusers._levels import KarrasEngine
 from diffkern.compat.kit.rows import SIXTEEN, as_dtype, promote, table_of
 from diffkern.plan import Plan
 
@@ -25,8 +27,22 @@ class Calls(NamedTuple):
     """One row more: a loop may go on past its last first call."""
     given: bool
     """Whether the model gives x0."""
-    bare: Rows | None
-    """The first calls without their slope, where that is the model's output: widening it takes less than writing it."""
+    onward: tuple[Tensor, ...]
+    """The original's ``dt``."""
+
+
+class HeunEngine(KarrasEngine):
+    """What either call was last run with is at hand."""
+
+    own = (*KarrasEngine.own, "calls")
+    calls: Mapping[Any, tuple[Hot, Calls]] = MappingProxyType({})
+
+    def keep_call(self, scheduler: DropIn, key: Any, rows: Rows, calls: Calls) -> None:
+        """Keeps the rows of a call for `repeat`."""
+        self.hot = None
+        self.keep(scheduler, key, rows)
+        if self.hot is not None:
+            self.calls = {**self.calls, key: (self.hot, calls)}
 
 
 class HeunDiscreteScheduler(DropIn, Original):
@@ -35,7 +51,7 @@ class HeunDiscreteScheduler(DropIn, Original):
     The first call keeps x and d1, the second is given the Euler step's x and replaces it.
     """
 
-    _engine = Attached(KarrasEngine)
+    _engine = Attached(HeunEngine)
 
     def _init_step_index(self, timestep: Any) -> None:
         self._engine.start(self, timestep)
@@ -49,24 +65,31 @@ class HeunDiscreteScheduler(DropIn, Original):
         self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True
     ) -> HeunDiscreteSchedulerOutput | tuple[Tensor, Tensor]:
         """One call, as the original's: in the dtype that sample and model_output promote to."""
-        engine = self._engine
-        row = engine.one_row(self, timestep, sample)
-        first, second, given, bare = calls_of(self)
-        dtype = promote(sample.dtype, model_output.dtype)
-        start, _ = engine.start_from(sample, dtype, self.sigmas, row)
-        if self.state_in_first_order:
-            wide = dtype not in SIXTEEN or model_output.shape != sample.shape
-            rows = first if bare is None or wide else bare
-            out, x0, slope, _ = engine.run_promoted(self, rows, sample, model_output, row=row, start=start)
-            slope = model_output.to(start.dtype) if slope is None else slope
+        engine, first, dtype = self._engine, self.dt is None, sample.dtype
+        key = (first, dtype, engine.exact)
+        engine.hot, calls = engine.calls.get(key, NOTHING)
+        carried, histories = engine.carried, () if first else (self.sample, self.prev_derivative)
+        found = engine.repeat(self, model_output, timestep, sample, key, *histories)
+        start: Tensor = sample
+        if found is None:
+            row, calls = engine.one_row(self, timestep, sample), calls_of(self)
+            dtype = promote(dtype, model_output.dtype)
+            start, _ = engine.start_from(sample, dtype, self.sigmas, row)
+            rows = calls.first if first else calls.second
+            found = engine.run_promoted(self, rows, sample, model_output, *histories, row=row, start=start)
+            engine.keep_call(self, key, rows, calls)
+            self._step_index = row + 1
+        elif carried is not None and dtype in SIXTEEN:
+            start = carried.state
+        assert calls is not None
+        out, x0, slope, _ = found
+        if first:
+            assert slope is not None
             self.prev_derivative, self.sample = slope, as_dtype(start, slope.dtype)
-            self.dt = engine.tables.get(("dt",), lambda: self.sigmas.diff().unbind(), self.sigmas)[row]
+            self.dt = calls.onward[self._step_index - 1]
         else:
-            histories = (self.sample, self.prev_derivative)
-            out, x0, _, _ = engine.run_promoted(self, second, sample, model_output, *histories, row=row, start=start)
             self.prev_derivative = self.dt = self.sample = None
-        self._step_index += 1
-        x0 = model_output if given else as_dtype(x0, dtype)
+        x0 = model_output if calls.given else as_dtype(x0, dtype)
         if not return_dict:
             return out, x0
         return HeunDiscreteSchedulerOutput(prev_sample=out, pred_original_sample=x0)
@@ -84,6 +107,9 @@ class HeunDiscreteScheduler(DropIn, Original):
         plan = self._engine.plan(self, "heun", torch.where(odd[:, None], second.table[:-1], first.table), saves=saves)
         rows = [replace(row, ends_step=not row.saves) for row in plan.rows]
         return replace(plan, rows=tuple(rows))
+
+
+NOTHING: tuple[Hot | None, Calls | None] = (None, None)
 
 
 def calls_of(scheduler: HeunDiscreteScheduler) -> Calls:
@@ -114,7 +140,6 @@ def calls_of(scheduler: HeunDiscreteScheduler) -> Calls:
                 shared |= {"e0": 1.0, "e1": half}
             table = table_of(len(sigma), **shared)
             calls.append(engine.rows(scheduler, table, want_x0=not given, want_s=first))
-        bare = Rows(calls[0].table, want_x0=not given) if own else None
-        return Calls(calls[0], calls[1], given, bare)
+        return Calls(calls[0], calls[1], given, onward.to(scheduler.sigmas).unbind())
 
     return engine.tables.get(("rows", engine.exact), build, *engine.sources(scheduler))

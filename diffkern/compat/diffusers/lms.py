@@ -12,10 +12,10 @@ from diffusers.schedulers.scheduling_lms_discrete import LMSDiscreteSchedulerOut
 from torch import Tensor
 
 from diffkern.compat.diffusers._engine import Attached, DropIn, Rows
+from diffkern.compat.diffusers._host import UNSCALED
+from diffkern.compat.diffusers._karras import KarrasEngine
 from diffkern.compat.diffusers._level_rows import inverse, to_x0
-from diffkern.compat.diffusers._levels import KarrasEngine
 from diffkern.compat.diffusers._multistep import Past, check_levels, past_of
-from diffkern.compat.diffusers.euler import UNSCALED
 from diffkern.compat.kit.rows import SIXTEEN, as_dtype, table_of
 from diffkern.plan import COLUMNS, SLOTS, Plan
 

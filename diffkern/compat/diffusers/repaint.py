@@ -99,7 +99,7 @@ class RePaintScheduler(DropIn, Original):
                 one = streamed(one, engine.call_number(self.timesteps), 0)
             sample, *_ = engine.run(sample, None, table=one, noise=noise, seeds=seeds)
         if narrow:
-            out = sample.to(dtype)
+            out = as_dtype(sample, dtype)
             engine.carry(sample, out, *place)
             return out
         return sample

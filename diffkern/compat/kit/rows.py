@@ -127,9 +127,20 @@ def check_room(dtype: torch.dtype, owner: object, level: float | Tensor) -> None
         check_level(level, dtype, f"the noise level of {type(owner).__name__}")
 
 
+_CASTS = {
+    torch.float64: Tensor.double,
+    torch.float32: Tensor.float,
+    torch.float16: Tensor.half,
+    torch.bfloat16: Tensor.bfloat16,
+}
+
+
 def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in this dtype, itself where it has it."""
-    return x if x.dtype is dtype else x.to(dtype)
+    if x.dtype is dtype:
+        return x
+    cast = _CASTS.get(dtype)
+    return x.to(dtype) if cast is None else cast(x)  # a method without arguments takes a microsecond less
 
 
 def in_format(x: Tensor, like: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,11 +17,12 @@ MOST = 64
 """Values that a cache keeps for sources that come back."""
 
 
-@runtime_checkable
-class Described(Protocol):
+class Described:
     """A source that says itself what is in it."""
 
-    def content(self) -> Hashable: ...
+    def content(self) -> Hashable:
+        """What is in it."""
+        raise NotImplementedError
 
 
 class Entry(Generic[Value]):
