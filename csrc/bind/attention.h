@@ -79,13 +79,18 @@ struct AttentionOps {
     return new_empty(like, {p.batch, p.heads, p.queries}, lse_dtype(p.dtype));
   }
 
-  static Tensor heads_like(const Operand& o) { return new_dense(o, {o.sizes, o.sizes + o.dims}, heads_order(o)); }
+  static Tensor heads_like(const Operand& o) {
+    std::array<int64_t, 4> strides;
+    return new_dense(o, {o.sizes, 4}, heads_order(o), strides);
+  }
 
   // [B, channels, positions...] in the memory format of qkv.
   static Tensor spatial_like(const Operand& qkv, int64_t channels) {
     std::vector<int64_t> sizes(qkv.sizes, qkv.sizes + qkv.dims);
     sizes[1] = channels;
-    return new_dense(qkv, sizes, spatial_order(qkv.dims, spatial_view("spatial_attention", qkv).channels_last()));
+    std::vector<int64_t> strides(sizes.size());
+    const bool channels_last = spatial_view("spatial_attention", qkv).channels_last();
+    return new_dense(qkv, sizes, spatial_order(qkv.dims, channels_last), strides);
   }
 
   // ------------------------------------------------------------------------------------------- attention

@@ -14,10 +14,10 @@ namespace dk::bind {
 
 // ------------------------------------------------------------------------------------------------- memory
 // A tensor of these sizes without gaps, its axes from the outermost to the innermost in the given order. Strides as
-// torch counts them: an axis of no elements takes the room of one. diffkern/ops/_attention.py states this rule and
-// the two orders below for the fake tensors.
-inline Tensor new_dense(const Operand& like, const std::vector<int64_t>& sizes, const std::vector<int64_t>& order) {
-  std::vector<int64_t> strides(sizes.size());
+// torch counts them: an axis of no elements takes the room of one; `strides` is room for them.
+// diffkern/ops/_attention.py states this rule and the two orders below for the fake tensors.
+inline Tensor new_dense(const Operand& like, std::span<const int64_t> sizes, std::span<const int64_t> order,
+                        std::span<int64_t> strides) {
   int64_t stride = 1;
   for (size_t k = order.size(); k-- > 0;) {
     strides[order[k]] = stride;
@@ -28,7 +28,7 @@ inline Tensor new_dense(const Operand& like, const std::vector<int64_t>& sizes, 
 
 // The order in which [B, H, N, D] lies in memory: its contiguous axis is the innermost, the others stand by descending
 // stride. What strides cannot tell (size 1, stride 0, equal strides) stays in logical order.
-inline std::vector<int64_t> heads_order(const Operand& o) {
+inline std::array<int64_t, 4> heads_order(const Operand& o) {
   const bool token_inner = o.strides[3] != 1;
   std::array<int64_t, 3> outer{0, 1, token_inner ? 3 : 2};
   for (int d = 1; d < 3; ++d) {
@@ -93,7 +93,7 @@ inline void check_one_contiguous(const char* op, const Operand& o) {
   }
 }
 
-inline void check_sizes(const char* op, const Operand& o, const std::vector<int64_t>& sizes, const char* rule) {
+inline void check_sizes(const char* op, const Operand& o, std::span<const int64_t> sizes, const char* rule) {
   const int64_t dims = static_cast<int64_t>(sizes.size());
   bool same = o.dims == dims;
   for (int64_t d = 0; same && d < dims; ++d) same = o.sizes[d] == sizes[d];
@@ -110,7 +110,7 @@ inline void check_lse(const char* op, const Operand& lse, const Operand& first, 
     fail(op, "lse must be ", dtype_text(lse_dtype(p.dtype)), " for ", first.name, " of ", dtype_text(first.dtype),
          ", got ", dtype_text(lse.dtype));
   }
-  check_sizes(op, lse, {p.batch, p.heads, p.queries}, "shape [batch, heads, queries] =");
+  check_sizes(op, lse, std::array{p.batch, p.heads, p.queries}, "shape [batch, heads, queries] =");
   int64_t expected = 1;
   for (int64_t d = 2; d >= 0; --d) {
     if (lse.sizes[d] > 1 && lse.strides[d] != expected) {
@@ -138,8 +138,9 @@ inline AttentionProblem heads_problem(const char* op, const Operand& q, const Op
   p.dim = q.sizes[3];
   p.keys = k.sizes[2];
   check_head_dim(op, "the channels of q (its last dimension)", p.dim);
-  check_sizes(op, k, {p.batch, p.heads, p.keys, p.dim}, "batch, heads and channels of q: shape");
-  check_sizes(op, v, {p.batch, p.heads, p.keys, p.dim}, "the shape of k");
+  const std::array keys_shape{p.batch, p.heads, p.keys, p.dim};
+  check_sizes(op, k, keys_shape, "batch, heads and channels of q: shape");
+  check_sizes(op, v, keys_shape, "the shape of k");
   if (p.keys < 1) fail(op, "k must have at least one token, got shape ", shape_text(k));
   check_scale(op, scale, p.dtype);
   p.scale = scale;

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <span>
 #include <vector>
 
 #include "operand.h"
@@ -171,7 +172,7 @@ inline View make_view(const Space& space, const Operand& o, Dtype dtype) {
   return view;
 }
 
-inline Tensor allocate(const Operand& like, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+inline Tensor allocate(const Operand& like, std::span<const int64_t> sizes, std::span<const int64_t> strides,
                        int32_t dtype) {
   const int64_t dims = static_cast<int64_t>(sizes.size());
   AtenTensorHandle handle = nullptr;
@@ -210,13 +211,25 @@ inline void check_size(const char* op, const std::vector<int64_t>& size) {
   }
 }
 
-inline Tensor new_empty(const Operand& like, const std::vector<int64_t>& sizes, int32_t dtype) {
-  std::vector<int64_t> strides(sizes.size());
+inline void set_contiguous(std::span<const int64_t> sizes, std::span<int64_t> strides) {
   int64_t stride = 1;
   for (size_t d = sizes.size(); d-- > 0;) {
     strides[d] = stride;
     stride = times(stride, std::max(sizes[d], int64_t{1}));
   }
+}
+
+inline Tensor new_empty(const Operand& like, const std::vector<int64_t>& sizes, int32_t dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  set_contiguous(sizes, strides);
+  return allocate(like, sizes, strides, dtype);
+}
+
+// Of sizes in braces: without memory of their own, of which small calls notice each piece.
+template <size_t N>
+Tensor new_empty(const Operand& like, const int64_t (&sizes)[N], int32_t dtype) {
+  int64_t strides[N];
+  set_contiguous(sizes, strides);
   return allocate(like, sizes, strides, dtype);
 }
 

@@ -46,7 +46,7 @@ class ByRows {
  private:
   void lay_out(Arena& arena) {
     const int64_t wide = round_up(p_.dim, kTileLanes), queries = round_up(queries_, kTileLanes);
-    out_ = arena.take<float>(queries_ * wide);
+    out_ = arena.take<float>(in_place_ ? 0 : queries_ * wide);
     logits_ = arena.take<float>(keys_on_lanes_ ? queries_ * round_up(keys_, kTileLanes) : keys_ * queries);
     maximum_ = arena.take<float>(queries);
     sum_ = arena.take<float>(queries);
@@ -75,14 +75,15 @@ class ByRows {
     const Rows q = rows(head_of(p_.q, p_.dtype, b, h).at(first, 0), n, q_and_k_in_place_, q_);
     std::fill_n(maximum_, round_up(n, kTileLanes), std::numeric_limits<float>::lowest());
     std::fill_n(sum_, round_up(n, kTileLanes), 0.0f);
+    const Slice out = head_of(args_.out, p_.dtype, b, h).at(first, 0);
+    float* c = in_place_ ? reinterpret_cast<float*>(out.data) : out_;
+    const int64_t c_row = in_place_ ? out.token : wide_;
     for (int64_t key = 0; key < p_.keys; key += keys_) {
       const int64_t keys = std::min(keys_, p_.keys - key);
-      add(q, rows(k.at(key, 0), keys, q_and_k_in_place_, k_), rows(v.at(key, 0), keys, in_place(p_.v), v_), n, keys,
-          key == 0);
+      const Rows v_rows = rows(v.at(key, 0), keys, in_place(p_.v), v_);
+      add(q, rows(k.at(key, 0), keys, q_and_k_in_place_, k_), v_rows, n, keys, key, c, c_row);
     }
-    for (int64_t i = 0; i < n; ++i) factor_[i] = 1.0f / sum_[i];
-    kernels_.scale(out_, wide_, n, wide_, factor_);
-    unpack_columns(out_, p_.dim, n, wide_, turned(head_of(args_.out, p_.dtype, b, h).at(first, 0)), room_);
+    if (!in_place_) unpack_columns(out_, p_.dim, n, wide_, turned(out), room_);
     float* lse = static_cast<float*>(args_.lse) + (b * p_.heads + h) * p_.queries + first;
     for (int64_t i = 0; i < n; ++i) {
       const double maximum = maximum_[i] * std::fabs(p_.scale);
@@ -90,7 +91,9 @@ class ByRows {
     }
   }
 
-  void add(const Rows& q, const Rows& k, const Rows& v, int64_t n, int64_t keys, bool first) {
+  // The keys from `key` on; the last of them divide c by the sum.
+  void add(const Rows& q, const Rows& k, const Rows& v, int64_t n, int64_t keys, int64_t key, float* c, int64_t c_row) {
+    const bool first = key == 0, last = key + keys == p_.keys;
     // Logits are [queries][keys], or [keys][queries] where there are queries enough for the lanes.
     const int64_t columns = round_up(keys_on_lanes_ ? keys : n, kTileLanes);
     bool rescale;
@@ -102,11 +105,13 @@ class ByRows {
       for (int64_t j = 0; n < columns && j < keys; ++j) std::fill_n(logits_ + j * columns + n, columns - n, 0.0f);
       rescale = tiles_.softmax({logits_, nullptr, keys, columns, scale_, maximum_, sum_, factor_});
     }
-    if (rescale && !first) kernels_.scale(out_, wide_, n, wide_, factor_);
+    if (rescale && !first) kernels_.scale(c, c_row, n, p_.dim, factor_);
+    for (int64_t i = 0; last && i < n; ++i) factor_[i] = 1.0f / sum_[i];
     const int64_t row = keys_on_lanes_ ? columns : 1, depth = keys_on_lanes_ ? 1 : columns;
     for (int64_t from = 0; from < keys; from += kMixKeys) {
-      kernels_.mix({v.dtype, logits_ + from * depth, row, depth, v.at(from), v.row, out_, wide_, n, p_.dim,
-                    std::min(kMixKeys, keys - from), /*accumulate=*/!first || from > 0});
+      const int64_t some = std::min(kMixKeys, keys - from);
+      kernels_.mix({v.dtype, logits_ + from * depth, row, depth, v.at(from), v.row, c, c_row, n, p_.dim, some,
+                    /*accumulate=*/!first || from > 0, last && from + some == keys ? factor_ : nullptr});
     }
   }
 
@@ -124,7 +129,8 @@ class ByRows {
   const float scale_ = static_cast<float>(std::fabs(p_.scale) * kLog2E);
   const int64_t wide_ = round_up(p_.dim, kTileLanes);
   const bool keys_on_lanes_;
-  const bool q_and_k_in_place_ = in_place(p_.q) && in_place(p_.k);  // both or none: of one dtype
+  const bool in_place_ = p_.dtype == Dtype::f32 && in_place(args_.out);  // the result is summed where it belongs
+  const bool q_and_k_in_place_ = in_place(p_.q) && in_place(p_.k);       // both or none: of one dtype
   const int64_t queries_, keys_;
   float *out_, *logits_, *maximum_, *sum_, *factor_, *q_, *k_, *v_, *room_;
 };

@@ -52,12 +52,10 @@ DK_LANES_TARGET inline void dots_block(const RowDots& t, int64_t row, int64_t co
 
 template <class T>
 DK_LANES_TARGET void dots(const RowDots& t) {
-  int64_t row = 0;
-  for (; row + V::kWide <= t.rows; row += V::kWide) {
-    for (int64_t column = 0; column < t.columns; column += 4) dots_block<T, V::kWide>(t, row, column);
-  }
-  for (; row < t.rows; ++row) {
-    for (int64_t column = 0; column < t.columns; column += 4) dots_block<T, 1>(t, row, column);
+  for (int64_t column = 0; column < t.columns; column += 4) {  // each row of b is fetched once
+    int64_t row = 0;
+    for (; row + V::kWide <= t.rows; row += V::kWide) dots_block<T, V::kWide>(t, row, column);
+    for (; row < t.rows; ++row) dots_block<T, 1>(t, row, column);
   }
 }
 
@@ -104,26 +102,46 @@ DK_LANES_TARGET inline void mix_block(const RowMix& t, int64_t row, int64_t colu
       float* at = t.c + (row + r) * t.c_row + column + j * V::kWidth;
       V::Lanes both = t.depth > 1 ? V::add(sum[0][r][j], sum[1][r][j]) : sum[0][r][j];
       if (t.accumulate) both = V::add(Part ? V::part(at) : V::loadu(at), both);
+      if (t.factor != nullptr) both = V::mul(both, V::fill(t.factor[row + r]));
       Part ? V::store_part(at, both) : V::storeu(at, both);
     }
   }
 }
 
+// One block of these rows from `column` on; returns its columns.
 template <class T, int Rows>
-DK_LANES_TARGET inline void mix_columns(const RowMix& t, int64_t row) {
-  int64_t column = 0;
-  for (; column + V::kWide * V::kWidth <= t.columns; column += V::kWide * V::kWidth) {
+DK_LANES_TARGET inline int64_t mix_some(const RowMix& t, int64_t row, int64_t column) {
+  const int64_t left = t.columns - column;
+  if (left >= V::kWide * V::kWidth) {
     mix_block<T, Rows, V::kWide, false>(t, row, column);
+    return V::kWide * V::kWidth;
   }
-  for (; column + V::kWidth <= t.columns; column += V::kWidth) mix_block<T, Rows, 1, false>(t, row, column);
-  if (column < t.columns) mix_block<T, Rows, 1, true>(t, row, column);
+  if (left >= V::kWidth) {
+    mix_block<T, Rows, 1, false>(t, row, column);
+  } else {
+    mix_block<T, Rows, 1, true>(t, row, column);
+  }
+  return V::kWidth;
 }
 
 template <class T>
 DK_LANES_TARGET void mix(const RowMix& t) {
-  int64_t row = 0;
-  for (; row + 2 <= t.rows; row += 2) mix_columns<T, 2>(t, row);
-  if (row < t.rows) mix_columns<T, 1>(t, row);
+  constexpr int64_t kFewKeys = 8;
+  const int64_t pairs = t.rows / 2 * 2;
+  int64_t some = 0;
+  if (t.depth <= kFewKeys) {  // v stays in the L1 cache, and c is written from front to back
+    for (int64_t row = 0; row < pairs; row += 2) {
+      for (int64_t column = 0; column < t.columns; column += some) some = mix_some<T, 2>(t, row, column);
+    }
+    for (int64_t column = 0; pairs < t.rows && column < t.columns; column += some) {
+      some = mix_some<T, 1>(t, pairs, column);
+    }
+    return;
+  }
+  for (int64_t column = 0; column < t.columns; column += some) {  // each element of v is fetched once
+    for (int64_t row = 0; row < pairs; row += 2) some = mix_some<T, 2>(t, row, column);
+    if (pairs < t.rows) some = mix_some<T, 1>(t, pairs, column);
+  }
 }
 
 DK_LANES_TARGET void mix_rows(const RowMix& t) {
@@ -169,12 +187,13 @@ DK_LANES_TARGET bool softmax_rows(const SoftmaxRows& t) {
   return differ;
 }
 
-// Rows are whole vectors long: scratch.
 DK_LANES_TARGET void scale_rows(float* c, int64_t c_row, int64_t rows, int64_t columns, const float* factor) {
   for (int64_t i = 0; i < rows; ++i) {
     const V::Lanes f = V::fill(factor[i]);
     float* row = c + i * c_row;
-    for (int64_t j = 0; j < columns; j += V::kWidth) V::store(row + j, V::mul(V::load(row + j), f));
+    int64_t j = 0;
+    for (; j + V::kWidth <= columns; j += V::kWidth) V::storeu(row + j, V::mul(V::loadu(row + j), f));
+    if (j < columns) V::store_part(row + j, V::mul(V::part(row + j), f));
   }
 }
 

@@ -63,16 +63,17 @@ struct RowDots {
   int64_t c_row, rows, columns, depth;
 };
 
-// c[i][j] (+)= sum_k w(i, k) v[k][j]; depth <= 2 kTileDepth, in two chains.
+// c[i][j] (+)= sum_k w(i, k) v[k][j], then times factor[i] unless that is null; depth <= 2 kTileDepth, in two chains.
 struct RowMix {
   Dtype dtype;  // of v
   const float* w;
   int64_t w_row, w_depth;
   const void* v;
   int64_t v_row;
-  float* c;
+  float* c;  // rows of any alignment
   int64_t c_row, rows, columns, depth;
   bool accumulate;
+  const float* factor;
 };
 
 // As SoftmaxTile, with a query a row of `row` floats, a multiple of kTileLanes, 64-byte aligned.

@@ -8,6 +8,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from diffkern.checks import unknown
 from diffkern.integers import integer
@@ -22,13 +23,14 @@ from diffkern.ops._common import (
     one_device,
     refuse_tangents,
 )
-from diffkern.ops._explained import explained
+from diffkern.ops._explained import explain, explained
 
 # Numbers as in csrc/bind/attention_views.h.
 _ORDERS = {"new": 0, "legacy": 1, "edm": 2}
+_STRIDED = torch.strided
+_attention: Any = native.attention.default._op  # the overload itself calls it with what it was given
 
 
-@explained("attention")
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | Tensor | None = None) -> Tensor:
     """softmax(scale Q K^T) V (Vaswani et al. 2017), nothing of size N x N in memory (Dao et al. 2022).
 
@@ -42,6 +44,27 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | Tensor | None = No
     autocast the inputs are cast as those of F.scaled_dot_product_attention are. A scale that requires grad (one number,
     as of cosine attention) multiplies q beforehand, and has its gradient from there.
     """
+    try:
+        # What most calls are: nothing but the op has to see it (the checks of `_checked` take longer than few queries).
+        if not (
+            scale is not None
+            or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+            or torch.compiler.is_compiling()
+            or torch._C._is_any_autocast_enabled()
+            or active()
+            or forward_ad._current_level >= 0
+            or not q.layout is k.layout is v.layout is _STRIDED
+        ):
+            with below_autograd():
+                return _attention(q, k, v, 1.0 / math.sqrt(q.size(-1) or 1))[0]
+        return _checked(q, k, v, scale)
+    except Exception as error:
+        explain("attention", attention, locals(), error)
+        raise
+
+
+def _checked(q: Tensor, k: Tensor, v: Tensor, scale: float | Tensor | None) -> Tensor:
+    """`attention` under autograd, autocast, transforms and traces."""
     if not q.layout == k.layout == v.layout == torch.strided:
         _check_strided("attention", q=q, k=k, v=v)
     refuse_tangents("attention", q, k, v, scale if isinstance(scale, Tensor) else None)
@@ -52,9 +75,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | Tensor | None = No
     scale = _scale("attention", scale, q.shape[-1])
     if active() or differentiates(q, k, v):
         op = _Attention.apply if active() else native.attention
-        return op(q, k, v, scale)[0]
+        found: Tensor = op(q, k, v, scale)[0]
+        return found
     with below_autograd():
-        return native.attention(q, k, v, scale)[0]
+        found = native.attention(q, k, v, scale)[0]
+    return found
 
 
 @explained("spatial_attention")
