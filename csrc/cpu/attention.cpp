@@ -119,7 +119,7 @@ class Forward {
   void begin(QueryTile& t, const Slice& q, int64_t first) {
     t.first = first;
     t.count = std::min(kQueryTile, p_.queries - first);
-    t.columns = round_up(t.count, kTileLanes);
+    t.columns = round_up(t.count, tiles_.lanes);
     // The sign of the scale goes to q, its size to the softmax: both without rounding.
     P::queries(q.at(first, 0), t.count, p_.dim, t.columns, p_.scale < 0, t.q, room_);
     std::fill_n(t.maximum, t.columns, std::numeric_limits<float>::lowest());

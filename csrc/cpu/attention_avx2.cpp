@@ -55,7 +55,8 @@ struct V {
 #include "attention_rows_lanes.h"
 
 namespace dk::cpu {
-const AttentionTiles kAvx2Tiles{"avx2",      multiply,    nullptr, softmax_float, scale_columns, softmax_grad_float,
-                                weight_sums, dot_columns, nullptr, kRowKernels};
+const AttentionTiles kAvx2Tiles{"avx2",        kLanes,        multiply,           nullptr,
+                                softmax_float, scale_columns, softmax_grad_float, weight_sums,
+                                dot_columns,   nullptr,       kRowKernels};
 }  // namespace dk::cpu
 #endif

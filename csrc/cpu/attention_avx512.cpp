@@ -13,7 +13,7 @@
 #include "attention_rows_lanes.h"
 
 namespace dk::cpu {
-const AttentionTiles kAvx512Tiles{"avx512",           multiply,    nullptr,     softmax_float, scale_columns,
-                                  softmax_grad_float, weight_sums, dot_columns, nullptr,       kRowKernels};
+const AttentionTiles kAvx512Tiles{"avx512",           kLanes,      multiply,    nullptr, softmax_float, scale_columns,
+                                  softmax_grad_float, weight_sums, dot_columns, nullptr, kRowKernels};
 }  // namespace dk::cpu
 #endif

@@ -119,7 +119,8 @@ DK_LANES_TARGET void dot_columns_pairs(const Pair* a, const Pair* b, int64_t row
 
 }  // namespace
 
-const AttentionTiles kAvx512Bf16Tiles{"avx512",     multiply,    multiply_pairs, softmax,           scale_columns,
-                                      softmax_grad, weight_sums, dot_columns,    dot_columns_pairs, kRowKernels};
+const AttentionTiles kAvx512Bf16Tiles{"avx512",      kLanes,       multiply,    multiply_pairs, softmax,
+                                      scale_columns, softmax_grad, weight_sums, dot_columns,    dot_columns_pairs,
+                                      kRowKernels};
 }  // namespace dk::cpu
 #endif

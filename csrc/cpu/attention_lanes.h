@@ -139,13 +139,17 @@ DK_LANES_TARGET void product(const TileProduct<typename P::Element>& whole) {
       if (rest == 3) product_columns<P, 3>(t, column);
       if (rest == 2) product_columns<P, 2>(t, column);
       if (rest == 1) product_columns<P, 1>(t, column);
+    } else if (column < t.columns) {
+      product_columns<P, 1>(t, column);
     }
     t.a += t.depth * t.a_depth;
     t.b += t.depth * t.b_row;
     t.accumulate = true;
   }
 }
-static_assert(V::kWide == 4 || (V::kWide == 2 && kTileLanes % (2 * V::kWidth) == 0), "no columns are left over");
+static_assert(V::kWide == 4 || V::kWide == 2, "no columns are left over");
+
+constexpr int64_t kLanes = V::kWidth < kTileLanes ? V::kWidth : kTileLanes;
 
 DK_LANES_TARGET void multiply(const TileProduct<float>& tile) { product<FloatProduct>(tile); }
 

@@ -54,6 +54,6 @@ struct V {
 #include "attention_rows_lanes.h"
 
 namespace dk::cpu {
-const AttentionTiles kScalarTiles{"scalar",           multiply,    nullptr,     softmax_float, scale_columns,
-                                  softmax_grad_float, weight_sums, dot_columns, nullptr,       kRowKernels};
+const AttentionTiles kScalarTiles{"scalar",           kLanes,      multiply,    nullptr, softmax_float, scale_columns,
+                                  softmax_grad_float, weight_sums, dot_columns, nullptr, kRowKernels};
 }  // namespace dk::cpu

@@ -6,7 +6,7 @@
 
 namespace dk::cpu {
 
-constexpr int64_t kTileLanes = 16;  // the columns of every tile are a multiple of it, at every level
+constexpr int64_t kTileLanes = 16;  // the columns of tiles are a multiple of it, at every level (but see `lanes`)
 
 constexpr int64_t kTileDepth = 48;  // longer chains would round worse than torch's; shorter ones would cost time
 
@@ -94,6 +94,7 @@ struct RowKernels {
 
 struct AttentionTiles {
   const char* name;  // of the instructions of float32 products
+  int64_t lanes;     // what the columns of `multiply`, `softmax` and `scale_columns` are a multiple of
   void (*multiply)(const TileProduct<float>&);
   void (*multiply_pairs)(const TileProduct<Pair>&);  // null without bfloat16 dot products, as all that speaks of pairs
   // Returns whether a factor differs from 1 (NaN does).
