@@ -48,7 +48,7 @@ def test_what_was_asked_for_in_a_mode_serves_later_calls(mode: str) -> None:
 def test_caches_of_functions_are_made_in_one_place(root: Path) -> None:
     """`modes.kept` is the only lru_cache of the package: any other would take on the caller's mode."""
     for path in (root / "diffkern").rglob("*.py"):
-        if path.name not in ("modes.py", "_explained.py", "records.py"):  # the last two keep words and types
+        if path.name not in ("modes.py", "_explained.py", "records.py", "_histories.py"):  # words, types, slots
             found = re.findall(r"lru_cache|functools\.cache\b|import cache\b|inference_mode\(False\)", path.read_text())
             assert found == (["inference_mode(False)"] if path.name in ENTERS else []), path
 
