@@ -14,7 +14,7 @@ from torch import Tensor
 from diffkern.names import Prediction
 from diffkern.records import parse
 from diffkern.schedules.base import Schedule, Time, as_float64, check_constants
-from diffkern.schedules.predictions import check_prediction, prediction_of, target_coefficients
+from diffkern.schedules.predictions import check_prediction, mixtures, prediction_of
 
 WeightFunction = Callable[[Tensor, str], Tensor]
 """weight(log_snr, prediction): float64 weights, shaped like log_snr, of the squared error of that prediction."""
@@ -106,8 +106,8 @@ def scale(schedule: Schedule, prediction: Prediction, t: Time) -> tuple[str, Ten
         return "x0", schedule.posterior_mean_coefficients(t)[0]
     if prediction == "edm":  # sigma/c_out = 1/sqrt(c_skip), which is also right at sigma = 0
         return "", schedule.preconditioning(t)[0].rsqrt()
-    u, v = target_coefficients(schedule, prediction, t)
-    return "", (schedule.alpha(t) * v - schedule.sigma(t) * u).abs()
+    alpha, sigma, u, v = mixtures(schedule, prediction, t)
+    return "", (alpha * v - sigma * u).abs()
 
 
 def in_prediction(forms: Forms, schedule: Schedule, prediction: Prediction, t: Time) -> Tensor:

@@ -32,7 +32,7 @@ from diffkern.schedules.base import Schedule, Time, as_time, need_schedule
 from diffkern.schedules.discrete import DiscreteSchedule
 from diffkern.schedules.exploding import EDMSchedule
 from diffkern.schedules.makers import edm
-from diffkern.schedules.predictions import prediction_of
+from diffkern.schedules.predictions import mixtures, prediction_of
 
 __all__ = [
     "draw_seeds",
@@ -80,22 +80,32 @@ def _times(t: Time) -> Tensor:
         raise ValueError(f"t must be a time or one a sample, got {got}: are the arguments in another order?") from None
 
 
-def _table(schedule: Schedule, prediction: Prediction, t: Tensor, x0: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(table, index) for the noising op: the schedule's own table, or one row a sample for continuous times."""
+def _placed(t: Tensor, schedule: Schedule, x0: Tensor) -> Tensor:
+    """The times on the device of x0: the index into the table of a discrete schedule, else float64 [B] or [1]."""
     need_tensor("x0", x0)
     if t.dim() > 1 or (t.dim() == 1 and t.shape[0] != x0.shape[0]):
         raise ValueError(f"t must have shape [] or [{x0.shape[0]}] (one time a sample), got {list(t.shape)}")
     if isinstance(schedule, DiscreteSchedule):
         if t.is_floating_point():
             raise ValueError(f"t must be an integer index for the schedule {schedule.name}, got dtype {t.dtype}")
-        return schedule.table(prediction, x0.device), t.to(x0.device)
+        return t.to(x0.device)
     need_schedule(schedule)
-    return schedule.coefficients(prediction, t.reshape(-1).to(x0.device, torch.float64)), None
+    return as_time(t).reshape(-1).to(x0.device, torch.float64)
 
 
-def _rows(table: Tensor, weight: Tensor) -> Tensor:
-    """Noising rows (s, n, u, v) -> loss rows (u, v, weight)."""
-    return torch.cat([table[:, 2:], weight.to(table.device)[:, None]], dim=1)
+def _rows(
+    u: Tensor,
+    v: Tensor,
+    schedule: Schedule,
+    prediction: Prediction,
+    target: Prediction | None,
+    weighting: Weighting,
+    t: Tensor,
+) -> Tensor:
+    """Loss rows (u, v, weight) at the times ``t``."""
+    if weighting is UNIFORM and target in (None, prediction):
+        return torch.stack([u, v, torch.ones_like(u)], dim=1)
+    return torch.stack([u, v, weighting.at(schedule, prediction, t, target).to(u.device)], dim=1)
 
 
 def _discrete_rows(
@@ -106,10 +116,8 @@ def _discrete_rows(
     device: torch.device,
 ) -> Tensor:
     """Loss rows of t = 0..T-1."""
-    table = schedule.table(prediction, device)
-    if weighting is UNIFORM and target in (None, prediction):
-        return _rows(table, torch.ones_like(table[:, 0]))
-    return _rows(table, weighting.at(schedule, prediction, torch.arange(schedule.T, device="cpu"), target))
+    _, _, u, v = schedule.table(prediction, device).unbind(1)
+    return _rows(u, v, schedule, prediction, target, weighting, torch.arange(schedule.T, device="cpu"))
 
 
 _kept_rows = kept(64)(_discrete_rows)
@@ -138,12 +146,17 @@ def _loss_table(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
     """(table, index) for the loss op: a weighting, a table and the change of space all go into the row's weight."""
-    table, index = _table(schedule, prediction, t, x0)
+    at = _placed(t, schedule, x0)
+    if isinstance(schedule, DiscreteSchedule):
+        schedule.table(prediction, x0.device)  # raises where the schedule does not have the prediction
+    else:
+        _, _, u, v = mixtures(schedule, prediction, at)
     prediction = prediction_of(schedule, prediction)
     target = None if target is None else prediction_of(schedule, target)
     weighting = UNIFORM if weight is None or isinstance(weight, Tensor) else get_weighting(weight)
-    holds = False
+    index, holds = None, False
     if isinstance(schedule, DiscreteSchedule):
+        index = at
         # Ours are immutable; what a user's own weighting returns may change from call to call. torch.compile can not
         # hand an object that was made in what it compiles to a function that it does not trace.
         keeps = type(weighting) in _IMMUTABLE and fakes(x0.device) is None
@@ -152,13 +165,13 @@ def _loss_table(
         rows = _kept_rows(*known) if keeps else _discrete_rows(*known)
         holds = keeps and readable(rows) and _all_hold(*known, dtype)
     else:
-        rows = _rows(table, weighting.at(schedule, prediction, t.reshape(-1).to(x0.device), target))
+        rows = _rows(u, v, schedule, prediction, target, weighting, at)
     if isinstance(weight, Tensor):
         rows = torch.cat([rows[:, :2], rows[:, 2:] * _checked(weight, len(rows)).to(rows.device)[:, None]], dim=1)
     if readable(rows) and readable(t) and not holds:
         what = f"target {target!r}" if weight is None or isinstance(weight, Tensor) else f"weight {weighting.name!r}"
-        at = t.reshape(-1)
-        _check_rows(rows if index is None else rows[at.clamp(0, len(rows) - 1)], at, what, schedule, prediction, dtype)
+        t = t.reshape(-1)
+        _check_rows(rows if index is None else rows[t.clamp(0, len(rows) - 1)], t, what, schedule, prediction, dtype)
     return rows, index
 
 
@@ -166,8 +179,12 @@ def _check_rows(
     rows: Tensor, t: Tensor, what: str, schedule: Schedule, prediction: Prediction, dtype: torch.dtype
 ) -> None:
     """Raise ValueError for a target that the prediction's dtype does not hold, or a weight that is not finite."""
-    limit = torch.full((3,), most_in(dtype), dtype=torch.float64, device="cpu")
-    limit[2] = torch.finfo(torch.float64).max
+    most = most_in(dtype)
+    if rows.numel() > 0:
+        least, greatest = torch.aminmax(rows.detach())  # a quarter of the cost of finding what is wrong
+        if -most <= least.item() and greatest.item() <= most:
+            return
+    limit = torch.tensor([most, most, torch.finfo(torch.float64).max], dtype=torch.float64, device="cpu")
     bad = ~(rows.abs() <= limit)
     if not bool(bad.any()):
         return
@@ -216,9 +233,13 @@ def noised(
     Lectures 000, 001, 002: q(x_t | x_0).
     """
     t = _times(t)
-    table, index = _table(schedule, prediction, t, x0)
+    at = _placed(t, schedule, x0)
+    if isinstance(schedule, DiscreteSchedule):
+        table, index = schedule.table(prediction, x0.device), at
+    else:
+        table, index = schedule.coefficients(prediction, at), None
     if isinstance(schedule, EDMSchedule):
-        scale = schedule.input_scale(prediction, t.reshape(-1).to(x0.device, torch.float64))
+        scale = schedule.input_scale(prediction, at)
         table = torch.cat([table[:, :2] * scale[:, None], table[:, 2:]], dim=1)
     if x0.dtype == torch.float16 and index is None and readable(table):
         check_level(float(table[:, :2].detach().abs().max()), x0.dtype, f"sigma of {schedule.name}")

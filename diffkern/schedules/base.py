@@ -62,6 +62,16 @@ def check_times(ok: Tensor, t: Tensor, rule: str) -> Tensor:
     return ok
 
 
+def times_within(t: Time, lowest: float, highest: float, rule: str) -> Tensor:
+    """A float64 copy of ``t``; outside [lowest, highest] it raises as `check_times` does, or is NaN."""
+    times = t if isinstance(t, Tensor) and t.dtype is torch.float64 else as_time(t).to(torch.float64)
+    if readable(times) and times.numel() > 0:  # two numbers say it of all times, in a quarter of the time of a mask
+        low, high = torch.aminmax(times.detach() if times.requires_grad else times)
+        if lowest <= low.item() and high.item() <= highest:  # both are NaN where a time is
+            return times.clone()
+    return torch.where(check_times((times >= lowest) & (times <= highest), times, rule), times, torch.nan)
+
+
 def need_schedule(schedule: object) -> None:
     """Raise ValueError unless it is a schedule."""
     if isinstance(schedule, Schedule):
@@ -282,8 +292,7 @@ class Schedule(ABC):
         """Rows for the noising op, [..., 4] float64: (s, n, u, v) with x_t = s x0 + n eps and target = u x0 + v eps."""
         from diffkern.schedules import predictions  # which imports of schedules as arguments
 
-        u, v = predictions.target_coefficients(self, prediction, t)
-        return torch.stack([self.alpha(t), self.sigma(t), u, v], dim=-1)
+        return torch.stack(predictions.mixtures(self, prediction, t), dim=-1)
 
     def model_time(self, prediction: Prediction, t: Time) -> Tensor:
         """The time a network for this prediction is given: ``t`` itself, c_noise for ``edm``."""
@@ -313,9 +322,8 @@ class UnitTime(Schedule):
     data_end = 0.0
 
     def _times(self, t: Time) -> Tensor:
-        t = as_time(t).to(torch.float64)
         ends = "0 is data, 1 is noise" if self.data_end == 0 else "0 is noise, 1 is data"
-        return torch.where(check_times((t >= 0) & (t <= 1), t, f"lie in [0, 1] ({ends})"), t, torch.nan)
+        return times_within(t, 0.0, 1.0, f"lie in [0, 1] ({ends})")
 
     def _log_snrs(self, log_snr: Time, lowest: float = -math.inf, highest: float = math.inf) -> Tensor:
         """``log_snr`` as a tensor, checked: NaN outside the range on a device, and moved onto it where it rounds."""

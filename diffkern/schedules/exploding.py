@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffkern.names import Prediction
-from diffkern.schedules.base import Schedule, Time, UnitTime, as_log_snr, as_time, check_log_snrs, check_times
+from diffkern.schedules.base import Schedule, Time, UnitTime, as_log_snr, check_log_snrs, times_within
 from diffkern.schedules.predictions import prediction_of
 from diffkern.schedules.spacings import karras_sigmas
 
@@ -162,8 +162,7 @@ class EDMSchedule(Schedule):
         return self.sigma_max
 
     def _times(self, t: Time) -> Tensor:
-        t = as_time(t).to(torch.float64)
-        return torch.where(check_times((t >= 0) & torch.isfinite(t), t, "be a finite sigma >= 0"), t, torch.nan)
+        return times_within(t, 0.0, torch.finfo(torch.float64).max, "be a finite sigma >= 0")
 
     def alpha(self, t: Time) -> Tensor:
         """1."""

@@ -47,7 +47,7 @@ class FlowSchedule(UnitTime):
     def sigma(self, t: Time) -> Tensor:
         """1 - (1 - sigma_min) t, written so that it is exactly sigma_min at t = 1."""
         t = self._times(t)
-        return (1.0 - t) + self.sigma_min * t
+        return 1.0 - t if self.sigma_min == 0 else (1.0 - t) + self.sigma_min * t
 
     def alpha_dot(self, t: Time) -> Tensor:
         """1."""

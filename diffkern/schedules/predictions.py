@@ -92,29 +92,34 @@ def target_coefficients(schedule: Schedule, prediction: Prediction, t: Time) -> 
     Raises ValueError for an unknown prediction, a prediction that the schedule does not have, a time outside the
     schedule, and ``score`` where sigma is 0.
     """
+    _, _, u, v = mixtures(schedule, prediction, t)
+    return u, v
+
+
+def mixtures(schedule: Schedule, prediction: Prediction, t: Time) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(alpha, sigma, u, v), float64 in the shape of ``t``: x = alpha x0 + sigma eps, and `target_coefficients`."""
     prediction = prediction_of(schedule, prediction)
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-    zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
     if prediction == "eps":
-        return zero, one
+        return alpha, sigma, torch.zeros_like(alpha), torch.ones_like(alpha)
     if prediction == "x0":
-        return one, zero
+        return alpha, sigma, torch.ones_like(alpha), torch.zeros_like(alpha)
     if prediction == "v":
-        return -sigma, alpha
+        return alpha, sigma, -sigma, alpha
     if prediction == "score":
         if readable(sigma) and bool((sigma == 0).any()):
             raise ValueError(
                 "prediction 'score' is -eps/sigma and has no value where sigma is 0: "
                 f"{schedule.name}, t={_first(t, sigma == 0)}; take another prediction, or times without this one"
             )
-        return zero, -1.0 / sigma
+        return alpha, sigma, torch.zeros_like(alpha), -1.0 / sigma
     if prediction == "velocity":
-        return schedule.alpha_dot(t), schedule.sigma_dot(t)
+        return alpha, sigma, schedule.alpha_dot(t), schedule.sigma_dot(t)
     if prediction == "mu":
         coef_x0, coef_xt = schedule.posterior_mean_coefficients(t)
-        return coef_x0 + coef_xt * alpha, coef_xt * sigma
+        return alpha, sigma, coef_x0 + coef_xt * alpha, coef_xt * sigma
     c_skip, c_out, _, _ = schedule.preconditioning(t)
-    return (1.0 - c_skip) / c_out, -c_skip * sigma / c_out
+    return alpha, sigma, (1.0 - c_skip) / c_out, -c_skip * sigma / c_out
 
 
 def to_x0_eps(schedule: Schedule, prediction: Prediction, t: Time) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -124,8 +129,7 @@ def to_x0_eps(schedule: Schedule, prediction: Prediction, t: Time) -> tuple[Tens
     Raises ValueError where det is 0, because there the prediction says nothing about x0 (``eps`` at alpha = 0, such as
     the first time of a flow or the last of a zero-terminal-SNR table) or nothing about eps (``x0`` at sigma = 0).
     """
-    u, v = target_coefficients(schedule, prediction, t)
-    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    alpha, sigma, u, v = mixtures(schedule, prediction, t)
     _check_det(alpha * v - sigma * u, schedule, prediction, t)
     return solve(alpha, sigma, u, v)
 
@@ -160,9 +164,8 @@ def between(schedule: Schedule, source: Prediction, target: Prediction, t: Time)
     Proportional predictions (``eps`` and ``score``) convert at every time; all others need det != 0, see `to_x0_eps`.
     """
     source, target = prediction_of(schedule, source), prediction_of(schedule, target)
-    u, v = target_coefficients(schedule, source, t)
+    alpha, sigma, u, v = mixtures(schedule, source, t)
     u2, v2 = target_coefficients(schedule, target, t)
-    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     if {source, target} == {"eps", "score"}:
         return torch.zeros_like(alpha), v2 / v
     det = alpha * v - sigma * u

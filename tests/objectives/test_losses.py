@@ -296,3 +296,30 @@ def test_uniform_times() -> None:
 def test_bad_input_is_one_sentence(call: object, sentence: str) -> None:
     with pytest.raises((ValueError, RuntimeError), match=sentence):
         call(data(), schedules.linear())  # type: ignore[operator]
+
+
+def test_a_loss_and_noising_ask_a_path_for_each_of_its_rates_once() -> None:
+    asked = []
+
+    def rate(name: str, value: Tensor) -> Tensor:
+        asked.append(name)
+        return value
+
+    path = diffkern.path(lambda t: rate("alpha", t), lambda t: rate("beta", 1.0 - t))
+    x0, t = data(), torch.full((SHAPE[0],), 0.25)
+    asked.clear()
+    loss = diffkern.prediction_loss(torch.zeros_like(x0), x0, t, path, "v", noise=torch.zeros_like(x0))
+    assert sorted(asked) == ["alpha", "beta"]
+    assert float(loss) == pytest.approx(0.75**2 * float((x0.double() ** 2).mean()))
+    diffkern.noised(x0, t, path, "v", noise=x0)
+    assert sorted(asked) == ["alpha", "alpha", "beta", "beta"]
+
+
+@pytest.mark.parametrize("t", [torch.tensor([True] * SHAPE[0]), torch.full((SHAPE[0],), 0.5 + 0.5j)])
+def test_times_that_are_no_numbers_are_refused_by_losses_and_noising(t: Tensor) -> None:
+    x0 = data()
+    rule = f"t must be a number or a tensor of numbers, got dtype {t.dtype}"
+    with pytest.raises(ValueError, match=rule):
+        diffkern.prediction_loss(x0, x0, t, schedules.flow(), noise=x0)
+    with pytest.raises(ValueError, match=rule):
+        diffkern.noised(x0, t, schedules.flow(), noise=x0)

@@ -272,6 +272,20 @@ def test_times_outside_a_schedule_give_nan_where_looking_would_stall_the_device(
     assert schedules.flow().alpha(torch.full((2,), 5.0, device="meta")).shape == (2,)
 
 
+def test_rates_are_no_view_of_the_times():
+    """Where alpha or sigma is the time itself, what is done to it leaves the times of the caller as they were."""
+    t = torch.tensor([0.25, 0.5], dtype=torch.float64)
+    schedules.flow().alpha(t).zero_()
+    schedules.edm().sigma(t).zero_()
+    schedules.flow().alpha(t.numpy()).zero_()
+    assert t.tolist() == [0.25, 0.5]
+
+
+def test_no_times_give_no_rates():
+    assert schedules.flow().alpha(torch.empty(0)).shape == (0,)
+    assert schedules.edm().coefficients("edm", torch.empty(0)).shape == (0, 4)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -334,6 +348,11 @@ def test_times_outside_a_schedule_give_nan_where_looking_would_stall_the_device(
         (lambda: schedules.sigmoid(beta_end=2**70), r"beta must lie in \(0, 1\), got betas"),
         (lambda: schedules.laplace(mu=10**400), r"mu must be a number that float64 holds, got 1000"),
         (lambda: schedules.flow().alpha(1.5), r"t must lie in \[0, 1\] \(0 is noise, 1 is data\), got 1\.5"),
+        (
+            lambda: schedules.vp().sigma(torch.tensor([0.5, math.nan, 2.0])),
+            r"t must lie in \[0, 1\] \(0 is data, 1 is noise\), got nan",
+        ),
+        (lambda: schedules.edm().sigma(torch.tensor([1.0, math.inf, -1.0])), r"t must be a finite sigma >= 0, got inf"),
         (lambda: schedules.edm().alpha(-1.0), r"t must be a finite sigma >= 0, got -1\.0"),
         (lambda: schedules.linear().coefficients("noise", 3), r"prediction must be one of eps, x0, .*, got 'noise'"),
         (lambda: schedules.flow().coefficients("edm", 0.5), r"prediction 'edm' needs an EDM schedule, got flow"),
