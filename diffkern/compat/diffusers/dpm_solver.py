@@ -135,7 +135,7 @@ def steps_of(
 ) -> Steps:
     """The steps with ``done`` earlier estimates."""
     engine = scheduler._engine
-    key = (done, scheduler.timesteps.shape[0], engine.exact)
+    key = (done, scheduler.timesteps.numel(), engine.exact)
     return engine.kept(scheduler, key, lambda: made(scheduler, done, model_output, sample))
 
 
