@@ -21,6 +21,7 @@ from diffkern.plan import COLUMNS
 __all__ = [
     "attention",
     "dynamic_threshold",
+    "group_norm_act",
     "learned_step",
     "loss",
     "moments",
@@ -335,6 +336,32 @@ def spatial_attention(
     q, k, v = (part.transpose(-1, -2) for part in parts)  # each [B, heads, N, D]
     out, lse = attention(q, k, v, scale, compute=compute)
     return out.transpose(-1, -2).reshape(batch, channels // 3, *positions), lse
+
+
+def group_norm_act(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-5,
+    act: str | None = "silu",
+    compute: torch.dtype = torch.float64,
+) -> Tensor:
+    """act((x_hat weight + bias) (1 + scale) + shift), x_hat normalised over each group of channels. Differentiable."""
+    each = x.to(compute).reshape(x.shape[0], groups, math.prod(x.shape[1:]) // groups)
+    apart = each - each.mean(2, keepdim=True)
+    u = (apart / (apart.square().mean(2, keepdim=True) + eps).sqrt()).reshape(x.shape)
+
+    def of_channels(t: Tensor) -> Tensor:
+        return t.to(compute).reshape(-1, x.shape[1], *(1,) * (x.dim() - 2))
+
+    for factor, term in ((weight, bias), (None if scale is None else 1 + scale.to(compute), shift)):
+        u = u if factor is None else u * of_channels(factor)
+        u = u if term is None else u + of_channels(term)
+    return u * torch.sigmoid(u) if act == "silu" else u
 
 
 def _rows(x: Tensor, compute: torch.dtype) -> Tensor:

@@ -13,6 +13,7 @@
 #pragma once
 
 #include "attention.h"
+#include "group_norm.h"
 #include "learned_step.h"
 #include "loss.h"
 #include "noise_sum.h"
@@ -37,6 +38,7 @@ void for_each_family(const Use& use) {
   use(StepLogprobOps<Backend>());
   use(StatisticsOps<Backend>());
   use(AttentionOps<Backend>());
+  use(GroupNormOps<Backend>());
 }
 
 }  // namespace dk::bind

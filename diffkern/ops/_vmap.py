@@ -192,6 +192,30 @@ def _batched_alike(op: Any, tensors: int) -> Callable[..., Any]:
     return rule
 
 
+def _group_norm_act(info: Any, in_dims: Any, *args: Any) -> Any:
+    x, groups, weight, bias, scale, shift, eps, act = args
+    if in_dims[2] is not None or in_dims[3] is not None:
+        return _one_by_one(native.group_norm_act, info, in_dims, args)
+    fold = Fold(info, *first_of([(args[i], in_dims[i]) for i in (0, 4, 5)]))
+    x, scale, shift = fold.each(*((args[i], in_dims[i]) for i in (0, 4, 5)))
+    made = tuple(fold.back(t) for t in native.group_norm_act(x, groups, weight, bias, scale, shift, eps, act))
+    return made, (0, 0, 0)
+
+
+def _group_norm_act_grad(info: Any, in_dims: Any, *args: Any) -> Any:
+    return _one_by_one(native.group_norm_act_grad, info, in_dims, args)
+
+
+def _one_by_one(op: Any, info: Any, in_dims: Any, args: Any) -> Any:
+    """A call for each of the vmapped batch: where parameters, or their gradients, are of it."""
+    calls = [
+        op(*(arg if dim is None else arg.select(dim, k) for arg, dim in zip(args, in_dims, strict=True)))
+        for k in range(info.batch_size)
+    ]
+    made = tuple(None if parts[0] is None else torch.stack(parts) for parts in zip(*calls, strict=True))
+    return made, out_dims(made)
+
+
 def rules(weight: slice, bound: slice) -> dict[str, Callable[..., Any]]:
     """Of all ops that return new tensors; the slices are the columns of weights of `loss` and `variational`."""
     return {
@@ -207,6 +231,8 @@ def rules(weight: slice, bound: slice) -> dict[str, Callable[..., Any]]:
         "attention_grad": _batched_alike(native.attention_grad, 6),
         "spatial_attention": _batched_alike(native.spatial_attention, 1),
         "spatial_attention_grad": _batched_alike(native.spatial_attention_grad, 4),
+        "group_norm_act": _group_norm_act,
+        "group_norm_act_grad": _group_norm_act_grad,
         "quantile": _batched_alike(native.quantile, 1),
         "dynamic_threshold": _batched_alike(native.dynamic_threshold, 1),
         "moments": _batched_alike(native.moments, 1),

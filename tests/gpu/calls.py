@@ -31,6 +31,8 @@ OUTPUTS = {
     "quantile": ("value",),
     "dynamic_threshold": ("out",),
     "moments": ("means",),
+    "group_norm_act": ("y", "mean", "rstd"),
+    "group_norm_act_grad": ("d_x", "d_weight", "d_bias", "d_scale", "d_shift"),
     "learned_step": ("out", "x0", "next"),
     "step_logprob": ("value", "grad", "grad2"),
 }
@@ -260,6 +262,25 @@ def statistics_calls(dtype: torch.dtype, layout: str) -> Iterator[Call]:
             yield Call("quantile", {"x": x, "q": q}, f"{text}, q = {q}")
             yield Call("dynamic_threshold", {"x0": x, "q": q, "maximum": maximum}, f"{text}, q = {q} up to {maximum}")
             yield Call("moments", {"x": x}, text)
+
+
+def group_norm_calls(dtype: torch.dtype, layout: str) -> Iterator[Call]:
+    """Groups of one block of positions and of many; parameters of every dtype, and none; forward and gradient."""
+    grown = [(2, 64, 8, 8), (1, 12, 67, 71), (3, 8, 2500), (2, 40)] if layout != "channels_last" else [(2, 64, 8, 8)]
+    acts, kinds, given = cycle(0, 1), cycle(*DTYPES), cycle(True, True, False)
+    for shape in [*grown, (2, 30, 37, 5), (1, 6, 3, 5, 4)]:
+        if layout == "channels_last" and len(shape) != 4:
+            continue
+        kind, act, there = next(kinds), next(acts), next(given)
+        x, up = lay(values(shape, 8, dtype) + 0.5, layout), lay(values(shape, 9, dtype), layout)
+        of_channels = [values((1, shape[1]), 10 + k, kind)[0] if there or k else None for k in range(2)]
+        of_samples = [values(shape[:2], 12 + k, kind) if there or not k else None for k in range(2)]
+        parameters = dict(zip(("weight", "bias", "scale", "shift"), [*of_channels, *of_samples], strict=True))
+        what = f"{dtype} {shape} {layout}, parameters {kind}, all of them {there}, act {act}"
+        yield Call("group_norm_act", {"x": x, "groups": 2, **parameters, "eps": 1e-5, "act": act}, what)
+        _, mean, rstd = torch.ops.diffkern.group_norm_act(x, 2, *parameters.values(), 1e-5, act)
+        operands = {"grad_out": up, "x": x, "mean": mean, "rstd": rstd, "groups": 2, **parameters, "act": act}
+        yield Call("group_norm_act_grad", operands, what)
 
 
 def order_may_differ(call: Call) -> bool:

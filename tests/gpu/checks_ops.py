@@ -22,6 +22,7 @@ from gpu.calls import (
     STEPS,
     Call,
     compare,
+    group_norm_calls,
     lay,
     loss_calls,
     noise_sum_calls,
@@ -71,6 +72,11 @@ def check_variational(target: Target, dtype: torch.dtype, layout: str) -> None:
 
 def check_statistics(target: Target, dtype: torch.dtype, layout: str) -> None:
     for call in statistics_calls(dtype, layout):
+        compare(target, call)
+
+
+def check_group_norm(target: Target, dtype: torch.dtype, layout: str) -> None:
+    for call in group_norm_calls(dtype, layout):
         compare(target, call)
 
 

@@ -50,6 +50,12 @@ def test_statistics(gpu: Target, dtype: torch.dtype, layout: str) -> None:
 
 @dtypes
 @layouts
+def test_group_norm(gpu: Target, dtype: torch.dtype, layout: str) -> None:
+    checks.check_group_norm(gpu, dtype, layout)
+
+
+@dtypes
+@layouts
 def test_step(gpu: Target, dtype: torch.dtype, layout: str) -> None:
     checks.check_step(gpu, dtype, layout)
 

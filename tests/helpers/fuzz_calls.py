@@ -321,6 +321,18 @@ def moments_calls(draw: st.DrawFn) -> Call:
 
 
 @st.composite
+def group_norm_calls(draw: st.DrawFn) -> Call:
+    dtype, width, groups = draw(st.sampled_from(DTYPES)), draw(st.integers(1, 5)), draw(st.integers(1, 4))
+    positions = draw(st.sampled_from([(8,), (67,), (4, 5), (33, 34), (3, 4, 2)]))
+    shape = (draw(st.integers(1, 3)), width * groups, *positions)
+    given: dict[str, Any] = {"x": draw(tensors(shape, dtype)), "groups": groups}
+    for name, size in (("weight", shape[1:2]), ("bias", shape[1:2]), ("scale", shape[:2]), ("shift", shape[:2])):
+        given[name] = draw(tensors(size, draw(st.sampled_from(DTYPES)))) if draw(st.booleans()) else None
+    given |= {"eps": draw(st.sampled_from([1e-5, 0.5])), "act": draw(st.sampled_from(["silu", None]))}
+    return Call("group_norm_act", given, lambda: (reference.group_norm_act(**given),), 64.0, 1.5)
+
+
+@st.composite
 def attention_calls(draw: st.DrawFn) -> Call:
     dtype, dim = draw(st.sampled_from(DTYPES)), draw(st.sampled_from([8, 16, 24, 64, 512]))
     batch, heads, queries, keys = (draw(st.integers(1, most)) for most in (2, 3, 40, 70))
@@ -363,6 +375,7 @@ CALLS: dict[str, st.SearchStrategy[Call]] = {
     "dynamic_threshold": threshold_calls(),
     "dynamic_threshold_out": threshold_calls(out=True),
     "moments": moments_calls(),
+    "group_norm_act": group_norm_calls(),
     "attention": attention_calls(),
     "spatial_attention": spatial_calls(),
 }

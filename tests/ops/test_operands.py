@@ -22,6 +22,7 @@ S, INDEX = ops.seeds(0, 2), torch.tensor([0, 1])
 N = torch.tensor([[0.9, 0.4, 0.4, -0.9], [0.5, 0.8, 0.6, -0.7]], dtype=F64)
 BOUND = torch.tensor([[0.3, -0.9, 0.7, 0.8, 3.0, 0.2, 0.1, 0.0, 0.004, 1.5, 0.5, 1.0]], dtype=F64)
 LEARNED = torch.cat([table({"p": 1.1, "q": -0.9, "b": 0.4, "g": 0.5, "known_s": 0.9}), N[:1, :2]], 1)
+CHANNELS: dict[str, Any] = {"weight": X[0, :, 0], "bias": M[0, :, 0], "scale": X[:, :, 0], "shift": M[:, :, 0]}
 Q, QKV = values((2, 3, 4, 8), 5), values((2, 24, 3, 3), 6)
 TERMS: dict[str, Any] = {"streams": torch.tensor([1, 2]), "weights": torch.tensor([0.5, 0.25], dtype=F64)}
 STEP: dict[str, Any] = {"x": X, "m": torch.cat([M, X]), "h0": X, "h1": M, "h2": X, "h3": M, "table": table(EVERYTHING)}
@@ -53,6 +54,7 @@ CALLS: dict[str, tuple[Callable[..., object], dict[str, Any]]] = {
     "step_logprob": (ops.step_logprob, {"after": X, "x": X, "m": M, "table": table(ROWS["eps noise"])}),
     "attention": (ops.attention, {"q": Q, "k": Q, "v": Q}),
     "spatial_attention": (ops.spatial_attention, {"qkv": QKV, "num_heads": 1}),
+    "group_norm_act": (ops.group_norm_act, {"x": X, "groups": 1, **CHANNELS}),
     "quantile": (ops.quantile, {"x": X, "q": 0.5}),
     "dynamic_threshold": (ops.dynamic_threshold, {"x0": X}),
     "dynamic_threshold_out": (ops.dynamic_threshold_out, {"x0": X, **outs("out")}),

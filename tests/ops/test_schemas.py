@@ -92,6 +92,20 @@ def leaf(t: Tensor) -> Tensor:
     return t.clone().requires_grad_()
 
 
+NORMED, NORMED_UP = values((2, 6, 5, 4), 60), values((2, 6, 5, 4), 61)
+OF_CHANNELS = (values((1, 6), 62)[0], values((1, 6), 63)[0], values((2, 6), 64), values((2, 6), 65))
+
+
+def normed(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
+    groups = x.double().reshape(2, 2, -1)
+    rstd = (groups.var(2, unbiased=False) + 0.1).rsqrt()
+    y = reference.group_norm_act(x, 2, weight, bias, scale=scale, shift=shift, eps=0.1)
+    return y, groups.mean(2), rstd
+
+
+NORMED_STATISTICS = tuple(t.float() for t in normed(NORMED, *OF_CHANNELS)[1:])
+
+
 def step_reference() -> tuple[Tensor, ...]:
     x, m, m2, h0, h1, h2, h3, rows, row, index, seeds, noise, mask, known = STEP_INPUTS
     return reference.step(
@@ -150,6 +164,11 @@ CALLS: dict[str, tuple[tuple[Any, ...], Callable[[], tuple[Tensor, ...]]]] = {
     "dynamic_threshold": ((T["x"], 0.9, 1.1), lambda: (reference.dynamic_threshold(T["x"], 0.9, 1.1),)),
     "dynamic_threshold_out": ((T["x"], 0.9, 1.1, empty()), lambda: (reference.dynamic_threshold(T["x"], 0.9, 1.1),)),
     "moments": ((T["x"],), lambda: (reference.moments(T["x"]),)),
+    "group_norm_act": ((NORMED, 2, *OF_CHANNELS, 0.1, 1), lambda: normed(NORMED, *OF_CHANNELS)),
+    "group_norm_act_grad": (
+        (NORMED_UP, NORMED, *NORMED_STATISTICS, 2, *OF_CHANNELS, 1),
+        lambda: gradients(lambda *t: normed(*t)[:1], NORMED_UP, NORMED, *OF_CHANNELS),
+    ),
     "attention": ((Q, K, V, 0.3), lambda: reference.attention(Q, K, V, 0.3)),
     "attention_grad": (
         (UP, Q, K, V, OUT, LSE, 0.3),
@@ -169,7 +188,16 @@ CALLS: dict[str, tuple[tuple[Any, ...], Callable[[], tuple[Tensor, ...]]]] = {
 }
 
 
-DIFFERENTIABLE = ("noising", "loss", "variational", "step_ad", "step_logprob", "attention", "spatial_attention")
+DIFFERENTIABLE = (
+    "noising",
+    "loss",
+    "variational",
+    "step_ad",
+    "step_logprob",
+    "attention",
+    "spatial_attention",
+    "group_norm_act",
+)
 OPS = op_names.registered()
 
 
@@ -313,6 +341,13 @@ def opcheck_samples() -> dict[str, tuple[str, tuple[Any, ...]]]:
         samples[f"spatial_grad {form}"] = ("spatial_attention_grad", (up, x, up, LSE_MAP, 2, 0, 0.25))
     samples["spatial edm"] = ("spatial_attention", (leaf(qkv_of((2, 96, 3, 2, 2))), 2, 2, 0.25))
     samples["spatial one position"] = ("spatial_attention", (qkv_of((2, 96, 1, 1), form="channels_last"), 2, 1, 0.25))
+    for layout in ("contiguous", "channels_last", "permuted", "sliced", "expanded"):
+        x, up = arrange(NORMED, layout), NORMED_UP.bfloat16()
+        samples[f"group_norm_act {layout}"] = ("group_norm_act", (x.half(), 2, None, None, *OF_CHANNELS[2:], 0.0, 0))
+        samples[f"group_norm_act gradient {layout}"] = ("group_norm_act", (leaf(x), 2, *map(leaf, OF_CHANNELS), 0.1, 1))
+        given = (up, x.bfloat16(), *NORMED_STATISTICS, 2, OF_CHANNELS[0], None, None, None, 1)
+        samples[f"group_norm_act_grad {layout}"] = ("group_norm_act_grad", given)
+    samples["group_norm_act empty"] = ("group_norm_act", (NORMED[:0], 3, *[None] * 4, 0.1, 1))
     samples["noise_sum_out permuted"] = ("noise_sum_out", (SEEDS, *TERMS, arrange(empty(), "permuted")))
     samples["noise_sum empty"] = ("noise_sum", ((0, 3), SEEDS[:0], *(t[:0] for t in TERMS), torch.bfloat16))
     samples["quantile empty"] = ("quantile", (T["x"][:0], 0.5))

@@ -43,6 +43,7 @@ def many(seed: int, *shape: int) -> Tensor:
 
 TERMS = torch.tensor([7, 9]), torch.tensor([0.5, -2.0], dtype=torch.float64)
 INDEX = torch.tensor([[0, 2], [1, 1], [2, 0]])
+W = values((2, 4), 30)[0]
 MASK = numbers(20).abs().clamp(max=1)
 
 # name -> (function of tensors, tensors [V, ...] of one call each, which of them have gradients)
@@ -123,6 +124,16 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], int]] = {
     "attention, a learned scale": (
         lambda q, k, s: ops.attention(q, k, k, s),
         (many(1, B, 2, 5, 8), many(2, B, 2, 5, 8), torch.tensor([0.2, 0.3, 0.4])),
+        3,
+    ),
+    "group_norm_act": (
+        lambda x, s, t, w: ops.group_norm_act(x, 2, W, W, scale=s, shift=t) + w,
+        (many(1, B, 4, 3, 5), many(2, B, 4), many(3, B, 4), many(4, 1)),
+        3,
+    ),
+    "group_norm_act, each its parameters": (
+        lambda w, b, x: ops.group_norm_act(x, 2, w, b),
+        (many(1, 4), many(2, 4), many(3, B, 4, 3, 5)),
         3,
     ),
     "quantile": (lambda x: ops.quantile(x, 0.3), (numbers(1),), 0),

@@ -64,6 +64,7 @@ for k, layout in enumerate(calls.INPUT_LAYOUTS[1:]):  # contiguous has the large
         "loss",
         "variational",
         "statistics",
+        "group_norm",
         "step",
         "learned_step",
         "step_logprob",
