@@ -38,6 +38,19 @@ void run(const dk::MomentsArgs& args) {
   }
 }
 
+template <class Phases, class Tasks, class Kernel>
+void run(const dk::GroupNormArgs& args, const Phases& phases, const Tasks& tasks, const Kernel& kernel) {
+  for (int64_t phase = 0; phase < phases(args.problem); ++phase) kernel(args, phase, 0, tasks(args.problem, phase));
+}
+void run(const dk::GroupNormArgs& args) {  // a gradient that comes in makes it the backward pass
+  using namespace dk::cpu;
+  if (args.grad_out.data == nullptr) {
+    run(args, group_norm_phases, group_norm_tasks, group_norm);
+  } else {
+    run(args, group_norm_grad_phases, group_norm_grad_tasks, group_norm_grad);
+  }
+}
+
 }  // namespace
 
 #define DEFINE(NAME)                          \

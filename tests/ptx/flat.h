@@ -2,6 +2,7 @@
 // Used by launch.cu (the CUDA launchers, in the emulator) and cpu.cpp (their CPU twins).
 #pragma once
 
+#include <core/group_norm.h>
 #include <core/learned_step.h>
 #include <core/loss.h>
 #include <core/moments.h>
@@ -14,6 +15,11 @@
 #include <core/variational.h>
 
 #include <initializer_list>
+
+#define FLAT_PARAMETERS                                                                               \
+  const int64_t *s, const int64_t *views, const int64_t *rows, const int64_t *seeds, uint64_t stream, \
+      const int64_t *extra, const double *row
+#define FLAT_ARGUMENTS s, views, rows, seeds, stream, extra, row
 
 namespace flat {
 
@@ -163,6 +169,32 @@ inline dk::MomentsArgs moments(const int64_t* s, const int64_t* views, const int
   return a;
 }
 
+inline dk::ChannelView channels(const int64_t* v) {  // data, dtype, batch stride, stride
+  return {reinterpret_cast<void*>(v[0]), static_cast<dk::Dtype>(v[1]), v[2], v[3]};
+}
+
+// s: batch, channels, positions, groups, channels_last, silu; extra: mean, rstd, partials, factors, sums, then weight,
+// bias, scale, shift and their gradients; row: eps
+inline dk::GroupNormArgs group_norm(const int64_t* s, const int64_t* views, const int64_t*, const int64_t*, uint64_t,
+                                    const int64_t* extra, const double* row) {
+  dk::GroupNormArgs a{};
+  a.problem = {s[0], s[1], s[2], s[3], s[4] != 0, s[5] != 0, row[0]};
+  a.x = view(views, 0);
+  a.out = view(views, 1);
+  a.grad_out = view(views, 2);
+  a.mean = reinterpret_cast<void*>(extra[0]);
+  a.rstd = reinterpret_cast<void*>(extra[1]);
+  a.partials = reinterpret_cast<void*>(extra[2]);
+  a.factors = reinterpret_cast<void*>(extra[3]);
+  a.sums = reinterpret_cast<double*>(extra[4]);
+  int i = 0;
+  for (dk::ChannelView* v : {&a.weight, &a.bias, &a.scale, &a.shift, &a.d_weight, &a.d_bias, &a.d_scale, &a.d_shift}) {
+    *v = channels(extra + 5 + 4 * i++);
+  }
+  return a;
+}
+inline dk::GroupNormArgs group_norm_grad(FLAT_PARAMETERS) { return group_norm(FLAT_ARGUMENTS); }
+
 inline dk::LearnedStepArgs learned_step(const int64_t* s, const int64_t* views, const int64_t* r, const int64_t* key,
                                         uint64_t, const int64_t* extra, const double* row) {  // extra: as step
   dk::LearnedStepArgs a{};
@@ -201,8 +233,4 @@ inline dk::StepLogprobArgs step_logprob(const int64_t* s, const int64_t* views, 
 // One C function an op, all with the same signature.
 #define FLAT_OPS(OP) \
   OP(randn) OP(noise_sum) OP(noising) OP(loss) OP(variational) OP(step) OP(learned_step) OP(step_logprob) \
-  OP(quantile) OP(moments)
-#define FLAT_PARAMETERS                                                                               \
-  const int64_t *s, const int64_t *views, const int64_t *rows, const int64_t *seeds, uint64_t stream, \
-      const int64_t *extra, const double *row
-#define FLAT_ARGUMENTS s, views, rows, seeds, stream, extra, row
+  OP(quantile) OP(moments) OP(group_norm) OP(group_norm_grad)
