@@ -34,6 +34,7 @@ BASELINES = {
     "noising": ("eager", "torch.compile"),
     "loss": ("eager", "torch.compile"),
     "attention": ("sdpa",),
+    "group": ("eager",),
     "attention-nchw": ("sdpa on views", "sdpa with copies", "einsum"),
 }
 
