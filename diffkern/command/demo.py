@@ -120,7 +120,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     asked = {"guidance": arguments.guidance, "seed": arguments.seed, "micro_batch": arguments.micro_batch}
     recipe = dataclasses.replace(recipe, **{name: value for name, value in asked.items() if value is not None})
     grid = arguments.out is not None or arguments.out_dir is None
-    size = recipe.unet.image_size
+    size = recipe.unet.shape[1]
     if recipe.unet.in_channels != 1:
         raise ValueError(f"images must have 1 channel to be drawn, got {recipe.unet.in_channels} in this checkpoint")
     pictures.check_scale(arguments.scale, size, count if grid else 1)

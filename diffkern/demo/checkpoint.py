@@ -14,7 +14,7 @@ import torch
 from diffkern import records, schedules, storage
 from diffkern.demo import need
 from diffkern.names import Prediction
-from diffkern.nn import UNet, UNetConfig
+from diffkern.nn import UNet, UNetConfig, preset
 from diffkern.schedules.discrete import DiscreteSchedule
 from diffkern.schedules.predictions import check_prediction, with_predictions
 
@@ -36,7 +36,7 @@ class Recipe:
     training      how the weights were made, for the reader
     """
 
-    unet: UNetConfig = dataclasses.field(default_factory=UNetConfig)
+    unet: UNetConfig = dataclasses.field(default_factory=lambda: preset("digits"))
     schedule: str = "cosine"
     timesteps: int = 1000
     prediction: Prediction = "eps"
@@ -57,8 +57,8 @@ class Recipe:
             raise ValueError(f"micro_batch must lie in 1..2**31 - 1, got {records.shown(self.micro_batch)}")
         if not -(2**63) <= self.seed < 2**64:
             raise ValueError(f"seed must be an integer of 64 bits, got {records.shown(self.seed)}")
-        if self.unet.image_size > 1024:
-            raise ValueError(f"unet.image_size must be at most 1024, got {self.unet.image_size}")
+        if not isinstance(self.unet.image_size, int) or self.unet.image_size > 1024:
+            raise ValueError(f"unet.image_size must be one number, at most 1024, got {self.unet.image_size}")
 
     def make_schedule(self) -> DiscreteSchedule:
         """The noise schedule the network was trained with."""

@@ -141,7 +141,7 @@ def generate(
         timed = _Timed(model, bar)
         for chunk, own in chunks:
             cond, own = chunk.to(device), own.to(device)
-            shape = (len(chunk), config.in_channels, config.image_size, config.image_size)
+            shape = (len(chunk), *config.shape)
             x = initial(plan, shape, own, device=device)
             none = torch.full_like(cond, model.null_class)
             out = sample(timed, x, plan, seeds=own, cond=cond, uncond=none, guidance=guidance)

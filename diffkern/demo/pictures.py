@@ -131,7 +131,7 @@ def trajectory_strip(
     device = next(model.parameters()).device
     config = model.config
     seeds, cond = ops.seeds(seed, len(classes)).to(device), classes.to(device)
-    x = initial(plan, (len(classes), config.in_channels, config.image_size, config.image_size), seeds, device=device)
+    x = initial(plan, (len(classes), *config.shape), seeds, device=device)
     none = torch.full_like(cond, model.null_class)
     run = sample(model, x, plan, seeds=seeds, cond=cond, uncond=none, guidance=guidance, trajectory=True)
     assert run.trajectory is not None

@@ -19,7 +19,7 @@ from diffkern import records
 from diffkern.demo import need
 from diffkern.demo.data import Digits
 from diffkern.names import Prediction
-from diffkern.nn import UNet, UNetConfig
+from diffkern.nn import UNet, UNetConfig, preset
 from diffkern.objectives import losses
 from diffkern.schedules.discrete import DiscreteSchedule
 
@@ -94,7 +94,7 @@ def train(
     from diffkern.diffusion import Diffusion  # only here: it stands on most of the package
 
     tqdm = need("tqdm.auto", "tqdm").tqdm
-    unet, config = unet or UNetConfig(), config or TrainConfig()
+    unet, config = unet or preset("digits"), config or TrainConfig()
     device = torch.device(device)
     generator = torch.Generator().manual_seed(config.seed)
     with torch.random.fork_rng(devices=[]):  # the initial weights come from torch's own generator

@@ -106,7 +106,8 @@ def shape_of(model: nn.Module, shape: Sequence[int] | None) -> tuple[int, ...] |
         return tuple(int(size) for size in shape)
     config = getattr(bare(model), "config", None)
     channels, size = getattr(config, "in_channels", None), getattr(config, "image_size", None)
-    return (channels, size, size) if isinstance(channels, int) and isinstance(size, int) else None
+    sides = (size, size) if isinstance(size, int) else size
+    return (channels, *sides) if isinstance(channels, int) and isinstance(sides, tuple) else None
 
 
 def time_scale(model: nn.Module, schedule: Schedule, prediction: Prediction, given: float | None) -> float:

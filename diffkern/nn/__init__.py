@@ -1,28 +1,73 @@
-"""Networks: attention blocks for UNets, the small UNet of the demo and the blocks that it is made of."""
+"""Networks: UNets by options, their blocks, a classifier, and configurations of published ones by name.
+
+The names below are imported from their modules when they are first asked for (PEP 562).
+"""
 
 from __future__ import annotations
 
-from torch import nn
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from diffkern.nn.attention import SpatialCrossAttention, SpatialSelfAttention
-from diffkern.nn.unet import (
-    ResBlock,
-    UNet,
-    UNetConfig,
-    group_norm,
-    sinusoidal_embedding,
-)
+if TYPE_CHECKING:
+    from diffkern.nn.attention import SpatialCrossAttention, SpatialSelfAttention
+    from diffkern.nn.blocks import ConvNeXtBlock, ResBlock
+    from diffkern.nn.classifier import UNetClassifier, UNetClassifierConfig
+    from diffkern.nn.conditions import Known
+    from diffkern.nn.embeddings import FourierEmbedding, sinusoidal_embedding
+    from diffkern.nn.networks import NETWORKS
+    from diffkern.nn.norm import GroupNormAct
+    from diffkern.nn.presets import PRESETS, preset
+    from diffkern.nn.transformer import SpatialTransformer, TransformerBlock
+    from diffkern.nn.unet import UNet
+    from diffkern.nn.unet_config import UNetConfig
 
-NETWORKS: dict[str, tuple[type[nn.Module], type]] = {"UNet": (UNet, UNetConfig)}
-"""Networks that are built from plain data, by name: the class and that of its configuration."""
+_MODULES = {
+    "attention": ("SpatialCrossAttention", "SpatialSelfAttention"),
+    "blocks": ("ConvNeXtBlock", "ResBlock"),
+    "classifier": ("UNetClassifier", "UNetClassifierConfig"),
+    "conditions": ("Known",),
+    "embeddings": ("FourierEmbedding", "sinusoidal_embedding"),
+    "networks": ("NETWORKS",),
+    "norm": ("GroupNormAct",),
+    "presets": ("PRESETS", "preset"),
+    "transformer": ("SpatialTransformer", "TransformerBlock"),
+    "unet": ("UNet",),
+    "unet_config": ("UNetConfig",),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "NETWORKS",
+    "PRESETS",
+    "ConvNeXtBlock",
+    "FourierEmbedding",
+    "GroupNormAct",
+    "Known",
     "ResBlock",
     "SpatialCrossAttention",
     "SpatialSelfAttention",
+    "SpatialTransformer",
+    "TransformerBlock",
     "UNet",
+    "UNetClassifier",
+    "UNetClassifierConfig",
     "UNetConfig",
-    "group_norm",
+    "preset",
     "sinusoidal_embedding",
 ]
+
+if not TYPE_CHECKING:  # a checker that saw this would take any name for one of the package
+
+    def __getattr__(name: str) -> Any:
+        if name in _MODULE_OF:
+            found = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+            setattr(sys.modules[__name__], name, found)
+            return found
+        if name in _MODULES:
+            return import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

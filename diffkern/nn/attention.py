@@ -15,30 +15,11 @@ from torch.nn import functional as F
 
 from diffkern.checks import unknown
 from diffkern.names import Attention, HeadOrder
+from diffkern.nn.heads import check_attention, count_heads
+from diffkern.nn.norm import GroupNormAct
 from diffkern.ops import attention, spatial_attention
 
 __all__ = ["SpatialCrossAttention", "SpatialSelfAttention", "count_heads"]
-
-
-def count_heads(channels: int, num_heads: int = 1, num_head_channels: int | None = None) -> int:
-    """The number of heads: `num_heads`, or channels / `num_head_channels` where that is given.
-
-    ValueError where the channels cannot be divided so, or a head would get a number that the kernels do not take:
-    multiples of 8 up to 256, and 512.
-    """
-    if num_head_channels is not None:
-        if num_head_channels < 1 or channels % num_head_channels:
-            raise ValueError(f"num_head_channels must divide the {channels} channels, got {num_head_channels}")
-        num_heads = channels // num_head_channels
-    if num_heads < 1 or channels % num_heads:
-        raise ValueError(f"num_heads must divide the {channels} channels, got {num_heads}")
-    dim = channels // num_heads
-    if dim != 512 and (dim % 8 or dim > 256):
-        raise ValueError(
-            f"the channels of a head must be a multiple of 8 up to 256, or 512, got {dim} ({channels} channels in "
-            f"{num_heads} heads)"
-        )
-    return num_heads
 
 
 def _silent(channels: int) -> nn.Conv1d:
@@ -47,12 +28,6 @@ def _silent(channels: int) -> nn.Conv1d:
     for parameter in conv.parameters():
         nn.init.zeros_(parameter)
     return conv
-
-
-def check_attention(name: str, value: object) -> None:
-    """Raise ValueError unless the argument ``name`` is one of `Attention`."""
-    if value not in ("diffkern", "torch"):
-        raise ValueError(f"{name} must be one of diffkern, torch, got {value!r}")
 
 
 def spatial_attention_by_torch(qkv: Tensor, num_heads: int, order: HeadOrder) -> Tensor:
@@ -68,8 +43,6 @@ def spatial_attention_by_torch(qkv: Tensor, num_heads: int, order: HeadOrder) ->
 class _Block(nn.Module):
     """What both blocks share: the norm, 1 x 1 convolutions over any positions, weights of any 1 x 1 shape."""
 
-    attention: Attention = "diffkern"
-
     def __init__(
         self,
         channels: int,
@@ -78,26 +51,34 @@ class _Block(nn.Module):
         groups: int,
         eps: float,
         attention: Attention,
+        residual_scale: float = 1.0,
     ) -> None:
         super().__init__()
         check_attention("attention", attention)
-        self.attention = attention
         if groups < 1 or channels % groups:
             raise ValueError(f"groups must divide the {channels} channels, got {groups}")
         self.channels = channels
         self.num_heads = count_heads(channels, num_heads, num_head_channels)
-        self.norm = nn.GroupNorm(groups, channels, eps=eps)
+        self.residual_scale = residual_scale
+        self.norm = GroupNormAct(groups, channels, eps, silu=False)
+        self.attention = attention
+
+    @property
+    def attention(self) -> Attention:
+        """Whose kernels run, the norm's too: "diffkern" or "torch"."""
+        return self.norm.attention
+
+    @attention.setter
+    def attention(self, value: Attention) -> None:
+        self.norm.attention = value
 
     def _check(self, x: Tensor) -> None:
         if x.dim() < 3 or x.shape[1] != self.channels:
             raise ValueError(f"x must have shape (B, {self.channels}, positions...), got {tuple(x.shape)}")
 
-    def _normed(self, x: Tensor) -> Tensor:
-        """GroupNorm in float32, rounded to the dtype of x, whichever dtype its parameters have."""
-        norm = self.norm
-        if x.dtype == norm.weight.dtype:
-            return norm(x)
-        return F.group_norm(x.float(), norm.num_groups, norm.weight.float(), norm.bias.float(), norm.eps).to(x.dtype)
+    def _joined(self, x: Tensor, branch: Tensor) -> Tensor:
+        total = x + branch
+        return total if self.residual_scale == 1.0 else total * self.residual_scale
 
     @staticmethod
     def _pointwise(conv: nn.Conv1d, x: Tensor) -> Tensor:
@@ -127,6 +108,7 @@ class SpatialSelfAttention(_Block):
     `num_heads`, or channels / `num_head_channels`. `order` as in `diffkern.spatial_attention`: weights of OpenAI's
     checkpoints need "legacy". ADM: groups 32, eps 1e-5; DDPM: eps 1e-6, one head. The last layer starts at zero.
     `attention`: "diffkern", or "torch" for `F.scaled_dot_product_attention`; the attribute may be set at any time.
+    The sum with the input is multiplied by `residual_scale`.
     """
 
     def __init__(
@@ -139,8 +121,9 @@ class SpatialSelfAttention(_Block):
         groups: int = 32,
         eps: float = 1e-5,
         attention: Attention = "diffkern",
+        residual_scale: float = 1.0,
     ) -> None:
-        super().__init__(channels, num_heads, num_head_channels, groups, eps, attention)
+        super().__init__(channels, num_heads, num_head_channels, groups, eps, attention, residual_scale)
         if order not in get_args(HeadOrder):
             raise ValueError(unknown("order", order, get_args(HeadOrder)))
         self.order = order
@@ -149,14 +132,14 @@ class SpatialSelfAttention(_Block):
 
     def forward(self, x: Tensor) -> Tensor:
         self._check(x)
-        qkv = self._pointwise(self.qkv, self._normed(x))
+        qkv = self._pointwise(self.qkv, self.norm(x))
         if self.attention == "torch":
             out = spatial_attention_by_torch(qkv, self.num_heads, self.order)
         else:
             if self.order == "edm":
                 qkv = qkv.contiguous()  # in channels_last the channels of such a head are not contiguous
             out = spatial_attention(qkv, self.num_heads, self.order)
-        return x + self._pointwise(self.proj_out, out)
+        return self._joined(x, self._pointwise(self.proj_out, out))
 
 
 class SpatialCrossAttention(_Block):
@@ -191,7 +174,7 @@ class SpatialCrossAttention(_Block):
                 f"context must have shape ({x.shape[0]}, tokens, {self.context_channels}), got {tuple(context.shape)}"
             )
         heads = self.num_heads
-        q = self._pointwise(self.q, self._normed(x)).flatten(2).unflatten(1, (heads, -1)).transpose(-1, -2)
+        q = self._pointwise(self.q, self.norm(x)).flatten(2).unflatten(1, (heads, -1)).transpose(-1, -2)
         k, v = self.kv(context).unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, T, D]
         run = F.scaled_dot_product_attention if self.attention == "torch" else attention
         out = run(q, k, v).transpose(-1, -2).flatten(1, 2).unflatten(2, x.shape[2:])

@@ -11,7 +11,7 @@ from helpers.diffusion_cases import STD, Exact, small_unet
 
 import diffkern
 from diffkern import Diffusion, ops, schedules, streams
-from diffkern.nn.unet import sinusoidal_embedding
+from diffkern.nn.embeddings import sinusoidal_embedding
 from diffkern.objectives import time_sampling
 from diffkern.schedules.makers import SCHEDULES
 

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from diffkern.nn import ResBlock, SpatialSelfAttention, UNet, UNetConfig, group_norm, sinusoidal_embedding
-from diffkern.nn.unet import Modulation, Resample
+from diffkern.nn import ResBlock, SpatialSelfAttention, UNet, UNetConfig, sinusoidal_embedding
+from diffkern.nn.blocks import Resample
+from diffkern.nn.norm import count_groups
+from diffkern.nn.unet_config import Modulation
 
 SMALL = UNetConfig(channels=8, blocks=1, heads=2, embedding=16)
 
@@ -35,7 +37,7 @@ def awake(model: UNet) -> UNet:
 
 
 def inputs(batch: int = 4, config: UNetConfig = SMALL) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    x = torch.randn(batch, config.in_channels, config.image_size, config.image_size)
+    x = torch.randn(batch, *config.shape)
     return x, torch.randint(0, 1000, (batch,)), torch.randint(0, max(config.classes, 1), (batch,))
 
 
@@ -56,7 +58,7 @@ def test_shape_and_silence_at_the_start(changes: dict[str, object]) -> None:
     model = UNet(config)
     x, t, cond = inputs(config=config)
     out = model(x, t, cond)
-    assert out.shape == (4, config.out_channels, config.image_size, config.image_size)
+    assert out.shape == (4, config.out_channels, *config.shape[1:])
     assert not out.any(), "the last convolution starts at zero"
     assert awake(model)(x, t, cond).std() > 0
 
@@ -141,7 +143,7 @@ def test_sinusoidal_embedding_formula() -> None:
 def test_residual_block_starts_as_its_skip(resample: Resample, size: int) -> None:
     block = ResBlock(8, 8, 16, resample=resample)
     x = torch.randn(2, 8, 8, 8)
-    out = block(x, torch.randn(2, 16))
+    out = block(x, torch.randn(2, 16))  # the change: scale and shift of 8 channels
     assert out.shape == (2, 8, size, size)
     if resample == "none":
         assert torch.equal(out, x)
@@ -157,12 +159,13 @@ def test_residual_block_formula(modulation: Modulation) -> None:
     torch.nn.init.normal_(block.conv2.weight)
     x, embedding = torch.randn(2, 8, 8, 8), torch.randn(2, 16)
     h = block.conv1(F.silu(F.group_norm(x, 8, block.norm1.weight, block.norm1.bias)))
-    change = block.modulate(F.silu(embedding)).reshape(2, -1, 1, 1)
+    given = block.modulate(F.silu(embedding))
+    change = given.reshape(2, -1, 1, 1)
     if modulation == "scale_shift":
-        h = (1 + change[:, :12]) * F.group_norm(h, 4) + change[:, 12:]
+        h = (1 + change[:, :12]) * F.group_norm(h, 6) + change[:, 12:]
     else:
-        h = F.group_norm(h + change, 4)
-    torch.testing.assert_close(block(x, embedding), block.conv2(F.silu(h)) + block.skip(x))
+        h = F.group_norm(h + change, 6)
+    torch.testing.assert_close(block(x, given), block.conv2(F.silu(h)) + block.skip(x))
 
 
 def test_attention_follows_the_middle_and_its_levels() -> None:
@@ -173,9 +176,11 @@ def test_attention_follows_the_middle_and_its_levels() -> None:
     assert {m.norm.num_groups for m in found} == {8}
 
 
-@pytest.mark.parametrize(("channels", "groups"), [(8, 8), (12, 4), (96, 8), (7, 1)])
-def test_group_norm_divides_the_channels(channels: int, groups: int) -> None:
-    assert group_norm(channels).num_groups == groups
+@pytest.mark.parametrize(
+    ("channels", "most", "least", "groups"), [(8, 8, 1, 8), (12, 8, 1, 6), (96, 32, 4, 24), (7, 8, 1, 7), (13, 8, 1, 1)]
+)
+def test_groups_divide_the_channels(channels: int, most: int, least: int, groups: int) -> None:
+    assert count_groups(channels, most, least) == groups
 
 
 # ------------------------------------------------------------------------------------------ configuration and bad input
@@ -196,10 +201,10 @@ def test_config_through_json() -> None:
         ({"heads": 16}, r"heads does not fit level 1: the channels of a head .*, got 4 \(64 channels in 16 heads\)"),
         ({"heads": 3}, "heads does not fit level 1: num_heads must divide the 64 channels, got 3"),
         ({"attention_levels": (0,), "heads": 8}, r"heads does not fit level 0: .*, got 4 \(32 channels in 8 heads\)"),
-        ({"modulation": "film"}, "modulation must be 'scale_shift' or 'add', got 'film'"),
+        ({"modulation": "film"}, "modulation must be one of scale_shift, add, got 'film'"),
         ({"classes": -1}, "classes must not be negative"),
         ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), got 1.0"),
-        ({"embedding": 15}, "embedding must be even, got 15"),
+        ({"time_channels": 15}, "time_channels must be even, got 15"),
     ],
 )
 def test_bad_config(changes: dict[str, object], sentence: str) -> None:
@@ -210,8 +215,8 @@ def test_bad_config(changes: dict[str, object], sentence: str) -> None:
 def test_bad_input() -> None:
     model = UNet(SMALL)
     x, t, cond = inputs()
-    with pytest.raises(ValueError, match=r"x must have shape \(B, 1, 8, 8\), got \(4, 1, 8, 4\)"):
-        model(x[..., :4], t, cond)
+    with pytest.raises(ValueError, match=r"height and width of x must be divisible by 2, got \(4, 1, 8, 3\)"):
+        model(x[..., :3], t, cond)
     with pytest.raises(ValueError, match=r"one time for each of the 4 samples, got \(3,\)"):
         model(x, t[:3], cond)
     with pytest.raises(ValueError, match=r"cond must be an integer tensor of shape \(4,\)"):

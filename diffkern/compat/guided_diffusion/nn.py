@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffkern.nn.unet import sinusoidal_embedding
+from diffkern.nn.embeddings import sinusoidal_embedding
 
 __all__ = ["mean_flat", "timestep_embedding"]
 

@@ -1,0 +1,95 @@
+"""Conditions of a network: what a caller gives, checked once, in one form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diffkern.modes import readable
+
+KEYS = ("class", "context", "vector", "ids", "image", "augment", "residuals", "middle_residual")
+
+
+class Known(NamedTuple):
+    """What a network makes of time and condition, and the state does not decide."""
+
+    changes: tuple[Tensor, ...]
+    """Each block's modulation [B, ...], in the order in which the blocks run."""
+    contexts: tuple[Tensor, ...] = ()
+    """Each cross-attention's keys and values [B, T, 2 C], in the order in which they run."""
+
+
+def as_mapping(cond: Any) -> dict[str, Any]:
+    """A condition by its parts: those of a dict, or the class where it is a tensor. ValueError for another key."""
+    if cond is None:
+        return {}
+    if isinstance(cond, Tensor):
+        return {"class": cond}
+    if not isinstance(cond, Mapping):
+        raise ValueError(
+            f"cond must be None, an integer tensor of classes or a dict of {', '.join(KEYS)}, got {type(cond).__name__}"
+        )
+    for key in cond:
+        if key not in KEYS:
+            raise ValueError(f"cond has the keys {', '.join(KEYS)}, got {key!r}")
+    return {key: value for key, value in cond.items() if value is not None}
+
+
+def check_times(t: Tensor, batch: int) -> Tensor:
+    """The times as [1] or [B]. ValueError for another number of them."""
+    if not isinstance(t, Tensor):
+        raise ValueError(f"t must be a tensor of times, got {type(t).__name__}")
+    if t.dim() > 1 or (t.dim() == 1 and t.shape[0] not in (1, batch)):
+        raise ValueError(f"t must be 0-dim or have one time for each of the {batch} samples, got {tuple(t.shape)}")
+    return t.reshape(-1)
+
+
+def embed_classes(table: nn.Embedding, classes: Any, batch: int) -> Tensor:
+    """[B, E] of classes [B]: one outside the table is a ValueError on the CPU, and NaN where values are not read."""
+    if not isinstance(classes, Tensor) or classes.shape != (batch,) or classes.is_floating_point():
+        got = f"{classes.dtype} {tuple(classes.shape)}" if isinstance(classes, Tensor) else type(classes).__name__
+        raise ValueError(f"cond must be an integer tensor of shape ({batch},), got {got}")
+    most = table.num_embeddings - 1
+    if readable(classes):
+        if batch and not 0 <= int(classes.min()) <= int(classes.max()) <= most:
+            odd = [int(c) for c in classes.tolist() if not 0 <= c <= most]
+            raise ValueError(f"cond must hold classes in 0..{most} ({most} means none), got {odd[0]}")
+        found: Tensor = table(classes)
+        return found
+    outside = (classes < 0) | (classes > most)
+    return table(classes.clamp(0, most)).masked_fill(outside[:, None], float("nan"))
+
+
+def expect(name: str, value: Any, shape: tuple[int | None, ...], x: Tensor) -> Tensor:
+    """``cond[name]``, which must be a floating tensor of this shape (None: any size) on the device of x."""
+    wanted = f"({', '.join('any' if n is None else str(n) for n in shape)})"
+    fits = (
+        isinstance(value, Tensor)
+        and value.dim() == len(shape)
+        and all(n is None or n == m for n, m in zip(shape, value.shape, strict=True))
+    )
+    if not fits:
+        got = str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"cond[{name!r}] must have shape {wanted}, got {got}")
+    if value.device != x.device:
+        raise ValueError(f"cond[{name!r}] must be on {x.device}, the device of x, got {value.device}")
+    found: Tensor = value
+    return found
+
+
+def check_state(x: Any, channels: int, divisor: int, weight: Tensor) -> None:
+    """Raise ValueError unless x is [B, channels, H, W], H and W divisible, of the dtype and device of the weights."""
+    if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[1] != channels:
+        got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"x must have shape (B, {channels}, H, W), got {got}")
+    if x.shape[2] % divisor or x.shape[3] % divisor or not x.shape[2] or not x.shape[3]:
+        raise ValueError(f"height and width of x must be divisible by {divisor}, got {tuple(x.shape)}")
+    if x.device != weight.device:
+        raise ValueError(f"x must be on {weight.device}, the device of the weights, got {x.device}")
+    if not x.is_floating_point():
+        raise ValueError(f"x must be a floating-point tensor, got {x.dtype}")
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(f"x must have {weight.dtype}, the dtype of the weights, got {x.dtype}")

@@ -1,0 +1,11 @@
+"""The networks that a checkpoint can name."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from diffkern.nn.unet import UNet
+from diffkern.nn.unet_config import UNetConfig
+
+NETWORKS: dict[str, tuple[type[nn.Module], type]] = {"UNet": (UNet, UNetConfig)}
+"""Networks that are built from plain data, by name: the class and that of its configuration."""
