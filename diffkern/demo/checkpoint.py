@@ -98,7 +98,7 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> tu
                 model.load_state_dict(weights, assign=True)
             except (ValueError, RuntimeError) as error:
                 reason = " ".join(str(error).split())
-                raise ValueError(f"{path} does not fit this version of the diffkern demo: {reason[:300]}") from error
+                raise ValueError(f"{path} does not fit this version of the diffkern demo: {reason[:1500]}") from error
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file ({error})") from error
     model = model.to(device)

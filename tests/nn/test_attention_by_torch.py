@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -108,12 +107,6 @@ def test_the_config_keeps_it_and_old_ones_load() -> None:
     assert UNetConfig.from_dict(stored) == SMALL
     with pytest.raises(ValueError, match=r"UNetConfig\.attention must be one of 'diffkern', 'torch', got 'sdpa'"):
         UNetConfig.from_dict({**stored, "attention": "sdpa"})
-
-
-def test_a_block_pickled_before_there_was_a_choice_runs() -> None:
-    block, x = awake(SpatialSelfAttention(32, 4)), torch.randn(1, 32, 4, 4)
-    del block.__dict__["attention"]
-    assert torch.equal(pickle.loads(pickle.dumps(block))(x), block(x))
 
 
 def test_another_word_is_refused() -> None:
