@@ -23,7 +23,7 @@ from benchmarks.brownian_case import noise_sum
 from benchmarks.case import Case, Setting, random_tensor
 from benchmarks.learned_case import learned
 from benchmarks.logprob_case import logprob
-from benchmarks.report import environment
+from benchmarks.machine import environment
 from benchmarks.timing import interleave, wall_timer
 from benchmarks.variational_case import hybrid
 from diffkern import ops

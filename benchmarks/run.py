@@ -24,7 +24,8 @@ import torch
 from benchmarks import report
 from benchmarks.cases import CASES, Case, Setting
 from benchmarks.costs import costs_of
-from benchmarks.report import BaselineResult, Result
+from benchmarks.machine import environment
+from benchmarks.result import BaselineResult, Result
 from benchmarks.timing import Measured, Stats, Timer, device_timer, interleave, ratio, wall_timer
 from diffkern import _load
 
@@ -181,7 +182,7 @@ def _timer(device: str, overhead: bool = False) -> Timer:
 def _facts(options: Options) -> dict[str, str]:
     """The environment, and the bytes read and written a second by torch's copy, beyond the caches and as in a step."""
     options.enter()
-    facts = report.environment(options.device)
+    facts = environment(options.device)
     found = []
     for moved, what in ((512 << 20, "512 MiB"), (36 << 20, "36 MiB")):
         measured = interleave(

@@ -27,6 +27,7 @@ from benchmarks import (
     drop_in_cases,
     flow_matching_cases,
     guided_diffusion_cases,
+    machine,
     report,
     run,
     score_sde_cases,
@@ -165,7 +166,7 @@ def test_texts() -> None:
 
 def test_write(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    facts = report.environment("cpu")
+    facts = machine.environment("cpu")
     assert {"date", "processor", "cores", "isa", "torch", "diffusers", "python", "diffkern"} <= set(facts)
     written = report.write([_result(), _result("guided", (0.4, 80.0), None)], facts, tmp_path / "deep" / "er")
     assert [path.name for path in written] == ["table.md", "results.csv", "results.json", "ratios.png"]
