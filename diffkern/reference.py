@@ -346,18 +346,20 @@ def group_norm_act(
     *,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    add: Tensor | None = None,
     eps: float = 1e-5,
     act: str | None = "silu",
     compute: torch.dtype = torch.float64,
 ) -> Tensor:
-    """act((x_hat weight + bias) (1 + scale) + shift), x_hat normalised over each group of channels. Differentiable."""
-    each = x.to(compute).reshape(x.shape[0], groups, math.prod(x.shape[1:]) // groups)
-    apart = each - each.mean(2, keepdim=True)
-    u = (apart / (apart.square().mean(2, keepdim=True) + eps).sqrt()).reshape(x.shape)
+    """act((x_hat weight + bias) (1 + scale) + shift), x_hat: x + add normalised over each group. Differentiable."""
 
     def of_channels(t: Tensor) -> Tensor:
         return t.to(compute).reshape(-1, x.shape[1], *(1,) * (x.dim() - 2))
 
+    h = x.to(compute) if add is None else x.to(compute) + of_channels(add)
+    each = h.reshape(x.shape[0], groups, math.prod(x.shape[1:]) // groups)
+    apart = each - each.mean(2, keepdim=True)
+    u = (apart / (apart.square().mean(2, keepdim=True) + eps).sqrt()).reshape(x.shape)
     for factor, term in ((weight, bias), (None if scale is None else 1 + scale.to(compute), shift)):
         u = u if factor is None else u * of_channels(factor)
         u = u if term is None else u + of_channels(term)

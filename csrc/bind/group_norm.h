@@ -98,7 +98,8 @@ struct GroupNormOps {
 
   // The problem and the inputs that forward and backward share.
   static GroupNormArgs prepare(const Operand& x, int64_t groups, const Operand& weight, const Operand& bias,
-                               const Operand& scale, const Operand& shift, double eps, int64_t act) {
+                               const Operand& scale, const Operand& shift, const Operand& add, double eps,
+                               int64_t act) {
     Backend::check(kOp, x);
     const Dtype dtype = float_dtype(kOp, x);
     if (x.dims < 2) {
@@ -122,6 +123,7 @@ struct GroupNormOps {
     check_channels(bias, x, false);
     check_channels(scale, x, true);
     check_channels(shift, x, true);
+    check_channels(add, x, true);
     p.groups = groups;
     p.channels_last = reads_last(x) || p.positions == 1;
     p.silu = act == 1;
@@ -131,12 +133,13 @@ struct GroupNormOps {
     args.bias = view(bias);
     args.scale = view(scale);
     args.shift = view(shift);
+    args.add = view(add);
     return args;
   }
 
   static void allocate_work(const Operand& x, GroupNormArgs& args, Tensor& partials, Tensor& factors) {
     const NormProblem& p = args.problem;
-    partials = new_empty(x, {p.batch, norm_blocks(p), p.channels, 2}, sum_dtype(args.x.dtype));
+    partials = new_empty(x, {p.batch, norm_blocks(p), p.channels, norm_terms(args)}, sum_dtype(args.x.dtype));
     factors = new_empty(x, {p.batch, kNormFactors, p.channels}, sum_dtype(args.x.dtype));
     args.partials = partials.mutable_data_ptr();
     args.factors = factors.mutable_data_ptr();
@@ -149,12 +152,12 @@ struct GroupNormOps {
   // ----------------------------------------------------------------------------------------------------- ops
   static std::tuple<Tensor, Tensor, Tensor> group_norm_act(Tensor x_tensor, int64_t groups, MaybeTensor weight,
                                                            MaybeTensor bias, MaybeTensor scale, MaybeTensor shift,
-                                                           double eps, int64_t act) {
+                                                           MaybeTensor add, double eps, int64_t act) {
     check_dims({"x", x_tensor});
     const Tensor read = readable(x_tensor, "x");
     const Operand x("x", read);
-    GroupNormArgs args =
-        prepare(x, groups, {"weight", weight}, {"bias", bias}, {"scale", scale}, {"shift", shift}, eps, act);
+    GroupNormArgs args = prepare(x, groups, {"weight", weight}, {"bias", bias}, {"scale", scale}, {"shift", shift},
+                                 {"add", add}, eps, act);
     const NormProblem& p = args.problem;
     Tensor out = empty_like(x, x.dtype);
     Tensor mean = new_empty(x, {p.batch, p.groups}, sum_dtype(args.x.dtype));
@@ -177,14 +180,14 @@ struct GroupNormOps {
     return made;
   }
 
-  static std::tuple<Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor> group_norm_act_grad(
+  static std::tuple<Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor> group_norm_act_grad(
       Tensor grad_tensor, Tensor x_tensor, Tensor mean_tensor, Tensor rstd_tensor, int64_t groups, MaybeTensor weight,
-      MaybeTensor bias, MaybeTensor scale, MaybeTensor shift, int64_t act) {
+      MaybeTensor bias, MaybeTensor scale, MaybeTensor shift, MaybeTensor add, int64_t act) {
     check_dims({"x", x_tensor});
     const Tensor read = readable(x_tensor, "x");
     const Operand x("x", read), mean("mean", mean_tensor), rstd("rstd", rstd_tensor), w("weight", weight),
-        b("bias", bias), s("scale", scale), t("shift", shift), given("grad_out", grad_tensor);
-    GroupNormArgs args = prepare(x, groups, w, b, s, t, 0.0, act);
+        b("bias", bias), s("scale", scale), t("shift", shift), a("add", add), given("grad_out", grad_tensor);
+    GroupNormArgs args = prepare(x, groups, w, b, s, t, a, 0.0, act);
     const NormProblem& p = args.problem;
     check_same_device(kOp, given, x);
     check_dtype(kOp, given, x);
@@ -194,11 +197,12 @@ struct GroupNormOps {
     Tensor dx = empty_like(x, x.dtype);
     const MaybeTensor dw = gradient_of(w, args.d_weight), db = gradient_of(b, args.d_bias);
     const MaybeTensor ds = gradient_of(s, args.d_scale), dt = gradient_of(t, args.d_shift);
+    const MaybeTensor da = gradient_of(a, args.d_add);
     if (p.batch == 0) {
       for (MaybeTensor of_channels : {dw, db}) {
         if (of_channels) torch::stable::zero_(*of_channels);
       }
-      return {dx, dw, db, ds, dt};
+      return {dx, dw, db, ds, dt, da};
     }
     Tensor grad = grad_tensor;
     const bool fits = p.positions == 1  ? rows_contiguous(given)
@@ -210,23 +214,24 @@ struct GroupNormOps {
     }
     Tensor partials, factors;
     allocate_work(x, args, partials, factors);
-    Tensor sums = new_empty(x, {p.batch, p.channels, 2}, aoti_torch_dtype_float64());
+    Tensor sums = new_empty(x, {p.batch, p.channels, norm_terms(args)}, aoti_torch_dtype_float64());
     args.sums = static_cast<double*>(sums.mutable_data_ptr());
     args.grad_out = view_of({"grad_out", grad}, args.x.dtype);
     args.out = view_of({"dx", dx}, args.x.dtype);
     args.mean = mean.data();
     args.rstd = rstd.data();
     run_grad(args, x);
-    return {dx, dw, db, ds, dt};
+    return {dx, dw, db, ds, dt, da};
   }
 
   static void define(StableLibrary& m) {
     m.def(
         "group_norm_act(Tensor x, SymInt groups, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, "
-        "float eps, int act) -> (Tensor, Tensor, Tensor)");
+        "Tensor? add, float eps, int act) -> (Tensor, Tensor, Tensor)");
     m.def(
         "group_norm_act_grad(Tensor grad_out, Tensor x, Tensor mean, Tensor rstd, SymInt groups, Tensor? weight, "
-        "Tensor? bias, Tensor? scale, Tensor? shift, int act) -> (Tensor, Tensor?, Tensor?, Tensor?, Tensor?)");
+        "Tensor? bias, Tensor? scale, Tensor? shift, Tensor? add, int act) -> (Tensor, Tensor?, Tensor?, Tensor?, "
+        "Tensor?, Tensor?)");
   }
 
   static void implement(StableLibrary& m) {

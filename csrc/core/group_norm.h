@@ -1,15 +1,18 @@
 // Group normalisation, a modulation of each sample and SiLU, in one op (Wu & He 2018; adaptive: Dhariwal & Nichol
 // 2021).
 //
-//   x_hat = (x - mean_g) rstd_g,  rstd = 1 / sqrt(var + eps)    over each (sample, group), biased variance
-//   u     = (x_hat weight + bias) (1 + scale) + shift           weight, bias of a channel; scale, shift of its sample
+//   h     = x + add                                             add, scale and shift of a channel of a sample
+//   x_hat = (h - mean_g) rstd_g,  rstd = 1 / sqrt(var + eps)    over each (sample, group), biased variance
+//   u     = (x_hat weight + bias) (1 + scale) + shift           weight, bias of a channel
 //   y     = u sigmoid(u), or u
 //
-// For the kernels u = a (x - mean) + b, with a and b of each (sample, channel). Backward, with gu = gy y'(u) and the
-// sums P = sum gu, Q = sum gu x_hat over the positions of a (sample, channel):
+// For the kernels u = a (x - m) + b, with m = mean - add, a and b of each (sample, channel): no element knows of `add`.
+// Backward, with gu = gy y'(u) and the sums P = sum gu, Q = sum gu x_hat, R = sum (x - m) over the positions of a
+// (sample, channel):
 //
 //   d shift = P,  d scale = weight Q + bias P,  d bias = sum_b (1 + scale) P,  d weight = sum_b (1 + scale) Q
 //   d x     = rstd (gu A - sum_g A P / n - x_hat sum_g A Q / n),  A = weight (1 + scale), n elements of a group
+//   d add   = sum d x over the positions, which P and R give
 //
 // Sums have one order, whatever the threads, the grid or the batch. The positions of a channel are cut into blocks. In
 // a contiguous sample a block of kNormRun positions is summed by kNormLanes lanes (lane j takes positions j,
@@ -28,7 +31,7 @@ constexpr int kNormLanes = 32;
 constexpr int64_t kNormRun = 1024;
 constexpr int64_t kNormRows = 64;
 
-// weight and bias: [C], batch_stride 0; scale and shift: [B, C]. data == nullptr: absent.
+// weight and bias: [C], batch_stride 0; scale, shift and add: [B, C]. data == nullptr: absent.
 struct ChannelView {
   void* data;
   Dtype dtype;
@@ -46,16 +49,16 @@ struct NormProblem {
 struct GroupNormArgs {
   NormProblem problem;
   View x, out;  // out: y, or the gradient of x
-  ChannelView weight, bias, scale, shift;
+  ChannelView weight, bias, scale, shift, add;
   void* mean;      // [B, G] of T
   void* rstd;      // [B, G] of T
-  void* partials;  // [B, blocks, C, 2] of T: sum and squares of a block, or its sums of gu and gu (x - mean)
+  void* partials;  // [B, blocks, C, terms] of T: sum and squares of a block, or its sums of gu, gu (x - m), (x - m)
   void* factors;   // [B, kNormFactors, C] of T
 
   // Of the gradient.
   View grad_out;
-  ChannelView d_weight, d_bias, d_scale, d_shift;
-  double* sums;  // [B, C, 2]: P and Q
+  ChannelView d_weight, d_bias, d_scale, d_shift, d_add;
+  double* sums;  // [B, C, terms]: P, Q and R
 };
 
 // Rows of `factors`: u = kScale (x - kMean) + kOffset; d x = kScale gu + kSlope (x - kMean) + kLevel.
@@ -71,9 +74,17 @@ DK_HD int64_t norm_size(const NormProblem& p, int64_t block) {
   return left < norm_block(p) ? left : norm_block(p);
 }
 
+// Numbers of a partial: the third, R, is made where the gradient of `add` is.
+DK_HD int norm_terms(const GroupNormArgs& args) { return args.d_add.data != nullptr ? 3 : 2; }
+
 template <class T>
 DK_HD T* norm_partial(const GroupNormArgs& args, int64_t b, int64_t block, int64_t c) {
-  return static_cast<T*>(args.partials) + ((b * norm_blocks(args.problem) + block) * args.problem.channels + c) * 2;
+  return static_cast<T*>(args.partials) +
+         ((b * norm_blocks(args.problem) + block) * args.problem.channels + c) * norm_terms(args);
+}
+
+DK_HD double* norm_channel_sums(const GroupNormArgs& args, int64_t b, int64_t c) {
+  return args.sums + (b * args.problem.channels + c) * norm_terms(args);
 }
 
 template <class T>
@@ -104,23 +115,36 @@ DK_HD T norm_dx(T gu, T x, T mean, T scale, T slope, T level) {
 }
 
 // --------------------------------------------------------------------------------------------------- a group
+// A number of a (sample, channel), or `absent`; read(view, b, c) gives a double where there is data.
+template <class Read>
+DK_HD double norm_given(const ChannelView& view, int64_t b, int64_t c, double absent, const Read& read) {
+  return view.data != nullptr ? read(view, b, c) : absent;
+}
+
 // What the lanes add up over the items of a group: block `item / width` of its channel `item % width`.
-template <class T>
+template <class T, class Read>
 struct NormSums {
   const GroupNormArgs* args;
   int64_t b, first;  // first channel of the group
-  DK_HD double at(int64_t block, int64_t c) const { return norm_partial<T>(*args, b, block, first + c)[0]; }
+  Read read;
+  DK_HD double at(int64_t block, int64_t c) const {
+    const double n = static_cast<double>(norm_size(args->problem, block));
+    return fma(n, norm_given(args->add, b, first + c, 0.0, read),
+               static_cast<double>(norm_partial<T>(*args, b, block, first + c)[0]));
+  }
 };
 
-template <class T>
+template <class T, class Read>
 struct NormSquares {
   const GroupNormArgs* args;
   int64_t b, first;
+  Read read;
   double mean;
   DK_HD double at(int64_t block, int64_t c) const {
     const T* partial = norm_partial<T>(*args, b, block, first + c);
     const double n = static_cast<double>(norm_size(args->problem, block));
-    const double apart = sub(div(static_cast<double>(partial[0]), n), mean);
+    const double own = add(div(static_cast<double>(partial[0]), n), norm_given(args->add, b, first + c, 0.0, read));
+    const double apart = sub(own, mean);
     return fma(mul(n, apart), apart, static_cast<double>(partial[1]));
   }
 };
@@ -132,40 +156,42 @@ DK_HD double norm_rstd(double squares, double count, double eps) {
 }
 
 // --------------------------------------------------------------------------------------------------- a channel
-// weight, bias, 1 + scale and shift of a (sample, channel); read(view, b, c) gives a double where there is data.
+// weight, bias, 1 + scale, shift and add of a (sample, channel).
 struct NormChannel {
-  double weight, bias, gain, shift;
+  double weight, bias, gain, shift, added;
 };
 
 template <class Read>
 DK_HD NormChannel norm_channel(const GroupNormArgs& args, int64_t b, int64_t c, const Read& read) {
-  return {args.weight.data != nullptr ? read(args.weight, b, c) : 1.0,
-          args.bias.data != nullptr ? read(args.bias, b, c) : 0.0,
-          args.scale.data != nullptr ? add(1.0, read(args.scale, b, c)) : 1.0,
-          args.shift.data != nullptr ? read(args.shift, b, c) : 0.0};
+  return {norm_given(args.weight, b, c, 1.0, read), norm_given(args.bias, b, c, 0.0, read),
+          add(1.0, norm_given(args.scale, b, c, 0.0, read)), norm_given(args.shift, b, c, 0.0, read),
+          norm_given(args.add, b, c, 0.0, read)};
 }
 
 template <class T>
 DK_HD void norm_set_factors(const GroupNormArgs& args, int64_t b, int64_t c, T mean, T rstd, const NormChannel& k) {
   const int64_t channels = args.problem.channels;
   T* factors = norm_factors<T>(args, b) + c;
-  factors[kNormMean * channels] = mean;
+  factors[kNormMean * channels] = static_cast<T>(sub(static_cast<double>(mean), k.added));
   factors[kNormScale * channels] = static_cast<T>(mul(mul(static_cast<double>(rstd), k.weight), k.gain));
   factors[kNormOffset * channels] = static_cast<T>(fma(k.bias, k.gain, k.shift));
 }
 
-// P and Q of a channel, from its blocks one after the other.
+// P, Q and R of a channel, from its blocks one after the other.
 template <class T>
 DK_HD void norm_set_sums(const GroupNormArgs& args, int64_t b, int64_t c, T rstd) {
-  double p = 0, q = 0;
+  const bool added = norm_terms(args) == 3;
+  double p = 0, q = 0, r = 0;
   for (int64_t block = 0; block < norm_blocks(args.problem); ++block) {
     const T* partial = norm_partial<T>(args, b, block, c);
     p = add(p, static_cast<double>(partial[0]));
     q = add(q, static_cast<double>(partial[1]));
+    if (added) r = add(r, static_cast<double>(partial[2]));
   }
-  double* sums = args.sums + (b * args.problem.channels + c) * 2;
+  double* sums = norm_channel_sums(args, b, c);
   sums[0] = p;
   sums[1] = mul(q, static_cast<double>(rstd));
+  if (added) sums[2] = r;
 }
 
 // The sums over the channels of a group of A P (part 0) and A Q (part 1): items of one block.
@@ -177,18 +203,26 @@ struct NormGroupSums {
   Read read;
   DK_HD double at(int64_t, int64_t c) const {
     const NormChannel k = norm_channel(*args, b, first + c, read);
-    return mul(mul(k.weight, k.gain), args->sums[(b * args->problem.channels + first + c) * 2 + part]);
+    return mul(mul(k.weight, k.gain), norm_channel_sums(*args, b, first + c)[part]);
   }
 };
 
 // The gradient of x from the sums of its group.
+struct NormSlopes {
+  double rstd, slope, level;
+};
+
+DK_HD NormSlopes norm_slopes(const NormProblem& problem, double rstd, double p, double q) {
+  const double count = norm_count(problem);
+  return {rstd, -mul(mul(rstd, rstd), div(q, count)), -mul(rstd, div(p, count))};
+}
+
 template <class T>
-DK_HD void norm_set_slopes(const GroupNormArgs& args, int64_t b, int64_t c, double rstd, double p, double q) {
+DK_HD void norm_set_slopes(const GroupNormArgs& args, int64_t b, int64_t c, const NormSlopes& slopes) {
   const int64_t channels = args.problem.channels;
-  const double count = norm_count(args.problem);
   T* factors = norm_factors<T>(args, b) + c;
-  factors[kNormSlope * channels] = static_cast<T>(-mul(mul(rstd, rstd), div(q, count)));
-  factors[kNormLevel * channels] = static_cast<T>(-mul(rstd, div(p, count)));
+  factors[kNormSlope * channels] = static_cast<T>(slopes.slope);
+  factors[kNormLevel * channels] = static_cast<T>(slopes.level);
 }
 
 // d scale of a (sample, channel).
@@ -196,13 +230,20 @@ DK_HD double norm_d_scale(const NormChannel& k, const double* sums) {
   return fma(k.weight, sums[1], mul(k.bias, sums[0]));
 }
 
+// d add of a (sample, channel).
+DK_HD double norm_d_add(const NormProblem& problem, const NormChannel& k, const NormSlopes& slopes,
+                        const double* sums) {
+  const double level = mul(static_cast<double>(problem.positions), slopes.level);
+  return fma(mul(mul(slopes.rstd, k.weight), k.gain), sums[0], fma(slopes.slope, sums[2], level));
+}
+
 // d bias (part 0) or d weight (part 1) of a channel: the samples one after the other.
 template <class Read>
 DK_HD double norm_d_parameter(const GroupNormArgs& args, int64_t c, int part, const Read& read) {
   double sum = 0;
   for (int64_t b = 0; b < args.problem.batch; ++b) {
-    const double gain = args.scale.data != nullptr ? add(1.0, read(args.scale, b, c)) : 1.0;
-    sum = fma(gain, args.sums[(b * args.problem.channels + c) * 2 + part], sum);
+    const double gain = add(1.0, norm_given(args.scale, b, c, 0.0, read));
+    sum = fma(gain, norm_channel_sums(args, b, c)[part], sum);
   }
   return sum;
 }

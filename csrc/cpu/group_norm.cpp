@@ -114,8 +114,8 @@ void finish(const GroupNormArgs& args, int64_t b, int64_t g) {
   const NormProblem& p = args.problem;
   const int64_t width = norm_width(p), blocks = norm_blocks(p), first = g * width, at = b * p.groups + g;
   const double count = norm_count(p);
-  const double mean = div(norm_sum(blocks, width, NormSums<T>{&args, b, first}), count);
-  const double squares = norm_sum(blocks, width, NormSquares<T>{&args, b, first, mean});
+  const double mean = div(norm_sum(blocks, width, NormSums<T, NormRead>{&args, b, first, norm_read}), count);
+  const double squares = norm_sum(blocks, width, NormSquares<T, NormRead>{&args, b, first, norm_read, mean});
   static_cast<T*>(args.mean)[at] = static_cast<T>(mean);
   static_cast<T*>(args.rstd)[at] = static_cast<T>(norm_rstd(squares, count, p.eps));
   norm_factors_of_group<T>(args, b, g);

@@ -139,6 +139,8 @@ inline double norm_read(const ChannelView& view, int64_t b, int64_t c) {
   return 0;
 }
 
+using NormRead = double (*)(const ChannelView&, int64_t, int64_t);
+
 inline void norm_write(const ChannelView& view, int64_t b, int64_t c, double value) {
   const int64_t at = b * view.batch_stride + c * view.stride;
   switch (view.dtype) {

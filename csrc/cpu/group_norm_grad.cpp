@@ -10,11 +10,11 @@ struct Factors {
   T mean, scale, offset;
 };
 
-// P and Q / rstd of one row, by lanes.
+// P, Q / rstd and, for a partial of three terms, R of one row, by lanes.
 template <bool active>
 struct RowSums {
   template <class T>
-  DK_BODY static void run(const T* g, const T* x, const Factors<T>& factors, int64_t n, T* partial) {
+  DK_BODY static void run(const T* g, const T* x, const Factors<T>& factors, int64_t n, T* partial, int terms) {
     const T mean = factors.mean, scale = factors.scale, offset = factors.offset;
     T gu[kNormRun], p[kNormLanes] = {}, q[kNormLanes] = {};
 #pragma GCC ivdep
@@ -32,6 +32,13 @@ struct RowSums {
     }
     partial[0] = norm_fold(p);
     partial[1] = norm_fold(q);
+    if (terms < 3) return;
+    T lanes[kNormLanes] = {};
+    for (i = 0; i + kNormLanes <= n; i += kNormLanes) {
+      for (int j = 0; j < kNormLanes; ++j) lanes[j] = add(lanes[j], sub(x[i + j], mean));
+    }
+    for (int64_t j = 0; i + j < n; ++j) lanes[j] = add(lanes[j], sub(x[i + j], mean));
+    partial[2] = norm_fold(lanes);
   }
 };
 
@@ -40,7 +47,7 @@ template <bool active>
 struct ColumnSums {
   template <class T>
   DK_BODY static void run(const T* g, int64_t g_stride, const T* x, int64_t x_stride, const T* factors,
-                          int64_t channels, int64_t rows, int64_t n, T* partial) {
+                          int64_t channels, int64_t rows, int64_t n, T* partial, int terms) {
     const T *mean = factors + kNormMean * channels, *scale = factors + kNormScale * channels,
             *offset = factors + kNormOffset * channels;
     T p[kNormTile], q[kNormTile];
@@ -55,9 +62,16 @@ struct ColumnSums {
       }
     }
     for (int64_t j = 0; j < n; ++j) {
-      partial[2 * j] = p[j];
-      partial[2 * j + 1] = q[j];
+      partial[terms * j] = p[j];
+      partial[terms * j + 1] = q[j];
     }
+    if (terms < 3) return;
+    for (int64_t j = 0; j < n; ++j) p[j] = T(0);
+    for (int64_t r = 0; r < rows; ++r) {
+#pragma GCC ivdep
+      for (int64_t j = 0; j < n; ++j) p[j] = add(p[j], sub(x[r * x_stride + j], mean[j]));
+    }
+    for (int64_t j = 0; j < n; ++j) partial[terms * j + 2] = p[j];
   }
 };
 
@@ -110,9 +124,10 @@ void sums(const GroupNormArgs& args, const NormRegion& region) {
     const T* factors = norm_factors<T>(args, piece.b) + piece.c;
     T* partial = norm_partial<T>(args, piece.b, piece.k, piece.c);
     if (p.channels_last) {
-      at_level<ColumnSums<active>>(g, g_stride, x, x_stride, factors, p.channels, piece.rows, piece.n, partial);
+      at_level<ColumnSums<active>>(g, g_stride, x, x_stride, factors, p.channels, piece.rows, piece.n, partial,
+                                   norm_terms(args));
     } else {
-      at_level<RowSums<active>>(g, x, factors_at(factors, p.channels), piece.n, partial);
+      at_level<RowSums<active>>(g, x, factors_at(factors, p.channels), piece.n, partial, norm_terms(args));
     }
   });
 }
@@ -123,16 +138,17 @@ void finish(const GroupNormArgs& args, int64_t b, int64_t g) {
   const int64_t width = norm_width(p), first = g * width;
   const T rstd = static_cast<const T*>(args.rstd)[b * p.groups + g];
   for (int64_t c = first; c < first + width; ++c) norm_set_sums<T>(args, b, c, rstd);
-  using Sums = NormGroupSums<double (*)(const ChannelView&, int64_t, int64_t)>;
+  using Sums = NormGroupSums<NormRead>;
   const double whole_p = norm_sum(1, width, Sums{&args, b, first, 0, norm_read});
   const double whole_q = norm_sum(1, width, Sums{&args, b, first, 1, norm_read});
+  const NormSlopes slopes = norm_slopes(p, static_cast<double>(rstd), whole_p, whole_q);
   for (int64_t c = first; c < first + width; ++c) {
-    norm_set_slopes<T>(args, b, c, static_cast<double>(rstd), whole_p, whole_q);
-    const double* of = args.sums + (b * p.channels + c) * 2;
-    if (args.d_scale.data != nullptr) {
-      norm_write(args.d_scale, b, c, norm_d_scale(norm_channel(args, b, c, norm_read), of));
-    }
+    norm_set_slopes<T>(args, b, c, slopes);
+    const double* of = norm_channel_sums(args, b, c);
+    const NormChannel k = norm_channel(args, b, c, norm_read);
+    if (args.d_scale.data != nullptr) norm_write(args.d_scale, b, c, norm_d_scale(k, of));
     if (args.d_shift.data != nullptr) norm_write(args.d_shift, b, c, of[0]);
+    if (args.d_add.data != nullptr) norm_write(args.d_add, b, c, norm_d_add(p, k, slopes, of));
   }
 }
 

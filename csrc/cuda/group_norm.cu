@@ -39,8 +39,8 @@ __global__ void __launch_bounds__(kNormThreads) finish_kernel(const GroupNormArg
   if (at >= p.batch * p.groups) return;
   const int64_t b = at / p.groups, g = at % p.groups, width = norm_width(p), blocks = norm_blocks(p);
   const double count = norm_count(p);
-  const double mean = div(norm_sum(blocks, width, NormSums<T>{&args, b, g * width}), count);
-  const double squares = norm_sum(blocks, width, NormSquares<T>{&args, b, g * width, mean});
+  const double mean = div(norm_sum(blocks, width, NormSums<T, ReadChannel>{&args, b, g * width, {}}), count);
+  const double squares = norm_sum(blocks, width, NormSquares<T, ReadChannel>{&args, b, g * width, {}, mean});
   const T mean_t = static_cast<T>(mean), rstd = static_cast<T>(norm_rstd(squares, count, p.eps));
   if (norm_lane() == 0) {
     static_cast<T*>(args.mean)[at] = mean_t;

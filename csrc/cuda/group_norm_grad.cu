@@ -26,20 +26,24 @@ __global__ void __launch_bounds__(kNormThreads) sums_kernel(const GroupNormArgs 
   const T mean = norm_factor(args, factors, kNormMean, place.c, 0);
   const T scale = norm_factor(args, factors, kNormScale, place.c, 0);
   const T offset = norm_factor(args, factors, kNormOffset, place.c, 0);
-  T p = T(0), q = T(0);
+  const bool added = norm_terms(args) == 3;
+  T p = T(0), q = T(0), r = T(0);
   int64_t at = 0;
 #pragma unroll 2
   for (int64_t i = place.first; i < place.n; i += place.every, at += place.step) {
     const T v = T(decode(x[at])), gu = norm_gu<active>(T(decode(g[at])), v, mean, scale, offset);
     p = add(p, gu);
     q = fma(gu, sub(v, mean), q);
+    if (added) r = add(r, sub(v, mean));
   }
   p = norm_gather<last>(p);
   q = norm_gather<last>(q);
+  if (added) r = norm_gather<last>(r);
   if (last || norm_lane() == 0) {
     T* partial = norm_partial<T>(args, place.b, place.block, place.c);
     partial[0] = p;
     partial[1] = q;
+    if (added) partial[2] = r;
   }
 }
 
@@ -54,13 +58,14 @@ __global__ void __launch_bounds__(kNormThreads) finish_kernel(const GroupNormArg
   __syncwarp();  // each lane reads below what it wrote itself; the fence keeps the order
   const double whole_p = norm_sum(1, width, NormGroupSums<ReadChannel>{&args, b, first, 0, {}});
   const double whole_q = norm_sum(1, width, NormGroupSums<ReadChannel>{&args, b, first, 1, {}});
+  const NormSlopes slopes = norm_slopes(p, static_cast<double>(rstd), whole_p, whole_q);
   for (int64_t c = first + norm_lane(); c < end; c += kNormLanes) {
-    norm_set_slopes<T>(args, b, c, static_cast<double>(rstd), whole_p, whole_q);
-    const double* of = args.sums + (b * p.channels + c) * 2;
-    if (args.d_scale.data != nullptr) {
-      write_channel(args.d_scale, b, c, norm_d_scale(norm_channel(args, b, c, ReadChannel{}), of));
-    }
+    norm_set_slopes<T>(args, b, c, slopes);
+    const double* of = norm_channel_sums(args, b, c);
+    const NormChannel k = norm_channel(args, b, c, ReadChannel{});
+    if (args.d_scale.data != nullptr) write_channel(args.d_scale, b, c, norm_d_scale(k, of));
     if (args.d_shift.data != nullptr) write_channel(args.d_shift, b, c, of[0]);
+    if (args.d_add.data != nullptr) write_channel(args.d_add, b, c, norm_d_add(p, k, slopes, of));
   }
 }
 

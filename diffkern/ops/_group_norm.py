@@ -36,34 +36,37 @@ def group_norm_act(
     *,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    add: Tensor | None = None,
     eps: float = 1e-5,
     act: Activation | None = "silu",
 ) -> Tensor:
     """Group normalisation, modulated and activated, in one op: the blocks of diffusion UNets.
 
-        x_hat = (x - mean_g) / sqrt(var_g + eps)                 over each (sample, group), biased variance
+        x_hat = (x + add - mean_g) / sqrt(var_g + eps)           over each (sample, group), biased variance
         y     = act((x_hat weight + bias) (1 + scale) + shift)   act(u) = u sigmoid(u), or u
 
     Wu & He 2018 (arXiv 1803.08494), as torch.nn.functional.group_norm; scale and shift a sample are the adaptive group
-    norm of Dhariwal & Nichol 2021 (arXiv 2105.05233). x [B, C, ...] of any rank, contiguous or channels_last (other
-    strides are copied first); `groups` divides C; `weight` and `bias` [C], `scale` and `shift` [B, C], each absent or
-    of any floating-point dtype and strides (the halves of one linear layer, say). `act`: "silu", or None.
+    norm of Dhariwal & Nichol 2021 (arXiv 2105.05233), `add` is the time embedding of Ho et al. 2020 (arXiv 2006.11239)
+    on its way into the second norm of a block; mean_g and var_g are those of x + add. x [B, C, ...] of any rank,
+    contiguous or channels_last (other strides are copied first); `groups` divides C; `weight` and `bias` [C], `scale`,
+    `shift` and `add` [B, C], each absent or of any floating-point dtype and strides (the halves of one linear layer,
+    say). `act`: "silu", or None.
 
     y has dtype and memory format of x. Arithmetic is float32 (float64 for float64) with one rounding at the store;
     mean and variance are made in one read of x from memory, of blocks whose own mean is taken off, merged in float64,
     so that a mean far from 0 costs no digits. The order of the sums is fixed: y has the same bits for any thread count,
     and a sample's do not depend on the others. NaN propagates within its group.
 
-    Differentiable once in x, weight, bias, scale and shift, deterministically. Backward keeps x, and mean and rstd
+    Differentiable once in x, weight, bias, scale, shift and add, deterministically. Backward keeps x, and mean and rstd
     [B, groups], and makes everything between x and y again. Raises RuntimeError for groups that do not divide C, for
     samples without elements, and for parameters of other shapes; ValueError for an unknown `act`.
     """
     if act not in ACTIVATIONS:
         raise ValueError(unknown("act", act, ["silu", "None"]))
     groups = integer("groups", groups, 1, 2**63 - 1, "of at least 1, below 2^63")
-    tensors = x, weight, bias, scale, shift
+    tensors = x, weight, bias, scale, shift, add
     refuse_tangents("group_norm_act", *tensors)
-    args = x, groups, weight, bias, scale, shift, float(eps), ACTIVATIONS[act]
+    args = x, groups, weight, bias, scale, shift, add, float(eps), ACTIVATIONS[act]
     if active() or differentiates(*tensors):
         op = _GroupNormAct.apply if active() else native.group_norm_act
         return op(*args)[0]
@@ -89,10 +92,11 @@ def _(
     bias: Tensor | None,
     scale: Tensor | None,
     shift: Tensor | None,
+    add: Tensor | None,
     eps: float,
     act: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    one_device("group_norm_act", x=x, weight=weight, bias=bias, scale=scale, shift=shift)
+    one_device("group_norm_act", x=x, weight=weight, bias=bias, scale=scale, shift=shift, add=add)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     mean, rstd = (x.new_empty([x.shape[0], groups], dtype=wide) for _ in range(2))
     return _like(x), mean, rstd
@@ -109,25 +113,26 @@ def _(
     bias: Tensor | None,
     scale: Tensor | None,
     shift: Tensor | None,
+    add: Tensor | None,
     act: int,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    one_device("group_norm_act", x=x, grad_out=grad_out, weight=weight, bias=bias, scale=scale, shift=shift)
-    made = (None if t is None else t.new_empty(t.shape) for t in (weight, bias, scale, shift))
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    one_device("group_norm_act", x=x, grad_out=grad_out, weight=weight, bias=bias, scale=scale, shift=shift, add=add)
+    made = (None if t is None else t.new_empty(t.shape) for t in (weight, bias, scale, shift, add))
     return _like(x), *made  # type: ignore[return-value]
 
 
 # ------------------------------------------------------------------------------------------------------- gradients
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, ctx.groups, weight, bias, scale, shift, _, ctx.act = inputs
+    x, ctx.groups, weight, bias, scale, shift, add, _, ctx.act = inputs
     _, mean, rstd = output
-    ctx.save_for_backward(x, mean, rstd, weight, bias, scale, shift)
+    ctx.save_for_backward(x, mean, rstd, weight, bias, scale, shift, add)
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Any, ...]:
     if grad_out is None:
-        return (None,) * 8
+        return (None,) * 9
     x, mean, rstd, *parameters = ctx.saved_tensors
 
     def make() -> tuple[Tensor | None, ...]:

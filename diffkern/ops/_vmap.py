@@ -193,12 +193,12 @@ def _batched_alike(op: Any, tensors: int) -> Callable[..., Any]:
 
 
 def _group_norm_act(info: Any, in_dims: Any, *args: Any) -> Any:
-    x, groups, weight, bias, scale, shift, eps, act = args
+    x, groups, weight, bias, scale, shift, add, eps, act = args
     if in_dims[2] is not None or in_dims[3] is not None:
         return _one_by_one(native.group_norm_act, info, in_dims, args)
-    fold = Fold(info, *first_of([(args[i], in_dims[i]) for i in (0, 4, 5)]))
-    x, scale, shift = fold.each(*((args[i], in_dims[i]) for i in (0, 4, 5)))
-    made = tuple(fold.back(t) for t in native.group_norm_act(x, groups, weight, bias, scale, shift, eps, act))
+    fold = Fold(info, *first_of([(args[i], in_dims[i]) for i in (0, 4, 5, 6)]))
+    x, scale, shift, add = fold.each(*((args[i], in_dims[i]) for i in (0, 4, 5, 6)))
+    made = tuple(fold.back(t) for t in native.group_norm_act(x, groups, weight, bias, scale, shift, add, eps, act))
     return made, (0, 0, 0)
 
 

@@ -32,7 +32,7 @@ OUTPUTS = {
     "dynamic_threshold": ("out",),
     "moments": ("means",),
     "group_norm_act": ("y", "mean", "rstd"),
-    "group_norm_act_grad": ("d_x", "d_weight", "d_bias", "d_scale", "d_shift"),
+    "group_norm_act_grad": ("d_x", "d_weight", "d_bias", "d_scale", "d_shift", "d_add"),
     "learned_step": ("out", "x0", "next"),
     "step_logprob": ("value", "grad", "grad2"),
 }
@@ -274,8 +274,8 @@ def group_norm_calls(dtype: torch.dtype, layout: str) -> Iterator[Call]:
         kind, act, there = next(kinds), next(acts), next(given)
         x, up = lay(values(shape, 8, dtype) + 0.5, layout), lay(values(shape, 9, dtype), layout)
         of_channels = [values((1, shape[1]), 10 + k, kind)[0] if there or k else None for k in range(2)]
-        of_samples = [values(shape[:2], 12 + k, kind) if there or not k else None for k in range(2)]
-        parameters = dict(zip(("weight", "bias", "scale", "shift"), [*of_channels, *of_samples], strict=True))
+        of_samples = [values(shape[:2], 12 + k, kind) if there or not k else None for k in range(3)]
+        parameters = dict(zip(("weight", "bias", "scale", "shift", "add"), [*of_channels, *of_samples], strict=True))
         what = f"{dtype} {shape} {layout}, parameters {kind}, all of them {there}, act {act}"
         yield Call("group_norm_act", {"x": x, "groups": 2, **parameters, "eps": 1e-5, "act": act}, what)
         _, mean, rstd = torch.ops.diffkern.group_norm_act(x, 2, *parameters.values(), 1e-5, act)

@@ -326,7 +326,8 @@ def group_norm_calls(draw: st.DrawFn) -> Call:
     positions = draw(st.sampled_from([(8,), (67,), (4, 5), (33, 34), (3, 4, 2)]))
     shape = (draw(st.integers(1, 3)), width * groups, *positions)
     given: dict[str, Any] = {"x": draw(tensors(shape, dtype)), "groups": groups}
-    for name, size in (("weight", shape[1:2]), ("bias", shape[1:2]), ("scale", shape[:2]), ("shift", shape[:2])):
+    sizes = dict.fromkeys(("weight", "bias"), shape[1:2]) | dict.fromkeys(("scale", "shift", "add"), shape[:2])
+    for name, size in sizes.items():
         given[name] = draw(tensors(size, draw(st.sampled_from(DTYPES)))) if draw(st.booleans()) else None
     given |= {"eps": draw(st.sampled_from([1e-5, 0.5])), "act": draw(st.sampled_from(["silu", None]))}
     return Call("group_norm_act", given, lambda: (reference.group_norm_act(**given),), 64.0, 1.5)

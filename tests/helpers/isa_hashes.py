@@ -57,9 +57,10 @@ def hashes() -> dict[str, str]:
             found[f"moments {name} {k}"] = digest(ops.moments(t))
         for form in ("contiguous", "channels_last"):
             t = arrange(values((2, 6, 37, 33), 11, dtype), form).requires_grad_()
-            w, s = values((1, 6), 12)[0].requires_grad_(), values((2, 6), 13, dtype).requires_grad_()
-            y = ops.group_norm_act(t, 2, w, scale=s)
-            found[f"group_norm_act {name} {form}"] = digest(y.detach(), *torch.autograd.grad(y.sum(), (t, w, s)))
+            w = values((1, 6), 12)[0].requires_grad_()
+            s, h = (values((2, 6), k, dtype).requires_grad_() for k in (13, 14))
+            y = ops.group_norm_act(t, 2, w, scale=s, add=h)
+            found[f"group_norm_act {name} {form}"] = digest(y.detach(), *torch.autograd.grad(y.sum(), (t, w, s, h)))
         columns = {"p": 1.25, "q": -0.75, "clip": 1.5, "a": 0.6, "b": 0.4, "g": 1.0, "k": 0.9, "r0": -2.5, "r1": 1.5}
         learned = torch.tensor([[columns.get(name, 0.0) for name in ops.LEARNED_COLUMNS]], dtype=torch.float64)
         one = ops.learned_step(x, both, table=learned, seeds=seeds, want_x0=True, next_copies=1)

@@ -28,7 +28,8 @@ CASES = [
     ((1, 8, 70, 70), 1),
     ((2, 6, 3, 4, 5), 6),
 ]
-PARAMETERS = ((), ("weight",), ("weight", "bias"), ("weight", "bias", "scale", "shift"), ("scale", "shift"), ("shift",))
+ALL = ("weight", "bias", "scale", "shift", "add")
+PARAMETERS = ((), ("weight",), ("weight", "bias", "add"), ALL, ("scale", "shift"), ("shift",), ALL[:4], ("add",))
 dtypes = pytest.mark.parametrize("dtype", STATE_DTYPES, ids=str)
 Given = dict[str, Tensor]
 
@@ -39,16 +40,16 @@ def numbers(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0, last: boo
 
 
 def parameters(shape: tuple[int, ...], names: tuple[str, ...], dtype: torch.dtype) -> Given:
-    both = numbers((shape[0], 2 * shape[1]), dtype, 3)  # halves of one tensor: strides of their own
+    parts = numbers((shape[0], 3 * shape[1]), dtype, 3)  # thirds of one tensor: strides of their own
     all_of_them = {"weight": numbers(shape[1:2], dtype, 1), "bias": numbers(shape[1:2], dtype, 2)}
-    all_of_them |= dict(zip(("scale", "shift"), both.chunk(2, 1), strict=True))
+    all_of_them |= dict(zip(ALL[2:], parts.chunk(3, 1), strict=True))
     return {name: all_of_them[name] for name in names}
 
 
-def plain(x: Tensor, groups: int, weight=None, bias=None, *, scale=None, shift=None, eps=1e-5, act="silu"):
+def plain(x: Tensor, groups: int, weight=None, bias=None, *, scale=None, shift=None, add=None, eps=1e-5, act="silu"):
     """The same by torch's own functions."""
-    y = F.group_norm(x, groups, weight, bias, eps)
     shape = (*x.shape[:2], *(1,) * (x.dim() - 2))
+    y = F.group_norm(x if add is None else x + add.reshape(shape), groups, weight, bias, eps)
     y = y if scale is None else y * (1 + scale.reshape(shape))
     y = y if shift is None else y + shift.reshape(shape)
     return F.silu(y) if act else y
@@ -92,8 +93,9 @@ def test_value_and_gradients(dtype: torch.dtype, last: bool) -> None:
                 found.append((y.detach(), *torch.autograd.grad(y, (at, *given.values()), grad.to(y.dtype))))
             assert found[0][0].stride() == x.stride() == found[0][1].stride()
             for name, *three in zip(("y", "x", *names), *found, strict=True):
-                if name == "x" and math.prod(shape[1:]) // groups < 8:
-                    continue  # a group of few elements: its gradient is what cancellation leaves
+                few, alone = math.prod(shape[1:]) // groups < 8, shape[1] == groups
+                if (name in ("x", "add") and few) or (name == "add" and alone):
+                    continue  # a group of few elements or one channel: its gradient is what cancellation leaves
                 assert three[0].dtype == dtype
                 check(*three, f"{name}, {shape}, {dtype}, {names}, {act}")
 
@@ -106,6 +108,15 @@ def test_a_constant_group_is_its_offset() -> None:
     assert y.eq(-1.0).all()
     y = ops.group_norm_act(x, 2, 5 * one, 2 * one, scale=0.5 * one[None], shift=-4 * one[None])
     assert y.flatten()[0].item() == pytest.approx(-1 / (1 + math.e), rel=1e-6)
+
+
+def test_a_number_of_a_whole_group_is_taken_off_again() -> None:
+    """mean(x + a) = mean(x) + a. Of one of two channels it moves both: (a, 0) has mean a / 2 and variance a^2 / 4."""
+    x = torch.arange(36.0).reshape(1, 4, 3, 3)
+    plain_y = ops.group_norm_act(x, 2)
+    assert same_bits(ops.group_norm_act(x, 2, add=torch.tensor([[8.0, 8.0, -32.0, -32.0]])), plain_y)
+    y = ops.group_norm_act(torch.zeros(1, 2, 3), 1, add=torch.tensor([[6.0, 0.0]]), eps=16.0, act=None)
+    assert y.tolist() == [[[pytest.approx(0.6)] * 3, [pytest.approx(-0.6)] * 3]]  # 3 / sqrt(9 + 16)
 
 
 def test_two_values_become_their_signs() -> None:
@@ -144,10 +155,10 @@ def test_a_mean_far_from_zero_costs_no_digits() -> None:
 def test_gradcheck() -> None:
     for last, act in itertools.product((False, True), ("silu", None)):
         x = numbers((2, 6, 2, 3), torch.float64, 0, last).requires_grad_()
-        given = [t.detach().requires_grad_() for t in parameters((2, 6), PARAMETERS[3], torch.float64).values()]
+        given = [t.detach().requires_grad_() for t in parameters((2, 6), ALL, torch.float64).values()]
 
-        def function(x: Tensor, w: Tensor, b: Tensor, s: Tensor, t: Tensor, act: str | None = act) -> Tensor:
-            return ops.group_norm_act(x, 3, w, b, scale=s, shift=t, act=act)
+        def function(x: Tensor, w: Tensor, b: Tensor, s: Tensor, t: Tensor, h: Tensor, act: str | None = act) -> Tensor:
+            return ops.group_norm_act(x, 3, w, b, scale=s, shift=t, add=h, act=act)
 
         assert torch.autograd.gradcheck(function, (x, *given))
 
@@ -155,7 +166,7 @@ def test_gradcheck() -> None:
 def test_parameters_of_other_dtypes() -> None:
     """float32 parameters of a bfloat16 network, and their gradients in float32."""
     x = numbers((2, 8, 5, 5), torch.bfloat16)
-    _, given = leaves(x, parameters((2, 8), PARAMETERS[3], torch.float32))
+    _, given = leaves(x, parameters((2, 8), ALL, torch.float32))
     y = ops.group_norm_act(x, 4, **given)
     exact = reference.group_norm_act(x, 4, **given)
     assert y.dtype == torch.bfloat16
@@ -172,7 +183,7 @@ def test_a_sample_alone_and_any_thread_count(dtype: torch.dtype) -> None:
     for shape, groups in (((20, 64, 16, 16), 32), ((3, 96, 40, 41), 2)):  # whole tasks, or phases when alone
         for last in (False, True):
             x, grad = numbers(shape, dtype, 0, last), numbers(shape, dtype, 1, last)
-            given = parameters(shape, PARAMETERS[3], dtype)
+            given = parameters(shape, ALL, dtype)
             results = []
             for n in (1, 2, 3):
                 with threads(n):
@@ -182,12 +193,12 @@ def test_a_sample_alone_and_any_thread_count(dtype: torch.dtype) -> None:
             for other in results[1:]:
                 assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
             for b in (0, shape[0] - 1):
-                one = {k: v[b : b + 1] if k in ("scale", "shift") else v for k, v in given.items()}
+                one = {k: v[b : b + 1] if v.dim() == 2 else v for k, v in given.items()}
                 at, at_given = leaves(x[b : b + 1], one)
                 y = ops.group_norm_act(at, groups, **at_given)
-                alone = torch.autograd.grad(y, (at, at_given["scale"], at_given["shift"]), grad[b : b + 1])
+                alone = torch.autograd.grad(y, (at, *(at_given[k] for k in ALL[2:])), grad[b : b + 1])
                 assert same_bits(y[0], results[0][0][b])
-                assert all(same_bits(a[0], results[0][k][b]) for a, k in zip(alone, (1, 4, 5), strict=True))
+                assert all(same_bits(a[0], results[0][k][b]) for a, k in zip(alone, (1, 4, 5, 6), strict=True))
 
 
 @dtypes
@@ -231,7 +242,7 @@ def test_an_empty_batch() -> None:
 
 
 def test_the_gradient_of_part_of_the_operands() -> None:
-    x, given = numbers((2, 6, 4, 4), torch.float32), parameters((2, 6), PARAMETERS[3], torch.float32)
+    x, given = numbers((2, 6, 4, 4), torch.float32), parameters((2, 6), ALL, torch.float32)
     all_x, all_given = leaves(x, given)
     whole = torch.autograd.grad(ops.group_norm_act(all_x, 3, **all_given).sum(), (all_x, *all_given.values()))
     for k, name in enumerate(given):
@@ -241,24 +252,22 @@ def test_the_gradient_of_part_of_the_operands() -> None:
 
 
 def test_backward_keeps_x_and_two_numbers_a_group() -> None:
-    x, given = leaves(numbers((2, 8, 16, 16), torch.float32), parameters((2, 8), PARAMETERS[3], torch.float32))
+    x, given = leaves(numbers((2, 8, 16, 16), torch.float32), parameters((2, 8), ALL, torch.float32))
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         ops.group_norm_act(x, 4, **given)
-    assert sorted(t.numel() for t in kept) == [8, 8, 8, 8, 16, 16, x.numel()]
+    assert sorted(t.numel() for t in kept) == [8, 8, 8, 8, 16, 16, 16, x.numel()]
     assert any(t.data_ptr() == x.data_ptr() for t in kept)
 
 
 # ------------------------------------------------------------------------------------------------- compile, bad input
 @pytest.mark.full
 def test_compile_and_export() -> None:
-    def function(x: Tensor, w: Tensor, b: Tensor, s: Tensor, t: Tensor) -> Tensor:
-        return ops.group_norm_act(x * 2, 4, w, b, scale=s, shift=t) + 1
+    def function(x: Tensor, w: Tensor, b: Tensor, s: Tensor, t: Tensor, h: Tensor) -> Tensor:
+        return ops.group_norm_act(x * 2, 4, w, b, scale=s, shift=t, add=h) + 1
 
     for last in (False, True):
-        x, given = leaves(
-            numbers((2, 8, 5, 6), torch.float32, 0, last), parameters((2, 8), PARAMETERS[3], torch.float32)
-        )
+        x, given = leaves(numbers((2, 8, 5, 6), torch.float32, 0, last), parameters((2, 8), ALL, torch.float32))
         compiled = torch.compile(function, fullgraph=True)
         args = (x, *given.values())
         found = []
@@ -269,15 +278,13 @@ def test_compile_and_export() -> None:
             torch.testing.assert_close(a, e, rtol=1e-6, atol=1e-6)
 
     class Module(torch.nn.Module):
-        def forward(self, x: Tensor, w: Tensor, b: Tensor, s: Tensor, t: Tensor) -> Tensor:
-            return function(x, w, b, s, t)
+        def forward(self, x: Tensor, w: Tensor, b: Tensor, s: Tensor, t: Tensor, h: Tensor) -> Tensor:
+            return function(x, w, b, s, t, h)
 
     plain_args = tuple(t.detach() for t in args)
     batch = torch.export.Dim("batch", min=2, max=64)
-    exported = torch.export.export(
-        Module(), plain_args, dynamic_shapes=({0: batch}, None, None, {0: batch}, {0: batch})
-    )
-    more = (numbers((5, 8, 5, 6), torch.float32, 4, True), *plain_args[1:3], *torch.randn(2, 5, 8).unbind())
+    exported = torch.export.export(Module(), plain_args, dynamic_shapes=({0: batch}, None, None, *[{0: batch}] * 3))
+    more = (numbers((5, 8, 5, 6), torch.float32, 4, True), *plain_args[1:3], *torch.randn(3, 5, 8).unbind())
     assert same_bits(exported.module()(*more), function(*more))
 
 
@@ -309,6 +316,7 @@ def test_bad_input() -> None:
     of_samples = r"must have shape \[batch, channels\] = \[2, 8\], got "
     check_sentence(lambda: run(x, 4, scale=eight), "scale " + of_samples + r"\[8\]")
     check_sentence(lambda: run(x, 4, shift=x[:, :, :1, :1]), "shift " + of_samples + r"\[2, 8, 1, 1\]")
+    check_sentence(lambda: run(x, 4, add=eight[None]), "add " + of_samples + r"\[1, 8\]")
     check_sentence(lambda: run(x, 4, eight.long()), r"weight must be float64, float32, float16 or bfloat16, got int64")
     check_sentence(lambda: run(x, 4, eight.to("meta")), r"weight must be on the device of x \(cpu\), got meta")
 

@@ -22,7 +22,8 @@ S, INDEX = ops.seeds(0, 2), torch.tensor([0, 1])
 N = torch.tensor([[0.9, 0.4, 0.4, -0.9], [0.5, 0.8, 0.6, -0.7]], dtype=F64)
 BOUND = torch.tensor([[0.3, -0.9, 0.7, 0.8, 3.0, 0.2, 0.1, 0.0, 0.004, 1.5, 0.5, 1.0]], dtype=F64)
 LEARNED = torch.cat([table({"p": 1.1, "q": -0.9, "b": 0.4, "g": 0.5, "known_s": 0.9}), N[:1, :2]], 1)
-CHANNELS: dict[str, Any] = {"weight": X[0, :, 0], "bias": M[0, :, 0], "scale": X[:, :, 0], "shift": M[:, :, 0]}
+CHANNELS: dict[str, Any] = {"weight": X[0, :, 0], "bias": M[0, :, 0], "scale": X[:, :, 0]}
+CHANNELS |= {"shift": M[:, :, 0], "add": M[:, :, 1]}
 Q, QKV = values((2, 3, 4, 8), 5), values((2, 24, 3, 3), 6)
 TERMS: dict[str, Any] = {"streams": torch.tensor([1, 2]), "weights": torch.tensor([0.5, 0.25], dtype=F64)}
 STEP: dict[str, Any] = {"x": X, "m": torch.cat([M, X]), "h0": X, "h1": M, "h2": X, "h3": M, "table": table(EVERYTHING)}

@@ -93,13 +93,13 @@ def leaf(t: Tensor) -> Tensor:
 
 
 NORMED, NORMED_UP = values((2, 6, 5, 4), 60), values((2, 6, 5, 4), 61)
-OF_CHANNELS = (values((1, 6), 62)[0], values((1, 6), 63)[0], values((2, 6), 64), values((2, 6), 65))
+OF_CHANNELS = (values((1, 6), 62)[0], values((1, 6), 63)[0], *(values((2, 6), k) for k in (64, 65, 66)))
 
 
-def normed(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
-    groups = x.double().reshape(2, 2, -1)
+def normed(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, add: Tensor) -> tuple[Tensor, ...]:
+    groups = (x.double() + add[:, :, None, None]).reshape(2, 2, -1)
     rstd = (groups.var(2, unbiased=False) + 0.1).rsqrt()
-    y = reference.group_norm_act(x, 2, weight, bias, scale=scale, shift=shift, eps=0.1)
+    y = reference.group_norm_act(x, 2, weight, bias, scale=scale, shift=shift, add=add, eps=0.1)
     return y, groups.mean(2), rstd
 
 
@@ -345,9 +345,9 @@ def opcheck_samples() -> dict[str, tuple[str, tuple[Any, ...]]]:
         x, up = arrange(NORMED, layout), NORMED_UP.bfloat16()
         samples[f"group_norm_act {layout}"] = ("group_norm_act", (x.half(), 2, None, None, *OF_CHANNELS[2:], 0.0, 0))
         samples[f"group_norm_act gradient {layout}"] = ("group_norm_act", (leaf(x), 2, *map(leaf, OF_CHANNELS), 0.1, 1))
-        given = (up, x.bfloat16(), *NORMED_STATISTICS, 2, OF_CHANNELS[0], None, None, None, 1)
+        given = (up, x.bfloat16(), *NORMED_STATISTICS, 2, OF_CHANNELS[0], None, None, None, None, 1)
         samples[f"group_norm_act_grad {layout}"] = ("group_norm_act_grad", given)
-    samples["group_norm_act empty"] = ("group_norm_act", (NORMED[:0], 3, *[None] * 4, 0.1, 1))
+    samples["group_norm_act empty"] = ("group_norm_act", (NORMED[:0], 3, *[None] * 5, 0.1, 1))
     samples["noise_sum_out permuted"] = ("noise_sum_out", (SEEDS, *TERMS, arrange(empty(), "permuted")))
     samples["noise_sum empty"] = ("noise_sum", ((0, 3), SEEDS[:0], *(t[:0] for t in TERMS), torch.bfloat16))
     samples["quantile empty"] = ("quantile", (T["x"][:0], 0.5))

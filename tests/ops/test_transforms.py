@@ -127,9 +127,9 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], int]] = {
         3,
     ),
     "group_norm_act": (
-        lambda x, s, t, w: ops.group_norm_act(x, 2, W, W, scale=s, shift=t) + w,
-        (many(1, B, 4, 3, 5), many(2, B, 4), many(3, B, 4), many(4, 1)),
-        3,
+        lambda x, s, t, a, w: ops.group_norm_act(x, 2, W, W, scale=s, shift=t, add=a) + w,
+        (many(1, B, 4, 3, 5), many(2, B, 4), many(3, B, 4), many(5, B, 4), many(4, 1)),
+        4,
     ),
     "group_norm_act, each its parameters": (
         lambda w, b, x: ops.group_norm_act(x, 2, w, b),

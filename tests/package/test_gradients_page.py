@@ -106,7 +106,7 @@ CASES: dict[str, dict[str, Any]] = {
     "ops.spatial_attention": {"qkv": numbers(1, (1, 48, 2, 2)), "num_heads": 2, "order": "legacy", "scale": POINT},
     "ops.group_norm_act": {
         **{"x": numbers(1, (2, 4, 3)), "groups": 2, "weight": numbers(2, (4,)), "bias": numbers(3, (4,))},
-        **{"scale": numbers(4, (2, 4)), "shift": numbers(5, (2, 4))},
+        **{"scale": numbers(4, (2, 4)), "shift": numbers(5, (2, 4)), "add": numbers(6, (2, 4))},
     },
     "ops.quantile": {"x": numbers(1), "q": 0.5},
     "ops.dynamic_threshold": {"x0": numbers(1)},

@@ -174,7 +174,7 @@ inline dk::ChannelView channels(const int64_t* v) {  // data, dtype, batch strid
 }
 
 // s: batch, channels, positions, groups, channels_last, silu; extra: mean, rstd, partials, factors, sums, then weight,
-// bias, scale, shift and their gradients; row: eps
+// bias, scale, shift, add and their gradients; row: eps
 inline dk::GroupNormArgs group_norm(const int64_t* s, const int64_t* views, const int64_t*, const int64_t*, uint64_t,
                                     const int64_t* extra, const double* row) {
   dk::GroupNormArgs a{};
@@ -188,7 +188,8 @@ inline dk::GroupNormArgs group_norm(const int64_t* s, const int64_t* views, cons
   a.factors = reinterpret_cast<void*>(extra[3]);
   a.sums = reinterpret_cast<double*>(extra[4]);
   int i = 0;
-  for (dk::ChannelView* v : {&a.weight, &a.bias, &a.scale, &a.shift, &a.d_weight, &a.d_bias, &a.d_scale, &a.d_shift}) {
+  for (dk::ChannelView* v :
+       {&a.weight, &a.bias, &a.scale, &a.shift, &a.add, &a.d_weight, &a.d_bias, &a.d_scale, &a.d_shift, &a.d_add}) {
     *v = channels(extra + 5 + 4 * i++);
   }
   return a;
@@ -231,6 +232,7 @@ inline dk::StepLogprobArgs step_logprob(const int64_t* s, const int64_t* views, 
 }  // namespace flat
 
 // One C function an op, all with the same signature.
-#define FLAT_OPS(OP) \
-  OP(randn) OP(noise_sum) OP(noising) OP(loss) OP(variational) OP(step) OP(learned_step) OP(step_logprob) \
-  OP(quantile) OP(moments) OP(group_norm) OP(group_norm_grad)
+#define FLAT_OPS(OP)                                                                                         \
+  OP(randn)                                                                                                  \
+  OP(noise_sum) OP(noising) OP(loss) OP(variational) OP(step) OP(learned_step) OP(step_logprob) OP(quantile) \
+      OP(moments) OP(group_norm) OP(group_norm_grad)

@@ -27,7 +27,7 @@ def test_sizes(device: Device, cpu: Cpu, state: torch.dtype, layout: str) -> Non
         check_norm(device, cpu, norm(layout, 2, shape, state, groups, silu=groups != 3))
 
 
-@pytest.mark.parametrize("present", [(), NAMES[:1], NAMES[1:3], NAMES[3:]], ids=str)
+@pytest.mark.parametrize("present", [(), NAMES[:1], NAMES[1:3], NAMES[3:4], NAMES[:4], NAMES[4:]], ids=str)
 def test_parameters_that_are_absent(device: Device, cpu: Cpu, present: tuple[str, ...]) -> None:
     for layout in ("contiguous", "channels_last"):
         given = parameters(2, 6, torch.float32, present)

@@ -14,7 +14,7 @@ from helpers.native_layout import CODES, MAX_DIMS
 from ptx.harness import Cpu, Device, bits, empty, first_difference, values
 from torch import Tensor
 
-NAMES = ("weight", "bias", "scale", "shift")
+NAMES = ("weight", "bias", "scale", "shift", "add")
 RUN, ROWS = constant("kNormRun"), constant("kNormRows")
 FACTORS = 5
 
@@ -48,12 +48,11 @@ class Norm:
 def parameters(batch: int, channels: int, dtype: torch.dtype, names: Sequence[str] = NAMES) -> dict[str, Tensor]:
     """Each with strides of its own."""
     each = values(21, 2, (channels,), dtype)
-    both = values(22, batch, (2 * channels,), dtype)
+    each_sample = values(22, batch, (3 * channels,), dtype)
     found = {
         "weight": each[0],
         "bias": each.t().contiguous()[:, 1],
-        "scale": both[:, :channels],
-        "shift": both[:, channels:],
+        **dict(zip(NAMES[2:], each_sample.chunk(3, 1), strict=True)),
     }
     return {name: found[name] for name in names}
 
@@ -90,9 +89,9 @@ def _tensors(call: Norm) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str
     made = {name: empty(call.layout, call.batch, call.shape, call.dtype) for name in ("y", "dx")}
     made |= {name: torch.empty(call.batch, call.groups, dtype=call.wide) for name in ("mean", "rstd")}
     made |= {f"d_{name}": torch.empty(t.shape, dtype=t.dtype) for name, t in (call.parameters or {}).items()}
-    work = {"partials": torch.empty(call.batch * blocks * call.shape[0] * 2, dtype=call.wide)}
+    work = {"partials": torch.empty(call.batch * blocks * call.shape[0] * 3, dtype=call.wide)}
     work["factors"] = torch.empty(call.batch * FACTORS * call.shape[0], dtype=call.wide)
-    work["sums"] = torch.empty(call.batch * call.shape[0] * 2, dtype=torch.float64)
+    work["sums"] = torch.empty(call.batch * call.shape[0] * 3, dtype=torch.float64)
     return given, made, work
 
 
