@@ -49,13 +49,12 @@ class GroupNormAct(nn.GroupNorm):
     ) -> Tensor:
         if self.attention == "torch":
             return group_norm_act_by_torch(x, self, self.silu, add, scale, shift)
-        if add is not None:
-            x = x + add.unflatten(1, (-1, *[1] * (x.dim() - 2)))
         return group_norm_act(
             x,
             self.num_groups,
             self.weight,
             self.bias,
+            add=add,
             scale=scale,
             shift=shift,
             eps=self.eps,
