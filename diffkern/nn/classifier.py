@@ -18,7 +18,7 @@ from diffkern.nn.norm import GroupNormAct, count_groups
 from diffkern.nn.unet_config import UNetConfig
 from diffkern.ops import attention
 
-Pool = Literal["adaptive", "attention"]
+Pool = Literal["adaptive", "attention", "spatial", "spatial_v2"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,8 @@ class UNetClassifierConfig:
     encoder    the UNet; its `image_size` decides the positions of the pooling by attention
     labels     number of classes
     pool       "adaptive": GroupNorm, SiLU, the mean over positions, 1 x 1; "attention": GroupNorm, SiLU, attention from
-               the mean to all positions (Radford et al. 2021)
+               the mean to all positions (Radford et al. 2021); "spatial": the means over positions of every block's
+               output, Linear to 2048, ReLU, Linear; "spatial_v2": the same with GroupNorm and SiLU for ReLU
     """
 
     encoder: UNetConfig
@@ -79,6 +80,15 @@ class AttentionPool(nn.Module):
         return out
 
 
+def _pyramid(channels: int, config: UNetClassifierConfig) -> nn.Sequential:
+    """Two layers over the means of every block."""
+    wide = 2048
+    between: list[nn.Module] = [nn.ReLU()]
+    if config.pool == "spatial_v2":
+        between = [nn.GroupNorm(count_groups(wide, config.encoder.groups), wide, config.encoder.eps), nn.SiLU()]
+    return nn.Sequential(nn.Linear(channels, wide), *between, nn.Linear(wide, config.labels))
+
+
 class UNetClassifier(Encoder):
     """log p(y | x_t) before the softmax: ``model(x, t)`` with x [B, C, H, W], t [B] to logits [B, labels].
 
@@ -92,13 +102,15 @@ class UNetClassifier(Encoder):
         encoder = config.encoder
         channels = encoder.widths[-1]
         groups = count_groups(channels, encoder.groups, encoder.group_channels)
-        self.norm = GroupNormAct(groups, channels, encoder.eps)
-        if config.pool == "attention":
+        self.norm = None if config.pool.startswith("spatial") else GroupNormAct(groups, channels, encoder.eps)
+        if self.norm is None:
+            self.pool: nn.Module = _pyramid(sum(self.skip_channels) + channels, config)
+        elif config.pool == "attention":
             assert encoder.size is not None
             height, width = encoder.size
             places = (height // encoder.divisor) * (width // encoder.divisor)
             heads = self._heads(channels)
-            self.pool: nn.Module = AttentionPool(places, channels, heads, config.labels)
+            self.pool = AttentionPool(places, channels, heads, config.labels)
         else:
             self.pool = nn.Conv2d(channels, config.labels, 1)
         switch_attention(self, encoder.attention)
@@ -110,7 +122,10 @@ class UNetClassifier(Encoder):
     def forward(self, x: Tensor, t: Tensor, cond: Any = None) -> Tensor:
         self._checked(x)
         known: Known = self.known(t, cond, x.shape[0])
-        h, _ = self.encode(x, as_mapping(cond), iter(known.changes), iter(known.contexts))
+        h, outputs = self.encode(x, as_mapping(cond), iter(known.changes), iter(known.contexts))
+        if self.norm is None:
+            found: Tensor = self.pool(torch.cat([output.mean((2, 3)) for output in (*outputs, h)], dim=1))
+            return found
         h = self.norm(h)
         if isinstance(self.pool, AttentionPool):
             return self.pool(h)

@@ -44,6 +44,8 @@ class Embedded(nn.Module):
         self.time = nn.Sequential(nn.Linear(sinusoids, width), nn.SiLU(), nn.Linear(width, width))
         places = width if config.class_place == "after" else sinusoids
         self.classes = nn.Embedding(config.classes + 1, places) if config.classes else None
+        biased = config.classes and config.class_bias
+        self.class_bias = nn.Parameter(torch.zeros(places)) if biased else None
         extra = config.vector_channels + config.ids * config.id_channels
         self.vector = nn.Sequential(nn.Linear(extra, width), nn.SiLU(), nn.Linear(width, width)) if extra else None
         self.augment = nn.Linear(config.augment_channels, sinusoids, bias=False) if config.augment_channels else None
@@ -103,7 +105,8 @@ class Embedded(nn.Module):
         if found is None:
             found = torch.full((batch,), self.null_class, dtype=torch.int64, device=weight.device)
         embedded = embed_classes(self.classes, found, batch)
-        return embedded if self.config.class_scale == 1.0 else embedded * self.config.class_scale
+        embedded = embedded if self.config.class_scale == 1.0 else embedded * self.config.class_scale
+        return embedded if self.class_bias is None else embedded + self.class_bias
 
     def _extra(self, given: dict[str, Any], batch: int, weight: Tensor) -> Tensor | None:
         config, parts = self.config, []

@@ -130,11 +130,11 @@ class Encoder(Embedded):
         super().__init__(config)
         parts, widths = Parts(config), config.widths
         given = config.in_channels + config.concat_channels
-        self.enter = nn.Conv2d(given, widths[0], 3, padding=1)
+        current = widths[0] if config.enter_channels is None else config.enter_channels
+        self.enter = nn.Conv2d(given, current, 3, padding=1)
         self.down = nn.ModuleList()
-        self.skip_channels = [widths[0]]
+        self.skip_channels = [current]
         """Channels of every skip, in the order in which they are made."""
-        current = widths[0]
         for level, width in enumerate(widths):
             stages = []
             for _ in range(config.block_counts[level]):

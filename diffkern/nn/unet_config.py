@@ -60,6 +60,7 @@ class UNetConfig:
     concat_upsample    how such an image is brought to the size of x_t: "nearest", "bilinear", or None: it has that size
     channels           channels of the first level
     multipliers        channels of level l are ``channels * multipliers[l]``; each level halves the resolution
+    enter_channels     channels of the first convolution; None: those of the first level
     blocks             blocks in each level on the way down, a number or one a level (one more on the way up)
 
     Blocks:
@@ -104,6 +105,7 @@ class UNetConfig:
     classes            number of classes, 0 for none; class index ``classes`` is "no condition"
     class_place        the class embedding is added "after" the layers of the time embedding or "before" them (SongUNet)
     class_scale        the class embedding is multiplied by this
+    class_bias         a vector that is added to it, for no class too (SongUNet)
     vector_channels    width of an extra vector (SDXL's pooled text), 0 for none
     ids, id_channels   so many numbers (SDXL's sizes), each as a sinusoid of so many channels
     augment_channels   width of EDM's augmentation labels, 0 for none
@@ -117,6 +119,7 @@ class UNetConfig:
     concat_upsample: Upsampling | None = None
     channels: int = 32
     multipliers: tuple[int, ...] = (1, 2)
+    enter_channels: int | None = None
     blocks: int | tuple[int, ...] = 2
     block: Block = "residual"
     modulation: Modulation = "scale_shift"
@@ -150,6 +153,7 @@ class UNetConfig:
     classes: int = 10
     class_place: Place = "after"
     class_scale: float = 1.0
+    class_bias: bool = False
     vector_channels: int = 0
     ids: int = 0
     id_channels: int = 256
@@ -192,13 +196,13 @@ class UNetConfig:
         for name in _COUNTS:
             if getattr(self, name) < 0:
                 raise ValueError(f"UNetConfig.{name} must not be negative, got {getattr(self, name)}")
-        for name in ("embedding", "time_channels", "head_channels"):
+        for name in ("embedding", "enter_channels", "time_channels", "head_channels"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"UNetConfig.{name} must be at least 1, got {value}")
         if self.head_channels is None and self.heads < 1:
             raise ValueError(f"UNetConfig.heads must be at least 1, got {self.heads}")
-        for name in (*_SIZES, *_COUNTS, "embedding", "time_channels", "head_channels", "heads"):
+        for name in (*_SIZES, *_COUNTS, "embedding", "enter_channels", "time_channels", "head_channels", "heads"):
             value = getattr(self, name)
             if value is not None and value > LARGEST:
                 raise ValueError(f"UNetConfig.{name} must be at most {LARGEST}, got {records.shown(value)}")
