@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from helpers.guided_networks_oracle import original
 from helpers.named_weights import Weights
 from torch import Tensor
 
+from diffkern.nn import UNet
 from diffkern.nn.weights import guided_diffusion
 
 T = torch.tensor([3.0, 700.0])
@@ -24,8 +26,14 @@ FLAGS: dict[str, dict[str, Any]] = {
     "128": {"image_size": 128, "attention_resolutions": "32,16,8", "num_heads": 4, "resblock_updown": True,
             "class_cond": True, "num_classes": 5},
     "256": {"image_size": 256, "attention_resolutions": "32,16,8", "num_head_channels": 16, "resblock_updown": True},
-    "512": {"image_size": 512, "attention_resolutions": "32,16,8", "num_head_channels": 16, "resblock_updown": True,
-            "num_channels": 64},
+    "512": {
+        "image_size": 512,
+        "attention_resolutions": "128",
+        "num_head_channels": 16,
+        "resblock_updown": True,
+        "num_channels": 64,
+        "channel_mult": "0.5,1,1",
+    },
     "defaults": {},
 }  # fmt: skip
 IMPROVED: dict[str, dict[str, Any]] = {
@@ -45,11 +53,11 @@ def arguments(
     class_cond: bool = False,
     num_classes: int = 1000,
     num_heads: int = 4,
+    channel_mult: str = "",
     **others: Any,
 ) -> dict[str, Any]:
     """The constructor's arguments that the flags stand for, as `create_model` makes them of them."""
-    levels = {512: (0.5, 1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4),
-              32: (1, 2, 2, 2)}  # fmt: skip
+    levels = {256: (1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4), 32: (1, 2, 2, 2)}
     kept = {name: others[name] for name in guided_networks.DEFAULTS if name in others}
     return {
         "image_size": image_size,
@@ -58,7 +66,7 @@ def arguments(
         "out_channels": 6 if learn_sigma else 3,
         "num_res_blocks": num_res_blocks,
         "attention_resolutions": [image_size // int(side) for side in attention_resolutions.split(",")],
-        "channel_mult": levels[image_size],
+        "channel_mult": [float(m) for m in channel_mult.split(",")] if channel_mult else levels[image_size],
         "num_classes": num_classes if class_cond else None,
         "num_heads": num_heads,
         "use_scale_shift_norm": use_scale_shift_norm,
@@ -72,7 +80,7 @@ def image(side: int, seed: int = 0) -> Tensor:
 
 def side_of(flags: dict[str, Any]) -> int:
     """The smallest that all levels divide, or twice it: the networks are convolutions."""
-    return 64 if flags.get("image_size") == 512 else 32 if flags.get("image_size") == 256 else 16
+    return 32 if flags.get("image_size") == 256 else 16
 
 
 def same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
@@ -157,6 +165,19 @@ def test_wrong_flags_are_one_sentence() -> None:
         guided_diffusion.upsampler_config(image_size=64)
     with pytest.raises(ValueError, match="improved-diffusion has neither"):
         guided_diffusion.improved_unet_config(resblock_updown=True)
+
+
+def test_a_network_that_guided_diffusion_does_not_have_is_not_exported() -> None:
+    config = guided_diffusion.unet_config(**TINY, image_size=32)
+    for change, text in (
+        ({"eps": 1e-6}, r"UNetConfig\.eps must be 1e-05 for a network of guided-diffusion, got 1e-06"),
+        ({"vector_channels": 4}, r"UNetConfig\.vector_channels must be 0 .*, got 4"),
+        ({"blocks": (1, 1, 2, 1)}, r"UNetConfig\.blocks must be \(1, 1, 1, 1\) .*, got \(1, 1, 2, 1\)"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            guided_diffusion.export(UNet(dataclasses.replace(config, **change)))
+    same = dataclasses.replace(config, multipliers=(1, 2, 2, 2), embedding=128, time_channels=32, dropout=0.5)
+    assert "out.2.weight" in guided_diffusion.export(UNet(same))
 
 
 # -------------------------------------------------------------------------------- the transcription, and the original

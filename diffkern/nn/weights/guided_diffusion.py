@@ -24,6 +24,7 @@ from diffkern.nn.classifier import UNetClassifier, UNetClassifierConfig
 from diffkern.nn.unet import UNet
 from diffkern.nn.unet_config import UNetConfig
 from diffkern.nn.weights._keys import Key, Source, fill, to_theirs
+from diffkern.nn.weights._same import need_same
 
 __all__ = [
     "classifier_config",
@@ -319,6 +320,31 @@ def _filled(network: Any, weights: Source, new: bool) -> Any:
     return network
 
 
+def _rebuilt(config: UNetConfig) -> UNetConfig:
+    """Which of guided-diffusion's networks this one must be."""
+    side = 2 ** len(config.multipliers)
+    expected = unet_config(
+        image_size=side,
+        num_channels=config.sinusoids,
+        num_res_blocks=config.block_counts[0],
+        num_heads=config.heads,
+        num_head_channels=-1 if config.head_channels is None else config.head_channels,
+        attention_resolutions=[side >> level for level in config.attention_levels],
+        channel_mult=[width / config.sinusoids for width in config.widths],
+        class_cond=config.classes > 0,
+        num_classes=config.classes,
+        use_scale_shift_norm=config.modulation == "scale_shift",
+        resblock_updown=config.resample == "residual",
+        learn_sigma=config.learned_variance,
+        image_channels=config.in_channels,
+    )
+    if config.resample == "pool":
+        expected = dataclasses.replace(expected, resample="pool")
+    if config.concat_channels:
+        expected = dataclasses.replace(expected, concat_channels=config.in_channels, concat_upsample="bilinear")
+    return expected
+
+
 def export(network: nn.Module, *, use_new_attention_order: bool = False) -> dict[str, Tensor]:
     """The state dict of guided-diffusion's or improved-diffusion's network that a `UNet` or `UNetClassifier` is.
 
@@ -327,4 +353,5 @@ def export(network: nn.Module, *, use_new_attention_order: bool = False) -> dict
     """
     if not isinstance(network, UNet | UNetClassifier):
         raise ValueError(f"network must be a UNet or a UNetClassifier, got {type(network).__name__}")
+    need_same(network.config, _rebuilt(network.config), "guided-diffusion")
     return to_theirs(_keys(network, _order(use_new_attention_order)), network.state_dict())

@@ -1,0 +1,296 @@
+"""Networks and weights of EDM (Karras et al. 2022): SongUNet (DDPM++ and NCSN++, Song et al. 2021) and DhariwalUNet.
+
+EDM's files are pickles of objects, which run code when they are read: where one is trusted, take the state dict of its
+network (``pickle["ema"].state_dict()``) and the constructor's keyword arguments (``pickle["ema"].init_kwargs``), of
+which those of the preconditioner are ignored. `song_unet_config(...)` and `dhariwal_unet_config(...)` are our
+configurations of these networks, `load_song_unet` and `load_dhariwal_unet` the networks with weights, `export` the
+state dict again. `diffkern.nn.wrappers` has the preconditioners.
+
+Class labels are one-hot vectors there and indices here; no label, all zeros there, is the index ``classes``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from diffkern.checks import misspelt
+from diffkern.nn.attention import SpatialSelfAttention
+from diffkern.nn.blocks import ResBlock
+from diffkern.nn.unet import UNet
+from diffkern.nn.unet_config import UNetConfig
+from diffkern.nn.weights._keys import Key, Source, fill, read_state, to_theirs
+from diffkern.nn.weights._same import need_same
+
+__all__ = ["dhariwal_unet_config", "export", "load_dhariwal_unet", "load_song_unet", "song_unet_config"]
+
+_ELSEWHERE = (  # arguments of the preconditioners and of the training
+    "M",
+    "C_1",
+    "C_2",
+    "beta_d",
+    "beta_min",
+    "epsilon_t",
+    "img_channels",
+    "label_dropout",
+    "model_type",
+    "sigma_data",
+    "sigma_max",
+    "sigma_min",
+    "use_fp16",
+)
+PREFIX = "model."
+"""Of the names where the state dict is a preconditioner's."""
+
+
+def song_unet_config(
+    *,
+    img_resolution: int,
+    in_channels: int = 3,
+    out_channels: int = 3,
+    label_dim: int = 0,
+    augment_dim: int = 0,
+    model_channels: int = 128,
+    channel_mult: Sequence[int] = (1, 2, 2, 2),
+    channel_mult_emb: int = 4,
+    num_blocks: int = 4,
+    attn_resolutions: Sequence[int] = (16,),
+    dropout: float = 0.10,
+    embedding_type: Literal["positional", "fourier"] = "positional",
+    channel_mult_noise: int = 1,
+    encoder_type: Literal["standard", "residual"] = "standard",
+    decoder_type: Literal["standard"] = "standard",
+    resample_filter: Sequence[float] = (1, 1),
+    **others: Any,
+) -> UNetConfig:
+    """The configuration of EDM's SongUNet with these arguments.
+
+    ValueError for the "skip" types of encoder and decoder, which none of EDM's networks has, and for sizes that fit no
+    network; TypeError for an unknown argument.
+    """
+    _only_known("song_unet_config", others)
+    for name, value, known in (
+        ("embedding_type", embedding_type, ("positional", "fourier")),
+        ("encoder_type", encoder_type, ("standard", "residual")),
+        ("decoder_type", decoder_type, ("standard",)),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, got {value!r}")
+    return UNetConfig(
+        **_shared(img_resolution, in_channels, out_channels, model_channels, channel_mult, attn_resolutions),
+        enter_channels=model_channels,
+        blocks=num_blocks,
+        modulation="add",
+        filter=tuple(float(tap) for tap in resample_filter),
+        resampled_skip_conv=True,
+        input_skips="residual" if encoder_type == "residual" else "none",
+        residual_scale=math.sqrt(0.5),
+        eps=1e-6,
+        dropout=dropout,
+        up_attention="last",
+        heads=1,
+        embedding=model_channels * channel_mult_emb,
+        time_embedding="fourier" if embedding_type == "fourier" else "sinusoidal",
+        time_channels=model_channels * channel_mult_noise,
+        time_sin_first=True,
+        time_freq_shift=1.0 if embedding_type == "positional" else 0.0,
+        classes=label_dim,
+        class_place="before",
+        class_scale=math.sqrt(label_dim) if label_dim else 1.0,
+        class_bias=bool(label_dim),
+        augment_channels=augment_dim,
+    )
+
+
+def dhariwal_unet_config(
+    *,
+    img_resolution: int,
+    in_channels: int = 3,
+    out_channels: int = 3,
+    label_dim: int = 0,
+    augment_dim: int = 0,
+    model_channels: int = 192,
+    channel_mult: Sequence[int] = (1, 2, 3, 4),
+    channel_mult_emb: int = 4,
+    num_blocks: int = 3,
+    attn_resolutions: Sequence[int] = (32, 16, 8),
+    dropout: float = 0.10,
+    **others: Any,
+) -> UNetConfig:
+    """The configuration of EDM's DhariwalUNet with these arguments; ValueError and TypeError as of
+    `song_unet_config`."""
+    _only_known("dhariwal_unet_config", others)
+    return UNetConfig(
+        **_shared(img_resolution, in_channels, out_channels, model_channels, channel_mult, attn_resolutions),
+        blocks=num_blocks,
+        dropout=dropout,
+        head_channels=64,
+        embedding=model_channels * channel_mult_emb,
+        classes=label_dim,
+        augment_channels=augment_dim,
+    )
+
+
+def _shared(
+    img_resolution: int,
+    in_channels: int,
+    out_channels: int,
+    model_channels: int,
+    channel_mult: Sequence[int],
+    attn_resolutions: Sequence[int],
+) -> dict[str, Any]:
+    levels = range(len(channel_mult))
+    return {
+        "image_size": img_resolution,
+        "in_channels": in_channels,
+        "out_channels": out_channels,
+        "channels": model_channels,
+        "multipliers": tuple(channel_mult),
+        "groups": 32,
+        "group_channels": 4,
+        "attention_levels": tuple(level for level in levels if img_resolution >> level in attn_resolutions),
+    }
+
+
+def _only_known(function: str, others: dict[str, Any]) -> None:
+    for name in others:
+        if name not in _ELSEWHERE:
+            raise TypeError(misspelt(function, name, _ELSEWHERE))
+
+
+# ----------------------------------------------------------------------------------------------------- the key map
+
+_BLOCK = {
+    "norm1": "norm0",
+    "conv1": "conv0",
+    "modulate": "affine",
+    "norm2": "norm1",
+    "conv2": "conv1",
+    "skip": "skip",
+}
+_ATTENTION = {"norm": "norm2", "qkv": "qkv", "proj_out": "proj"}
+
+
+def _places(config: UNetConfig) -> Iterator[tuple[str, str]]:
+    """Our name and theirs of every module that holds tensors or blocks."""
+    assert isinstance(config.image_size, int)
+    side, levels = config.image_size, len(config.multipliers)
+    song = config.resampled_skip_conv
+    sides = [f"{side >> level}x{side >> level}" for level in range(levels)]
+    yield "enter", f"enc.{sides[0]}_conv"
+    for level, count in enumerate(config.block_counts):
+        for i in range(count):
+            yield f"down.{level}.blocks.{i}", f"enc.{sides[level]}_block{i}"
+        if level + 1 < levels:
+            yield f"down.{level}.resample", f"enc.{sides[level + 1]}_down"
+            yield f"down.{level}.input_skip.conv", f"enc.{sides[level + 1]}_aux_residual"
+    yield from ((f"middle.{i}", f"dec.{sides[-1]}_in{i}") for i in range(2))
+    for k, level in enumerate(reversed(range(levels))):
+        for i in range(config.block_counts[level] + 1):
+            yield f"up.{k}.blocks.{i}", f"dec.{sides[level]}_block{i}"
+        if level:
+            yield f"up.{k}.resample", f"dec.{sides[level - 1]}_up"
+    yield "norm", f"dec.{sides[0]}_aux_norm" if song else "out_norm"
+    yield "leave", f"dec.{sides[0]}_aux_conv" if song else "out_conv"
+    yield from (("time.0", "map_layer0"), ("time.2", "map_layer1"), ("augment", "map_augment"))
+
+
+def _keys(network: UNet) -> list[Key]:
+    config = network.config
+    places, modules = dict(_places(config)), dict(network.named_modules())
+    keys = [_key(name, places, modules) for name in network.state_dict()]
+    taps = torch.tensor(config.filter or (1.0, 1.0), dtype=torch.float32)
+    kernel = (torch.outer(taps, taps) / taps.sum() ** 2)[None, None]
+    for ours, theirs in places.items():
+        block = modules.get(ours)
+        if isinstance(block, ResBlock):  # one that resamples
+            keys += [Key(None, (f"{theirs}.{part}.resample_filter",), value=kernel) for part in ("conv0", "skip")]
+        elif block is not None and ours.endswith("input_skip.conv"):
+            keys.append(Key(None, (f"{theirs}.resample_filter",), value=kernel))
+    return keys
+
+
+def _key(name: str, places: dict[str, str], modules: dict[str, nn.Module]) -> Key:
+    module, _, leaf = name.rpartition(".")
+    if name == "fourier.frequencies":
+        return Key(name, ("map_noise.freqs",))
+    if name == "classes.weight":
+        return Key(name, ("map_label.weight",), table="columns")
+    if name == "class_bias":
+        return Key(name, ("map_label.bias",))
+    if module in places:
+        return Key(name, (f"{places[module]}.{leaf}",))
+    outer, _, part = module.rpartition(".")
+    attention = modules[outer]
+    if isinstance(attention, SpatialSelfAttention):
+        theirs = (f"{places[outer.removesuffix('.attention')]}.{_ATTENTION[part]}.{leaf}",)
+        axes = 2 if part != "norm" and leaf == "weight" else None
+        return Key(name, theirs, axes, "edm" if part == "qkv" else "new", attention.num_heads)
+    return Key(name, (f"{places[outer.removesuffix('.block')]}.{_BLOCK.get(part, part)}.{leaf}",))
+
+
+def load_song_unet(weights: Source, **arguments: Any) -> UNet:
+    """EDM's SongUNet of these arguments with these weights: the state dict of it or of its preconditioner, or a file.
+
+    The network has copies of its own, in the dtype of the weights, on the CPU. Arguments as of `song_unet_config`.
+    ValueError that lists every missing, unknown or misshapen tensor; for a file of anything but tensors.
+    """
+    return _filled(song_unet_config(**arguments), weights)
+
+
+def load_dhariwal_unet(weights: Source, **arguments: Any) -> UNet:
+    """EDM's DhariwalUNet of these arguments with these weights: as `load_song_unet`, arguments as of
+    `dhariwal_unet_config`."""
+    return _filled(dhariwal_unet_config(**arguments), weights)
+
+
+def _filled(config: UNetConfig, weights: Source) -> UNet:
+    state, network = read_state(weights), UNet(config)
+    if all(name.startswith(PREFIX) for name in state):
+        state = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
+    fill(network, _keys(network), state)
+    return network
+
+
+def _rebuilt(config: UNetConfig) -> UNetConfig:
+    """Which of EDM's networks this one must be."""
+    if not isinstance(config.image_size, int):
+        raise ValueError(f"UNetConfig.image_size must be a number, which EDM's names hold, got {config.image_size}")
+    song = config.resampled_skip_conv
+    shared: dict[str, Any] = {
+        "img_resolution": config.image_size,
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "label_dim": config.classes,
+        "augment_dim": config.augment_channels,
+        "model_channels": config.channels,
+        "channel_mult": config.multipliers,
+        "channel_mult_emb": config.embedding_width // config.channels,
+        "num_blocks": config.block_counts[0],
+        "attn_resolutions": [config.image_size >> level for level in config.attention_levels],
+    }
+    if not song:
+        return dhariwal_unet_config(**shared)
+    return song_unet_config(
+        **shared,
+        embedding_type="fourier" if config.time_embedding == "fourier" else "positional",
+        channel_mult_noise=config.sinusoids // config.channels,
+        encoder_type="residual" if config.input_skips == "residual" else "standard",
+        resample_filter=config.filter or (1, 1),
+    )
+
+
+def export(network: nn.Module) -> dict[str, Tensor]:
+    """The state dict of EDM's network that a `UNet` of `song_unet_config` or `dhariwal_unet_config` is.
+
+    The inverse of the loaders, bit for bit; tensors are views of the network's where no row moves. ValueError for
+    another network, and for a trained row of "no class".
+    """
+    if not isinstance(network, UNet):
+        raise ValueError(f"network must be a UNet, got {type(network).__name__}")
+    need_same(network.config, _rebuilt(network.config), "EDM")
+    return to_theirs(_keys(network), network.state_dict())
