@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from diffkern.checks import unknown
 from diffkern.nn.unet_config import UNetConfig
+from diffkern.nn.unet_presets import UNETS
 
 Config = UNetConfig
 
@@ -28,6 +29,7 @@ PRESETS: dict[str, Config] = {
         time_freq_shift=1.0,
         classes=0,
     ),
+    **UNETS,
 }
 """A `UNetConfig` or `DiTConfig` for each name; ``dataclasses.replace`` changes what another data set needs."""
 
