@@ -82,7 +82,9 @@ class _Block(nn.Module):
 
     @staticmethod
     def _pointwise(conv: nn.Conv1d, x: Tensor) -> Tensor:
-        """The 1 x 1 convolution; [B, C, H, W] as a two-dimensional one, which keeps channels_last."""
+        """The 1 x 1 convolution; of channels_last as a product of what lies there, which keeps the format."""
+        if x.dim() == 4 and x.stride(1) == 1:
+            return F.linear(x.permute(0, 2, 3, 1), conv.weight[..., 0], conv.bias).permute(0, 3, 1, 2)
         if x.dim() == 4:
             return F.conv2d(x, conv.weight[..., None], conv.bias)
         return F.conv1d(x.flatten(2), conv.weight, conv.bias).unflatten(2, x.shape[2:])

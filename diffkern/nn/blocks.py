@@ -22,6 +22,18 @@ def zeroed(module: Any, zero: bool = True) -> Any:
     return module
 
 
+class Pointwise(nn.Conv2d):
+    """A 1 x 1 convolution, [B, C_in, H, W] to [B, C_out, H, W]: of channels_last a product of what lies there."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.stride(1) != 1:
+            return super().forward(x)
+        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
 class Resampler(nn.Module):
     """Half or twice the resolution, [B, C, H, W] to [B, C, H / 2, W / 2] or [B, C, 2 H, 2 W], without weights.
 
@@ -134,7 +146,7 @@ class ResBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1), zero_init)
         same = in_channels == out_channels and not (resampled_skip_conv and resample != "none")
-        self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+        self.skip = nn.Identity() if same else Pointwise(in_channels, out_channels)
 
     def forward(self, x: Tensor, change: Tensor) -> Tensor:
         h = self.conv1(self.resample(self.norm1(x)))
@@ -180,11 +192,11 @@ class ConvNeXtBlock(nn.Module):
         self.depthwise = nn.Conv2d(in_channels, in_channels, 7, padding=3, groups=in_channels)
         self.modulate = nn.Linear(embedding, (2 if modulation == "scale_shift" else 1) * in_channels)
         self.norm = nn.LayerNorm(in_channels, eps=eps)
-        self.conv1 = nn.Conv2d(in_channels, self.EXPANSION * in_channels, 1)
+        self.conv1 = Pointwise(in_channels, self.EXPANSION * in_channels)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = zeroed(nn.Conv2d(self.EXPANSION * in_channels, out_channels, 1), zero_init)
+        self.conv2 = zeroed(Pointwise(self.EXPANSION * in_channels, out_channels), zero_init)
         same = in_channels == out_channels and not (resampled_skip_conv and resample != "none")
-        self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+        self.skip = nn.Identity() if same else Pointwise(in_channels, out_channels)
 
     def forward(self, x: Tensor, change: Tensor) -> Tensor:
         x = self.resample(x)
@@ -200,6 +212,6 @@ class ConvNeXtBlock(nn.Module):
 
 
 def joined(skip: Tensor, branch: Tensor, scale: float) -> Tensor:
-    """(skip + branch) scale."""
-    total = skip + branch
-    return total if scale == 1.0 else total * scale
+    """(skip + branch) scale, in place of the branch, which a layer has just made and nothing else has."""
+    total = branch.add_(skip)
+    return total if scale == 1.0 else total.mul_(scale)

@@ -137,7 +137,7 @@ class Embedded(nn.Module):
             x = torch.cat([x, image.to(x.dtype)], dim=1)
         elif image is not None:
             raise ValueError("this network takes no image, but cond['image'] was given")
-        return x.contiguous(memory_format=torch.channels_last)
+        return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
     def _stage(self, stage: nn.Module, *args: Any) -> Tensor:
         """The stage, keeping only its inputs for the backward pass where that was asked for."""

@@ -82,7 +82,7 @@ class UNet(Encoder):
             if level.resample is not None:
                 h = self._run(level.resample, h, changes, contexts)
         out: Tensor = self.leave(self.norm(h))
-        return out if x.is_contiguous(memory_format=torch.channels_last) and x.shape[1] > 1 else out.contiguous()
+        return out if x.stride(1) == 1 and x.shape[1] > 1 else out.contiguous()
 
     def _controlled(self, skips: list[Tensor], given: dict[str, Any]) -> list[Tensor]:
         """The skips, with the residuals of a control network added."""
