@@ -10,18 +10,18 @@ import argparse
 import ctypes
 import fnmatch
 import functools
-import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from benchmarks import report
+from benchmarks.alone import alone, reason
 from benchmarks.cases import CASES, Case, Setting
 from benchmarks.costs import costs_of
 from benchmarks.machine import environment
@@ -31,7 +31,6 @@ from diffkern import _load
 
 __all__ = ["Options", "check", "choose", "copy_of", "main", "measure"]
 
-T = TypeVar("T")
 HEAPS = {
     "system": "the allocator's defaults: large blocks go back to the system when freed",
     "kept": "freed memory stays with the process: hardly a page fault, the best case of code that allocates",
@@ -134,12 +133,6 @@ def _per_step(measured: Measured, name: str, steps: int) -> Stats:
 
 
 # ---------------------------------------------------------------------------------------- in a process of its own
-def _alone(work: Callable[..., T], *arguments: Any) -> T:
-    """work(*arguments) in a fresh process; what it raises is raised here, and so is its crash."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(work, *arguments).result()
-
-
 def _check_work(name: str, options: Options) -> Result:
     options.enter()
     return check(CASES[name](Setting(options.device, options.compiled)), options.device)
@@ -166,11 +159,10 @@ def _measure_work(name: str, checked: Result, options: Options) -> Result:
 
 def _run_case(name: str, options: Options) -> Result:
     try:
-        checked = _alone(_check_work, name, options)
-        return _alone(_measure_work, name, checked, options) if checked.passed else checked
+        checked = alone(_check_work, name, options)
+        return alone(_measure_work, name, checked, options) if checked.passed else checked
     except Exception as error:  # one broken case must not take the others' results with it
-        lines = str(error).strip().splitlines() or [""]
-        return Result(name, name, (), "", 0, None, (), False, error=f"{type(error).__name__}: {lines[0][:200]}")
+        return Result(name, name, (), "", 0, None, (), False, error=reason(error))
 
 
 def _timer(device: str, overhead: bool = False) -> Timer:
@@ -224,7 +216,7 @@ def main(words: Sequence[str] | None = None) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     compiled = not arguments.no_compile
     options = Options(arguments.device, compiled, arguments.threads or cores, arguments.seconds, arguments.heap)
-    facts = _alone(_facts, options)
+    facts = alone(_facts, options)
     print("\n".join(f"{key}: {value}" for key, value in facts.items()), flush=True)
     results = []
     for i, name in enumerate(names):

@@ -223,7 +223,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     assert capsys.readouterr().out.split() == list(cases.CASES)
     assert run.main(["--cases", "no-such-case"]) == 2
     assert "matches none" in capsys.readouterr().err
-    monkeypatch.setattr(run, "_alone", lambda work, *arguments: work(*arguments))
+    monkeypatch.setattr(run, "alone", lambda work, *arguments: work(*arguments))
     monkeypatch.setattr(run, "_facts", lambda options: {"processor": "p"})
     tiny = {"randn-small": lambda setting: cases.randn("randn-small", setting, TINY), "broken": lambda setting: 1 / 0}
     monkeypatch.setattr(run, "CASES", tiny)
