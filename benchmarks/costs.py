@@ -11,7 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Costs", "costs_of"]
+__all__ = ["Costs", "costs_of", "peak_of"]
 
 # What torch's profiler has to say of itself; for the processes that are started from here.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -41,10 +41,11 @@ def costs_of(call: Callable[[], object], steps: int, device: str) -> Costs:
     call()  # warm: tables, caches
     with _Count() as counted:
         call()
-    return Costs(counted.ops / steps, _peak(call, device))
+    return Costs(counted.ops / steps, peak_of(call, device))
 
 
-def _peak(call: Callable[[], object], device: str) -> int:
+def peak_of(call: Callable[[], object], device: str = "cpu") -> int:
+    """Bytes that torch's allocator holds at once in a call, on top of what was there (oneDNN's scratch is not its)."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
