@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from diffkern import records
 from diffkern.checks import unknown
 from diffkern.nn.conditions import Known, as_mapping
-from diffkern.nn.embedded import switch_attention
+from diffkern.nn.embedded import lay_out, switch_attention
 from diffkern.nn.encoder import Encoder
 from diffkern.nn.norm import GroupNormAct, count_groups
 from diffkern.nn.unet_config import UNetConfig
@@ -114,6 +114,7 @@ class UNetClassifier(Encoder):
         else:
             self.pool = nn.Conv2d(channels, config.labels, 1)
         switch_attention(self, encoder.attention)
+        lay_out(self)
 
     def _heads(self, channels: int) -> int:
         head_channels = self.config.head_channels

@@ -27,6 +27,14 @@ def switch_attention(network: nn.Module, attention: Attention) -> None:
             module.attention = attention
 
 
+def lay_out(network: nn.Module, *_: Any) -> None:
+    """Convolutions' weights as channels_last, as activations are: otherwise each is laid out anew in every call.
+
+    Their state dict has this layout, too: `safetensors.torch.save_file` wants ``tensor.contiguous()`` of it.
+    """
+    network.to(memory_format=torch.channels_last)
+
+
 class Embedded(nn.Module):
     """What the networks of the family share: the embedding of time and conditions, its way into blocks, switches."""
 
@@ -49,6 +57,7 @@ class Embedded(nn.Module):
         extra = config.vector_channels + config.ids * config.id_channels
         self.vector = nn.Sequential(nn.Linear(extra, width), nn.SiLU(), nn.Linear(width, width)) if extra else None
         self.augment = nn.Linear(config.augment_channels, sinusoids, bias=False) if config.augment_channels else None
+        self.register_load_state_dict_post_hook(lay_out)  # for load_state_dict(..., assign=True)
         self.checkpointing = False
         """Whether blocks keep nothing for the backward pass but their input, and run again in it (training alone)."""
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from diffkern.nn.blocks import zeroed
 from diffkern.nn.conditions import Known, as_mapping, expect
-from diffkern.nn.embedded import switch_attention
+from diffkern.nn.embedded import lay_out, switch_attention
 from diffkern.nn.encoder import Encoder, Level, Parts
 from diffkern.nn.norm import GroupNormAct, count_groups
 from diffkern.nn.unet_config import UNetConfig
@@ -59,6 +59,7 @@ class UNet(Encoder):
         self.norm = GroupNormAct(count_groups(current, config.groups, config.group_channels), current, config.eps)
         self.leave = zeroed(nn.Conv2d(current, config.predicted_channels, 3, padding=1), config.zero_init)
         switch_attention(self, config.attention)
+        lay_out(self)
 
     def _levels(self) -> list[Any]:
         return [*self.up]

@@ -30,7 +30,7 @@ RECIPE = Recipe(unet=TINY, timesteps=10)
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, torch.Tensor]:
-    return {name: t.clone() for name, t in UNet(TINY).state_dict().items()}
+    return {name: t.contiguous() for name, t in UNet(TINY).state_dict().items()}
 
 
 def write(path: Path, weights: dict[str, torch.Tensor], metadata: str) -> Path:

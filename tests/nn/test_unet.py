@@ -221,3 +221,13 @@ def test_bad_input() -> None:
         model(x, t[:3], cond)
     with pytest.raises(ValueError, match=r"cond must be an integer tensor of shape \(4,\)"):
         model(x, t, cond.float())
+
+
+def test_weights_are_channels_last_however_they_were_loaded() -> None:
+    model = UNet(SMALL)
+    plain = {name: tensor.contiguous() for name, tensor in awake(UNet(SMALL)).state_dict().items()}
+    for assign in (False, True):
+        model.load_state_dict(plain, assign=assign)
+        weight = model.down[0].blocks[0].block.conv1.weight  # type: ignore[union-attr, index]
+        assert weight.is_contiguous(memory_format=torch.channels_last), assign
+        assert torch.equal(weight, plain["down.0.blocks.0.block.conv1.weight"])
