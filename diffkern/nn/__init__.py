@@ -1,4 +1,4 @@
-"""Networks: UNets by options, their blocks, a classifier, and configurations of published ones by name.
+"""Networks: UNets by options, their blocks, a classifier, the DiT, and configurations of published ones by name.
 
 The names below are imported from their modules when they are first asked for (PEP 562).
 """
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from diffkern.nn.blocks import ConvNeXtBlock, ResBlock
     from diffkern.nn.classifier import UNetClassifier, UNetClassifierConfig
     from diffkern.nn.conditions import Known
+    from diffkern.nn.dit import DiT, DiTBlock
+    from diffkern.nn.dit_config import DiTConfig
     from diffkern.nn.embeddings import FourierEmbedding, sinusoidal_embedding
     from diffkern.nn.networks import NETWORKS
     from diffkern.nn.norm import GroupNormAct
@@ -27,6 +29,8 @@ _MODULES = {
     "blocks": ("ConvNeXtBlock", "ResBlock"),
     "classifier": ("UNetClassifier", "UNetClassifierConfig"),
     "conditions": ("Known",),
+    "dit": ("DiT", "DiTBlock"),
+    "dit_config": ("DiTConfig",),
     "embeddings": ("FourierEmbedding", "sinusoidal_embedding"),
     "networks": ("NETWORKS",),
     "norm": ("GroupNormAct",),
@@ -41,6 +45,9 @@ __all__ = [
     "NETWORKS",
     "PRESETS",
     "ConvNeXtBlock",
+    "DiT",
+    "DiTBlock",
+    "DiTConfig",
     "FourierEmbedding",
     "GroupNormAct",
     "Known",

@@ -49,9 +49,12 @@ def check_times(t: Tensor, batch: int) -> Tensor:
 
 def embed_classes(table: nn.Embedding, classes: Any, batch: int) -> Tensor:
     """[B, E] of classes [B]: one outside the table is a ValueError on the CPU, and NaN where values are not read."""
-    if not isinstance(classes, Tensor) or classes.shape != (batch,) or classes.is_floating_point():
+    integer = isinstance(classes, Tensor) and not classes.is_floating_point() and classes.dtype != torch.bool
+    if not integer or classes.shape != (batch,):
         got = f"{classes.dtype} {tuple(classes.shape)}" if isinstance(classes, Tensor) else type(classes).__name__
         raise ValueError(f"cond must be an integer tensor of shape ({batch},), got {got}")
+    if classes.device != table.weight.device:
+        raise ValueError(f"cond must be on {table.weight.device}, the device of the weights, got {classes.device}")
     most = table.num_embeddings - 1
     if readable(classes):
         if batch and not 0 <= int(classes.min()) <= int(classes.max()) <= most:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
+from diffkern.nn.dit import DiT
+from diffkern.nn.dit_config import DiTConfig
 from diffkern.nn.unet import UNet
 from diffkern.nn.unet_config import UNetConfig
 
-NETWORKS: dict[str, tuple[type[nn.Module], type]] = {"UNet": (UNet, UNetConfig)}
+NETWORKS: dict[str, tuple[type[nn.Module], type]] = {"UNet": (UNet, UNetConfig), "DiT": (DiT, DiTConfig)}
 """Networks that are built from plain data, by name: the class and that of its configuration."""
