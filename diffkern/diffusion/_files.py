@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -225,7 +226,7 @@ def _network_from(data: Any, shapes: dict[str, list[int]], null: Tensor | None, 
         raise ValueError(f"network.name must be one of {', '.join(known)}, got {shown(name)}")
     network_class, config_class = known[name]
     config = of_kind(data.get("config"), {config_class.__name__: config_class}, "network.config")
-    for field, value in vars(config).items():
+    for field, value in _fields(config):
         size = len(value) if isinstance(value, tuple) else value if field in ("blocks", "depth", "layers") else 0
         if size > len(shapes):
             raise ValueError(
@@ -247,6 +248,13 @@ def _network_from(data: Any, shapes: dict[str, list[int]], null: Tensor | None, 
             )
     with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten: torch's generator stays as it is
         return network_class(config)
+
+
+def _fields(config: Any) -> Iterator[tuple[str, Any]]:
+    """Of a configuration, and of that of a network inside."""
+    yield from vars(config).items()
+    if getattr(config, "inner", None) is not None:
+        yield from _fields(config.inner)
 
 
 def _place(null: _Null | None) -> Tensor | None:

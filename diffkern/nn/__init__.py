@@ -23,6 +23,14 @@ if TYPE_CHECKING:
     from diffkern.nn.transformer import SpatialTransformer, TransformerBlock
     from diffkern.nn.unet import UNet
     from diffkern.nn.unet_config import UNetConfig
+    from diffkern.nn.wrappers import (
+        FlowNetwork,
+        FlowNetworkConfig,
+        Preconditioned,
+        PreconditionedConfig,
+        ScoreNetwork,
+        ScoreNetworkConfig,
+    )
 
 _MODULES = {
     "attention": ("SpatialCrossAttention", "SpatialSelfAttention"),
@@ -38,6 +46,14 @@ _MODULES = {
     "transformer": ("SpatialTransformer", "TransformerBlock"),
     "unet": ("UNet",),
     "unet_config": ("UNetConfig",),
+    "wrappers": (
+        "FlowNetwork",
+        "FlowNetworkConfig",
+        "Preconditioned",
+        "PreconditionedConfig",
+        "ScoreNetwork",
+        "ScoreNetworkConfig",
+    ),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -48,10 +64,16 @@ __all__ = [
     "DiT",
     "DiTBlock",
     "DiTConfig",
+    "FlowNetwork",
+    "FlowNetworkConfig",
     "FourierEmbedding",
     "GroupNormAct",
     "Known",
+    "Preconditioned",
+    "PreconditionedConfig",
     "ResBlock",
+    "ScoreNetwork",
+    "ScoreNetworkConfig",
     "SpatialCrossAttention",
     "SpatialSelfAttention",
     "SpatialTransformer",

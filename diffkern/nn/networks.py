@@ -8,6 +8,20 @@ from diffkern.nn.dit import DiT
 from diffkern.nn.dit_config import DiTConfig
 from diffkern.nn.unet import UNet
 from diffkern.nn.unet_config import UNetConfig
+from diffkern.nn.wrappers import (
+    FlowNetwork,
+    FlowNetworkConfig,
+    Preconditioned,
+    PreconditionedConfig,
+    ScoreNetwork,
+    ScoreNetworkConfig,
+)
 
-NETWORKS: dict[str, tuple[type[nn.Module], type]] = {"UNet": (UNet, UNetConfig), "DiT": (DiT, DiTConfig)}
+NETWORKS: dict[str, tuple[type[nn.Module], type]] = {
+    "UNet": (UNet, UNetConfig),
+    "DiT": (DiT, DiTConfig),
+    "Preconditioned": (Preconditioned, PreconditionedConfig),
+    "ScoreNetwork": (ScoreNetwork, ScoreNetworkConfig),
+    "FlowNetwork": (FlowNetwork, FlowNetworkConfig),
+}
 """Networks that are built from plain data, by name: the class and that of its configuration."""
