@@ -95,7 +95,6 @@ class Parts:
                 heads,
                 groups=groups,
                 eps=eps,
-                dropout=config.dropout,
                 attention=config.attention,
                 zero_init=config.zero_init,
             )
