@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal, overload
 
 from diffkern.checks import unknown
@@ -14,26 +15,62 @@ Config = UNetConfig | DiTConfig
 _DIT_SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 """Width, depth and heads: table 1 of Peebles & Xie 2023."""
 
+_DDPM = UNetConfig(  # Ho et al. 2020
+    image_size=32,
+    in_channels=3,
+    out_channels=3,
+    channels=128,
+    multipliers=(1, 2, 2, 2),
+    blocks=2,
+    modulation="add",
+    resample="conv",
+    downsample_padding="asymmetric",
+    groups=32,
+    eps=1e-6,
+    dropout=0.1,
+    attention_levels=(1,),
+    heads=1,
+    time_sin_first=True,
+    time_freq_shift=1.0,
+    classes=0,
+)
+_SD = UNetConfig(  # Rombach et al. 2022, Stable Diffusion 1.x: latents of 64 x 64
+    image_size=64,
+    in_channels=4,
+    out_channels=4,
+    channels=320,
+    multipliers=(1, 2, 4, 4),
+    blocks=2,
+    modulation="add",
+    resample="conv",
+    groups=32,
+    attention_levels=(0, 1, 2),
+    heads=8,
+    transformer_depth=1,
+    context_channels=768,
+    attention_eps=1e-6,
+    classes=0,
+)
+_SD2 = replace(_SD, heads=4, head_channels=64, context_channels=1024)
+
 PRESETS: dict[str, Config] = {
     "digits": UNetConfig(embedding=128, time_channels=128),  # the demo's: 8 x 8 digits of ten classes
-    "ddpm-cifar10": UNetConfig(  # Ho et al. 2020, 35.7 M parameters
-        image_size=32,
-        in_channels=3,
-        out_channels=3,
-        channels=128,
-        multipliers=(1, 2, 2, 2),
-        blocks=2,
-        modulation="add",
-        resample="conv",
-        downsample_padding="asymmetric",
-        groups=32,
-        eps=1e-6,
-        dropout=0.1,
-        attention_levels=(1,),
-        heads=1,
-        time_sin_first=True,
-        time_freq_shift=1.0,
-        classes=0,
+    "ddpm-cifar10": _DDPM,  # 35.7 M parameters
+    "ddpm-celebahq-256": replace(  # 113.7 M
+        _DDPM, image_size=256, multipliers=(1, 1, 2, 2, 4, 4), attention_levels=(4,), dropout=0.0
+    ),
+    "sd-1": _SD,  # 859.5 M
+    "sd-2": _SD2,  # 865.9 M
+    "sdxl": replace(  # Podell et al. 2023, 2567.5 M
+        _SD2,
+        image_size=128,
+        multipliers=(1, 2, 4),
+        attention_levels=(1, 2),
+        transformer_depth=(0, 2, 10),
+        context_channels=2048,
+        vector_channels=1280,
+        ids=6,
+        id_channels=256,
     ),
     **UNETS,
     **{  # Peebles & Xie 2023, latents of 256 x 256 images: S 33 M, B 130 M, L 458 M, XL 675 M parameters

@@ -11,6 +11,7 @@ embeds it. Inside, tensors are channels_last.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -84,6 +85,41 @@ class UNet(Encoder):
                 h = self._run(level.resample, h, changes, contexts)
         out: Tensor = self.leave(self.norm(h))
         return out if x.stride(1) == 1 and x.shape[1] > 1 else out.contiguous()
+
+    @staticmethod
+    def from_diffusers(
+        path: str | os.PathLike[str],
+        subfolder: str | None = None,
+        *,
+        variant: str | None = None,
+        ids: int | None = None,
+    ) -> UNet:
+        """The network of a folder that diffusers wrote: `UNet2DModel`, `UNet2DConditionModel` (SD 1.x, 2.x, SDXL).
+
+        Nothing is fetched: ``path`` has config.json and diffusion_pytorch_model.safetensors, or an index and its
+        parts, or is a pipeline, whose ``subfolder`` is "unet" where none is given. ``variant``: "fp16" for the files of
+        that name, which are also read where there are no others; the network takes their dtype. ``ids``: the numbers
+        that go with SDXL's pooled text; None: 6, and 5 for its refiner. In eval mode, on the CPU.
+
+        The times are those of training (0..999); their text embeddings are cond["context"], `text_embeds` and
+        `time_ids` are cond["vector"] and cond["ids"]; what is concatenated to the latents (inpainting) is
+        cond["image"].
+        FileNotFoundError for a missing folder or file; ValueError, one sentence, for another class, an option that we
+        have no network for, a file of pickles, and weights that do not fit.
+        """
+        from diffkern.nn.weights import diffusers  # only where weights of others are read
+
+        return diffusers.from_folder(path, subfolder, variant=variant, ids=ids)
+
+    def to_diffusers(self, path: str | os.PathLike[str], **fields: Any) -> None:
+        """Write a folder that diffusers' `from_pretrained` reads: `UNet2DConditionModel` where there is a context.
+
+        ``fields`` of its config.json, such as sample_size. ValueError in one sentence for an option that diffusers
+        does not have; nothing is written then.
+        """
+        from diffkern.nn.weights import diffusers  # only where weights for others are written
+
+        diffusers.to_folder(self, path, **fields)
 
     def _controlled(self, skips: list[Tensor], given: dict[str, Any]) -> list[Tensor]:
         """The skips, with the residuals of a control network added."""

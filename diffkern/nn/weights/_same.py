@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from diffkern.nn.heads import count_heads
 from diffkern.nn.unet_config import UNetConfig
 from diffkern.records import shown
 
@@ -32,16 +33,24 @@ def _meant(config: UNetConfig) -> dict[str, Any]:
     found = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     found["channels"], found["multipliers"] = None, config.widths
     found["enter_channels"] = config.enter_channels or config.widths[0]
-    found["blocks"], found["transformer_depth"] = config.block_counts, config.depths
+    used = sorted({*config.attention_levels, *([len(config.multipliers) - 1] if config.middle_attention else [])})
+    found["blocks"], found["transformer_depth"] = config.block_counts, tuple(config.depths[level] for level in used)
+    found["heads"] = tuple(count_heads(config.widths[level], config.heads, config.head_channels) for level in used)
     found["attention_levels"] = tuple(sorted(set(config.attention_levels)))
     found["attention_eps"] = config.attention_eps or config.eps
     found["embedding"], found["time_channels"] = config.embedding_width, config.sinusoids
     found["filter"] = None if config.filter == (1.0, 1.0) else config.filter
-    without = [*_FREE, *([] if config.head_channels is None else ["heads"]), *([] if config.ids else ["id_channels"])]
-    if not config.classes:
-        without += ["class_place", "class_scale", "class_bias"]
-    if config.resample != "conv":
-        without.append("downsample_padding")
-    if config.time_embedding == "fourier":
-        without.append("time_freq_shift")
-    return {name: value for name, value in found.items() if name not in without}
+    idle = {
+        "head_channels": True,
+        "id_channels": not config.ids,
+        "class_place": not config.classes,
+        "class_scale": not config.classes,
+        "class_bias": not config.classes,
+        "concat_upsample": not config.concat_channels,
+        "up_attention": not config.attention_levels,
+        "resample": len(config.multipliers) == 1,
+        "downsample_padding": config.resample != "conv" or len(config.multipliers) == 1,
+        "resampled_skip_conv": config.resample != "residual" or len(config.multipliers) == 1,
+        "time_freq_shift": config.time_embedding == "fourier",
+    }
+    return {name: value for name, value in found.items() if name not in _FREE and not idle.get(name, False)}
