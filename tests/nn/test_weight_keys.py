@@ -11,7 +11,7 @@ from helpers.lazy import Lazy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffkern.nn.weights._keys import Key, fill, read_state, to_ours, to_theirs
+from diffkern.nn.weights._keys import Key, fill, read_state, to_ours, to_theirs, unfilled
 from diffkern.ops import spatial_attention
 
 safetensors = Lazy("safetensors.torch")
@@ -175,6 +175,16 @@ def test_a_network_is_filled_with_copies_in_the_dtype_of_the_weights() -> None:
     assert torch.equal(network.weight, given["w"])
     given["w"].zero_()
     assert bool(network.weight.any())
+
+
+def test_an_unfilled_network_costs_no_random_numbers() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        network = unfilled(lambda: nn.Sequential(nn.Linear(3, 2), nn.GroupNorm(1, 2), nn.Embedding(3, 2)))
+    assert {parameter.device.type for parameter in network.parameters()} == {"cpu"}
+    assert torch.equal(torch.rand(3), expected)
 
 
 def test_a_network_that_the_weights_do_not_fit_stays_as_it_was() -> None:

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor, nn
 
 import diffkern
-from diffkern.nn import FlowNetwork, Preconditioned, PreconditionedConfig, ScoreNetwork, UNet, UNetConfig
+from diffkern.nn import (
+    DiT,
+    DiTConfig,
+    FlowNetwork,
+    Preconditioned,
+    PreconditionedConfig,
+    ScoreNetwork,
+    UNet,
+    UNetConfig,
+)
 
 SMALL = UNetConfig(image_size=4, channels=8, multipliers=(1,), blocks=1, attention_levels=(), middle_attention=False,
                    classes=3, zero_init=False)  # fmt: skip
@@ -155,6 +164,18 @@ def test_a_denoiser_of_edm_is_its_prediction_by_the_plan() -> None:
     raw = diffkern.Diffusion(inner, diffkern.edm(), "edm", time_scale=1.0)
     wrapped = diffkern.Diffusion(Preconditioned.of(inner, "edm"), diffkern.edm(), "x0")
     torch.testing.assert_close(wrapped.denoise(image(), SIGMA), raw.denoise(image(), SIGMA))
+
+
+def test_a_dit_is_wrapped_as_a_unet_is() -> None:
+    config = DiTConfig(image_size=4, in_channels=1, width=16, depth=1, heads=2, classes=3, learned_variance=True)
+    inner, x = DiT(config), image()
+    for parameter in inner.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    wrapped = FlowNetwork.of(inner)
+    t = torch.tensor([0.0, 0.75])
+    torch.testing.assert_close(wrapped(x, t, COND), inner(x, 1000 * t, COND)[:, :1])
+    assert FlowNetwork(wrapped.config).network.config == config
+    assert (wrapped.null_class, wrapped.config.in_channels, wrapped.config.image_size) == (3, 1, 4)
 
 
 def test_what_cannot_be_wrapped_is_one_sentence() -> None:

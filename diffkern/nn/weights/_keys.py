@@ -11,21 +11,23 @@ import importlib
 import os
 import pickle
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from diffkern.names import HeadOrder
 from diffkern.records import shown
 
-__all__ = ["Key", "Source", "fill", "read_state", "to_ours", "to_theirs"]
+__all__ = ["Key", "Source", "fill", "read_state", "to_ours", "to_theirs", "unfilled"]
 
 Source: TypeAlias = "Mapping[str, Tensor] | str | os.PathLike[str]"
 """A state dict, or a file that holds one: safetensors, or torch.save of nothing but tensors."""
 Shapes: TypeAlias = "Mapping[str, Sequence[int]]"
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -164,6 +166,24 @@ def _shape_there(key: Key, shapes: Shapes) -> tuple[int, ...]:
     if key.ours not in shapes:
         raise ValueError(f"{', '.join(key.theirs)} has no place in our network ({key.ours})")
     return key.shape_there(shapes[key.ours])
+
+
+class _NoInitialValues(TorchFunctionMode):
+    """`torch.nn.init` leaves tensors as they are."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def unfilled(made: Callable[[], Network]) -> Network:
+    """The network that ``made()`` returns, whose weights have no initial values, as `fill` gives all of them theirs.
+
+    On the CPU; torch's generator stays as it is.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), _NoInitialValues():
+        return made()
 
 
 def fill(network: nn.Module, keys: Iterable[Key], source: Source) -> None:

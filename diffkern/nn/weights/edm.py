@@ -21,7 +21,7 @@ from diffkern.nn.attention import SpatialSelfAttention
 from diffkern.nn.blocks import ResBlock
 from diffkern.nn.unet import UNet
 from diffkern.nn.unet_config import UNetConfig
-from diffkern.nn.weights._keys import Key, Source, fill, read_state, to_theirs
+from diffkern.nn.weights._keys import Key, Source, fill, read_state, to_theirs, unfilled
 from diffkern.nn.weights._same import need_same
 from diffkern.nn.weights.edm_config import dhariwal_unet_config, song_unet_config
 
@@ -118,7 +118,7 @@ def load_dhariwal_unet(weights: Source, **arguments: Any) -> UNet:
 
 
 def _filled(config: UNetConfig, weights: Source) -> UNet:
-    state, network = read_state(weights), UNet(config)
+    state, network = read_state(weights), unfilled(lambda: UNet(config))
     if all(name.startswith(PREFIX) for name in state):
         state = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
     fill(network, _keys(network), state)

@@ -21,7 +21,7 @@ from diffkern.nn.attention import SpatialSelfAttention
 from diffkern.nn.classifier import UNetClassifier, UNetClassifierConfig
 from diffkern.nn.unet import UNet
 from diffkern.nn.unet_config import UNetConfig
-from diffkern.nn.weights._keys import Key, Source, fill, to_theirs
+from diffkern.nn.weights._keys import Key, Source, fill, to_theirs, unfilled
 from diffkern.nn.weights._same import need_same
 from diffkern.nn.weights.openai_config import (
     Numbers,
@@ -162,25 +162,26 @@ def load(weights: Source, *, use_new_attention_order: bool = False, **flags: Any
     The network has copies of its own, in the dtype of the weights, on the CPU. Flags as of `unet_config`. ValueError
     that lists every missing, unknown or misshapen tensor; for a file that is none.
     """
-    return _filled(UNet(unet_config(**flags)), weights, use_new_attention_order)
+    return _filled(UNet, unet_config(**flags), weights, use_new_attention_order)
 
 
 def load_improved(weights: Source, **flags: Any) -> UNet:
     """improved-diffusion's UNet of these flags with these weights: as `load`, flags as of `improved_unet_config`."""
-    return _filled(UNet(improved_unet_config(**flags)), weights, False)
+    return _filled(UNet, improved_unet_config(**flags), weights, False)
 
 
 def load_upsampler(weights: Source, *, use_new_attention_order: bool = False, **flags: Any) -> UNet:
     """guided-diffusion's upsampler of these flags with these weights: as `load`, flags as of `upsampler_config`."""
-    return _filled(UNet(upsampler_config(**flags)), weights, use_new_attention_order)
+    return _filled(UNet, upsampler_config(**flags), weights, use_new_attention_order)
 
 
 def load_classifier(weights: Source, **flags: Any) -> UNetClassifier:
     """guided-diffusion's classifier of these flags with these weights: as `load`, flags as of `classifier_config`."""
-    return _filled(UNetClassifier(classifier_config(**flags)), weights, False)
+    return _filled(UNetClassifier, classifier_config(**flags), weights, False)
 
 
-def _filled(network: Any, weights: Source, new: bool) -> Any:
+def _filled(made: Any, config: Any, weights: Source, new: bool) -> Any:
+    network = unfilled(lambda: made(config))
     fill(network, _keys(network, _order(new)), weights)
     return network
 
