@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import edm_networks
+from helpers.lazy import Lazy
 from helpers.named_weights import Weights
 from torch import Tensor
 from torch.nn import functional as F
 
 from diffkern.nn import UNet
 from diffkern.nn.weights import edm
+
+safetensors = Lazy("safetensors.torch")
 
 T = torch.tensor([-1.2, 0.4])
 TINY: dict[str, Any] = {"img_resolution": 16, "in_channels": 3, "out_channels": 3, "model_channels": 16,
@@ -49,7 +53,7 @@ def labels(given: dict[str, Any]) -> tuple[Tensor | None, Tensor | None, Tensor 
 
 def check(network: UNet, weights: Weights, expected: Tensor, given: dict[str, Any]) -> None:
     classes, _, augment = labels(given)
-    found = network.eval()(image(), T, {"class": classes, "augment": augment})
+    found = network(image(), T, {"class": classes, "augment": augment})
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     back = edm.export(network)
     assert back.keys() == weights.state.keys()
@@ -76,7 +80,7 @@ def test_no_augmentation_label_is_one_of_zeros() -> None:
     given = {**TINY, "augment_dim": 9}
     weights = Weights()
     expected = edm_networks.song_unet(weights, given, image(), T, None)
-    found = edm.load_song_unet(weights.state, **given).eval()(image(), T)
+    found = edm.load_song_unet(weights.state, **given)(image(), T)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -86,6 +90,20 @@ def test_a_state_dict_of_the_preconditioner_is_taken_with_its_arguments() -> Non
     whole = {f"model.{name}": tensor for name, tensor in weights.state.items()}
     network = edm.load_song_unet(whole, **TINY, use_fp16=True, sigma_data=0.5, model_type="SongUNet")
     assert all(torch.equal(tensor, weights.state[name]) for name, tensor in edm.export(network).items())
+
+
+def test_the_state_dict_is_what_files_take(tmp_path: Path) -> None:
+    network = UNet(edm.song_unet_config(**TINY))
+    safetensors.save_file(edm.export(network), str(tmp_path / "song.safetensors"))  # nothing shares its memory
+    again = edm.load_song_unet(tmp_path / "song.safetensors", **TINY)
+    state = network.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in again.state_dict().items())
+
+
+def test_the_channels_may_be_the_preconditioners() -> None:
+    config = edm.song_unet_config(img_resolution=8, img_channels=2, channel_mult=[1], attn_resolutions=[])
+    assert (config.in_channels, config.out_channels) == (2, 2)
+    assert edm.dhariwal_unet_config(img_resolution=8, img_channels=2, out_channels=4).out_channels == 4
 
 
 def test_another_filter_than_the_arguments_say_is_named() -> None:

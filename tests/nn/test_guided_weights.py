@@ -10,11 +10,14 @@ import pytest
 import torch
 from helpers import guided_networks
 from helpers.guided_networks_oracle import original
+from helpers.lazy import Lazy
 from helpers.named_weights import Weights
 from torch import Tensor
 
 from diffkern.nn import UNet
 from diffkern.nn.weights import guided_diffusion
+
+safetensors = Lazy("safetensors.torch")
 
 T = torch.tensor([3.0, 700.0])
 Y = torch.tensor([4, 0])
@@ -94,7 +97,7 @@ def test_a_network_of_guided_diffusion_gives_the_same_and_comes_back(name: str) 
     y = Y if flags.get("class_cond") else None
     expected = guided_networks.unet(weights, arguments(**flags), x, T, y)
     network = guided_diffusion.load(weights.state, **flags)
-    torch.testing.assert_close(network.eval()(x, T, y), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(network(x, T, y), expected, rtol=1e-5, atol=1e-5)
     back = guided_diffusion.export(network, use_new_attention_order=flags.get("use_new_attention_order", False))
     assert same_bits(back, weights.state)
 
@@ -107,7 +110,7 @@ def test_a_network_of_improved_diffusion_gives_the_same_at_whole_steps(name: str
     scaled = T * 1000 / flags.get("diffusion_steps", 1000)  # as its SpacedDiffusion does
     expected = guided_networks.unet(weights, arguments(**flags), x, scaled, y)
     network = guided_diffusion.load_improved(weights.state, **flags)
-    torch.testing.assert_close(network.eval()(x, T, y), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(network(x, T, y), expected, rtol=1e-5, atol=1e-5)
     assert same_bits(guided_diffusion.export(network), weights.state)
 
 
@@ -116,7 +119,7 @@ def test_an_upsampler_gives_the_same_and_comes_back() -> None:
     weights, x, low = Weights(), image(32), image(8, seed=1)
     given = arguments(image_size=256, **flags)
     expected = guided_networks.super_resolution(weights, given, x, T, low, Y)
-    network = guided_diffusion.load_upsampler(weights.state, large_size=256, small_size=64, **flags).eval()
+    network = guided_diffusion.load_upsampler(weights.state, large_size=256, small_size=64, **flags)
     torch.testing.assert_close(network(x, T, {"class": Y, "image": low}), expected, rtol=1e-5, atol=1e-5)
     assert same_bits(guided_diffusion.export(network), weights.state)
 
@@ -129,17 +132,19 @@ def test_a_classifier_gives_the_same_and_comes_back(pool: str) -> None:
              "out_channels": 7, "pool": pool}  # fmt: skip
     weights, x = Weights(), image(64 if pool == "attention" else 16)
     expected = guided_networks.encoder(weights, given, x, T)
-    network = guided_diffusion.load_classifier(weights.state, **flags).eval()
+    network = guided_diffusion.load_classifier(weights.state, **flags)
     torch.testing.assert_close(network(x, T), expected, rtol=1e-5, atol=1e-5)
     assert same_bits(guided_diffusion.export(network), weights.state)
 
 
-def test_a_checkpoint_is_read_from_a_file(tmp_path: Path) -> None:
+def test_a_checkpoint_is_read_from_a_file_and_written_to_one(tmp_path: Path) -> None:
     weights = Weights()
     guided_networks.unet(weights, arguments(**TINY, image_size=32), image(8), T)
     torch.save(weights.state, tmp_path / "model.pt")
     network = guided_diffusion.load(tmp_path / "model.pt", **TINY, image_size=32)
-    assert same_bits(guided_diffusion.export(network), weights.state)
+    safetensors.save_file(guided_diffusion.export(network), str(tmp_path / "model.safetensors"))
+    again = guided_diffusion.load(tmp_path / "model.safetensors", **TINY, image_size=32)
+    assert same_bits(again.state_dict(), network.state_dict())
 
 
 def test_weights_of_other_flags_are_named() -> None:

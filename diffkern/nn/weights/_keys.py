@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from diffkern.names import HeadOrder
 from diffkern.records import shown
 
-__all__ = ["Key", "Source", "fill", "read_state", "to_ours", "to_theirs", "unfilled"]
+__all__ = ["Key", "Source", "fill", "read_state", "stored", "to_ours", "to_theirs", "unfilled"]
 
 Source: TypeAlias = "Mapping[str, Tensor] | str | os.PathLike[str]"
 """A state dict, or a file that holds one: safetensors, or torch.save of nothing but tensors."""
@@ -147,7 +147,7 @@ def to_theirs(keys: Iterable[Key], state: Mapping[str, Tensor]) -> dict[str, Ten
     for key in keys:
         if key.ours is None:
             assert key.value is not None
-            made.update(dict.fromkeys(key.theirs, key.value))
+            made.update({name: key.value.clone() for name in key.theirs})
         elif key.ours in state:
             try:
                 key.shape_there(state[key.ours].shape)
@@ -157,6 +157,11 @@ def to_theirs(keys: Iterable[Key], state: Mapping[str, Tensor]) -> dict[str, Ten
     if faults:
         raise ValueError(f"state must be that of this network, got {len(faults)} differences: {'; '.join(faults)}")
     return made
+
+
+def stored(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict as files want it, contiguous: our convolutions' weights are channels_last."""
+    return {name: tensor.contiguous() for name, tensor in state.items()}
 
 
 def _shape_there(key: Key, shapes: Shapes) -> tuple[int, ...]:

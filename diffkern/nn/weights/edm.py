@@ -21,7 +21,7 @@ from diffkern.nn.attention import SpatialSelfAttention
 from diffkern.nn.blocks import ResBlock
 from diffkern.nn.unet import UNet
 from diffkern.nn.unet_config import UNetConfig
-from diffkern.nn.weights._keys import Key, Source, fill, read_state, to_theirs, unfilled
+from diffkern.nn.weights._keys import Key, Source, fill, read_state, stored, to_theirs, unfilled
 from diffkern.nn.weights._same import need_same
 from diffkern.nn.weights.edm_config import dhariwal_unet_config, song_unet_config
 
@@ -105,8 +105,9 @@ def _key(name: str, places: dict[str, str], modules: dict[str, nn.Module]) -> Ke
 def load_song_unet(weights: Source, **arguments: Any) -> UNet:
     """EDM's SongUNet of these arguments with these weights: the state dict of it or of its preconditioner, or a file.
 
-    The network has copies of its own, in the dtype of the weights, on the CPU. Arguments as of `song_unet_config`.
-    ValueError that lists every missing, unknown or misshapen tensor; for a file of anything but tensors.
+    The network has copies of its own, in the dtype of the weights, on the CPU, in evaluation mode. Arguments as of
+    `song_unet_config`. ValueError that lists every missing, unknown or misshapen tensor; for a file of anything but
+    tensors.
     """
     return _filled(song_unet_config(**arguments), weights)
 
@@ -122,7 +123,7 @@ def _filled(config: UNetConfig, weights: Source) -> UNet:
     if all(name.startswith(PREFIX) for name in state):
         state = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
     fill(network, _keys(network), state)
-    return network
+    return network.eval()
 
 
 def _rebuilt(config: UNetConfig) -> UNetConfig:
@@ -156,10 +157,10 @@ def _rebuilt(config: UNetConfig) -> UNetConfig:
 def export(network: nn.Module) -> dict[str, Tensor]:
     """The state dict of EDM's network that a `UNet` of `song_unet_config` or `dhariwal_unet_config` is.
 
-    The inverse of the loaders, bit for bit; tensors are views of the network's where no row moves. ValueError for
+    The inverse of the loaders, bit for bit, contiguous. ValueError for
     another network, and for a trained row of "no class".
     """
     if not isinstance(network, UNet):
         raise ValueError(f"network must be a UNet, got {type(network).__name__}")
     need_same(network.config, _rebuilt(network.config), "EDM")
-    return to_theirs(_keys(network), network.state_dict())
+    return stored(to_theirs(_keys(network), network.state_dict()))

@@ -18,7 +18,6 @@ _ELSEWHERE = (  # arguments of the preconditioners and of the training
     "beta_d",
     "beta_min",
     "epsilon_t",
-    "img_channels",
     "label_dropout",
     "model_type",
     "sigma_data",
@@ -31,8 +30,9 @@ _ELSEWHERE = (  # arguments of the preconditioners and of the training
 def song_unet_config(
     *,
     img_resolution: int,
-    in_channels: int = 3,
-    out_channels: int = 3,
+    img_channels: int = 3,
+    in_channels: int | None = None,
+    out_channels: int | None = None,
     label_dim: int = 0,
     augment_dim: int = 0,
     model_channels: int = 128,
@@ -50,8 +50,9 @@ def song_unet_config(
 ) -> UNetConfig:
     """The configuration of EDM's SongUNet with these arguments.
 
-    ValueError for the "skip" types of encoder and decoder, which none of EDM's networks has, and for sizes that fit no
-    network; TypeError for an unknown argument.
+    `img_channels` is the preconditioner's, for both `in_channels` and `out_channels`. ValueError for the "skip" types
+    of encoder and decoder, which none of EDM's networks has, and for sizes that fit no network; TypeError for an
+    unknown argument.
     """
     _only_known("song_unet_config", others)
     for name, value, known in (
@@ -62,7 +63,14 @@ def song_unet_config(
         if value not in known:
             raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, got {value!r}")
     return UNetConfig(
-        **_shared(img_resolution, in_channels, out_channels, model_channels, channel_mult, attn_resolutions),
+        **_shared(
+            img_resolution,
+            img_channels if in_channels is None else in_channels,
+            img_channels if out_channels is None else out_channels,
+            model_channels,
+            channel_mult,
+            attn_resolutions,
+        ),
         enter_channels=model_channels,
         blocks=num_blocks,
         modulation="add",
@@ -90,8 +98,9 @@ def song_unet_config(
 def dhariwal_unet_config(
     *,
     img_resolution: int,
-    in_channels: int = 3,
-    out_channels: int = 3,
+    img_channels: int = 3,
+    in_channels: int | None = None,
+    out_channels: int | None = None,
     label_dim: int = 0,
     augment_dim: int = 0,
     model_channels: int = 192,
@@ -106,7 +115,14 @@ def dhariwal_unet_config(
     `song_unet_config`."""
     _only_known("dhariwal_unet_config", others)
     return UNetConfig(
-        **_shared(img_resolution, in_channels, out_channels, model_channels, channel_mult, attn_resolutions),
+        **_shared(
+            img_resolution,
+            img_channels if in_channels is None else in_channels,
+            img_channels if out_channels is None else out_channels,
+            model_channels,
+            channel_mult,
+            attn_resolutions,
+        ),
         blocks=num_blocks,
         dropout=dropout,
         head_channels=64,

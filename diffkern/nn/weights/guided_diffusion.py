@@ -21,7 +21,7 @@ from diffkern.nn.attention import SpatialSelfAttention
 from diffkern.nn.classifier import UNetClassifier, UNetClassifierConfig
 from diffkern.nn.unet import UNet
 from diffkern.nn.unet_config import UNetConfig
-from diffkern.nn.weights._keys import Key, Source, fill, to_theirs, unfilled
+from diffkern.nn.weights._keys import Key, Source, fill, stored, to_theirs, unfilled
 from diffkern.nn.weights._same import need_same
 from diffkern.nn.weights.openai_config import (
     Numbers,
@@ -159,8 +159,8 @@ def _order(new: bool) -> HeadOrder:
 def load(weights: Source, *, use_new_attention_order: bool = False, **flags: Any) -> UNet:
     """guided-diffusion's UNet of these flags with these weights: a state dict, a .pt or a safetensors file.
 
-    The network has copies of its own, in the dtype of the weights, on the CPU. Flags as of `unet_config`. ValueError
-    that lists every missing, unknown or misshapen tensor; for a file that is none.
+    The network has copies of its own, in the dtype of the weights, on the CPU, in evaluation mode. Flags as of
+    `unet_config`. ValueError that lists every missing, unknown or misshapen tensor; for a file that is none.
     """
     return _filled(UNet, unet_config(**flags), weights, use_new_attention_order)
 
@@ -183,7 +183,7 @@ def load_classifier(weights: Source, **flags: Any) -> UNetClassifier:
 def _filled(made: Any, config: Any, weights: Source, new: bool) -> Any:
     network = unfilled(lambda: made(config))
     fill(network, _keys(network, _order(new)), weights)
-    return network
+    return network.eval()
 
 
 def _rebuilt(config: UNetConfig) -> UNetConfig:
@@ -214,10 +214,10 @@ def _rebuilt(config: UNetConfig) -> UNetConfig:
 def export(network: nn.Module, *, use_new_attention_order: bool = False) -> dict[str, Tensor]:
     """The state dict of guided-diffusion's or improved-diffusion's network that a `UNet` or `UNetClassifier` is.
 
-    The inverse of `load`, bit for bit; tensors are views of the network's where no row moves. ValueError for another
+    The inverse of `load`, bit for bit, contiguous. ValueError for another
     network, for options that those libraries do not have, and for a trained row of "no class".
     """
     if not isinstance(network, UNet | UNetClassifier):
         raise ValueError(f"network must be a UNet or a UNetClassifier, got {type(network).__name__}")
     need_same(network.config, _rebuilt(network.config), "guided-diffusion")
-    return to_theirs(_keys(network, _order(use_new_attention_order)), network.state_dict())
+    return stored(to_theirs(_keys(network, _order(use_new_attention_order)), network.state_dict()))
