@@ -88,8 +88,9 @@ def test_a_state_dict_of_the_preconditioner_is_taken_with_its_arguments() -> Non
     weights = Weights()
     edm_networks.song_unet(weights, TINY, image(), T, None)
     whole = {f"model.{name}": tensor for name, tensor in weights.state.items()}
-    network = edm.load_song_unet(whole, **TINY, use_fp16=True, sigma_data=0.5, model_type="SongUNet")
-    assert all(torch.equal(tensor, weights.state[name]) for name, tensor in edm.export(network).items())
+    for more in ({}, {"u": torch.zeros(1001)}):  # that of iDDPM keeps its levels
+        network = edm.load_song_unet(whole | more, **TINY, use_fp16=True, sigma_data=0.5, model_type="SongUNet")
+        assert all(torch.equal(tensor, weights.state[name]) for name, tensor in edm.export(network).items())
 
 
 def test_the_state_dict_is_what_files_take(tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ __all__ = ["dhariwal_unet_config", "export", "load_dhariwal_unet", "load_song_un
 
 PREFIX = "model."
 """Of the names where the state dict is a preconditioner's."""
+LEVELS = "u"
+"""The noise levels that iDDPM's preconditioner keeps beside its network; `nn.Preconditioned` works them out."""
 
 
 # ----------------------------------------------------------------------------------------------------- the key map
@@ -120,8 +122,9 @@ def load_dhariwal_unet(weights: Source, **arguments: Any) -> UNet:
 
 def _filled(config: UNetConfig, weights: Source) -> UNet:
     state, network = read_state(weights), unfilled(lambda: UNet(config))
-    if all(name.startswith(PREFIX) for name in state):
-        state = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
+    inside = {name: tensor for name, tensor in state.items() if name != LEVELS}
+    if inside and all(name.startswith(PREFIX) for name in inside):
+        state = {name.removeprefix(PREFIX): tensor for name, tensor in inside.items()}
     fill(network, _keys(network), state)
     return network.eval()
 
