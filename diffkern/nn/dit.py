@@ -8,6 +8,7 @@ time and class (adaLN-zero: gates that start at 0, blocks that start as the iden
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any, cast
 
 import torch
@@ -118,9 +119,8 @@ class DiT(nn.Module):
         self.config = config
         self.checkpointing = False
         width, embedding = config.width, config.embedding or config.width
-        tokens = (config.size[0] // config.patch, config.size[1] // config.patch)
         self.enter = nn.Conv2d(config.in_channels, width, config.patch, stride=config.patch)
-        self.register_buffer("positions", grid_positions(*tokens, width).to(self.enter.weight)[None])
+        self.register_buffer("positions", self.positions_of(config).to(self.enter.weight))
         self.time, self.classes = _embeddings(config, embedding)
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
         for block in self._all()[1:] if config.own_embeddings else ():
@@ -128,6 +128,36 @@ class DiT(nn.Module):
         self.modulate = zeroed(nn.Linear(embedding, 2 * width))
         self.leave = zeroed(nn.Linear(width, config.patch**2 * config.out_channels))
         self._start()
+
+    @staticmethod
+    def positions_of(config: DiTConfig) -> Tensor:
+        """[1, N, width] float32 on the CPU: the positions of the tokens of such a network (`grid_positions`)."""
+        rows, columns = config.size[0] // config.patch, config.size[1] // config.patch
+        return grid_positions(rows, columns, config.width, device=torch.device("cpu"))[None]
+
+    @classmethod
+    def from_diffusers(
+        cls, path: str | os.PathLike[str], subfolder: str | None = None, *, variant: str | None = None
+    ) -> DiT:
+        """The network of a folder that diffusers' `DiTTransformer2DModel` was saved in, for evaluation; no download.
+
+        ``path``: of its config.json and safetensors, or of a pipeline, whose "transformer" it is (else ``subfolder``).
+        ``variant``: "fp16", say. Same function: cond is `class_labels` there, and the result `sample`.
+        FileNotFoundError for a missing file; ValueError for a configuration that no `DiT` has, and one that lists every
+        weight that is missing, unknown or of another shape.
+        """
+        from diffkern.nn.weights.dit import from_folder  # which makes one
+
+        return from_folder(path, subfolder, variant=variant)
+
+    def to_diffusers(self, path: str | os.PathLike[str]) -> None:
+        """Writes the folder that `from_diffusers` and diffusers' `DiTTransformer2DModel.from_pretrained` read.
+
+        ValueError for a network that theirs is not; ImportError without safetensors.
+        """
+        from diffkern.nn.weights.dit import to_folder
+
+        to_folder(self, path)
 
     def _all(self) -> list[Any]:
         return [*self.blocks]
