@@ -94,7 +94,7 @@ def _work(case: Case, threads: int, wanted: Sequence[str], seconds: float) -> An
         return run_of(case.network, case.sampler, case.batch, wanted=wanted, seconds=seconds)
     if case.kind == "profile":
         return profiles(case.network, case.batch, case.dtype, wanted=wanted)
-    return on_gpu(case.network, case.batch, wanted=[name for name in wanted if name != EXTRAS["compile"]])
+    return on_gpu(case.network, case.batch, wanted=wanted)
 
 
 def _failed(case: Case, why: str) -> Any:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.alone import reason
-from benchmarks.networks import own
+from benchmarks.networks import guided, own
 from benchmarks.networks.peers import Inputs, Network, theirs
 
 __all__ = [
@@ -38,8 +38,11 @@ EAGER, LAST = "diffusers", "diffusers, channels_last"
 COMPILED = "the same, compiled"
 ATTENTION, REPLACED, OWN = "diffusers, accelerate", "diffusers, replace", "diffkern.nn"
 BASELINES = (EAGER, LAST)
-"""The better one of these is what ours is compared with."""
-NAMES = (EAGER, LAST, REPLACED, OWN)
+"""What says which output is right."""
+GUIDED = "guided-diffusion, transcribed"
+PEERS = (*BASELINES, GUIDED)
+"""The fastest one of these is what the others are compared with."""
+NAMES = (EAGER, LAST, GUIDED, REPLACED, OWN)
 EXTRAS = {"compile": COMPILED, "attention": ATTENTION}
 """By option: torch.compile of channels_last, frozen; `accelerate` with its attention alone."""
 Call = Callable[[nn.Module, Inputs], Tensor]
@@ -100,7 +103,10 @@ def _replaced(peer: nn.Module) -> nn.Module:
 
 
 def contenders(network: Network, peer: nn.Module, wanted: Iterable[str] = NAMES) -> list[Contender]:
-    """Those of the names, in that order, with the weights of ``peer`` (which stays as it is)."""
+    """Those of the names, in that order, with the weights of ``peer`` (which stays as it is).
+
+    guided-diffusion's is left out where it has no such network.
+    """
     last = torch.channels_last
     makers: dict[str, tuple[Callable[[], nn.Module], Call, torch.memory_format]] = {
         EAGER: (lambda: peer, theirs, torch.contiguous_format),
@@ -108,10 +114,13 @@ def contenders(network: Network, peer: nn.Module, wanted: Iterable[str] = NAMES)
         COMPILED: (lambda: _compiled(peer), theirs, last),
         ATTENTION: (lambda: _accelerated(peer), theirs, last),
         REPLACED: (lambda: _replaced(peer), theirs, last),
+        GUIDED: (lambda: guided.build(network, peer), guided.run, torch.contiguous_format),
         OWN: (lambda: own.build(network, peer), own.run, last),
     }
     found = []
     for name in wanted:
+        if name == GUIDED and network.guided is None:
+            continue
         build, call, layout = makers[name]
         try:
             found.append(Contender(name, build(), call, layout))

@@ -1,7 +1,7 @@
 """An evaluation, and a training step, of every contender: checked against diffusers in float32, then timed in turns.
 
-The ratio of a contender is the time of the better one of diffusers and diffusers in channels_last over its own, round
-by round.
+The ratio of a contender is the time of the fastest peer (diffusers, diffusers in channels_last; for ADM also
+guided-diffusion's network) over its own, round by round.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.alone import reason
 from benchmarks.costs import peak_of
-from benchmarks.networks.contenders import BASELINES, NAMES, Contender, contenders, errors
+from benchmarks.networks.contenders import BASELINES, NAMES, PEERS, Contender, contenders, errors
 from benchmarks.networks.peers import NETWORKS, Inputs, Network, parameters
 from benchmarks.timing import Measured, Stats, interleave, ratio, wall_timer
 
@@ -58,7 +58,7 @@ class Found:
     rows: tuple[Row, ...]
     others: float | None = None
     better: str = ""
-    """The faster one of the two baselines."""
+    """The fastest one of the peers."""
     why: str = ""
     """Why there are no rows: it failed as a whole."""
 
@@ -127,7 +127,7 @@ def timed(found: Found, calls: Mapping[str, Callable[[], object]], seconds: floa
     if not calls:
         return found
     measured = timing(calls, wall_timer(), sample_seconds=0.0, budget_seconds=seconds, rounds=200, least_rounds=3)
-    known = [name for name in BASELINES if name in calls]
+    known = [name for name in PEERS if name in calls]
     better = min(known, key=lambda name: measured.stats(name).median, default="")
 
     def with_time(row: Row) -> Row:

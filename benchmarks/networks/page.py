@@ -44,7 +44,7 @@ def _duration(stats: Stats) -> str:
 
 def _ratio(row: Row) -> str:
     if row.ratio is None:
-        return "1 (the better one)" if row.time is not None else ""
+        return "1 (the fastest)" if row.time is not None else ""
     text = f"{row.ratio.median:.2f} [{row.ratio.p20:.2f}, {row.ratio.p80:.2f}]"
     return text if row.ratio.median >= 1 else f"**{text}**"
 
@@ -109,11 +109,11 @@ def gpu_table(found: Sequence[tuple[str, int, Sequence[GpuRow]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-EVALUATION = """Ratio: time of the better one of diffusers and diffusers in channels_last over the row's, taken round by
-round in turns in one process; median and 20th to 80th percentile; below 1 in bold. Same weights, random. Error in
-float32: the largest difference from diffusers' output over its largest value, at most 1e-5; in bfloat16: root mean
-square, from the float32 output, over its own, at most 1.1 times diffusers'. What is wrong is not timed. Busy: share of
-the cores that other processes used."""
+EVALUATION = """Ratio: time of the fastest of diffusers, diffusers in channels_last and, for ADM, guided-diffusion's
+network over the row's, taken round by round in turns in one process; median and 20th to 80th percentile; below 1 in
+bold. Same weights, random. Error in float32: the largest difference from diffusers' output over its largest value, at
+most 1e-5; in bfloat16: root mean square, from the float32 output, over its own, at most 1.1 times diffusers'. What is
+wrong is not timed. Busy: share of the cores that other processes used."""
 TRAINING = """Forward, mean square, backward; no optimiser, no dropout. Error: of the gradient by x. Peak: what torch's
 allocator held at once beside the parameters, gradients with it (scratch of oneDNN and of our kernels is not counted);
 kept: what the forward stores for the backward."""

@@ -47,10 +47,13 @@ class Network:
     tokens: int = 0
     width: int = 0
     """Of a context token."""
+    guided: Mapping[str, Any] | None = None
+    """The arguments of guided-diffusion's `UNetModel`, where it has this network."""
 
     def build(self) -> nn.Module:
         """With the weights of seed 0, in evaluation mode. On the meta device inside ``torch.device("meta")``."""
         import diffusers
+        from diffusers.models.normalization import AdaLayerNormZero
 
         diffusers.utils.logging.set_verbosity_error()
         with torch.random.fork_rng(devices=[]):
@@ -62,6 +65,9 @@ class Network:
             for name, parameter in model.named_parameters():
                 if name.endswith("bias"):
                     nn.init.normal_(parameter, 0, 0.1)
+            first, *others = [m.emb for m in model.modules() if isinstance(m, AdaLayerNormZero)] or [None]
+            for other in others:  # as in the published weights: theirs is one embedding, copied into every block
+                other.load_state_dict(first.state_dict())
         return model.eval()
 
     def inputs(self, batch: int, device: str = "cpu") -> Inputs:
@@ -126,6 +132,19 @@ _ADM = {
 }
 """ADM for ImageNet 64 (Dhariwal & Nichol 2021), as diffusers has it for consistency models; learned variance."""
 
+_GUIDED = {
+    "model_channels": 192,
+    "out_channels": 6,
+    "num_res_blocks": 3,
+    "attention_resolutions": (2, 4, 8),
+    "channel_mult": (1, 2, 3, 4),
+    "num_classes": 1000,
+    "num_head_channels": 64,
+    "use_scale_shift_norm": True,
+    "resblock_updown": True,
+    "use_new_attention_order": True,
+}
+
 _SD = {
     "sample_size": 64,
     "in_channels": 4,
@@ -155,7 +174,7 @@ NETWORKS = {
     network.name: network
     for network in (
         Network("ddpm", "DDPM, CIFAR-10", "UNet2DModel", 3, 32, _DDPM),
-        Network("adm", "ADM, ImageNet 64, by class", "UNet2DModel", 3, 64, _ADM, classes=1000),
+        Network("adm", "ADM, ImageNet 64, by class", "UNet2DModel", 3, 64, _ADM, classes=1000, guided=_GUIDED),
         Network("sd", "Stable Diffusion 1.5", "UNet2DConditionModel", 4, 64, _SD, tokens=77, width=768),
         Network("dit", "DiT-S/2, 256 tokens, by class", "DiTTransformer2DModel", 4, 32, _DIT, classes=1000),
     )

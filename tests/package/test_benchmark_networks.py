@@ -40,6 +40,32 @@ TINY = peers.Network(
     },
     classes=5,
 )
+ADM = dataclasses.replace(
+    TINY,
+    config={
+        "sample_size": 8,
+        "out_channels": 6,
+        "block_out_channels": (32, 64),
+        "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
+        "resnet_time_scale_shift": "scale_shift",
+        "layers_per_block": 1,
+        "attention_head_dim": 16,
+        "attn_norm_num_groups": 32,
+        "num_class_embeds": 5,
+    },
+    guided={
+        **(peers.NETWORKS["adm"].guided or {}),
+        "model_channels": 32,
+        "num_res_blocks": 1,
+        "attention_resolutions": (2,),
+        "channel_mult": (1, 2),
+        "num_classes": 5,
+        "num_head_channels": 16,
+    },
+)
 TWO = (contenders.EAGER, contenders.OWN)
 
 
@@ -84,6 +110,23 @@ def test_two_builds_are_the_same_network_and_no_norm_or_bias_is_trivial() -> Non
     one, two = TINY.build().state_dict(), TINY.build().state_dict()
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert all(one[name].std() > 0.01 for name in one if name.endswith("bias") or ".norm" in name)
+
+
+def test_diffusers_guided_diffusion_and_ours_are_the_same_network() -> None:
+    peer, given = ADM.build(), ADM.inputs(2)
+    names = (contenders.EAGER, contenders.GUIDED, contenders.OWN)
+    with torch.no_grad():
+        want, *others = [one.run(given) for one in contenders.contenders(ADM, peer, names)]
+    for got in others:
+        assert 0 < contenders.errors(got, want)[0] < 1e-5
+    assert [one.name for one in contenders.contenders(TINY, TINY.build(), names[:2])] == [contenders.EAGER]
+
+
+def test_every_block_of_a_dit_has_the_same_embedding_as_in_the_published_weights() -> None:
+    config = {**peers.NETWORKS["dit"].config, "num_attention_heads": 2, "attention_head_dim": 4, "num_layers": 2}
+    state = dataclasses.replace(peers.NETWORKS["dit"], config={**config, "num_embeds_ada_norm": 3}).build().state_dict()
+    there = "transformer_blocks.{}.norm1.emb.class_embedder.embedding_table.weight"
+    assert torch.equal(state[there.format(0)], state[there.format(1)])
 
 
 def test_a_contender_that_cannot_be_had_is_a_row_that_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
