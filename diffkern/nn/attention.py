@@ -1,8 +1,8 @@
 """Attention blocks of diffusion UNets over `diffkern.spatial_attention` and `diffkern.attention`.
 
-Both work on [B, C, positions...], contiguous or channels_last, and move nothing between the 1 x 1 convolutions and the
-attention. With ``attention="torch"`` the same formula runs in `F.scaled_dot_product_attention`, for exporters that know
-torch's operators alone (ONNX).
+The first two work on [B, C, positions...], contiguous or channels_last, and move nothing between the 1 x 1 convolutions
+and the attention. With ``attention="torch"`` the same formula runs in `F.scaled_dot_product_attention`, for exporters
+that know torch's operators alone (ONNX).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any, get_args
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,7 +20,7 @@ from diffkern.nn.heads import check_attention, count_heads
 from diffkern.nn.norm import GroupNormAct
 from diffkern.ops import attention, spatial_attention
 
-__all__ = ["SpatialCrossAttention", "SpatialSelfAttention", "count_heads"]
+__all__ = ["AttentionPool", "SpatialCrossAttention", "SpatialSelfAttention"]
 
 
 def _silent(channels: int) -> nn.Conv1d:
@@ -181,3 +182,32 @@ class SpatialCrossAttention(_Block):
         run = F.scaled_dot_product_attention if self.attention == "torch" else attention
         out = run(q, k, v).transpose(-1, -2).flatten(1, 2).unflatten(2, x.shape[2:])
         return x + self._pointwise(self.proj_out, out)
+
+
+class AttentionPool(nn.Module):
+    """[B, C, H, W] to [B, labels]: attention over the positions and their mean, read at the mean, and a linear layer.
+
+    Radford et al. 2021 (CLIP), as in Dhariwal and Nichol 2021: learned positions [C, 1 + H W], the mean first.
+    """
+
+    attention: Attention = "diffkern"
+
+    def __init__(self, positions: int, channels: int, heads: int, labels: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.positions = nn.Parameter(torch.randn(channels, positions + 1) / channels**0.5)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.leave = nn.Linear(channels, labels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2)
+        if tokens.shape[2] + 1 != self.positions.shape[1]:
+            raise ValueError(
+                f"the classifier pools {self.positions.shape[1] - 1} positions, the image_size of its configuration, "
+                f"got {tuple(x.shape[2:])}"
+            )
+        tokens = torch.cat([tokens.mean(dim=2, keepdim=True), tokens], dim=2) + self.positions.to(x.dtype)
+        q, k, v = self.qkv(tokens.transpose(1, 2)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        run = F.scaled_dot_product_attention if self.attention == "torch" else attention
+        out: Tensor = self.leave(run(q[:, :, :1], k, v).flatten(1))
+        return out

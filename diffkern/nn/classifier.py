@@ -11,12 +11,12 @@ from torch.nn import functional as F
 
 from diffkern import records
 from diffkern.checks import unknown
+from diffkern.nn.attention import AttentionPool
 from diffkern.nn.conditions import Known, as_mapping
 from diffkern.nn.embedded import lay_out, switch_attention
 from diffkern.nn.encoder import Encoder
 from diffkern.nn.norm import GroupNormAct, count_groups
 from diffkern.nn.unet_config import UNetConfig
-from diffkern.ops import attention
 
 Pool = Literal["adaptive", "attention", "spatial", "spatial_v2"]
 
@@ -52,32 +52,6 @@ class UNetClassifierConfig:
     def from_dict(values: dict[str, Any]) -> UNetClassifierConfig:
         """A configuration from `to_dict` or from its JSON; ValueError for an unknown name and for another type."""
         return records.record(UNetClassifierConfig, values, "UNetClassifierConfig.")
-
-
-class AttentionPool(nn.Module):
-    """[B, C, H, W] to [B, labels]: attention over the positions and their mean, read at the mean, and a linear layer.
-
-    Radford et al. 2021 (CLIP), as in Dhariwal and Nichol 2021: learned positions [C, 1 + H W], the mean first.
-    """
-
-    def __init__(self, positions: int, channels: int, heads: int, labels: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.positions = nn.Parameter(torch.randn(channels, positions + 1) / channels**0.5)
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.leave = nn.Linear(channels, labels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(2)
-        if tokens.shape[2] + 1 != self.positions.shape[1]:
-            raise ValueError(
-                f"the classifier pools {self.positions.shape[1] - 1} positions, the image_size of its configuration, "
-                f"got {tuple(x.shape[2:])}"
-            )
-        tokens = torch.cat([tokens.mean(dim=2, keepdim=True), tokens], dim=2) + self.positions.to(x.dtype)
-        q, k, v = self.qkv(tokens.transpose(1, 2)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        out: Tensor = self.leave(attention(q[:, :, :1], k, v).flatten(1))
-        return out
 
 
 def _pyramid(channels: int, config: UNetClassifierConfig) -> nn.Sequential:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from diffkern.names import Attention
-from diffkern.nn.attention import SpatialCrossAttention, SpatialSelfAttention
+from diffkern.nn.attention import AttentionPool, SpatialCrossAttention, SpatialSelfAttention
 from diffkern.nn.conditions import as_mapping, check_times, embed_classes, expect
 from diffkern.nn.embeddings import FourierEmbedding, sinusoidal_embedding
 from diffkern.nn.heads import check_attention
@@ -19,11 +19,13 @@ from diffkern.nn.norm import GroupNormAct
 from diffkern.nn.transformer import TransformerBlock
 from diffkern.nn.unet_config import UNetConfig
 
+_SWITCHED = AttentionPool, GroupNormAct, SpatialCrossAttention, SpatialSelfAttention, TransformerBlock
+
 
 def switch_attention(network: nn.Module, attention: Attention) -> None:
     """Every block of attention and every norm inside to the kernels of "diffkern" or of "torch"."""
     for module in network.modules():
-        if isinstance(module, SpatialSelfAttention | SpatialCrossAttention | GroupNormAct | TransformerBlock):
+        if isinstance(module, _SWITCHED):
             module.attention = attention
 
 

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffkern.nn import SpatialCrossAttention, SpatialSelfAttention, UNet, UNetConfig
+from diffkern.nn import (
+    SpatialCrossAttention,
+    SpatialSelfAttention,
+    UNet,
+    UNetClassifier,
+    UNetClassifierConfig,
+    UNetConfig,
+)
 
 SMALL = UNetConfig(channels=8, blocks=1, heads=2, embedding=16)
 
@@ -117,3 +124,13 @@ def test_another_word_is_refused() -> None:
         SpatialCrossAttention(32, 8, attention="flash")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"UNetConfig\." + sentence):
         UNet(SMALL).set_attention("flash")  # type: ignore[arg-type]
+
+
+def test_the_pool_of_a_classifier_switches_too() -> None:
+    encoder = UNetConfig(**{**SMALL.to_dict(), "classes": 0})
+    model = awake(UNetClassifier(UNetClassifierConfig(encoder, labels=3)))  # type: ignore[arg-type]
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 700])
+    ours = model(x, t)
+    assert ours.std() > 0
+    torch.testing.assert_close(model.set_attention("torch")(x, t), ours, rtol=1e-4, atol=1e-5)
+    assert model.pool.attention == "torch"
