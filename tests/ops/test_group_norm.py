@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from helpers.op_cases import check_sentence, same_bits, threads
 from helpers.tolerances import STATE_DTYPES
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import diffkern
 from diffkern import ops, reference
@@ -258,6 +259,15 @@ def test_backward_keeps_x_and_two_numbers_a_group() -> None:
         ops.group_norm_act(x, 4, **given)
     assert sorted(t.numel() for t in kept) == [8, 8, 8, 8, 16, 16, 16, x.numel()]
     assert any(t.data_ptr() == x.data_ptr() for t in kept)
+
+
+def test_activation_checkpointing() -> None:
+    """What was kept is asked for once: torch's checkpoints, which make it again, refuse a second time."""
+    x, given = leaves(numbers((2, 6, 4, 4), torch.float32), parameters((2, 6), ALL, torch.float32))
+    every = (x, *given.values())
+    plain = torch.autograd.grad(ops.group_norm_act(x, 3, **given).sum(), every)
+    out = checkpoint(lambda x: ops.group_norm_act(x, 3, **given), x, use_reentrant=False)
+    assert all(same_bits(a, b) for a, b in zip(torch.autograd.grad(out.sum(), every), plain, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------- compile, bad input
