@@ -243,7 +243,10 @@ def test_only_pipelines_and_models_are_taken() -> None:
     for wrong in (3, None, diffusers.DDIMScheduler()):
         with pytest.raises(TypeError, match="pipeline must be a diffusers pipeline or a model, got "):
             ours.accelerate(wrong)
-    assert str(ours.accelerate(nn.Linear(1, 1))) == "nothing to swap: no scheduler and no attention layer of diffusers"
+    assert (
+        str(ours.accelerate(nn.Linear(1, 1)))
+        == "nothing to swap: no scheduler, no attention layer and no block of diffusers"
+    )
 
 
 @pytest.mark.parametrize("arguments", [["diffusers_ddpm.py", "--size", "16"], ["diffusers_latent.py", "--size", "32"]])

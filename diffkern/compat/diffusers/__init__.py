@@ -9,7 +9,8 @@ import sys
 
 # _engine first: without diffusers it says in one sentence what to install.
 from diffkern.compat.diffusers import _engine
-from diffkern.compat.diffusers.accelerate import Report, Swap, accelerate, restore
+from diffkern.compat.diffusers._report import Report, Swap
+from diffkern.compat.diffusers.accelerate import accelerate, restore
 from diffkern.compat.diffusers.attention import DiffkernAttnProcessor
 from diffkern.compat.diffusers.ddim import DDIMScheduler
 from diffkern.compat.diffusers.ddim_inverse import DDIMInverseScheduler
@@ -23,6 +24,7 @@ from diffkern.compat.diffusers.flow_match import FlowMatchEulerDiscreteScheduler
 from diffkern.compat.diffusers.heun import HeunDiscreteScheduler
 from diffkern.compat.diffusers.lms import LMSDiscreteScheduler
 from diffkern.compat.diffusers.repaint import RePaintScheduler
+from diffkern.compat.diffusers.replace import replace
 from diffkern.compat.diffusers.score_sde_ve import ScoreSdeVeScheduler
 from diffkern.compat.diffusers.unipc import UniPCMultistepScheduler
 
@@ -51,5 +53,6 @@ __all__ = [
     "Swap",
     "UniPCMultistepScheduler",
     "accelerate",
+    "replace",
     "restore",
 ]

@@ -17,6 +17,7 @@ from diffusers.models.attention_processor import (
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffkern.compat.diffusers._blocks import last_of, normed, plus
 from diffkern.compat.kit.kernels import why_not_channels, why_not_on, why_torch
 from diffkern.ops import attention
 
@@ -93,7 +94,7 @@ class DiffkernAttnProcessor(AttnProcessor2_0):
         if image is not None:
             tokens = tokens.flatten(2).transpose(1, 2)
         if attn.group_norm is not None:
-            tokens = attn.group_norm(tokens.transpose(1, 2)).transpose(1, 2)
+            tokens = normed(attn.group_norm, None, tokens.transpose(1, 2)).transpose(1, 2)
         q, k, v = (self._heads(attn, t) for t in self._project(attn, tokens, encoder_hidden_states))
         scale = None
         if isinstance(self.original, _SCALED_BY_LAYER):
@@ -111,9 +112,9 @@ class DiffkernAttnProcessor(AttnProcessor2_0):
         out = out.transpose(1, 2).flatten(2)  # lies in memory as the queries do: no copy
         out = attn.to_out[1](attn.to_out[0](out))
         if image is not None:
-            out = out.transpose(1, 2).reshape(image)
+            out = out.transpose(1, 2).unflatten(2, image[2:])
         if attn.residual_connection:
-            out = out + hidden_states
+            out = plus(out, hidden_states, last_of(attn.to_out))
         return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
 
     def _project(self, attn: Any, tokens: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
