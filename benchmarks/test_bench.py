@@ -35,6 +35,7 @@ BASELINES = {
     "loss": ("eager", "torch.compile"),
     "attention": ("sdpa",),
     "group": ("eager",),
+    "linear": ("eager",),
     "attention-nchw": ("sdpa on views", "sdpa with copies", "einsum"),
 }
 

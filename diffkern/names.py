@@ -63,7 +63,7 @@ TimesName = Literal["uniform", "stratified", "logit_normal", "mode", "cosmap", "
 Reduction = Literal["none", "mean", "sum"]
 """Of a loss over the batch."""
 Activation = Literal["silu"]
-"""What follows a group normalisation, where something does."""
+"""What follows a group normalisation or goes before a linear layer, where something does."""
 TableSpacing = Literal["leading", "trailing", "linspace"]
 """Of whole times of a table: `diffkern.schedules.grids.spaced_timesteps`."""
 LevelSpacing = Literal["karras", "log_snr", "exponential", "polyexponential", "beta"]

@@ -23,6 +23,7 @@ __all__ = [
     "dynamic_threshold",
     "group_norm_act",
     "learned_step",
+    "linear_rows",
     "loss",
     "moments",
     "noise_sum",
@@ -327,11 +328,8 @@ def spatial_attention(
     """`attention` over the positions of [B, 3 C, ...], q, k and v copied out of it: [B, C, ...] and [B, heads, N]."""
     batch, channels, *positions = qkv.shape
     dim = channels // (3 * num_heads)
-    axes, part = {
-        "new": ((3, num_heads, dim), 1),
-        "legacy": ((num_heads, 3, dim), 2),
-        "edm": ((num_heads, dim, 3), 3),
-    }[order]
+    orders = {"new": ((3, num_heads, dim), 1), "legacy": ((num_heads, 3, dim), 2), "edm": ((num_heads, dim, 3), 3)}
+    axes, part = orders[order]
     parts = qkv.reshape(batch, *axes, math.prod(positions)).movedim(part, 0)
     q, k, v = (part.transpose(-1, -2) for part in parts)  # each [B, heads, N, D]
     out, lse = attention(q, k, v, scale, compute=compute)
@@ -364,6 +362,13 @@ def group_norm_act(
         u = u if factor is None else u * of_channels(factor)
         u = u if term is None else u + of_channels(term)
     return u * torch.sigmoid(u) if act == "silu" else u
+
+
+def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, act: str | None = None) -> Tensor:
+    """act(x) weight^T + bias in float64. Differentiable."""
+    u = x.double()
+    y = (u * torch.sigmoid(u) if act == "silu" else u) @ weight.double().t()
+    return y if bias is None else y + bias.double()
 
 
 def _rows(x: Tensor, compute: torch.dtype) -> Tensor:

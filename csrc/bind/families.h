@@ -15,6 +15,7 @@
 #include "attention.h"
 #include "group_norm.h"
 #include "learned_step.h"
+#include "linear_rows.h"
 #include "loss.h"
 #include "noise_sum.h"
 #include "noising.h"
@@ -39,6 +40,7 @@ void for_each_family(const Use& use) {
   use(StatisticsOps<Backend>());
   use(AttentionOps<Backend>());
   use(GroupNormOps<Backend>());
+  use(LinearRowsOps<Backend>());
 }
 
 }  // namespace dk::bind

@@ -1,6 +1,6 @@
 """The native ops as typed functions, their fake tensors and gradients: `randn`, `noise_sum`, `noising`, `loss`,
 `variational`, `step`, `learned_step`, `step_logprob`, `attention`, `spatial_attention`, `group_norm_act`,
-`quantile`, `dynamic_threshold`, `moments`.
+`linear_rows`, `quantile`, `dynamic_threshold`, `moments`.
 
 Every op runs on CPU and CUDA tensors, under torch.compile and torch.export; those that return new tensors (except
 `learned_step`) under torch.func's reverse mode and vmap. Dimension 0 is the batch. Tables of
@@ -23,6 +23,7 @@ from diffkern.ops._bound_step import Stepped as Stepped
 from diffkern.ops._bound_step import bound_step, bound_step_out
 from diffkern.ops._group_norm import group_norm_act
 from diffkern.ops._learned_step import learned_step, learned_step_out
+from diffkern.ops._linear_rows import linear_rows
 from diffkern.ops._noise import noise_sum, noise_sum_out, randn
 from diffkern.ops._seeds import Seeds as Seeds
 from diffkern.ops._seeds import as_seeds as as_seeds
@@ -48,6 +49,7 @@ __all__ = [
     "group_norm_act",
     "learned_step",
     "learned_step_out",
+    "linear_rows",
     "loss",
     "moments",
     "noise_sum",

@@ -15,6 +15,7 @@ from diffkern.integers import integer
 from diffkern.names import HeadOrder
 from diffkern.ops._common import (
     active,
+    autocast,
     below_autograd,
     differentiates,
     function,
@@ -69,7 +70,7 @@ def _checked(q: Tensor, k: Tensor, v: Tensor, scale: float | Tensor | None) -> T
         _check_strided("attention", q=q, k=k, v=v)
     refuse_tangents("attention", q, k, v, scale if isinstance(scale, Tensor) else None)
     if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
-        q, k, v = (_autocast(t) for t in (q, k, v))
+        q, k, v = (autocast(t) for t in (q, k, v))
     if _is_learned(scale):
         q, scale = _times(q, scale), 1.0
     scale = _scale("attention", scale, q.shape[-1])
@@ -106,7 +107,7 @@ def spatial_attention(
     num_heads = integer("num_heads", num_heads, 1, 2**63 - 1, "of at least 1, below 2^63")
     _check_strided("spatial_attention", qkv=qkv)
     refuse_tangents("spatial_attention", qkv, scale if isinstance(scale, Tensor) else None)
-    qkv = _autocast(qkv)
+    qkv = autocast(qkv)
     dim = qkv.shape[1] // (3 * num_heads) if qkv.dim() > 1 else 0
     if _is_learned(scale) and dim > 0 and qkv.shape[1] == 3 * num_heads * dim:
         qkv, scale = _times(qkv, _of_queries(qkv, num_heads, dim, order, scale)), 1.0
@@ -155,14 +156,6 @@ def _check_strided(op: str, **tensors: Tensor) -> None:
     for name, t in tensors.items():
         if t.layout != torch.strided:
             raise RuntimeError(f"diffkern.{op}: {name} must be a dense (strided) tensor, got layout {t.layout}")
-
-
-def _autocast(t: Tensor) -> Tensor:
-    """As torch casts the inputs of its own attention: float64 and other devices' tensors stay."""
-    kind = t.device.type
-    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
-        return t
-    return t.to(torch.get_autocast_dtype(kind)) if t.is_floating_point() and t.dtype != torch.float64 else t
 
 
 # ---------------------------------------------------------------------------------------------------- fake tensors

@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 
 native = torch.ops.diffkern
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+ACTIVATIONS = {None: 0, "silu": 1}
 _CHECKED = os.environ.get("DIFFKERN_CHECK", "") not in ("", "0")
 
 
@@ -111,6 +112,14 @@ def is_traced() -> bool:
     if torch.compiler.is_compiling() or active():
         return True
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
+
+
+def autocast(t: Tensor) -> Tensor:
+    """As torch casts the inputs of its own products and attention: float64 and other devices' tensors stay."""
+    kind = t.device.type
+    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
+        return t
+    return t.to(torch.get_autocast_dtype(kind)) if t.is_floating_point() and t.dtype != torch.float64 else t
 
 
 def refuse_tangents(op: str, *tensors: Tensor | None) -> None:

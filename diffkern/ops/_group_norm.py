@@ -11,6 +11,7 @@ from diffkern.checks import unknown
 from diffkern.integers import integer
 from diffkern.names import Activation
 from diffkern.ops._common import (
+    ACTIVATIONS,
     active,
     below_autograd,
     differentiates,
@@ -23,8 +24,6 @@ from diffkern.ops._common import (
     refuse_tangents,
 )
 from diffkern.ops._explained import explained
-
-ACTIVATIONS = {None: 0, "silu": 1}
 
 
 @explained("group_norm_act")

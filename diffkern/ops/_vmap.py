@@ -206,6 +206,15 @@ def _group_norm_act_grad(info: Any, in_dims: Any, *args: Any) -> Any:
     return _one_by_one(native.group_norm_act_grad, info, in_dims, args)
 
 
+def _linear_rows(info: Any, in_dims: Any, x: Tensor, weight: Tensor, bias: Tensor | None, act: int) -> Any:
+    """Rows of all calls as rows of one; where each has weights of its own, a call for each."""
+    if in_dims[1] is not None or in_dims[2] is not None:
+        made, _ = _one_by_one(lambda *args: (native.linear_rows(*args),), info, in_dims, (x, weight, bias, act))
+        return made[0], 0
+    fold = Fold(info, x, in_dims[0])
+    return fold.back(native.linear_rows(fold.samples(x, in_dims[0]), weight, bias, act)), 0
+
+
 def _one_by_one(op: Any, info: Any, in_dims: Any, args: Any) -> Any:
     """A call for each of the vmapped batch: where parameters, or their gradients, are of it."""
     calls = [
@@ -233,6 +242,7 @@ def rules(weight: slice, bound: slice) -> dict[str, Callable[..., Any]]:
         "spatial_attention_grad": _batched_alike(native.spatial_attention_grad, 4),
         "group_norm_act": _group_norm_act,
         "group_norm_act_grad": _group_norm_act_grad,
+        "linear_rows": _linear_rows,
         "quantile": _batched_alike(native.quantile, 1),
         "dynamic_threshold": _batched_alike(native.dynamic_threshold, 1),
         "moments": _batched_alike(native.moments, 1),

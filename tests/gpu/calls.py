@@ -33,6 +33,7 @@ OUTPUTS = {
     "moments": ("means",),
     "group_norm_act": ("y", "mean", "rstd"),
     "group_norm_act_grad": ("d_x", "d_weight", "d_bias", "d_scale", "d_shift", "d_add"),
+    "linear_rows": ("y",),
     "learned_step": ("out", "x0", "next"),
     "step_logprob": ("value", "grad", "grad2"),
 }
@@ -281,6 +282,16 @@ def group_norm_calls(dtype: torch.dtype, layout: str) -> Iterator[Call]:
         _, mean, rstd = torch.ops.diffkern.group_norm_act(x, 2, *parameters.values(), 1e-5, act)
         operands = {"grad_out": up, "x": x, "mean": mean, "rstd": rstd, "groups": 2, **parameters, "act": act}
         yield Call("group_norm_act_grad", operands, what)
+
+
+def linear_rows_calls(dtype: torch.dtype, layout: str) -> Iterator[Call]:
+    """Blocks of rows and outputs, whole and in part; inputs beyond the lanes and fewer; with a bias and without."""
+    for k, (rows, inputs, outputs) in enumerate([(1, 300, 70), (9, 16, 8), (33, 7, 3), (4, 1030, 40), (2, 1, 1)]):
+        x, weight = lay(values((rows, inputs), 8, dtype), layout), lay(values((outputs, inputs), 9, dtype), layout)
+        bias = values((1, outputs), 10, dtype)[0] if k % 2 else None
+        for act in (0, 1):
+            what = f"{dtype} {rows} x {inputs} x {outputs} {layout}, act {act}"
+            yield Call("linear_rows", {"x": x, "weight": weight, "bias": bias, "act": act}, what)
 
 
 def order_may_differ(call: Call) -> bool:

@@ -24,6 +24,7 @@ from gpu.calls import (
     compare,
     group_norm_calls,
     lay,
+    linear_rows_calls,
     loss_calls,
     noise_sum_calls,
     noise_terms,
@@ -77,6 +78,11 @@ def check_statistics(target: Target, dtype: torch.dtype, layout: str) -> None:
 
 def check_group_norm(target: Target, dtype: torch.dtype, layout: str) -> None:
     for call in group_norm_calls(dtype, layout):
+        compare(target, call)
+
+
+def check_linear_rows(target: Target, dtype: torch.dtype, layout: str) -> None:
+    for call in linear_rows_calls(dtype, layout):
         compare(target, call)
 
 

@@ -56,6 +56,12 @@ def test_group_norm(gpu: Target, dtype: torch.dtype, layout: str) -> None:
 
 @dtypes
 @layouts
+def test_linear_rows(gpu: Target, dtype: torch.dtype, layout: str) -> None:
+    checks.check_linear_rows(gpu, dtype, layout)
+
+
+@dtypes
+@layouts
 def test_step(gpu: Target, dtype: torch.dtype, layout: str) -> None:
     checks.check_step(gpu, dtype, layout)
 

@@ -334,6 +334,18 @@ def group_norm_calls(draw: st.DrawFn) -> Call:
 
 
 @st.composite
+def linear_rows_calls(draw: st.DrawFn) -> Call:
+    dtype, inputs = draw(st.sampled_from(DTYPES)), draw(st.sampled_from([1, 5, 16, 67, 530]))
+    leading = draw(st.sampled_from([(1,), (4,), (25,), (2, 3), (3, 1, 2)]))
+    outputs = draw(st.sampled_from([1, 3, 8, 21]))
+    given: dict[str, Any] = {"x": draw(tensors((*leading, inputs), dtype))}
+    given["weight"] = draw(tensors((outputs, inputs), dtype))
+    given["bias"] = draw(tensors((outputs,), dtype)) if draw(st.booleans()) else None
+    given["act"] = draw(st.sampled_from(["silu", None]))
+    return Call("linear_rows", given, lambda: (reference.linear_rows(**given),), 2.25 * inputs + 1.5)
+
+
+@st.composite
 def attention_calls(draw: st.DrawFn) -> Call:
     dtype, dim = draw(st.sampled_from(DTYPES)), draw(st.sampled_from([8, 16, 24, 64, 512]))
     batch, heads, queries, keys = (draw(st.integers(1, most)) for most in (2, 3, 40, 70))
@@ -377,6 +389,7 @@ CALLS: dict[str, st.SearchStrategy[Call]] = {
     "dynamic_threshold_out": threshold_calls(out=True),
     "moments": moments_calls(),
     "group_norm_act": group_norm_calls(),
+    "linear_rows": linear_rows_calls(),
     "attention": attention_calls(),
     "spatial_attention": spatial_calls(),
 }

@@ -61,6 +61,10 @@ def hashes() -> dict[str, str]:
             s, h = (values((2, 6), k, dtype).requires_grad_() for k in (13, 14))
             y = ops.group_norm_act(t, 2, w, scale=s, add=h)
             found[f"group_norm_act {name} {form}"] = digest(y.detach(), *torch.autograd.grad(y.sum(), (t, w, s, h)))
+        for rows, inputs, outputs in ((1, 67, 9), (29, 530, 21)):
+            given = (values((n, inputs), k, dtype) for k, n in ((14, rows), (15, outputs)))
+            y = ops.linear_rows(*given, values((1, outputs), 16, dtype)[0], act="silu")
+            found[f"linear_rows {name} {rows}"] = digest(y)
         columns = {"p": 1.25, "q": -0.75, "clip": 1.5, "a": 0.6, "b": 0.4, "g": 1.0, "k": 0.9, "r0": -2.5, "r1": 1.5}
         learned = torch.tensor([[columns.get(name, 0.0) for name in ops.LEARNED_COLUMNS]], dtype=torch.float64)
         one = ops.learned_step(x, both, table=learned, seeds=seeds, want_x0=True, next_copies=1)

@@ -44,6 +44,7 @@ CALLS: dict[str, Callable[[Tensor], Any]] = {
     "attention": lambda x: ops.attention(x, x, x),
     "spatial_attention": lambda x: ops.spatial_attention(torch.cat([x, x, x], 1).repeat(1, 2, 1, 1), 1),
     "group_norm_act": lambda x: ops.group_norm_act(x, 1),
+    "linear_rows": lambda x: ops.linear_rows(x, X[0, 0]),
     "quantile": lambda x: ops.quantile(x, 0.5),
     "dynamic_threshold": ops.dynamic_threshold,
     "moments": ops.moments,

@@ -56,6 +56,7 @@ CALLS: dict[str, tuple[Callable[..., object], dict[str, Any]]] = {
     "attention": (ops.attention, {"q": Q, "k": Q, "v": Q}),
     "spatial_attention": (ops.spatial_attention, {"qkv": QKV, "num_heads": 1}),
     "group_norm_act": (ops.group_norm_act, {"x": X, "groups": 1, **CHANNELS}),
+    "linear_rows": (ops.linear_rows, {"x": X[0], "weight": M[0], "bias": X[0, :, 0]}),
     "quantile": (ops.quantile, {"x": X, "q": 0.5}),
     "dynamic_threshold": (ops.dynamic_threshold, {"x0": X}),
     "dynamic_threshold_out": (ops.dynamic_threshold_out, {"x0": X, **outs("out")}),

@@ -106,6 +106,9 @@ def normed(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor
 NORMED_STATISTICS = tuple(t.float() for t in normed(NORMED, *OF_CHANNELS)[1:])
 
 
+LINEAR = values((5, 7), 66), values((6, 7), 67), values((1, 6), 68)[0]
+
+
 def step_reference() -> tuple[Tensor, ...]:
     x, m, m2, h0, h1, h2, h3, rows, row, index, seeds, noise, mask, known = STEP_INPUTS
     return reference.step(
@@ -169,6 +172,7 @@ CALLS: dict[str, tuple[tuple[Any, ...], Callable[[], tuple[Tensor, ...]]]] = {
         (NORMED_UP, NORMED, *NORMED_STATISTICS, 2, *OF_CHANNELS, 1),
         lambda: gradients(lambda *t: normed(*t)[:1], NORMED_UP, NORMED, *OF_CHANNELS),
     ),
+    "linear_rows": ((*LINEAR, 1), lambda: (reference.linear_rows(*LINEAR, act="silu"),)),
     "attention": ((Q, K, V, 0.3), lambda: reference.attention(Q, K, V, 0.3)),
     "attention_grad": (
         (UP, Q, K, V, OUT, LSE, 0.3),
@@ -197,6 +201,7 @@ DIFFERENTIABLE = (
     "attention",
     "spatial_attention",
     "group_norm_act",
+    "linear_rows",
 )
 OPS = op_names.registered()
 
@@ -348,6 +353,13 @@ def opcheck_samples() -> dict[str, tuple[str, tuple[Any, ...]]]:
         given = (up, x.bfloat16(), *NORMED_STATISTICS, 2, OF_CHANNELS[0], None, None, None, None, 1)
         samples[f"group_norm_act_grad {layout}"] = ("group_norm_act_grad", given)
     samples["group_norm_act empty"] = ("group_norm_act", (NORMED[:0], 3, *[None] * 5, 0.1, 1))
+    x, weight, bias = LINEAR
+    samples["linear_rows gradient"] = ("linear_rows", (leaf(x), leaf(weight), leaf(bias), 1))
+    samples["linear_rows of other strides"] = (
+        "linear_rows",
+        (leaf(x.t().contiguous().t()), weight.t().contiguous().t(), None, 0),
+    )
+    samples["linear_rows empty"] = ("linear_rows", (x[:0].half(), weight.half(), None, 1))
     samples["noise_sum_out permuted"] = ("noise_sum_out", (SEEDS, *TERMS, arrange(empty(), "permuted")))
     samples["noise_sum empty"] = ("noise_sum", ((0, 3), SEEDS[:0], *(t[:0] for t in TERMS), torch.bfloat16))
     samples["quantile empty"] = ("quantile", (T["x"][:0], 0.5))

@@ -65,6 +65,7 @@ for k, layout in enumerate(calls.INPUT_LAYOUTS[1:]):  # contiguous has the large
         "variational",
         "statistics",
         "group_norm",
+        "linear_rows",
         "step",
         "learned_step",
         "step_logprob",

@@ -108,6 +108,7 @@ CASES: dict[str, dict[str, Any]] = {
         **{"x": numbers(1, (2, 4, 3)), "groups": 2, "weight": numbers(2, (4,)), "bias": numbers(3, (4,))},
         **{"scale": numbers(4, (2, 4)), "shift": numbers(5, (2, 4)), "add": numbers(6, (2, 4))},
     },
+    "ops.linear_rows": {"x": numbers(1, (3, 5)), "weight": numbers(2, (4, 5)), "bias": numbers(3, (4,)), "act": "silu"},
     "ops.quantile": {"x": numbers(1), "q": 0.5},
     "ops.dynamic_threshold": {"x0": numbers(1)},
     "ops.dynamic_threshold_out": {"x0": numbers(1), **OUT},

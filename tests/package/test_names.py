@@ -89,7 +89,10 @@ TAKERS: dict[str, tuple[Any, Callable[[Any], object]]] = {
         names.HeadOrder,
         lambda w: (nn.SpatialSelfAttention(32, 2, order=w), ops.spatial_attention(torch.ones(1, 48, 4), 2, w)),
     ),
-    "Activation": (names.Activation, lambda w: ops.group_norm_act(torch.ones(1, 4, 4), 2, act=w)),
+    "Activation": (
+        names.Activation,
+        lambda w: (ops.group_norm_act(torch.ones(1, 4, 4), 2, act=w), ops.linear_rows(X, X[0], act=w)),
+    ),
     "Attention": (names.Attention, lambda w: nn.SpatialSelfAttention(32, 2, attention=w)),
     "TimeDtype": (names.TimeDtype, lambda w: Plan("mine", samplers.ddim(S, 4).rows, time_dtype=w)),
     "Coupling": (names.Coupling, lambda w: objectives.flow_matching.flow_matching_loss(net, X, coupling=w, seeds=0)),

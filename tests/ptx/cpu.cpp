@@ -51,6 +51,13 @@ void run(const dk::GroupNormArgs& args) {  // a gradient that comes in makes it 
   }
 }
 
+void run(const dk::LinearRowsArgs& args) {
+  using namespace dk::cpu;
+  for (int64_t phase = 0; phase < linear_rows_phases(args); ++phase) {
+    linear_rows(args, phase, 0, linear_rows_tasks(args, phase));
+  }
+}
+
 }  // namespace
 
 #define DEFINE(NAME)                          \

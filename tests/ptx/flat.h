@@ -4,6 +4,7 @@
 
 #include <core/group_norm.h>
 #include <core/learned_step.h>
+#include <core/linear_rows.h>
 #include <core/loss.h>
 #include <core/moments.h>
 #include <core/noise_sum.h>
@@ -196,6 +197,20 @@ inline dk::GroupNormArgs group_norm(const int64_t* s, const int64_t* views, cons
 }
 inline dk::GroupNormArgs group_norm_grad(FLAT_PARAMETERS) { return group_norm(FLAT_ARGUMENTS); }
 
+// s: rows, inputs, outputs, dtype, silu; extra: data and stride of x, weight, out and bias, prepared
+inline dk::LinearRowsArgs linear_rows(const int64_t* s, const int64_t*, const int64_t*, const int64_t*, uint64_t,
+                                      const int64_t* extra, const double*) {
+  const auto at = [&](int i) { return reinterpret_cast<void*>(extra[i]); };
+  dk::LinearRowsArgs a{s[0], s[1], s[2], static_cast<dk::Dtype>(s[3]), s[4] != 0, {}, {}, {}, nullptr, 0, nullptr};
+  a.x = {at(0), extra[1]};
+  a.weight = {at(2), extra[3]};
+  a.out = {at(4), extra[5]};
+  a.bias = at(6);
+  a.bias_stride = extra[7];
+  a.prepared = at(8);
+  return a;
+}
+
 inline dk::LearnedStepArgs learned_step(const int64_t* s, const int64_t* views, const int64_t* r, const int64_t* key,
                                         uint64_t, const int64_t* extra, const double* row) {  // extra: as step
   dk::LearnedStepArgs a{};
@@ -232,7 +247,8 @@ inline dk::StepLogprobArgs step_logprob(const int64_t* s, const int64_t* views, 
 }  // namespace flat
 
 // One C function an op, all with the same signature.
-#define FLAT_OPS(OP)                                                                                         \
-  OP(randn)                                                                                                  \
-  OP(noise_sum) OP(noising) OP(loss) OP(variational) OP(step) OP(learned_step) OP(step_logprob) OP(quantile) \
-      OP(moments) OP(group_norm) OP(group_norm_grad)
+#define FLAT_OPS(OP)                                                                                       \
+  OP(randn)                                                                                                \
+  OP(noise_sum)                                                                                            \
+  OP(noising) OP(loss) OP(variational) OP(step) OP(learned_step) OP(step_logprob) OP(quantile) OP(moments) \
+      OP(group_norm) OP(group_norm_grad) OP(linear_rows)

@@ -9,6 +9,7 @@ import torch
 from helpers import build_description
 from ptx.attention_harness import Attention, random
 from ptx.attention_harness import check as check_attention
+from ptx.calls.linear_rows import Linear, check_linear
 from ptx.calls.statistics import moments, quantile
 from ptx.calls.whole_tiles import CASES
 from ptx.harness import HERE, Cpu, Device, check
@@ -28,6 +29,11 @@ def test_bits_of_the_cpu(device_of: Callable[[str], Device], cpu: Cpu, name: str
 def test_statistics_have_the_bits_of_the_cpu(device_of: Callable[[str], Device], cpu: Cpu, dtype: torch.dtype) -> None:
     check(device_of(ARCH), cpu, quantile("contiguous", 2, SHAPE, dtype))
     check(device_of(ARCH), cpu, moments("contiguous", 2, SHAPE, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_rows_have_the_bits_of_the_cpu(device_of: Callable[[str], Device], cpu: Cpu, dtype: torch.dtype) -> None:
+    check_linear(device_of(ARCH), cpu, Linear(5, 37, 11, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
