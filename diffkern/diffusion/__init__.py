@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from diffkern.checks import unwrapped
 from diffkern.diffusion import _files, _fit, _plans
+from diffkern.diffusion._rows import Network
 from diffkern.draws import draw_seeds
 from diffkern.names import Prediction, Reduction, SamplerName, TimesName, WeightingName
 from diffkern.objectives.losses import drop_condition, noised, simple_loss
@@ -116,8 +117,7 @@ class Diffusion(nn.Module):
 
         x is the input as the plan scales it; ``time`` ([B] or []) is multiplied by ``time_scale``.
         """
-        if self.time_scale != 1.0:
-            time = (time if time.is_floating_point() else time.to(torch.float32)) * self.time_scale
+        time = self.model_time(time)
         given = (x, time) if cond is None else (x, time, cond)
         return unwrapped(self.model(*given, **model_kwargs))
 
@@ -125,6 +125,17 @@ class Diffusion(nn.Module):
         """`network` without what it says of the variance."""
         m = self.network(x, time, cond, **model_kwargs)
         return m[:, : x.shape[1]] if self.learned_variance else m
+
+    def model_time(self, time: Tensor) -> Tensor:
+        """What the network is given at a model time of the schedule: times ``time_scale``."""
+        if self.time_scale == 1.0:
+            return time
+        return (time if time.is_floating_point() else time.to(torch.float32)) * self.time_scale
+
+    def is_itself(self) -> bool:
+        """Whether `network` and `model_time` are those of this class."""
+        names = ("network", "model_time")
+        return all(getattr(type(self), n) is getattr(Diffusion, n) and n not in vars(self) for n in names)
 
     def denoise(self, x: Tensor, t: Time, cond: Any = None, **model_kwargs: Any) -> Tensor:
         """E[x0 given x_t], the network's estimate of the clean sample: [B, ...] like x.
@@ -298,7 +309,7 @@ class Diffusion(nn.Module):
         own.setdefault("model_dtype", model_dtype)
         with _fit.evaluating(self):
             return run_plan(
-                self.network if plan.learned_variance else self._prediction,
+                Network(self, plan.learned_variance),
                 x,
                 plan,
                 seeds=None if by_tensor else drawn,

@@ -17,6 +17,7 @@ from diffkern.guidance._conditions import batch_times, check_alike, check_batch,
 from diffkern.guidance._spans import Locator, TimeSpan, number
 from diffkern.modes import neutral, readable
 from diffkern.plan import COLUMNS, SLOTS
+from diffkern.plan.prepared import Prepared
 
 Model = Callable[..., Tensor]
 Weight = float | Tensor | Callable[[Tensor], Tensor]
@@ -92,6 +93,21 @@ class Guided:
 
     def __call__(self, x: Tensor, t: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The guided prediction at x and time t."""
+        return self._predicted(x, t, args, kwargs, None)
+
+    def sampling_rows(self, times: Tensor, cond: Any, batch: int) -> Callable[..., Tensor] | None:
+        """For `diffkern.sample`: this model at ``times[i]``, whose models may know them beforehand."""
+        if type(self).__call__ is not Guided.__call__:
+            return None
+        prepared = Prepared(times, True)
+
+        def predicted(i: int, x: Tensor, t: Tensor, cond: Any) -> Tensor:
+            given = () if cond is None else (cond,)
+            return self._predicted(x, t, given, {}, lambda model, *inputs: prepared.call(model, i, *inputs))
+
+        return predicted
+
+    def _predicted(self, x: Tensor, t: Any, args: tuple[Any, ...], kwargs: dict[str, Any], using: Any) -> Tensor:
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 1:
             got = f"{x.dtype} of shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"x must be a floating point tensor [B, ...], got {got}")
@@ -103,12 +119,12 @@ class Guided:
         t = times
         known = isinstance(inside, bool) and (not inside or len(self._needs) == 2)
         needed = self._needs[int(inside)] if known else tuple(range(len(self.branches)))
-        found = self._call(needed, x, t, args, kwargs)
+        found = self._call(needed, x, t, args, kwargs, using)
         if len(needed) == 1:
             m = found[needed[0]]
             if needed[0] == self.kept or m.shape == x.shape:
                 return m
-            found |= self._call((self.kept,), x, t, args, kwargs)
+            found |= self._call((self.kept,), x, t, args, kwargs, using)
             _check_same(found)
             return torch.cat([m[:, : x.shape[1]], found[self.kept][:, x.shape[1] :]], 1)
         if known:
@@ -228,7 +244,7 @@ class Guided:
                 raise ValueError(f"{branch.name} must be a dict of keyword arguments with keywords=True, got {got}")
 
     def _call(
-        self, needed: tuple[int, ...], x: Tensor, t: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, needed: tuple[int, ...], x: Tensor, t: Any, args: tuple[Any, ...], kwargs: dict[str, Any], using: Any
     ) -> dict[int, Tensor]:
         """The predictions of these branches, from one call where they share a model."""
         batch, copies = x.shape[0], len(needed)
@@ -236,7 +252,7 @@ class Guided:
             # A model may write into what it is given, which the next one is given, too.
             own = [(x.clone(), t.clone() if isinstance(t, Tensor) else t) for _ in needed[1:]]
             found = {
-                b: self._given(b, self._condition((b,), batch), *given, args, kwargs)
+                b: self._given(b, self._condition((b,), batch), *given, args, kwargs, using)
                 for b, given in zip(needed, [*own, (x, t)], strict=True)
             }
             for m in found.values():
@@ -246,12 +262,16 @@ class Guided:
         if args or kwargs:
             args, kwargs = repeated((args, kwargs), batch, copies)
         t = torch.cat([t] * copies) if isinstance(t, Tensor) and t.ndim > 0 else t
-        m = self._given(needed[0], self._condition(needed, batch), torch.cat([x] * copies), t, args, kwargs)
+        m = self._given(needed[0], self._condition(needed, batch), torch.cat([x] * copies), t, args, kwargs, using)
         _check_prediction(m, x, copies)
         return dict(zip(needed, m.split(batch) if batch else [m] * copies, strict=True))
 
-    def _given(self, b: int, cond: Any, x: Tensor, t: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _given(
+        self, b: int, cond: Any, x: Tensor, t: Any, args: tuple[Any, ...], kwargs: dict[str, Any], using: Any
+    ) -> Tensor:
         branch = self.branches[b]
+        if using is not None and not (args or kwargs or self.keywords) and (cond is not None or not branch.has_cond):
+            return unwrapped(using(branch.model, x, t, cond))
         if not branch.has_cond:
             return unwrapped(branch.model(x, t, *args, **kwargs))
         if self.keywords:

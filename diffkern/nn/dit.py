@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from diffkern.modes import kept
@@ -25,6 +24,7 @@ from diffkern.nn.conditions import Known, as_mapping, check_state, check_times, 
 from diffkern.nn.dit_config import DiTConfig
 from diffkern.nn.embeddings import sinusoidal_embedding
 from diffkern.nn.heads import check_attention
+from diffkern.nn.rows import KnowsRows, perceptron, project
 from diffkern.ops import spatial_attention
 
 __all__ = ["DiT", "DiTBlock", "grid_positions"]
@@ -95,7 +95,7 @@ class DiTBlock(nn.Module):
         return torch.addcmul(x, gate2[:, None], gelu_linear(h, self.mlp_leave, self.dropout))
 
 
-class DiT(nn.Module):
+class DiT(KnowsRows, nn.Module):
     """eps(x_t, t, class), or whichever prediction the network is trained for, by a transformer over patches.
 
     ``model(x, t, cond=None)``: x [B, in_channels, H, W], any strides; t [B], [1] or [], of any dtype; cond None, class
@@ -191,6 +191,22 @@ class DiT(nn.Module):
 
     def known(self, t: Tensor, cond: Any, batch: int) -> Known:
         """All that x does not decide: the changes of the blocks, [B, 6 width] each, and of the end, [B, 2 width]."""
+        return Known(self.changes(t, cond, batch))
+
+    def contexts(self, cond: Any, batch: int) -> tuple[Tensor, ...]:
+        """None: there is no attention to a context."""
+        return ()
+
+    def _modulations(self) -> list[Any]:
+        return [*(block.modulate for block in self._all()), self.modulate]
+
+    def _knowing(self) -> list[nn.Module]:
+        own = self._all()[1:] if self.config.own_embeddings else []
+        parts = (part for each in (self, *own) for part in (each.time, each.classes) if part is not None)
+        return [*parts, *self._modulations()]
+
+    def changes(self, t: Tensor, cond: Any, batch: int) -> tuple[Tensor, ...]:
+        """Every block's modulation and that of the end. Without gradients a sample's have one result in every batch."""
         config, weight = self.config, self.enter.weight
         times = check_times(t, batch)
         if t.dim() and t.device != weight.device:
@@ -201,17 +217,14 @@ class DiT(nn.Module):
         classes = self._classes(cond, batch)
 
         def embedded(time: nn.Module, table: nn.Embedding | None) -> Tensor:
-            """[B, E]: SiLU of the embedding of the time plus that of the class."""
-            made: Tensor = time(waves)
-            return F.silu(made.expand(batch, -1) if table is None else made + embed_classes(table, classes, batch))
+            """[B, E]: the embedding of the time plus that of the class."""
+            made = perceptron(time, waves)
+            return made.expand(batch, -1) if table is None else made + embed_classes(table, classes, batch)
 
         first = embedded(self.time, self.classes)
         own = config.own_embeddings
-        changes = [
-            block.modulate(embedded(block.time, block.classes) if own and i > 0 else first)
-            for i, block in enumerate(self._all())
-        ]
-        return Known((*changes, self.modulate(first)))
+        each = [embedded(b.time, b.classes) if own and i > 0 else first for i, b in enumerate(self._all())]
+        return tuple(project(m, e, silu=True) for m, e in zip(self._modulations(), [*each, first], strict=True))
 
     def _classes(self, cond: Any, batch: int) -> Any:
         """[B] class indices, those of "none" where none are given; None for a network without classes."""

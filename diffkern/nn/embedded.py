@@ -16,6 +16,7 @@ from diffkern.nn.conditions import as_mapping, check_times, embed_classes, expec
 from diffkern.nn.embeddings import FourierEmbedding, sinusoidal_embedding
 from diffkern.nn.heads import check_attention
 from diffkern.nn.norm import GroupNormAct
+from diffkern.nn.rows import perceptron, project
 from diffkern.nn.transformer import TransformerBlock
 from diffkern.nn.unet_config import UNetConfig
 
@@ -96,8 +97,9 @@ class Embedded(nn.Module):
         if augment is not None and self.augment is None:
             raise ValueError("this network has no augmentation labels, but cond['augment'] was given")
         if self.augment is not None and augment is not None:
-            before = before + self.augment(expect("augment", augment, (batch, config.augment_channels), weight))
-        embedding: Tensor = self.time(before).expand(batch, -1)
+            augment = expect("augment", augment, (batch, config.augment_channels), weight)
+            before = before + project(self.augment, augment)
+        embedding = perceptron(self.time, before).expand(batch, -1)
         if config.class_place == "after" and classes is not None:
             embedding = embedding + classes
         extra = self._extra(given, batch, weight)
@@ -133,8 +135,7 @@ class Embedded(nn.Module):
             parts.append(found.to(weight.dtype))
         if self.vector is None:
             return None
-        made: Tensor = self.vector(torch.cat(parts, dim=1))
-        return made
+        return perceptron(self.vector, torch.cat(parts, dim=1))
 
     def _conditioned(self, x: Tensor, given: dict[str, Any]) -> Tensor:
         """x with the image that is concatenated to it, channels_last."""

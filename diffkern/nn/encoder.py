@@ -7,7 +7,6 @@ from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from diffkern.nn.attention import SpatialSelfAttention
 from diffkern.nn.blocks import ConvNeXtBlock, ConvResample, InputSkip, Resampler, ResBlock
@@ -15,6 +14,7 @@ from diffkern.nn.conditions import Known, as_mapping, check_state, expect
 from diffkern.nn.embedded import Embedded
 from diffkern.nn.heads import count_heads
 from diffkern.nn.norm import count_groups
+from diffkern.nn.rows import project
 from diffkern.nn.transformer import SpatialTransformer, TransformerBlock
 from diffkern.nn.unet_config import UNetConfig
 
@@ -166,19 +166,33 @@ class Encoder(Embedded):
 
     def known(self, t: Tensor, cond: Any, batch: int) -> Known:
         """What the network makes of times [B] (or one for all) and condition alone: see `Known`."""
-        embedding = F.silu(self.embed(t, cond, batch))
-        blocks = list(self._blocks())
-        timed: list[Any] = [b.block if isinstance(b, Stage) else b for b in blocks]
-        changes = tuple(block.modulate(embedding) for block in timed)
+        return Known(self.changes(t, cond, batch), self.contexts(cond, batch))
+
+    def changes(self, t: Tensor, cond: Any, batch: int) -> tuple[Tensor, ...]:
+        """Every block's modulation [B, ...]. Without gradients a sample's have the same bits in every batch."""
+        embedding = self.embed(t, cond, batch)
+        return tuple(project(layer, embedding, silu=True) for layer in self._modulations())
+
+    def contexts(self, cond: Any, batch: int) -> tuple[Tensor, ...]:
+        """Every cross-attention's keys and values [B, T, 2 C]."""
         context = as_mapping(cond).get("context")
         if not self.config.context_channels:
             if context is not None:
                 raise ValueError("this network has no context, but cond['context'] was given")
-            return Known(changes)
-        context = expect("context", context, (batch, None, self.config.context_channels), embedding)
-        context = context.to(embedding.dtype)
-        crossing = [block for b in blocks if isinstance(b, Stage) for block in b.crossing]
-        return Known(changes, tuple(block.kv(context) for block in crossing))
+            return ()
+        weight: Any = self.time[0].weight
+        context = expect("context", context, (batch, None, self.config.context_channels), weight)
+        context = context.to(weight.dtype)
+        return tuple(layer(context) for layer in self._context_layers())
+
+    def _modulations(self) -> list[Any]:
+        """The layer of every block that makes its modulation."""
+        timed: list[Any] = [block.block if isinstance(block, Stage) else block for block in self._blocks()]
+        return [block.modulate for block in timed]
+
+    def _context_layers(self) -> list[Any]:
+        """The layer of every cross-attention that makes its keys and values."""
+        return [block.kv for stage in self._blocks() if isinstance(stage, Stage) for block in stage.crossing]
 
     def _checked(self, x: Any) -> None:
         config = self.config

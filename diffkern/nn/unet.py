@@ -22,10 +22,11 @@ from diffkern.nn.conditions import Known, as_mapping, expect
 from diffkern.nn.embedded import lay_out, switch_attention
 from diffkern.nn.encoder import Encoder, Level, Parts
 from diffkern.nn.norm import GroupNormAct, count_groups
+from diffkern.nn.rows import KnowsRows
 from diffkern.nn.unet_config import UNetConfig
 
 
-class UNet(Encoder):
+class UNet(Encoder, KnowsRows):
     """eps(x_t, t, condition), or whichever prediction the network is trained for.
 
     ``model(x, t)`` or ``model(x, t, cond)``: x float [B, C, H, W], H and W divisible by 2^(levels - 1); t [B] (or
@@ -68,6 +69,10 @@ class UNet(Encoder):
     def forward(self, x: Tensor, t: Tensor, cond: Any = None) -> Tensor:
         self._checked(x)
         return self.run(x, self.known(t, cond, x.shape[0]), cond)
+
+    def _knowing(self) -> list[nn.Module]:
+        parts = (self.time, self.fourier, self.classes, self.vector, self.augment)
+        return [*(part for part in parts if part is not None), *self._modulations(), *self._context_layers()]
 
     def run(self, x: Tensor, known: Known, cond: Any = None) -> Tensor:
         """The prediction at x, given what `known` made of time and condition."""

@@ -16,6 +16,7 @@ from diffkern import brownian, ops
 from diffkern.checks import returned
 from diffkern.modes import untraced
 from diffkern.plan import Plan, Row
+from diffkern.plan.prepared import Prepared
 from diffkern.sampling import _states
 from diffkern.sampling._buffers import Call, allocate
 from diffkern.sampling._tables import Guidance, check_dtype, estimates_of, plan_to_run, row_times, table_of
@@ -85,6 +86,7 @@ class Run:
         want_x0: bool = False,
         want_logprob: bool = False,
         own_inputs: bool = False,
+        prepare: bool = True,
     ) -> None:
         check_dtype(plan, x.dtype)
         source, plan = plan, plan_to_run(plan, guidance)  # what is not traced is given what the caller has
@@ -131,7 +133,9 @@ class Run:
             self._waits = waits.reshape(*waits.shape, *(1,) * (x.ndim - 1))
             self._all_run = int(begin.max())
         self._step = ops.bound_step_out(self.table)
-        self._times = _times(row_times(source).to(x.device), self._copies, self.batch)
+        times = row_times(source).to(x.device)
+        self._times = _times(times, self._copies, self.batch)
+        self._prepared = Prepared(times, prepare)
         # A model may change the time it was given in place.
         self._shift_times = [t.clone() for t in self._times] if mean_shift is not None else []
         self._input = self._made_input(first)
@@ -225,10 +229,10 @@ class Run:
             cond = self._pair if copies == 2 else cond if self.plan.rows[i].w == 1.0 else self.uncond
         given, t = self._input, self._times[i]
         if self._writes:
-            m = model(given, t) if cond is None else model(given, t, cond)
+            m = self._prepared.call(model, i, given, t, cond)
         else:
             writes = given._version
-            m = model(given, t) if cond is None else model(given, t, cond)
+            m = self._prepared.call(model, i, given, t, cond)
             if given._version != writes:
                 self._writes = True
                 if given is self.state:

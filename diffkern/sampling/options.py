@@ -69,6 +69,7 @@ class SampleOptions(LoopOptions, total=False):
     guidance: float | Sequence[float] | None
     mean_shift: Shift | None
     start: int | Tensor
+    prepare: bool
 
 
 class RowOptions(TypedDict, total=False):

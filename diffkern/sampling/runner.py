@@ -123,6 +123,7 @@ def sample(
     progress: bool | str = False,
     out_dtype: torch.dtype | None = None,
     model_dtype: torch.dtype | None = None,
+    prepare: bool = True,
 ) -> Tensor | Sampled:
     """Sample: run ``plan`` from the state ``x`` and return the final state, [B, ...].
 
@@ -152,6 +153,9 @@ def sample(
     - ``progress``: a progress bar over the steps; a string is its label.
     - ``out_dtype``: dtype of the final state, that of ``x`` by default.
     - ``model_dtype``: dtype of the model's input, that of ``x`` by default; the output may have any floating dtype.
+
+    - ``prepare``: what a network of `diffkern.nn` makes of times and condition alone (embeddings, modulations, keys and
+      values of the context) is made for all rows at once; False makes it at every call, with the same bits.
 
     For an ``x`` of 16 bits the states inside are float32: an update below half a unit of 16 bits would be lost, and
     with it, over hundreds of steps, the sample. Model input, callback, trajectory and result have the dtype of ``x``,
@@ -194,6 +198,7 @@ def sample(
         want_x0=callback is not None,
         want_logprob=logprob,
         own_inputs=noises is not None,
+        prepare=prepare,
     )
     states = torch.empty((len(steps) + 1, *x.shape), dtype=x.dtype, device=x.device) if trajectory else None
     if states is not None:
