@@ -32,7 +32,7 @@ def adaptive_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) ->
     """
     normed, factor = F.layer_norm(x, x.shape[-1:], eps=eps), 1.0 + scale[:, None]
     same = normed.dtype == scale.dtype == shift.dtype
-    if same and _eager(normed) and not _differentiates(normed, scale, shift):
+    if same and _eager(normed, scale, shift) and not _differentiates(normed, scale, shift):
         return torch.addcmul(shift[:, None], normed, factor, out=normed)
     return torch.addcmul(shift[:, None], normed, factor)
 
@@ -69,21 +69,23 @@ def gelu_linear(u: Tensor, linear: nn.Module, dropout: nn.Module | None = None) 
     return found
 
 
-def _eager(x: Tensor) -> bool:
+def _eager(*tensors: Tensor) -> bool:
     """Real tensors, outside of graphs, transforms and forward gradients."""
-    return real(x) and forward_ad._current_level < 0
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return forward_ad._current_level < 0 and all(map(real, tensors))
 
 
 def _lean(linear: nn.Module, x: Tensor, *others: Tensor) -> bool:
     """Whether a gradient is to come, in one dtype, through a linear layer that is nothing but one."""
-    if type(linear) is not nn.Linear or not _eager(x):
+    if type(linear) is not nn.Linear:
         return False
     if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks:
         return False
     tensors = [x, *others, linear.weight, *(() if linear.bias is None else (linear.bias,))]
     if any(t.dtype != x.dtype for t in tensors) or torch.is_autocast_enabled(x.device.type):
         return False
-    return _differentiates(*tensors)
+    return _eager(*tensors) and _differentiates(*tensors)
 
 
 def _differentiates(*tensors: Tensor) -> bool:

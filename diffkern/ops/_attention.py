@@ -207,7 +207,7 @@ def _refuse_onnx(name: str) -> None:
     if onnx is not None and onnx.is_in_onnx_export():
         raise ValueError(
             f'attention must be "torch" in a network that is exported to ONNX, which has no diffkern.{name}, got '
-            '"diffkern": call set_attention("torch") of the UNet, or set attention of the blocks of diffkern.nn'
+            '"diffkern": call set_attention("torch") of the network, or set attention of the blocks of diffkern.nn'
         )
 
 

@@ -12,7 +12,7 @@ from helpers.fuzzing import fuzz
 from hypothesis import strategies as st
 
 from diffkern import samplers, schedules
-from diffkern.nn import UNetConfig
+from diffkern.nn import DiTConfig, UNetConfig
 from diffkern.plan import Plan
 
 PLANS = [
@@ -22,7 +22,7 @@ PLANS = [
     samplers.ddim(schedules.cosine(20), 3, clip=1.0).with_threshold(0.9, 2.0),
 ]
 TEXTS = [plan.to_json() for plan in PLANS]
-CONFIG = UNetConfig()
+CONFIGS: list[UNetConfig | DiTConfig] = [UNetConfig(), DiTConfig(image_size=(8, 4))]
 SCALARS = st.one_of(
     st.none(),
     st.booleans(),
@@ -95,13 +95,13 @@ def test_a_plan_whose_text_was_changed(text: str, at: int, cut: int, new: str) -
         assert Plan.from_json(plan.to_json()) == plan
 
 
-@fuzz(150, data=st.data())
-def test_a_network_that_was_changed(data: st.DataObject) -> None:
-    start = json.loads(json.dumps(dataclasses.asdict(CONFIG)))
+@fuzz(150, data=st.data(), original=st.sampled_from(CONFIGS))
+def test_a_network_that_was_changed(data: st.DataObject, original: UNetConfig | DiTConfig) -> None:
+    start = json.loads(json.dumps(dataclasses.asdict(original)))
     values = changed(start, data.draw)
     try:
-        config = UNetConfig.from_dict(json.loads(json.dumps(values)))
+        config = original.from_dict(json.loads(json.dumps(values)))
     except ValueError as error:
         check_sentence(error)
     else:
-        assert UNetConfig.from_dict(config.to_dict()) == config
+        assert original.from_dict(config.to_dict()) == config

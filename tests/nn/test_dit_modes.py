@@ -120,6 +120,22 @@ def test_vmap_over_networks() -> None:
     close([*found.detach()], [model(x, t, cond).detach() for model in models])
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_vmap_over_times_alone_and_over_one_layer_alone(grad: bool) -> None:
+    """What is mapped meets what is not in the middle of a block."""
+    model = dit().requires_grad_(grad)
+    x, t, cond = inputs()
+    found = torch.vmap(lambda t, cond: model(x[:1], t[None], cond[None])[0])(t, cond)
+    close([*found.detach()], [model(x[:1], t[b : b + 1], cond[b : b + 1])[0].detach() for b in range(3)])
+    bias = torch.randn(2, 16)
+
+    def call(bias: Tensor) -> Tensor:
+        out: Tensor = torch.func.functional_call(model, {"blocks.0.mlp_leave.bias": bias}, (x, t, cond))
+        return out
+
+    close([*torch.vmap(call)(bias).detach()], [call(b).detach() for b in bias])
+
+
 # -------------------------------------------------------------------------------------------------- copies and files
 def test_copies_pickles_and_state_dicts_give_the_same_numbers() -> None:
     model = dit()
