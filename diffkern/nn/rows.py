@@ -17,6 +17,7 @@ from diffkern.ops import linear_rows
 MOST = 2**24
 """Numbers of modulations that are kept at a time (64 MiB of float32): rows beyond are computed when they come."""
 _KINDS = (nn.Linear, nn.Embedding, nn.Sequential, nn.SiLU, FourierEmbedding)
+_METHODS = ("__call__", "forward", "run", "known", "changes", "contexts", "embed", "encode")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -85,7 +86,7 @@ class KnowsRows:
 
     def is_itself(self) -> bool:
         """Whether what it makes of time and condition is made by its own layers and methods, which nothing watches."""
-        for name in ("__call__", "forward", "run", "known", "changes", "contexts", "embed", "encode"):
+        for name in _METHODS:
             method = getattr(type(self), name, None)
             own = method is None or method.__module__.startswith(("diffkern.nn.", "torch.nn."))
             if not own or name in vars(self):
@@ -106,16 +107,35 @@ class KnowsRows:
         for part in self._knowing():
             yield from part.modules()
 
-    def sources(self) -> list[Any]:
-        """What changes where the weights do of which modulations, keys and values are made."""
-        weights = [t for part in self._knowing() for t in (*part.parameters(), *part.buffers())]
-        bias = getattr(self, "class_bias", None)
-        return [(id(t), version(t), t.data_ptr()) for t in (*weights, *([] if bias is None else [bias]))]
-
     @property
     def change_width(self) -> int:
         """Numbers of all modulations of a sample."""
         return sum(layer.out_features for layer in self._modulations())
+
+
+class _Watch:
+    """Whether a network is what it was: its modules, the weights of those that know time and condition, their hooks."""
+
+    def __init__(self, network: Any) -> None:
+        self.network, self.known = network, list(network._known_modules())
+        self.kinds = [type(module) for module in (network, *self.known)]
+        self.links = [(each._modules, *pair) for each in network.modules() for pair in each._modules.items()]
+        places = [kept for module in self.known for kept in (module._parameters, module._buffers)]
+        weights = [(kept, *pair) for kept in places for pair in kept.items()]
+        weights += [(network._parameters, *pair) for pair in network._parameters.items()]
+        self.weights = [(*place, version(place[2]), place[2].data_ptr()) for place in weights if place[2] is not None]
+
+    def holds(self) -> bool:
+        """Looked at before every evaluation: a walk over lists that are there."""
+        for place, name, module in self.links:
+            if place.get(name) is not module:
+                return False
+        for kept, name, weight, written, address in self.weights:
+            if kept.get(name) is not weight or version(weight) != written or weight.data_ptr() != address:
+                return False
+        if any(name in vars(self.network) for name in _METHODS):
+            return False
+        return all(map(is_plain, (self.network, *self.known), self.kinds))
 
 
 class Rows:
@@ -128,7 +148,7 @@ class Rows:
 
     def __init__(self, network: Any, times: Tensor, cond: Any, batch: int) -> None:
         self.network, self.times, self.batch = network, times, batch
-        self._mark = self._state(cond)
+        self._watch, self._mark = _Watch(network), self._state(cond)
         self._cond = cond
         self._contexts = network.contexts(cond, batch)
         given = as_mapping(cond)
@@ -143,13 +163,12 @@ class Rows:
         kind = self.times.device.type
         mode = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), torch.is_grad_enabled()
         values = cond.items() if isinstance(cond, Mapping) else [("class", cond)]
-        found: list[Any] = [mode, *self.network.sources()]
-        return [*found, *((name, id(t), version(t)) for name, t in values if isinstance(t, Tensor))]
+        return [mode, *((name, id(t), version(t)) for name, t in values if isinstance(t, Tensor))]
 
     def __call__(self, i: int, x: Tensor, t: Tensor, cond: Any) -> Tensor:
         network = self.network
-        same = cond is self._cond and x.shape[0] == self.batch and network.is_itself()
-        if not same or self._state(cond) != self._mark:
+        same = cond is self._cond and x.shape[0] == self.batch and self._state(cond) == self._mark
+        if not same or not self._watch.holds():
             found: Tensor = network(x, t) if cond is None else network(x, t, cond)
             return found
         return network.run(x, Known(self._row(i), self._contexts), cond)
