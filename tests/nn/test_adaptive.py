@@ -49,10 +49,19 @@ def test_adaptive_norm_by_its_formula(eps: float, grad: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_gelu_by_its_formula_in_every_dtype(dtype: torch.dtype) -> None:
-    u = torch.linspace(-9, 9, 181).to(dtype)
+    u = torch.linspace(-9, 9, 2 * 1003).to(dtype).reshape(1003, 2).mT  # not contiguous
     expected, at_most = gelu_by_formula(u.double()), 4 * torch.finfo(dtype).eps
     for given in (u, u.clone().requires_grad_()):
         assert (gelu(given).double() - expected).abs().max() <= at_most * 9
+
+
+def test_gelu_in_parts_is_gelu(monkeypatch: pytest.MonkeyPatch) -> None:
+    u = torch.linspace(-5, 5, 301).to(torch.bfloat16)
+    whole = gelu(u)
+    monkeypatch.setattr("diffkern.nn.adaptive._CHUNK", 7)
+    assert torch.equal(gelu(u), whole)
+    assert gelu(u[:0]).shape == (0,)
+    assert (whole == gelu_by_formula(u.double()).to(torch.bfloat16)).float().mean() > 0.99, "rounded once"
 
 
 def test_gelu_keeps_the_digits_far_below_zero_and_the_ends() -> None:
@@ -90,8 +99,14 @@ def test_gradients_of_the_norm_and_its_linear_layer(asked: tuple[int, ...]) -> N
     both(ours, lambda x, a, b, w, c: nn.functional.linear(norm_by_formula(x, a, b), w, c), given)
 
 
+@pytest.mark.parametrize("by_sigmoid", [True, False])
 @pytest.mark.parametrize("asked", [(1, 1, 1), (1, 0, 0), (0, 1, 0)])
-def test_gradients_of_gelu_and_its_linear_layer(asked: tuple[int, ...]) -> None:
+def test_gradients_of_gelu_and_its_linear_layer(
+    asked: tuple[int, ...], by_sigmoid: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU's way, and on that of GPUs and of 16-bit types."""
+    monkeypatch.setattr("diffkern.nn.adaptive._by_sigmoid", lambda u: by_sigmoid)
+    monkeypatch.setattr("diffkern.nn.adaptive.gelu", gelu if by_sigmoid else gelu_by_formula)
     layer = linear()
     given = [3 * tensors()[0], layer.weight.detach(), layer.bias.detach()]
     for tensor, grad in zip(given, asked, strict=True):
