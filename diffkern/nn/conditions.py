@@ -38,13 +38,20 @@ def as_mapping(cond: Any) -> dict[str, Any]:
     return {key: value for key, value in cond.items() if value is not None}
 
 
-def check_times(t: Tensor, batch: int) -> Tensor:
-    """The times as [1] or [B]. ValueError for another number of them."""
+def check_times(t: Tensor, batch: int, weight: Tensor) -> Tensor:
+    """The times as [1] or [B], on the device of the ``weight``, where one time for all need not lie.
+
+    ValueError for another number of them, for complex ones, and for times on another device.
+    """
     if not isinstance(t, Tensor):
         raise ValueError(f"t must be a tensor of times, got {type(t).__name__}")
     if t.dim() > 1 or (t.dim() == 1 and t.shape[0] not in (1, batch)):
         raise ValueError(f"t must be 0-dim or have one time for each of the {batch} samples, got {tuple(t.shape)}")
-    return t.reshape(-1)
+    if t.is_complex():
+        raise ValueError(f"t must be real, got {t.dtype}")
+    if t.dim() and t.device != weight.device:
+        raise ValueError(f"t must be on {weight.device}, the device of the weights, got {t.device}")
+    return t.reshape(-1).to(weight.device)
 
 
 def embed_classes(table: nn.Embedding, classes: Any, batch: int) -> Tensor:
@@ -67,7 +74,7 @@ def embed_classes(table: nn.Embedding, classes: Any, batch: int) -> Tensor:
 
 
 def expect(name: str, value: Any, shape: tuple[int | None, ...], x: Tensor) -> Tensor:
-    """``cond[name]``, which must be a floating tensor of this shape (None: any size) on the device of x."""
+    """``cond[name]``, which must be a real tensor of this shape (None: any size) on the device of x, of any dtype."""
     wanted = f"({', '.join('any' if n is None else str(n) for n in shape)})"
     fits = (
         isinstance(value, Tensor)
@@ -77,6 +84,8 @@ def expect(name: str, value: Any, shape: tuple[int | None, ...], x: Tensor) -> T
     if not fits:
         got = str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"cond[{name!r}] must have shape {wanted}, got {got}")
+    if value.is_complex():
+        raise ValueError(f"cond[{name!r}] must be real, got {value.dtype}")
     if value.device != x.device:
         raise ValueError(f"cond[{name!r}] must be on {x.device}, the device of x, got {value.device}")
     found: Tensor = value

@@ -208,12 +208,10 @@ class DiT(KnowsRows, nn.Module):
     def changes(self, t: Tensor, cond: Any, batch: int) -> tuple[Tensor, ...]:
         """Every block's modulation and that of the end. Without gradients a sample's have one result in every batch."""
         config, weight = self.config, self.enter.weight
-        times = check_times(t, batch)
-        if t.dim() and t.device != weight.device:
-            raise ValueError(f"t must be on {weight.device}, the device of the weights, got {t.device}")
+        times = check_times(t, batch, weight)
         waves = sinusoidal_embedding(
             times * config.time_scale, config.time_channels, freq_shift=config.time_freq_shift
-        ).to(weight.device, weight.dtype)
+        ).to(weight.dtype)
         classes = self._classes(cond, batch)
 
         def embedded(time: nn.Module, table: nn.Embedding | None) -> Tensor:

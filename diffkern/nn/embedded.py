@@ -84,7 +84,7 @@ class Embedded(nn.Module):
         """[B, E]: the embedding of the time plus those of the class and of the extra vector."""
         config, given = self.config, as_mapping(cond)
         weight: Any = self.time[0].weight
-        t = check_times(t, batch)
+        t = check_times(t, batch, weight)
         if self.fourier is not None:
             sinusoids = self.fourier(t * config.time_scale)
         else:
@@ -97,8 +97,8 @@ class Embedded(nn.Module):
         if augment is not None and self.augment is None:
             raise ValueError("this network has no augmentation labels, but cond['augment'] was given")
         if self.augment is not None and augment is not None:
-            augment = expect("augment", augment, (batch, config.augment_channels), weight)
-            before = before + project(self.augment, augment)
+            labels = expect("augment", augment, (batch, config.augment_channels), weight)
+            before = before + project(self.augment, labels.to(weight.dtype))
         embedding = perceptron(self.time, before).expand(batch, -1)
         if config.class_place == "after" and classes is not None:
             embedding = embedding + classes

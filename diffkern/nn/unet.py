@@ -82,7 +82,7 @@ class UNet(Encoder, KnowsRows):
         h, skips = self.encode(x, given, changes, contexts)
         skips = self._controlled(skips, given)
         if given.get("middle_residual") is not None:
-            h = h + expect("middle_residual", given["middle_residual"], tuple(h.shape), x)
+            h = h + expect("middle_residual", given["middle_residual"], tuple(h.shape), x).to(h.dtype)
         for level in self._levels():
             for stage in level.blocks:
                 h = self._run(stage, torch.cat([h, skips.pop()], dim=1), changes, contexts)
@@ -135,6 +135,6 @@ class UNet(Encoder, KnowsRows):
             got = len(residuals) if isinstance(residuals, list | tuple) else type(residuals).__name__
             raise ValueError(f"cond['residuals'] must be a tuple of {len(skips)} tensors, one a skip, got {got}")
         return [
-            skip + expect("residuals", residual, tuple(skip.shape), skip)
+            skip + expect("residuals", residual, tuple(skip.shape), skip).to(skip.dtype)
             for skip, residual in zip(skips, residuals, strict=True)
         ]
