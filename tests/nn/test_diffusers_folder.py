@@ -11,6 +11,7 @@ from helpers import diffusers_networks as networks
 from helpers.diffusers_networks import TINY, theirs
 from helpers.lazy import Lazy, needs
 from helpers.suites import few
+from helpers.unet_cases import awake, config
 
 from diffkern.nn import UNet
 
@@ -41,15 +42,28 @@ def state_of(network: UNet) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("name", few(TINY, "ddpm", "sdxl"))
 def test_what_we_write_diffusers_reads(name: str, tmp_path: Path) -> None:
-    config = TINY[name]
-    original = networks.build(config)
+    original = networks.build(TINY[name])
     original.save_pretrained(tmp_path / "theirs")
     UNet.from_diffusers(tmp_path / "theirs").to_diffusers(tmp_path / "ours", sample_size=8)
-    again = getattr(diffusers, config["_class_name"]).from_pretrained(tmp_path / "ours")
+    again = getattr(diffusers, TINY[name]["_class_name"]).from_pretrained(tmp_path / "ours")
     assert again.config.sample_size == 8
-    x, t, cond = networks.inputs(config)
+    x, t, cond = networks.inputs(TINY[name])
     with torch.no_grad():
         torch.testing.assert_close(theirs(again, x, t, cond), theirs(original, x, t, cond), rtol=1e-5, atol=1e-5)
+
+
+def test_no_class_is_the_last_of_theirs_where_it_was_trained(tmp_path: Path) -> None:
+    network = awake(config(classes=3, modulation="add", resample="conv"))
+    network.to_diffusers(tmp_path)
+    there = diffusers.UNet2DModel.from_pretrained(tmp_path)
+    assert there.config.num_class_embeds == 4
+    x, t = torch.randn(4, 3, 8, 8), torch.full((4,), 7.0)
+    with torch.no_grad():
+        expected = network(x, t, torch.tensor([0, 1, 2, network.null_class]))
+        found = there(x, t, class_labels=torch.arange(4)).sample
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        again = UNet.from_diffusers(tmp_path)
+        assert torch.equal(again(x, t, torch.arange(4)), expected)
 
 
 def test_a_pipeline_is_read_at_its_unet(saved: Path, tmp_path: Path) -> None:

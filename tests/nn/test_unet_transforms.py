@@ -82,6 +82,7 @@ def test_gradients_a_sample_are_vmap_of_grad() -> None:
             near(one[i], expected, 1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # in torch's forward mode
 def test_forward_mode_is_a_sentence_or_torchs() -> None:
     """Our ops have no tangents, and say so; with torch's the network has them, where torch's attention is not asked."""
     network = awake(config(**OPTIONS["no attention"])).double()

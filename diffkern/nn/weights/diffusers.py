@@ -10,11 +10,10 @@ import os
 import re
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from diffkern.nn.weights import diffusers_folder
-from diffkern.nn.weights._keys import Key, Source, fill, read_state, to_theirs
+from diffkern.nn.weights._keys import Key, Source, fill, read_state, stored, to_theirs, unfilled
 from diffkern.nn.weights.diffusers_config import to_ours as config_from
 from diffkern.nn.weights.diffusers_config_back import to_theirs as config_to
 
@@ -117,11 +116,11 @@ def _renamed(match: re.Match[str]) -> str:
 
 
 def export(network: UNet, linear_projection: bool = False) -> dict[str, Tensor]:
-    """Their state dict of our network: `load`'s inverse; views of the network's tensors where no row moves.
+    """Their state dict of our network: `load`'s inverse, contiguous.
 
     "No class" is a class of its own there, the last, unless its row is zero, as that of weights which came from there.
     """
-    return to_theirs(keys(network, linear_projection, _knows_no_class(network)), network.state_dict())
+    return stored(to_theirs(keys(network, linear_projection, _knows_no_class(network)), network.state_dict()))
 
 
 def _knows_no_class(network: UNet) -> bool:
@@ -141,9 +140,8 @@ def from_folder(
     from diffkern.nn.unet import UNet  # which calls this
 
     config, state = diffusers_folder.read(path, subfolder, variant)
-    with torch.device("meta"):  # no initial weights, which would take longer than reading those of the file
-        network = UNet(config_from(config, ids))
-    network.to_empty(device="cpu")
+    settings = config_from(config, ids)
+    network = unfilled(lambda: UNet(settings))
     load(network, state)
     return network.eval()
 
