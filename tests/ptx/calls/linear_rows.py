@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass
 class Linear:
-    """One call; ``pad``: elements between rows."""
+    """One call; ``pad``: elements between rows; ``of``: rows that x has the first ``rows`` of, all of them if 0."""
 
     rows: int
     inputs: int
@@ -24,12 +24,15 @@ class Linear:
     bias: bool = True
     pad: int = 0
     special: bool = False
+    of: int = 0
 
 
 def _tensors(call: Linear) -> dict[str, Tensor]:
     wide = torch.float64 if call.dtype == torch.float64 else torch.float32
     made = {
-        "x": values(1, call.rows, (call.inputs + call.pad,), call.dtype, special=call.special)[:, : call.inputs],
+        "x": values(1, call.of or call.rows, (call.inputs + call.pad,), call.dtype, special=call.special)[
+            : call.rows, : call.inputs
+        ],
         "weight": values(2, call.outputs, (call.inputs + call.pad,), call.dtype)[:, : call.inputs],
         "bias": values(3, call.outputs, (2,), call.dtype)[:, 1],
         "out": torch.empty(call.rows, call.outputs, dtype=call.dtype),
