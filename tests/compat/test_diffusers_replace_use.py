@@ -122,23 +122,24 @@ def test_lora_of_peft() -> None:
     assert close(call(model, torch.float32), call(plain, torch.float32))
 
 
+@pytest.mark.parametrize("name", ["sd1", "dit"])
 @torch.no_grad()
-def test_hooks_of_every_layer_inside_are_called_and_see_what_they_saw() -> None:
-    model, call = network("sd1")
+def test_hooks_of_every_layer_inside_are_called_and_see_what_they_saw(name: str) -> None:
+    model, call = network(name)
     plain = copy.deepcopy(model)
     ours.replace(model)
     seen: list[dict[str, Tensor]] = []
     for network_ in (model, plain):
         outputs: dict[str, Tensor] = {}
         seen.append(outputs)
-        for name, module in network_.named_modules():
-            keep = functools.partial(lambda n, store, m, args, out: store.__setitem__(n, out), name, outputs)
+        for layer, module in network_.named_modules():
+            keep = functools.partial(lambda n, store, m, args, out: store.__setitem__(n, out), layer, outputs)
             module.register_forward_hook(keep)
         call(network_, torch.float32)
     assert list(seen[0]) == list(seen[1])
-    for name, wanted in seen[1].items():
+    for layer, wanted in seen[1].items():
         if isinstance(wanted, Tensor):
-            assert (seen[0][name] - wanted).abs().max() < 2e-5 * wanted.abs().max() + 1e-6, name
+            assert (seen[0][layer] - wanted).abs().max() < 2e-5 * wanted.abs().max() + 1e-6, layer
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffkern.compat.diffusers._blocks import is_plain, last_of, normed, plus, will_differentiate
+from diffkern.nn.adaptive import adaptive_linear, adaptive_norm, gelu_linear
 
 NORMS = ("layer_norm", "ada_norm_zero")
 """The norm_type of the transformer blocks known here."""
@@ -91,10 +92,11 @@ class BasicTransformerBlock(attention.BasicTransformerBlock):
                 self.norm2(x), encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask
             )
             x = gated(y, x, None, _last_of_attention(self.attn2))
-        y = self.norm3(x)
-        if scale is not None and shift is not None:
-            y = modulated(y, scale, shift)
-        return gated(self.ff(y), x, gate_ff, _last_of_feed_forward(self.ff))
+        if scale is None or shift is None:
+            y = self.ff(self.norm3(x))
+        else:
+            y = adaptive_feed_forward(self.norm3, self.ff, x, scale, shift)
+        return gated(y, x, gate_ff, _last_of_feed_forward(self.ff))
 
 
 class AdaLayerNormZero(normalization.AdaLayerNormZero):
@@ -111,7 +113,7 @@ class AdaLayerNormZero(normalization.AdaLayerNormZero):
         if self.emb is not None:
             emb = self.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
         shift, scale, gate, shift_ff, scale_ff, gate_ff = self.linear(self.silu(emb)).chunk(6, dim=1)
-        return modulated(self.norm(x), scale, shift), gate, shift_ff, scale_ff, gate_ff
+        return normed_and_modulated(self.norm, x, scale, shift), gate, shift_ff, scale_ff, gate_ff
 
 
 class GEGLU(activations.GEGLU):
@@ -124,10 +126,32 @@ class GEGLU(activations.GEGLU):
         return geglu(x, gate)
 
 
-def modulated(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """x (1 + scale) + shift of tokens [B, N, C] and [B, C] in one pass."""
-    scale, shift = 1 + scale[:, None], shift[:, None]
-    return torch.addcmul(shift, x, scale) if x.dtype == scale.dtype == shift.dtype else x * scale + shift
+def normed_and_modulated(norm: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """norm(x) (1 + scale) + shift of tokens [B, N, C] and [B, C], the modulation in one pass."""
+    if _is_adaptive(norm, x, scale, shift):
+        return adaptive_norm(x, scale, shift, norm.eps)
+    y, factor, shift = norm(x), 1 + scale[:, None], shift[:, None]
+    return torch.addcmul(shift, y, factor) if y.dtype == factor.dtype == shift.dtype else y * factor + shift
+
+
+def adaptive_feed_forward(norm: Any, ff: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """ff(norm(x) (1 + scale) + shift); where ff is linear, GELU by its tanh, linear, what both read is not kept."""
+    if not (is_plain(ff, attention.FeedForward) and is_plain(ff.net, nn.ModuleList) and len(ff.net) == 3):
+        return ff(normed_and_modulated(norm, x, scale, shift))
+    act, dropout, last = ff.net
+    usual = is_plain(act, activations.GELU) and act.approximate == "tanh" and is_plain(dropout, nn.Dropout)
+    if not (usual and is_plain(act.proj, nn.Linear) and is_plain(last, nn.Linear)):
+        return ff(normed_and_modulated(norm, x, scale, shift))
+    if _is_adaptive(norm, x, scale, shift):
+        u = adaptive_linear(x, scale, shift, act.proj, norm.eps)
+    else:
+        u = act.proj(normed_and_modulated(norm, x, scale, shift))
+    return gelu_linear(u, last, dropout)
+
+
+def _is_adaptive(norm: Any, x: Tensor, scale: Tensor, shift: Tensor) -> bool:
+    """Whether the norm is the plain one that `diffkern.nn.adaptive` computes."""
+    return is_plain(norm, nn.LayerNorm) and norm.weight is None and x.dtype == scale.dtype == shift.dtype
 
 
 def gated(made: Tensor, x: Tensor, gate: Tensor | None, last: Any) -> Tensor:
