@@ -1,6 +1,6 @@
 """What an evaluation asks of a GPU, counted without one: ops that write, bytes that they read and write, allocations.
 
-The network runs on the meta device, below autograd, op by op:
+The network runs on torch's fake tensors of a CUDA device, without data, below autograd, op by op:
 
 - An op that writes at least one tensor is one launch: a lower bound, for a GroupNorm of torch is three kernels and a
   convolution with a bias two. Views and what only reads shapes are none. `F.scaled_dot_product_attention` is one.
@@ -17,15 +17,18 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+import diffkern
 from benchmarks.alone import reason
 from benchmarks.networks.contenders import GUIDED, NAMES, contenders
 from benchmarks.networks.peers import NETWORKS, Network
@@ -52,6 +55,7 @@ GPUS = (
 )
 COUNTED = tuple(name for name in NAMES if name != GUIDED)
 """Whose ops are counted: what is compiled cannot be, and our transcription's are not the original's."""
+DEVICE = "cuda:0"
 LAUNCH = 5e-6
 """Seconds that the host needs for an op of eager torch: an assumption, typical of today's processors."""
 
@@ -177,7 +181,7 @@ class _Count(TorchDispatchMode):
 
 
 class _Attention(TorchFunctionMode):
-    """`F.scaled_dot_product_attention` as the one kernel that it is on a GPU: the meta device would take it apart."""
+    """`F.scaled_dot_product_attention` as the one kernel that it is on a GPU: without one it would be taken apart."""
 
     def __init__(self, counting: _Count) -> None:
         super().__init__()
@@ -203,7 +207,7 @@ class _Attention(TorchFunctionMode):
 
 
 def count(call: Callable[[], object]) -> Counts:
-    """Of a call on tensors of the meta device."""
+    """Of a call on tensors without data: fake, or of the meta device."""
     found = Counts()
     counting = _Count(found)
     with torch.no_grad(), counting, _Attention(counting):
@@ -223,18 +227,31 @@ class GpuRow:
 def on_gpu(
     name: str | Network, batch: int, dtype: torch.dtype = torch.bfloat16, wanted: Sequence[str] = COUNTED
 ) -> list[GpuRow]:
-    """The counts of every contender's evaluation. What a network decides by the device, it decides for a meta one."""
+    """The counts of every contender's evaluation on a GPU that is not there."""
     network = NETWORKS[name] if isinstance(name, str) else name
     with torch.device("meta"):
         made = contenders(network, network.build().to(dtype), [name for name in wanted if name in COUNTED])
-    given, found = network.inputs(batch, "meta"), []
-    for one in made:
-        if one.model is None:
-            found.append(GpuRow(one.name, why=one.why))
-            continue
-        x = given.to(dtype, one.layout)
-        try:
-            found.append(GpuRow(one.name, count(functools.partial(one.run, x))))
-        except Exception as failed:  # its row says why, the others are counted
-            found.append(GpuRow(one.name, why=reason(failed)))
+    found = []
+    ready = diffkern.cuda_status()._replace(ready=True)  # as on the GPU that is meant
+    with mock.patch.object(diffkern, "cuda_status", return_value=ready), FakeTensorMode(allow_non_fake_inputs=True):
+        for one in made:
+            if one.model is None:
+                found.append(GpuRow(one.name, why=one.why))
+                continue
+            to_device(one.model)
+            x = network.inputs(batch, DEVICE).to(dtype, one.layout)
+            try:
+                found.append(GpuRow(one.name, count(functools.partial(one.run, x))))
+            except Exception as failed:  # its row says why, the others are counted
+                found.append(GpuRow(one.name, why=reason(failed)))
     return found
+
+
+def to_device(model: nn.Module) -> None:
+    """Parameters and buffers of the meta device become fake ones of the GPU, in place: `Module.to` cannot do it."""
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, t in tensors.items():
+                if t is not None:
+                    made = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=DEVICE)
+                    tensors[name] = nn.Parameter(made, t.requires_grad) if isinstance(t, nn.Parameter) else made

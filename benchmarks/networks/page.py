@@ -121,12 +121,12 @@ RUN = """From noise to images or latents, without guidance, in float32. Diffuser
 the loop of one; `diffkern.nn` by `diffkern.sample`. Error: of the final state from the same noise, at most 1e-3."""
 PROFILE = """Shares of an evaluation, by torch's profiler on the calling thread; "at": operations a second of these ops
 as a share of what matrix products reach alone on all threads. "Between ops" is Python, modules and dispatch."""
-GPU = f"""Nothing was timed here. One evaluation in bfloat16 on the meta device: ops that write a tensor (a lower bound
-of the kernels), bytes that they read and write (each tensor once an op; caches not considered), allocations; "around":
-the share of bytes outside convolutions, products and attention. Estimates, not measurements: on the device, every op at
-the limit of the data sheet's bandwidth or dense bfloat16 rate; on the host, {LAUNCH * 1e6:.0f} us a launch (assumed).
-The larger one is what to expect at best. Code that `torch.compile` generates is left out: it cannot be listed without a
-GPU."""
+GPU = f"""Nothing was timed here. One evaluation in bfloat16 on torch's fake CUDA tensors: ops that write a tensor (a
+lower bound of the kernels), bytes that they read and write (each tensor once an op; caches not considered),
+allocations; "around": the share of bytes outside convolutions, products and attention. Estimates, not measurements: on
+the device, every op at the limit of the data sheet's bandwidth or dense bfloat16 rate; on the host,
+{LAUNCH * 1e6:.0f} us a launch (assumed). The larger one is what to expect at best. Code that `torch.compile` generates
+is left out: it cannot be listed without a GPU."""
 
 
 def section(
