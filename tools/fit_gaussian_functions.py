@@ -1,4 +1,4 @@
-"""Fit the polynomials of csrc/core/gaussian.h (exp, the scaled normal tail) and print them with their error.
+"""Fit the polynomials of csrc/core/gaussian.h (exp, the scaled normal tail) and silu.h (exp), print them, their errors.
 
 The tail R(x) = Q(x) exp(x^2 / 2), Q(x) = P(normal > x), falls as 1 / x; (x + 4) R(x) is smooth in y = (x - 4) / (x + 4)
 over the whole half line, and its Chebyshev series converges fast. mpmath gives the values (pip install mpmath).
@@ -59,10 +59,36 @@ def fit(name: str, function: Function, half_width: float, degree: int, dtype: ty
     print("    " + ", ".join(f"{c:.{9 if suffix else 17}g}{suffix}" for c in rounded))
 
 
+def fit_exp_from_one(half_width: float, degree: int) -> None:
+    """1 + c1 f + ... of the least largest relative error against exp f, by Remez' exchange; float32."""
+    grid = [half_width * mp.cos(mp.pi * mp.mpf(j) / 1999) for j in range(2000)]
+    nodes = [half_width * mp.cos(mp.pi * (mp.mpf(j) + mp.mpf(1) / 2) / (degree + 1)) for j in range(degree + 1)]
+    for _ in range(8):
+        # The error is 0 at 0, so that what alternates is the error by the sign of f.
+        rows = [
+            [f**k for k in range(1, degree + 1)] + [(-1) ** j * mp.sign(f) * mp.exp(f)] for j, f in enumerate(nodes)
+        ]
+        solved = mp.lu_solve(mp.matrix(rows), mp.matrix([mp.exp(f) - 1 for f in nodes]))
+        powers = [mp.mpf(1), *solved[:degree]]
+        errors = [mp.sign(f) * (mp.polyval(powers[::-1], f) / mp.exp(f) - 1) for f in grid]
+        runs: list[list[int]] = []  # of one sign: an extreme of each is a node of the next round
+        for j, error in enumerate(errors):
+            if runs and (error > 0) == (errors[runs[-1][0]] > 0):
+                runs[-1].append(j)
+            else:
+                runs.append([j])
+        nodes = [grid[max(run, key=lambda j: abs(errors[j]))] for run in runs]
+    rounded = [np.float32(float(c)) for c in powers]
+    error = max(abs(mp.fsum(mp.mpf(float(c)) * f**k for k, c in enumerate(rounded)) / mp.exp(f) - 1) for f in grid)
+    print(f"exp from 1, float32: max relative error {float(error):.2e}, ascending powers")
+    print("    " + ", ".join(f"{c:.9g}f" for c in rounded))
+
+
 def main() -> None:
     half_ln2 = float(mp.log(2) / 2) * 1.01
     fit("exp", exp_rest, half_ln2, 5, np.float32)
     fit("exp", exp_rest, half_ln2, 11, np.float64)
+    fit_exp_from_one(float(mp.log(2) / 2), 5)
     fit("tail", scaled_tail, 1.0, 10, np.float32)
     fit("tail", scaled_tail, 1.0, 26, np.float64)
 

@@ -93,6 +93,16 @@ MUTANTS = (
     Mutant("clamp loses NaN", "core/step.h", "const T above = v < -limit ? -limit : v;", "const T above = v > -limit ? v : -limit;", "step"),
     Mutant("noise read although its coefficient is 0", "cuda/step.cu", "} else if (terms & kReadsNoise) {", "} else if (args.noise.data != nullptr) {", "step"),
     Mutant("four stores of 4 bytes", "cuda/memory.cuh", "store_16(reinterpret_cast<uint4*>(to) + k, chunk.word[4 * k], chunk.word[4 * k + 1], chunk.word[4 * k + 2], chunk.word[4 * k + 3]);", "for (int i = 0; i < 4; ++i) reinterpret_cast<volatile uint32_t*>(to)[4 * k + i] = chunk.word[4 * k + i];", "traffic"),
+    Mutant("norm: add forgotten in the mean", "core/group_norm.h", "return fma(static_cast<double>(p.positions), added, sum);", "return sum;", "group_norm"),
+    Mutant("norm: blocks apart from the mean forgotten", "core/group_norm.h", "return fma(mul(n, apart), apart, squares);", "return squares;", "group_norm"),
+    Mutant("norm: last block taken for whole", "core/group_norm.h", "return left < norm_block(p) ? left : norm_block(p);", "return norm_block(p);", "group_norm"),
+    Mutant("norm: scale of the first sample", "core/group_norm.h", "norm_given(args.scale, b, c, 0.0, read)); sum =", "norm_given(args.scale, 0, c, 0.0, read)); sum =", "group_norm"),
+    Mutant("norm: slope of SiLU by -u", "core/silu.h", "fma(-s.minus, mul(s.e, inverse), T(1))", "fma(s.minus, mul(s.e, inverse), T(1))", "group_norm"),
+    Mutant("norm: lanes folded to the first only", "cuda/group_norm.cuh", "return __shfl_sync(0xffffffffu, v, 0);", "return v;", "group_norm"),
+    Mutant("norm: factors of the first channel of a chunk", "cuda/group_norm.cuh", "c + (args.problem.channels_last ? j : 0)", "c + 0 * j", "group_norm"),
+    Mutant("norm: channels beyond a warp left out", "cuda/group_norm.cuh", "c < end; c += kNormLanes) sum = add(sum, term(c));", "c < end; c += end) sum = add(sum, term(c));", "group_norm"),
+    Mutant("norm: R of the first position alone", "cuda/group_norm_grad.cu", "if (added) r = add(r, sub(v, mean));", "if (added) r = sub(v, mean);", "group_norm"),
+    Mutant("norm: gradient by the saved statistics of a neighbour", "cuda/group_norm_grad.cu", "c = index % p.channels, at = b * p.groups + c / norm_width(p);", "c = index % p.channels, at = b * p.groups;", "group_norm"),
 )  # fmt: skip
 
 

@@ -137,12 +137,14 @@ struct GroupNormOps {
     return args;
   }
 
-  static void allocate_work(const Operand& x, GroupNormArgs& args, Tensor& partials, Tensor& factors) {
+  static void allocate_work(const Operand& x, GroupNormArgs& args, Tensor& partials, Tensor& factors, Tensor& sums) {
     const NormProblem& p = args.problem;
     partials = new_empty(x, {p.batch, norm_blocks(p), p.channels, norm_terms(args)}, sum_dtype(args.x.dtype));
     factors = new_empty(x, {p.batch, kNormFactors, p.channels}, sum_dtype(args.x.dtype));
     args.partials = partials.mutable_data_ptr();
     args.factors = factors.mutable_data_ptr();
+    sums = new_empty(x, {p.batch, kNormSums, p.channels}, aoti_torch_dtype_float64());
+    args.sums = static_cast<double*>(sums.mutable_data_ptr());
   }
 
   static void check_dims(const Operand& x) {
@@ -163,8 +165,8 @@ struct GroupNormOps {
     Tensor mean = new_empty(x, {p.batch, p.groups}, sum_dtype(args.x.dtype));
     Tensor rstd = new_empty(x, {p.batch, p.groups}, sum_dtype(args.x.dtype));
     if (p.batch == 0) return {out, mean, rstd};
-    Tensor partials, factors;
-    allocate_work(x, args, partials, factors);
+    Tensor partials, factors, sums;
+    allocate_work(x, args, partials, factors, sums);
     args.out = view_of({"out", out}, args.x.dtype);
     args.mean = mean.mutable_data_ptr();
     args.rstd = rstd.mutable_data_ptr();
@@ -212,10 +214,8 @@ struct GroupNormOps {
       grad = empty_like(x, x.dtype);
       torch::stable::copy_(grad, grad_tensor);
     }
-    Tensor partials, factors;
-    allocate_work(x, args, partials, factors);
-    Tensor sums = new_empty(x, {p.batch, p.channels, norm_terms(args)}, aoti_torch_dtype_float64());
-    args.sums = static_cast<double*>(sums.mutable_data_ptr());
+    Tensor partials, factors, sums;
+    allocate_work(x, args, partials, factors, sums);
     args.grad_out = view_of({"grad_out", grad}, args.x.dtype);
     args.out = view_of({"dx", dx}, args.x.dtype);
     args.mean = mean.data();

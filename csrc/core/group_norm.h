@@ -18,8 +18,8 @@
 // a contiguous sample a block of kNormRun positions is summed by kNormLanes lanes (lane j takes positions j,
 // j + kNormLanes, ... in turn) and folded (lane + 16, ..., + 1); in a channels_last sample a block has kNormRows
 // positions, summed one after the other. A block gives its sum and, from its own mean, the sum of squares, so that x is
-// read once and a mean far from 0 costs no digits. The blocks of a group are merged in float64, as Chan et al. 1983 do,
-// again by lanes: block k of the group's channel c is item k (channels of a group) + c.
+// read once and a mean far from 0 costs no digits. They are merged in float64, as Chan et al. 1983 do: the blocks of a
+// channel one after the other, then the channels of a group by lanes.
 #pragma once
 
 #include "args.h"
@@ -30,6 +30,7 @@ namespace dk {
 constexpr int kNormLanes = 32;
 constexpr int64_t kNormRun = 1024;
 constexpr int64_t kNormRows = 64;
+constexpr int kNormSums = 5;
 
 // weight and bias: [C], batch_stride 0; scale, shift and add: [B, C]. data == nullptr: absent.
 struct ChannelView {
@@ -52,13 +53,13 @@ struct GroupNormArgs {
   ChannelView weight, bias, scale, shift, add;
   void* mean;      // [B, G] of T
   void* rstd;      // [B, G] of T
-  void* partials;  // [B, blocks, C, terms] of T: sum and squares of a block, or its sums of gu, gu (x - m), (x - m)
+  void* partials;  // [B, blocks, terms, C] of T: sum and squares of a block, or its sums of gu, gu (x - m), (x - m)
   void* factors;   // [B, kNormFactors, C] of T
+  double* sums;    // [B, kNormSums, C]: P, Q and R, and what is merged on the way
 
   // Of the gradient.
   View grad_out;
   ChannelView d_weight, d_bias, d_scale, d_shift, d_add;
-  double* sums;  // [B, C, terms]: P, Q and R
 };
 
 // Rows of `factors`: u = kScale (x - kMean) + kOffset; d x = kScale gu + kSlope (x - kMean) + kLevel.
@@ -68,23 +69,25 @@ DK_HD int64_t norm_block(const NormProblem& p) { return p.channels_last ? kNormR
 DK_HD int64_t norm_blocks(const NormProblem& p) { return (p.positions + norm_block(p) - 1) / norm_block(p); }
 DK_HD int64_t norm_width(const NormProblem& p) { return p.channels / p.groups; }  // channels of a group
 
+DK_HD double norm_count(const NormProblem& p) { return static_cast<double>(norm_width(p) * p.positions); }
+
 // Positions of a block.
 DK_HD int64_t norm_size(const NormProblem& p, int64_t block) {
   const int64_t left = p.positions - block * norm_block(p);
   return left < norm_block(p) ? left : norm_block(p);
 }
 
-// Numbers of a partial: the third, R, is made where the gradient of `add` is.
+// Terms of a partial and of a channel's sums, C apart; the third, R, is made where the gradient of `add` is.
 DK_HD int norm_terms(const GroupNormArgs& args) { return args.d_add.data != nullptr ? 3 : 2; }
 
 template <class T>
 DK_HD T* norm_partial(const GroupNormArgs& args, int64_t b, int64_t block, int64_t c) {
   return static_cast<T*>(args.partials) +
-         ((b * norm_blocks(args.problem) + block) * args.problem.channels + c) * norm_terms(args);
+         (b * norm_blocks(args.problem) + block) * norm_terms(args) * args.problem.channels + c;
 }
 
-DK_HD double* norm_channel_sums(const GroupNormArgs& args, int64_t b, int64_t c) {
-  return args.sums + (b * args.problem.channels + c) * norm_terms(args);
+DK_HD double* norm_sums(const GroupNormArgs& args, int64_t b, int64_t c) {
+  return args.sums + b * kNormSums * args.problem.channels + c;
 }
 
 template <class T>
@@ -114,48 +117,13 @@ DK_HD T norm_dx(T gu, T x, T mean, T scale, T slope, T level) {
   return fma(gu, scale, fma(sub(x, mean), slope, level));
 }
 
-// --------------------------------------------------------------------------------------------------- a group
+// ------------------------------------------------------------------------------------------------- a channel
 // A number of a (sample, channel), or `absent`; read(view, b, c) gives a double where there is data.
 template <class Read>
 DK_HD double norm_given(const ChannelView& view, int64_t b, int64_t c, double absent, const Read& read) {
   return view.data != nullptr ? read(view, b, c) : absent;
 }
 
-// What the lanes add up over the items of a group: block `item / width` of its channel `item % width`.
-template <class T, class Read>
-struct NormSums {
-  const GroupNormArgs* args;
-  int64_t b, first;  // first channel of the group
-  Read read;
-  DK_HD double at(int64_t block, int64_t c) const {
-    const double n = static_cast<double>(norm_size(args->problem, block));
-    return fma(n, norm_given(args->add, b, first + c, 0.0, read),
-               static_cast<double>(norm_partial<T>(*args, b, block, first + c)[0]));
-  }
-};
-
-template <class T, class Read>
-struct NormSquares {
-  const GroupNormArgs* args;
-  int64_t b, first;
-  Read read;
-  double mean;
-  DK_HD double at(int64_t block, int64_t c) const {
-    const T* partial = norm_partial<T>(*args, b, block, first + c);
-    const double n = static_cast<double>(norm_size(args->problem, block));
-    const double own = add(div(static_cast<double>(partial[0]), n), norm_given(args->add, b, first + c, 0.0, read));
-    const double apart = sub(own, mean);
-    return fma(mul(n, apart), apart, static_cast<double>(partial[1]));
-  }
-};
-
-DK_HD double norm_count(const NormProblem& p) { return static_cast<double>(norm_width(p) * p.positions); }
-
-DK_HD double norm_rstd(double squares, double count, double eps) {
-  return div(1.0, sqrt(add(div(squares, count), eps)));
-}
-
-// --------------------------------------------------------------------------------------------------- a channel
 // weight, bias, 1 + scale, shift and add of a (sample, channel).
 struct NormChannel {
   double weight, bias, gain, shift, added;
@@ -168,46 +136,45 @@ DK_HD NormChannel norm_channel(const GroupNormArgs& args, int64_t b, int64_t c, 
           norm_given(args.add, b, c, 0.0, read)};
 }
 
-template <class T>
-DK_HD void norm_set_factors(const GroupNormArgs& args, int64_t b, int64_t c, T mean, T rstd, const NormChannel& k) {
-  const int64_t channels = args.problem.channels;
-  T* factors = norm_factors<T>(args, b) + c;
-  factors[kNormMean * channels] = static_cast<T>(sub(static_cast<double>(mean), k.added));
-  factors[kNormScale * channels] = static_cast<T>(mul(mul(static_cast<double>(rstd), k.weight), k.gain));
-  factors[kNormOffset * channels] = static_cast<T>(fma(k.bias, k.gain, k.shift));
+// A = weight (1 + scale)
+DK_HD double norm_gain(const NormChannel& k) { return mul(k.weight, k.gain); }
+
+// Sum of a channel of x + add from that of x.
+DK_HD double norm_channel_sum(const NormProblem& p, double sum, double added) {
+  return fma(static_cast<double>(p.positions), added, sum);
 }
 
-// P, Q and R of a channel, from its blocks one after the other.
-template <class T>
-DK_HD void norm_set_sums(const GroupNormArgs& args, int64_t b, int64_t c, T rstd) {
-  const bool added = norm_terms(args) == 3;
-  double p = 0, q = 0, r = 0;
-  for (int64_t block = 0; block < norm_blocks(args.problem); ++block) {
-    const T* partial = norm_partial<T>(args, b, block, c);
-    p = add(p, static_cast<double>(partial[0]));
-    q = add(q, static_cast<double>(partial[1]));
-    if (added) r = add(r, static_cast<double>(partial[2]));
-  }
-  double* sums = norm_channel_sums(args, b, c);
-  sums[0] = p;
-  sums[1] = mul(q, static_cast<double>(rstd));
-  if (added) sums[2] = r;
+// The squares of a block about `center`, from its sum and those about its own mean; `inverse` is 1 / n.
+DK_HD double norm_block_squares(double n, double inverse, double sum, double squares, double center) {
+  const double apart = fma(sum, inverse, -center);
+  return fma(mul(n, apart), apart, squares);
 }
 
-// The sums over the channels of a group of A P (part 0) and A Q (part 1): items of one block.
-template <class Read>
-struct NormGroupSums {
-  const GroupNormArgs* args;
-  int64_t b, first;
-  int part;
-  Read read;
-  DK_HD double at(int64_t, int64_t c) const {
-    const NormChannel k = norm_channel(*args, b, first + c, read);
-    return mul(mul(k.weight, k.gain), norm_channel_sums(*args, b, first + c)[part]);
-  }
+DK_HD double norm_rstd(const NormProblem& p, double squares) {
+  return div(1.0, sqrt(add(div(squares, norm_count(p)), p.eps)));
+}
+
+// What u = kScale (x - kMean) + kOffset needs.
+template <class T>
+struct NormAffine {
+  T mean, scale, offset;
 };
 
-// The gradient of x from the sums of its group.
+template <class T>
+DK_HD NormAffine<T> norm_affine_of(T mean, T rstd, const NormChannel& k) {
+  return {static_cast<T>(sub(static_cast<double>(mean), k.added)),
+          static_cast<T>(mul(static_cast<double>(rstd), norm_gain(k))), static_cast<T>(fma(k.bias, k.gain, k.shift))};
+}
+
+template <class T>
+DK_HD void norm_set_affine(T* factors, int64_t channels, const NormAffine<T>& affine) {
+  factors[kNormMean * channels] = affine.mean;
+  factors[kNormScale * channels] = affine.scale;
+  factors[kNormOffset * channels] = affine.offset;
+}
+
+// ------------------------------------------------------------------------------------------------ the gradient
+// The gradient of x from the sums of its group: d x = rstd A gu + slope (x - m) + level.
 struct NormSlopes {
   double rstd, slope, level;
 };
@@ -218,23 +185,18 @@ DK_HD NormSlopes norm_slopes(const NormProblem& problem, double rstd, double p, 
 }
 
 template <class T>
-DK_HD void norm_set_slopes(const GroupNormArgs& args, int64_t b, int64_t c, const NormSlopes& slopes) {
-  const int64_t channels = args.problem.channels;
-  T* factors = norm_factors<T>(args, b) + c;
+DK_HD void norm_set_slopes(T* factors, int64_t channels, const NormSlopes& slopes) {
   factors[kNormSlope * channels] = static_cast<T>(slopes.slope);
   factors[kNormLevel * channels] = static_cast<T>(slopes.level);
 }
 
-// d scale of a (sample, channel).
-DK_HD double norm_d_scale(const NormChannel& k, const double* sums) {
-  return fma(k.weight, sums[1], mul(k.bias, sums[0]));
-}
+// Of a (sample, channel), from its sums P, Q and R.
+DK_HD double norm_d_scale(const NormChannel& k, double p, double q) { return fma(k.weight, q, mul(k.bias, p)); }
 
-// d add of a (sample, channel).
-DK_HD double norm_d_add(const NormProblem& problem, const NormChannel& k, const NormSlopes& slopes,
-                        const double* sums) {
+DK_HD double norm_d_add(const NormProblem& problem, const NormChannel& k, const NormSlopes& slopes, double p,
+                        double r) {
   const double level = mul(static_cast<double>(problem.positions), slopes.level);
-  return fma(mul(mul(slopes.rstd, k.weight), k.gain), sums[0], fma(slopes.slope, sums[2], level));
+  return fma(mul(slopes.rstd, norm_gain(k)), p, fma(slopes.slope, r, level));
 }
 
 // d bias (part 0) or d weight (part 1) of a channel: the samples one after the other.
@@ -243,7 +205,7 @@ DK_HD double norm_d_parameter(const GroupNormArgs& args, int64_t c, int part, co
   double sum = 0;
   for (int64_t b = 0; b < args.problem.batch; ++b) {
     const double gain = add(1.0, norm_given(args.scale, b, c, 0.0, read));
-    sum = fma(gain, norm_channel_sums(args, b, c)[part], sum);
+    sum = fma(gain, norm_sums(args, b, c)[part * args.problem.channels], sum);
   }
   return sum;
 }

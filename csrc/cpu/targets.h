@@ -3,6 +3,7 @@
 #pragma once
 
 #define DK_BODY inline __attribute__((always_inline))
+#define DK_INLINE __attribute__((always_inline))  // of a lambda
 
 #if defined(__x86_64__)
 #define DK_AVX2 __attribute__((target("avx2,fma,f16c")))

@@ -28,26 +28,58 @@ __global__ void __launch_bounds__(kNormThreads) sums_kernel(const GroupNormArgs 
   if (last || norm_lane() == 0) {
     T* partial = norm_partial<T>(args, place.b, place.block, place.c);
     partial[0] = sum;
-    partial[1] = squares;
+    partial[args.problem.channels] = squares;
   }
 }
+
+// Of a channel of this group: its sum, and its squares about the mean of the group.
+template <class T>
+struct ChannelSum {
+  const GroupNormArgs* args;
+  int64_t b;
+  __device__ __forceinline__ double operator()(int64_t c) const {
+    double sum = 0;
+    for (int64_t k = 0; k < norm_blocks(args->problem); ++k) {
+      sum = add(sum, static_cast<double>(norm_partial<T>(*args, b, k, c)[0]));
+    }
+    return norm_channel_sum(args->problem, sum, norm_given(args->add, b, c, 0.0, ReadChannel{}));
+  }
+};
+
+template <class T>
+struct ChannelSquares {
+  const GroupNormArgs* args;
+  int64_t b;
+  double mean;
+  __device__ __forceinline__ double operator()(int64_t c) const {
+    const double center = sub(mean, norm_given(args->add, b, c, 0.0, ReadChannel{}));
+    double squares = 0;
+    for (int64_t k = 0; k < norm_blocks(args->problem); ++k) {
+      const T* partial = norm_partial<T>(*args, b, k, c);
+      const double n = static_cast<double>(norm_size(args->problem, k));
+      squares = add(squares, norm_block_squares(n, div(1.0, n), static_cast<double>(partial[0]),
+                                                static_cast<double>(partial[args->problem.channels]), center));
+    }
+    return squares;
+  }
+};
 
 template <class T>
 __global__ void __launch_bounds__(kNormThreads) finish_kernel(const GroupNormArgs args) {
   const NormProblem& p = args.problem;
   const int64_t at = norm_warp();
   if (at >= p.batch * p.groups) return;
-  const int64_t b = at / p.groups, g = at % p.groups, width = norm_width(p), blocks = norm_blocks(p);
-  const double count = norm_count(p);
-  const double mean = div(norm_sum(blocks, width, NormSums<T, ReadChannel>{&args, b, g * width, {}}), count);
-  const double squares = norm_sum(blocks, width, NormSquares<T, ReadChannel>{&args, b, g * width, {}, mean});
-  const T mean_t = static_cast<T>(mean), rstd = static_cast<T>(norm_rstd(squares, count, p.eps));
+  const int64_t b = at / p.groups, width = norm_width(p), first = at % p.groups * width, end = first + width;
+  const double mean = div(norm_sum(first, end, ChannelSum<T>{&args, b}), norm_count(p));
+  const double squares = norm_sum(first, end, ChannelSquares<T>{&args, b, mean});
+  const T mean_t = static_cast<T>(mean), rstd = static_cast<T>(norm_rstd(p, squares));
   if (norm_lane() == 0) {
     static_cast<T*>(args.mean)[at] = mean_t;
     static_cast<T*>(args.rstd)[at] = rstd;
   }
-  for (int64_t c = g * width + norm_lane(); c < (g + 1) * width; c += kNormLanes) {
-    norm_set_factors(args, b, c, mean_t, rstd, norm_channel(args, b, c, ReadChannel{}));
+  for (int64_t c = first + norm_lane(); c < end; c += kNormLanes) {
+    norm_set_affine(norm_factors<T>(args, b) + c, p.channels,
+                    norm_affine_of(mean_t, rstd, norm_channel(args, b, c, ReadChannel{})));
   }
 }
 

@@ -59,13 +59,11 @@ __device__ __forceinline__ int64_t norm_warp() {
   return static_cast<int64_t>(blockIdx.x) * kNormWarps + static_cast<int>(threadIdx.x) / kNormLanes;
 }
 
-// The sum of terms.at(block, channel) over the items of a group, by a warp.
-template <class Terms>
-__device__ __forceinline__ double norm_sum(int64_t blocks, int64_t width, const Terms& terms) {
+// The sum of term(c) over the channels of a group, by a warp.
+template <class Term>
+__device__ __forceinline__ double norm_sum(int64_t begin, int64_t end, const Term& term) {
   double sum = 0;
-  for (int64_t item = norm_lane(); item < blocks * width; item += kNormLanes) {
-    sum = add(sum, terms.at(item / width, item % width));
-  }
+  for (int64_t c = begin + norm_lane(); c < end; c += kNormLanes) sum = add(sum, term(c));
   return fold_lanes(sum);
 }
 

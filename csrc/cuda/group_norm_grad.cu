@@ -11,8 +11,9 @@ __global__ void __launch_bounds__(kNormThreads) factors_kernel(const GroupNormAr
   const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (index >= p.batch * p.channels) return;
   const int64_t b = index / p.channels, c = index % p.channels, at = b * p.groups + c / norm_width(p);
-  norm_set_factors(args, b, c, static_cast<const T*>(args.mean)[at], static_cast<const T*>(args.rstd)[at],
-                   norm_channel(args, b, c, ReadChannel{}));
+  norm_set_affine(norm_factors<T>(args, b) + c, p.channels,
+                  norm_affine_of(static_cast<const T*>(args.mean)[at], static_cast<const T*>(args.rstd)[at],
+                                 norm_channel(args, b, c, ReadChannel{})));
 }
 
 template <class S, bool last, bool active>
@@ -42,10 +43,21 @@ __global__ void __launch_bounds__(kNormThreads) sums_kernel(const GroupNormArgs 
   if (last || norm_lane() == 0) {
     T* partial = norm_partial<T>(args, place.b, place.block, place.c);
     partial[0] = p;
-    partial[1] = q;
-    if (added) partial[2] = r;
+    partial[args.problem.channels] = q;
+    if (added) partial[2 * args.problem.channels] = r;
   }
 }
+
+// A P (part 0) or A Q (part 1) of a channel.
+struct ChannelPart {
+  const GroupNormArgs* args;
+  int64_t b;
+  int part;
+  __device__ __forceinline__ double operator()(int64_t c) const {
+    return mul(norm_gain(norm_channel(*args, b, c, ReadChannel{})),
+               norm_sums(*args, b, c)[part * args->problem.channels]);
+  }
+};
 
 template <class T>
 __global__ void __launch_bounds__(kNormThreads) finish_kernel(const GroupNormArgs args) {
@@ -53,19 +65,30 @@ __global__ void __launch_bounds__(kNormThreads) finish_kernel(const GroupNormArg
   const int64_t at = norm_warp();
   if (at >= p.batch * p.groups) return;
   const int64_t b = at / p.groups, width = norm_width(p), first = at % p.groups * width, end = first + width;
-  const T rstd = static_cast<const T*>(args.rstd)[at];
-  for (int64_t c = first + norm_lane(); c < end; c += kNormLanes) norm_set_sums<T>(args, b, c, rstd);
-  __syncwarp();  // each lane reads below what it wrote itself; the fence keeps the order
-  const double whole_p = norm_sum(1, width, NormGroupSums<ReadChannel>{&args, b, first, 0, {}});
-  const double whole_q = norm_sum(1, width, NormGroupSums<ReadChannel>{&args, b, first, 1, {}});
-  const NormSlopes slopes = norm_slopes(p, static_cast<double>(rstd), whole_p, whole_q);
+  const int terms = norm_terms(args);
+  const double rstd = static_cast<double>(static_cast<const T*>(args.rstd)[at]);
   for (int64_t c = first + norm_lane(); c < end; c += kNormLanes) {
-    norm_set_slopes<T>(args, b, c, slopes);
-    const double* of = norm_channel_sums(args, b, c);
+    for (int term = 0; term < terms; ++term) {
+      double sum = 0;
+      for (int64_t k = 0; k < norm_blocks(p); ++k) {
+        sum = add(sum, static_cast<double>(norm_partial<T>(args, b, k, c)[term * p.channels]));
+      }
+      norm_sums(args, b, c)[term * p.channels] = term == 1 ? mul(sum, rstd) : sum;
+    }
+  }
+  __syncwarp();  // each lane reads below what it wrote itself; the fence keeps the order
+  const double whole_p = norm_sum(first, end, ChannelPart{&args, b, 0});
+  const double whole_q = norm_sum(first, end, ChannelPart{&args, b, 1});
+  const NormSlopes slopes = norm_slopes(p, rstd, whole_p, whole_q);
+  for (int64_t c = first + norm_lane(); c < end; c += kNormLanes) {
+    norm_set_slopes(norm_factors<T>(args, b) + c, p.channels, slopes);
+    const double *of = norm_sums(args, b, c), sum_p = of[0], sum_q = of[p.channels];
     const NormChannel k = norm_channel(args, b, c, ReadChannel{});
-    if (args.d_scale.data != nullptr) write_channel(args.d_scale, b, c, norm_d_scale(k, of));
-    if (args.d_shift.data != nullptr) write_channel(args.d_shift, b, c, of[0]);
-    if (args.d_add.data != nullptr) write_channel(args.d_add, b, c, norm_d_add(p, k, slopes, of));
+    if (args.d_shift.data != nullptr) write_channel(args.d_shift, b, c, sum_p);
+    if (args.d_scale.data != nullptr) write_channel(args.d_scale, b, c, norm_d_scale(k, sum_p, sum_q));
+    if (args.d_add.data != nullptr) {
+      write_channel(args.d_add, b, c, norm_d_add(p, k, slopes, sum_p, of[2 * p.channels]));
+    }
   }
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from typing import Any, TypeGuard
 
 import torch
@@ -22,6 +21,7 @@ from diffkern.ops._common import (
     native,
     once,
     one_device,
+    refuse_onnx,
     refuse_tangents,
 )
 from diffkern.ops._explained import explain, explained
@@ -201,19 +201,9 @@ def _spatial_like(x: Tensor, channels: int) -> Tensor:
     return _dense(x, sizes, [0, *positions, 1] if last else [0, 1, *positions])
 
 
-def _refuse_onnx(name: str) -> None:
-    """Raise ValueError with the way out while torch.onnx.export traces."""
-    onnx = sys.modules.get("torch.onnx")
-    if onnx is not None and onnx.is_in_onnx_export():
-        raise ValueError(
-            f'attention must be "torch" in a network that is exported to ONNX, which has no diffkern.{name}, got '
-            '"diffkern": call set_attention("torch") of the network, or set attention of the blocks of diffkern.nn'
-        )
-
-
 @torch.library.register_fake("diffkern::attention")
 def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    _refuse_onnx("attention")
+    refuse_onnx("attention")
     one_device("attention", q=q, k=k, v=v)
     return _heads_like(q), _sums(q, *q.shape[:3])
 
@@ -228,7 +218,7 @@ def _(
 
 @torch.library.register_fake("diffkern::spatial_attention")
 def _(qkv: Tensor, heads: int, order: int, scale: float) -> tuple[Tensor, Tensor]:
-    _refuse_onnx("spatial_attention")
+    refuse_onnx("spatial_attention")
     positions = 1
     for n in qkv.shape[2:]:
         positions = positions * n

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -120,6 +121,16 @@ def autocast(t: Tensor) -> Tensor:
     if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
         return t
     return t.to(torch.get_autocast_dtype(kind)) if t.is_floating_point() and t.dtype != torch.float64 else t
+
+
+def refuse_onnx(name: str) -> None:
+    """Raise ValueError with the way out while torch.onnx.export traces."""
+    onnx = sys.modules.get("torch.onnx")
+    if onnx is not None and onnx.is_in_onnx_export():
+        raise ValueError(
+            f'attention must be "torch" in a network that is exported to ONNX, which has no diffkern.{name}, got '
+            '"diffkern": call set_attention("torch") of the network, or set attention of the blocks of diffkern.nn'
+        )
 
 
 def refuse_tangents(op: str, *tensors: Tensor | None) -> None:

@@ -21,6 +21,7 @@ from diffkern.ops._common import (
     native,
     once,
     one_device,
+    refuse_onnx,
     refuse_tangents,
 )
 from diffkern.ops._explained import explained
@@ -95,6 +96,7 @@ def _(
     eps: float,
     act: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    refuse_onnx("group_norm_act")
     one_device("group_norm_act", x=x, weight=weight, bias=bias, scale=scale, shift=shift, add=add)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     mean, rstd = (x.new_empty([x.shape[0], groups], dtype=wide) for _ in range(2))

@@ -9,7 +9,7 @@ import torch
 from helpers.attention_cases import FORMATS, qkv_of
 from helpers.attention_cases import inputs as attention_inputs
 from helpers.lazy import Lazy
-from helpers.op_cases import ROWS, same_bits, table, values
+from helpers.op_cases import ROWS, arrange, same_bits, table, values
 from helpers.suites import few
 from torch import Tensor
 
@@ -166,6 +166,26 @@ def test_attention_in_one_graph_for_all_sizes(backend: str, form: str) -> None:
     assert graphs[1] <= 2
     assert graphs[-1] == graphs[1], graphs
     assert not dynamo.counters["graph_break"]
+
+
+@pytest.mark.parametrize("form", few(["contiguous", "channels_last"], "channels_last"))
+def test_group_norm_in_one_graph_for_all_sizes(form: str) -> None:
+    def function(x: Tensor, scale: Tensor, add: Tensor) -> Tensor:
+        return ops.group_norm_act(2 * x, 2, scale=scale, shift=scale, add=add) + x
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    graphs = []
+    for batch, side in ((2, 4), (3, 5), (4, 6), (2, 8)):
+        given = [arrange(values((batch, 8, side, side + 1), 1), form), *(values((batch, 8), k) for k in (2, 3))]
+        results = []
+        for f in (compiled, function):
+            leaves = [t.clone().requires_grad_() for t in given]
+            out = f(*leaves)
+            assert out.stride() == given[0].stride()
+            results.append((out, *torch.autograd.grad(out, leaves, torch.ones_like(out))))
+        assert all(same_bits(got, expected) for got, expected in zip(*results, strict=True))
+        graphs.append(dynamo.counters["stats"]["unique_graphs"])
+    assert graphs[-1] == graphs[1] <= 2, graphs
 
 
 @pytest.mark.full

@@ -158,6 +158,22 @@ def test_statistics_need_little(layout: str) -> None:
         assert allocated(call)[0] <= most + SLACK, name
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_group_norm_needs_some_numbers_a_channel(layout: str, dtype: torch.dtype) -> None:
+    """y, and the gradient of x: no normalised tensor, none of float32. A block leaves 2 numbers a channel."""
+    shape, wide = (2, 24, 33, 32), 8 if dtype == torch.float64 else 4
+    x, up = (arrange(values(shape, k, dtype), layout).requires_grad_(k == 1) for k in (1, 2))
+    scale = values(shape[:2], 3, dtype).requires_grad_()
+    blocks, per_sample = math.ceil(33 * 32 / (64 if layout == "channels_last" else 1024)), 2 * 24
+    work = per_sample * (2 * blocks * wide + 5 * wide + 5 * 8)
+    used, y = allocated(lambda: ops.group_norm_act(x, 4, scale=scale))
+    assert used <= size(y) + work + SLACK
+    assert isinstance(y, torch.Tensor)
+    used, grads = allocated(lambda: torch.autograd.grad(y, (x, scale), up, retain_graph=True))
+    assert used <= size(grads) + work + SLACK
+
+
 def test_loss_backward_allocates_nothing_for_a_plain_loss() -> None:
     """`loss.backward()` hands out the gradient that the forward pass made."""
     pred = values(SHAPE, 1).requires_grad_()

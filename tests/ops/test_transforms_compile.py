@@ -23,6 +23,7 @@ CALLS: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
         (IMAGE, TIMES, SEEDS),
     ),
     "step": (lambda x, m: ops.step(x, m, table=STEPS, row=0)[0].sin().sum(), (IMAGE, 0.3 * IMAGE)),
+    "group_norm_act": (lambda x, s: ops.group_norm_act(x, 1, scale=s).sin().sum(), (IMAGE, IMAGE[:, :, 0])),
     "attention": (lambda q, k: ops.attention(q, k, k).sin().sum(), (HEADS, 0.5 * HEADS)),
 }
 

@@ -9,6 +9,7 @@ import torch
 from helpers import build_description
 from ptx.attention_harness import Attention, random
 from ptx.attention_harness import check as check_attention
+from ptx.calls.group_norm import Norm, check_norm, parameters
 from ptx.calls.linear_rows import Linear, check_linear
 from ptx.calls.statistics import moments, quantile
 from ptx.calls.whole_tiles import CASES
@@ -34,6 +35,12 @@ def test_statistics_have_the_bits_of_the_cpu(device_of: Callable[[str], Device],
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_linear_rows_have_the_bits_of_the_cpu(device_of: Callable[[str], Device], cpu: Cpu, dtype: torch.dtype) -> None:
     check_linear(device_of(ARCH), cpu, Linear(5, 37, 11, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_group_norm_has_the_bits_of_the_cpu(device_of: Callable[[str], Device], cpu: Cpu, dtype: torch.dtype) -> None:
+    for layout in ("contiguous", "channels_last"):
+        check_norm(device_of(ARCH), cpu, Norm(layout, 2, (6, 5, 14), dtype, 3, True, parameters(2, 6, dtype)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

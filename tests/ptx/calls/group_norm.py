@@ -16,7 +16,7 @@ from torch import Tensor
 
 NAMES = ("weight", "bias", "scale", "shift", "add")
 RUN, ROWS = constant("kNormRun"), constant("kNormRows")
-FACTORS = 5
+FACTORS, SUMS = 5, constant("kNormSums")
 
 
 @dataclass
@@ -91,7 +91,7 @@ def _tensors(call: Norm) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str
     made |= {f"d_{name}": torch.empty(t.shape, dtype=t.dtype) for name, t in (call.parameters or {}).items()}
     work = {"partials": torch.empty(call.batch * blocks * call.shape[0] * 3, dtype=call.wide)}
     work["factors"] = torch.empty(call.batch * FACTORS * call.shape[0], dtype=call.wide)
-    work["sums"] = torch.empty(call.batch * call.shape[0] * 3, dtype=torch.float64)
+    work["sums"] = torch.empty(call.batch * call.shape[0] * SUMS, dtype=torch.float64)
     return given, made, work
 
 
