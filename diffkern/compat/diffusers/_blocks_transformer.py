@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffkern.compat.diffusers._blocks import is_plain, last_of, normed, plus, will_differentiate
+from diffkern.compat.kit.kernels import why_not_on
 from diffkern.nn.adaptive import adaptive_linear, adaptive_norm, gelu_linear
 
 NORMS = ("layer_norm", "ada_norm_zero")
@@ -140,6 +141,7 @@ def adaptive_feed_forward(norm: Any, ff: Any, x: Tensor, scale: Tensor, shift: T
         return ff(normed_and_modulated(norm, x, scale, shift))
     act, dropout, last = ff.net
     usual = is_plain(act, activations.GELU) and act.approximate == "tanh" and is_plain(dropout, nn.Dropout)
+    usual = usual and why_not_on(x) is None  # elsewhere torch may not even know of autocast
     if not (usual and is_plain(act.proj, nn.Linear) and is_plain(last, nn.Linear)):
         return ff(normed_and_modulated(norm, x, scale, shift))
     if _is_adaptive(norm, x, scale, shift):
