@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from diffkern.modes import real
+from diffkern.nn.plain import is_plain
 
 __all__ = ["adaptive_linear", "adaptive_norm", "gelu", "gelu_linear"]
 
@@ -84,11 +85,9 @@ def _eager(*tensors: Tensor) -> bool:
     return forward_ad._current_level < 0 and all(map(real, tensors))
 
 
-def _lean(linear: nn.Module, x: Tensor, *others: Tensor) -> bool:
+def _lean(linear: Any, x: Tensor, *others: Tensor) -> bool:
     """Whether a gradient is to come, in one dtype, through a linear layer that is nothing but one."""
-    if type(linear) is not nn.Linear:
-        return False
-    if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks:
+    if x.is_meta or not is_plain(linear, nn.Linear):
         return False
     tensors = [x, *others, linear.weight, *(() if linear.bias is None else (linear.bias,))]
     if any(t.dtype != x.dtype for t in tensors) or torch.is_autocast_enabled(x.device.type):

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from diffkern.nn.norm import GroupNormAct, count_groups
 from diffkern.nn.unet_config import Modulation, Padding
+from diffkern.nn.upsampled import conv_of_upsampled, is_worth_it
 
 Resample = Literal["none", "down", "up"]
 
@@ -78,6 +79,8 @@ class ConvResample(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "up" and is_worth_it(self.conv, x):
+            return conv_of_upsampled(self.conv, x)
         if self.kind == "up":
             x = F.interpolate(x, scale_factor=2.0, mode="nearest")
         elif self.asymmetric:
@@ -148,8 +151,14 @@ class ResBlock(nn.Module):
         same = in_channels == out_channels and not (resampled_skip_conv and resample != "none")
         self.skip = nn.Identity() if same else Pointwise(in_channels, out_channels)
 
+    def _from_small(self, h: Tensor) -> bool:
+        """Whether the convolution of the upsampled image is made from the small one."""
+        resample = self.resample
+        return resample.kind == "up" and resample.taps is None and is_worth_it(self.conv1, h)
+
     def forward(self, x: Tensor, change: Tensor) -> Tensor:
-        h = self.conv1(self.resample(self.norm1(x)))
+        h = self.norm1(x)
+        h = conv_of_upsampled(self.conv1, h) if self._from_small(h) else self.conv1(self.resample(h))
         if self.modulation == "scale_shift":
             scale, shift = change.chunk(2, dim=1)
             h = self.norm2(h, scale=scale, shift=shift)

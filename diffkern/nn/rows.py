@@ -12,22 +12,13 @@ from torch.nn import functional as F
 
 from diffkern.nn.conditions import Known, as_mapping
 from diffkern.nn.embeddings import FourierEmbedding
+from diffkern.nn.plain import is_plain
 from diffkern.ops import linear_rows
 
 MOST = 2**24
 """Numbers of modulations that are kept at a time (64 MiB of float32): rows beyond are computed when they come."""
 _KINDS = (nn.Linear, nn.Embedding, nn.Sequential, nn.SiLU, FourierEmbedding)
 _METHODS = ("__call__", "forward", "run", "known", "changes", "contexts", "embed", "encode")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def is_plain(module: Any, kind: type) -> bool:
-    """Whether a call of the module is its class's `forward` and nothing else: no hooks, wrappers or compilation."""
-    there = vars(module)
-    if type(module) is not kind or "forward" in there or there.get("_compiled_call_impl") is not None:
-        return False
-    everywhere = nn.modules.module
-    return not any(there[hooks] or getattr(everywhere, f"_global{hooks}", None) for hooks in _HOOKS)
 
 
 def version(t: Tensor) -> int:

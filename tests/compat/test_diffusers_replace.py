@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 pytestmark = needs("diffusers")
 ours, resnet = Lazy("diffkern.compat.diffusers"), Lazy("diffusers.models.resnet")
-upsampled, upsampling = Lazy("diffkern.compat.diffusers._upsampled"), Lazy("diffusers.models.upsampling")
+upsampled, upsampling = Lazy("diffkern.nn.upsampled"), Lazy("diffusers.models.upsampling")
 transformer = Lazy("diffkern.compat.diffusers._blocks_transformer")
 LAST = torch.channels_last
 

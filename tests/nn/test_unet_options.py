@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from diffkern.nn import UNet, UNetClassifier, UNetClassifierConfig, UNetConfig
@@ -44,3 +45,22 @@ def test_pooling_every_block_is_two_layers_over_all_means() -> None:
         hidden = network.pool[0](means)
         hidden = F.relu(hidden) if pool == "spatial" else F.silu(F.group_norm(hidden, 8, eps=1e-5))
         torch.testing.assert_close(network(x, t), network.pool[-1](hidden))
+
+
+@pytest.mark.parametrize("resample", ["residual", "conv"])
+def test_a_convolution_of_an_upsampled_image_is_made_from_the_small_one(resample: str) -> None:
+    """Equal to repetition and convolution, which a hook on the layer asks for."""
+    torch.manual_seed(0)
+    config = UNetConfig(channels=8, blocks=1, heads=1, attention_levels=(), resample=resample, classes=0)  # type: ignore[arg-type]
+    model = UNet(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        x, t = torch.randn(1, 1, 64, 64), torch.tensor([5])
+        small = model(x, t)
+        handles = [m.register_forward_hook(lambda *_: None) for m in model.modules() if isinstance(m, nn.Conv2d)]
+        usual = model(x, t)
+        for handle in handles:
+            handle.remove()
+    assert not torch.equal(small, usual), "two ways of summing"
+    torch.testing.assert_close(small, usual, rtol=1e-5, atol=1e-5)

@@ -14,28 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as _hooks
 
 from diffkern.compat.kit.kernels import why_not_on
 from diffkern.names import Activation
+from diffkern.nn.plain import is_plain
 from diffkern.ops import group_norm_act
-
-
-def is_plain(module: Any, kind: type) -> bool:
-    """Whether calling the module computes what this very class of torch's does and nothing sees the call.
-
-    A subclass (LoRA's layers, quantised ones), a `forward` of the instance's own (offloading hooks) and forward and
-    backward hooks say no: then the module has to be called.
-    """
-    found: type = type(module)
-    return (
-        found is kind
-        and "forward" not in module.__dict__
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and not (module._backward_hooks or module._backward_pre_hooks)
-        and not (_hooks._global_forward_hooks or _hooks._global_forward_pre_hooks)
-        and not (_hooks._global_backward_hooks or _hooks._global_backward_pre_hooks)
-    )
 
 
 def plus(made: Tensor, x: Tensor, layer: Any) -> Tensor:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffkern.compat.diffusers._blocks import by_op, normed, plus
-from diffkern.compat.diffusers._upsampled import conv_of_upsampled, is_worth_it
 from diffkern.compat.kit.kernels import why_not_on
+from diffkern.nn.upsampled import conv_of_upsampled, is_worth_it
 
 
 class ResnetBlock2D(resnet.ResnetBlock2D):

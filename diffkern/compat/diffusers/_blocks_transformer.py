@@ -11,9 +11,10 @@ from diffusers.models.transformers import transformer_2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffkern.compat.diffusers._blocks import is_plain, last_of, normed, plus, will_differentiate
+from diffkern.compat.diffusers._blocks import last_of, normed, plus, will_differentiate
 from diffkern.compat.kit.kernels import why_not_on
 from diffkern.nn.adaptive import adaptive_linear, adaptive_norm, gelu_linear
+from diffkern.nn.plain import is_plain
 
 NORMS = ("layer_norm", "ada_norm_zero")
 """The norm_type of the transformer blocks known here."""

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffkern.compat.diffusers._blocks import is_plain
+from diffkern.nn.plain import is_plain
 
 _MAKING = 2000
-"""What it costs to add up the weights (16 a channel pair, freshly allocated), in products."""
+"""What it costs to add up the weights (16 a channel pair, freshly allocated), in products of one image: whatever the
+batch, so that a sample's bits do not change with it."""
 
 
 def is_worth_it(conv: Any, x: Tensor) -> bool:
@@ -24,16 +25,17 @@ def is_worth_it(conv: Any, x: Tensor) -> bool:
 
     Not in 16 bits, where the sums of weights would be rounded.
     """
-    batch, _, height, width = x.shape
+    height, width = x.shape[2:]
     return (
-        is_plain(conv, nn.Conv2d)
+        not torch.compiler.is_compiling()
+        and is_plain(conv, nn.Conv2d)
         and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.float64)
         and conv.weight.dtype == x.dtype
         and not torch.is_autocast_enabled("cpu")
         and (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
         and (conv.groups, conv.padding_mode) == (1, "zeros")
-        and 28 * batch * height * width > 16 * batch * (height + 1) * (width + 1) + _MAKING
+        and 28 * height * width > 16 * (height + 1) * (width + 1) + _MAKING
     )
 
 
