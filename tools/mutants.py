@@ -102,6 +102,9 @@ MUTANTS = (
     Mutant("norm: factors of the first channel of a chunk", "cuda/group_norm.cuh", "c + (args.problem.channels_last ? j : 0)", "c + 0 * j", "group_norm"),
     Mutant("norm: channels beyond a warp left out", "cuda/group_norm.cuh", "c < end; c += kNormLanes) sum = add(sum, term(c));", "c < end; c += end) sum = add(sum, term(c));", "group_norm"),
     Mutant("norm: R of the first position alone", "cuda/group_norm_grad.cu", "if (added) r = add(r, sub(v, mean));", "if (added) r = sub(v, mean);", "group_norm"),
+    Mutant("norm: 32-bit place of a partial", "cuda/group_norm.cuh", "offset = last ? position * p.channels + c : c * p.positions + position;", "offset = static_cast<int>(last ? position * p.channels + c : c * p.positions + position);", "group_norm"),
+    Mutant("norm: 32-bit number of a chunk", "cuda/group_norm.cuh", "const int64_t chunk = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;", "const int chunk = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);", "group_norm"),
+    Mutant("norm: 32-bit stride of the batch", "cuda/group_norm_grad.cu", "(args.grad_out.data) + place.b * args.grad_out.batch_stride +", "(args.grad_out.data) + static_cast<int>(place.b * args.grad_out.batch_stride) +", "group_norm"),
     Mutant("norm: gradient by the saved statistics of a neighbour", "cuda/group_norm_grad.cu", "c = index % p.channels, at = b * p.groups + c / norm_width(p);", "c = index % p.channels, at = b * p.groups;", "group_norm"),
 )  # fmt: skip
 

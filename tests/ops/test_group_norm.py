@@ -217,6 +217,24 @@ def test_other_strides_are_those_of_a_contiguous_copy(dtype: torch.dtype) -> Non
         assert same_bits(got, expected)
 
 
+@dtypes
+def test_samples_2_to_the_31_elements_apart(dtype: torch.dtype) -> None:
+    """Read where they lie; the pages between them are never touched."""
+    shape, far = (2, 6, 5, 7), 2**31 + 3
+    try:
+        memory = torch.empty(far + 1024, dtype=dtype)
+    except RuntimeError as error:
+        pytest.skip(f"no address space: {error}")
+    results = []
+    for apart in (False, True):
+        x, grad = (numbers(shape, dtype, seed) for seed in (0, 1))
+        if apart:
+            x, grad = (memory.as_strided(shape, (far, 35, 7, 1), at).copy_(t) for at, t in ((0, x), (512, grad)))
+        y = ops.group_norm_act(x.requires_grad_(), 3)
+        results.append((y.detach(), *torch.autograd.grad(y, x, grad)))
+    assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_nan_stays_in_its_group() -> None:
     for bad in (math.nan, math.inf):
         x = numbers((2, 8, 5, 5), torch.float32)

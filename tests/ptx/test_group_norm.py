@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ptx.calls.group_norm import NAMES, RUN, Norm, check_norm, on_device, parameters
+from ptx.calls.group_norm import (
+    FACTORS,
+    NAMES,
+    ROWS,
+    RUN,
+    SUMS,
+    Norm,
+    check_norm,
+    in_memory,
+    on_cpu,
+    on_device,
+    parameters,
+    tensors_of,
+)
 from ptx.harness import DTYPES, Cpu, Device, same_bits, values
 
 from diffkern import reference
@@ -73,3 +86,50 @@ def test_the_rows_of_a_group_are_shared_among_blocks(device: Device) -> None:
         size = 8 * 32 * 128 * 4
         assert apply["global_load"]["by_width"][16]["accesses"] >= size // 16
         assert apply["global_store"]["by_width"][16]["accesses"] == size // 16
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_the_last_elements_past_2_to_the_31(device: Device, layout: str) -> None:
+    """The last block of sums and the last of elements, of a sample whose pages in between nobody touches. What the
+    others would have made is given: the factors of y = scale (x - mean) + offset and, with x for the gradient too,
+    d x = scale x + slope (x - mean) + level. Contiguous rows are no whole chunks: a thread has one element, and there
+    are more than 2^31 of them."""
+    last, channels, positions = layout == "channels_last", 8, 2**28 + 515
+    block, count = ROWS if last else RUN, channels * positions
+    blocks = -(-positions // block)
+    of_sums = (blocks * channels - 1) // (128 if last else 4)  # a thread a partial, or a warp
+    of_elements = (count // 8 - 1 if last else count - 1) // 128  # 16 bytes a thread, or one element
+    x, out = torch.empty(count, dtype=torch.float16), torch.empty(count, dtype=torch.float16)
+    x[-8192:] = values(1, 1, (8192,), torch.float16)[0]
+    factors, partials = values(2, 1, (FACTORS, channels), torch.float32)[0], torch.zeros(blocks, 2, channels)
+    work = {"factors": factors, "partials": partials, "mean": torch.zeros(1), "rstd": torch.zeros(1)}
+    work["sums"] = torch.zeros(SUMS * channels, dtype=torch.float64)
+
+    rows = x.view(positions, channels).t() if last else x.view(channels, positions)
+    row = rows[-1, -(positions % block) :].double()
+    mean, scale, offset, slope, level = factors.double()[:, torch.arange(-17, 0) % channels if last else [-1] * 17]
+    near = x[-17:].double()
+    y, dx = scale * (near - mean) + offset, scale * near + slope * (near - mean) + level
+    squares, products = (row - row.mean()).square().sum(), (row * (row - factors[0, -1])).sum()
+    call = Norm(layout, 1, (channels, positions), torch.float16, 1, silu=False)
+    for grad, name, expected, second in ((False, "y", y, squares), (True, "dx", dx, products)):
+        tensors = {"x": x.view(1, count), "grad": x.view(1, count), name: out.view(1, count), **work}
+        in_memory(device, call, tensors, grad, only_ctas=[of_sums, of_elements])
+        torch.testing.assert_close(out[-17:].double(), expected, rtol=2e-3, atol=1e-2)
+        torch.testing.assert_close(partials[-1, :, -1].double(), torch.stack([row.sum(), second]), rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_samples_2_to_the_31_elements_apart(device: Device, cpu: Cpu, layout: str) -> None:
+    call = Norm(layout, 2, (8, 9, 5), torch.float16, 2)
+    expected, (given, _, work) = on_cpu(cpu, call), tensors_of(call)
+    memory = torch.empty(2**31 + 8192, dtype=torch.float16)
+    far = {"memory": memory}
+    for k, (name, t) in enumerate({**given, "y": expected["y"], "dx": expected["dx"]}.items()):
+        far[name] = memory.as_strided(t.shape, (2**31 + 64, *t.stride()[1:]), 1024 * k)
+        far[name].copy_(t if name in given else torch.zeros(()))
+    made = {name: torch.zeros_like(expected[name]) for name in ("mean", "rstd")}
+    for grad in (False, True):
+        in_memory(device, call, {**far, **made, **work}, grad)
+    for name in ("y", "dx"):
+        assert same_bits(far[name], expected[name])

@@ -261,7 +261,7 @@ class Module:
                 f"{limit} byte limit of {self.target}"
             )
         n = grid[0] * grid[1] * grid[2]
-        ctas = list(range(n)) if o.only_ctas is None else [int(c) for c in o.only_ctas]
+        ctas = list(range(n)) if o.only_ctas is None else [int(c) for c in o.only_ctas if c < n]
         T = (nt + 31) // 32 * 32
         lanes = min(o.lanes_per_chunk, o.max_chunk_registers // max(1, register_bytes(prog)))
         per = max(1, lanes // T)

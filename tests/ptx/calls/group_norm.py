@@ -80,7 +80,7 @@ def _run(lib: ctypes.CDLL, call: Norm, tensors: dict[str, Tensor], grad: bool) -
     return int(function(lists[0], lists[1], None, None, ctypes.c_uint64(0), lists[2], (ctypes.c_double * 1)(1e-5)))
 
 
-def _tensors(call: Norm) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+def tensors_of(call: Norm) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """(inputs, results, workspace)."""
     blocks = -(-call.positions // (ROWS if call.last else RUN))
     given = {"x": values(1, call.batch, call.shape, call.dtype, call.layout, call.special)}
@@ -96,7 +96,7 @@ def _tensors(call: Norm) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str
 
 
 def on_cpu(cpu: Cpu, call: Norm) -> dict[str, Tensor]:
-    given, made, work = _tensors(call)
+    given, made, work = tensors_of(call)
     for grad in (False, True):
         assert _run(cpu.lib, call, {**given, **made, **work}, grad) == 0
     return made
@@ -104,7 +104,7 @@ def on_cpu(cpu: Cpu, call: Norm) -> dict[str, Tensor]:
 
 def on_device(device: Device, call: Norm) -> dict[str, Tensor]:
     """Forward, then backward; the launches of both are in `device.launches`."""
-    given, made, work = _tensors(call)
+    given, made, work = tensors_of(call)
     before = {name: bits(t) for name, t in given.items()}
     launches = []
     for grad in (False, True):
@@ -130,6 +130,20 @@ def on_device(device: Device, call: Norm) -> dict[str, Tensor]:
     assert all(torch.equal(bits(t), before[name]) for name, t in given.items())
     device.launches = launches
     return made
+
+
+def in_memory(device: Device, call: Norm, tensors: dict[str, Tensor], grad: bool, **options: Any) -> None:
+    """Forward or backward of tensors by name where they lie, for those too large for a record of each byte: what is
+    written is not watched, and the first of those that share a memory stands for it."""
+    lib, host = device.library(race_global=False, stats=False, **options), device.host
+    for name, t in {t.untyped_storage().data_ptr(): (name, t) for name, t in reversed(tensors.items())}.values():
+        host.register(t, name)
+    try:
+        status = _run(lib, call, tensors, grad)
+        host.check()
+        assert status == 0, f"the launcher returned {status}"
+    finally:
+        host.release()
 
 
 def check_norm(device: Device, cpu: Cpu, call: Norm) -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ class Options:
     max_chunk_registers: int = 512 << 20  # bytes: a kernel may have tens of thousands of virtual registers
     ctas_per_chunk: int = 0  # 0: automatic
     cooperative: bool = False  # all CTAs in one chunk (grid-wide spinning works)
-    only_ctas: Iterable[int] | None = None  # iterable of linear CTA ids to simulate
+    only_ctas: Iterable[int] | None = None  # linear CTA ids to simulate, of those in the grid
     trace: Callable[[Ins, Array], None] | None = None  # callable(ins, lanes) per executed step
     max_warnings: int = 200
     seed_registers: bool = True  # fill registers with a poison pattern

@@ -336,6 +336,9 @@ def test_chunking_and_subset(mod: ptxsim.Module) -> None:
     o2 = np.zeros_like(o)
     mod.launch("k_idx3", (2, 3, 4), (4, 3, 2), [o2], only_ctas=[3, 9])
     assert ((o2 != 0).reshape(24, 24).any(1).nonzero()[0] == [3, 9]).all()
+    o3 = np.zeros_like(o)
+    assert mod.launch("k_idx3", (2, 3, 4), (4, 3, 2), [o3], only_ctas=[24, 31])["ctas"] == 0  # a grid of 24
+    assert not o3.any()
 
 
 def test_the_memory_of_a_chunk_is_bounded(mod: ptxsim.Module) -> None:
