@@ -13,6 +13,7 @@ import argparse
 import datetime
 import functools
 import importlib.util
+import itertools
 import math
 import os
 import re
@@ -60,18 +61,32 @@ GPUS = (
 )
 
 
+# What a kernel's true template arguments are called, in their order; of the others it is "full".
+FLAGS = {
+    ("moments", "sums_kernel"): ("squares",),
+    ("moments", "finish_kernel"): ("squares",),
+    ("group_norm", "sums_kernel"): ("channels_last",),
+    ("group_norm", "apply_kernel"): ("silu",),
+    ("group_norm_grad", "sums_kernel"): ("channels_last", "silu"),
+    ("group_norm_grad", "apply_kernel"): ("silu",),
+}
+
+
 def kernel_name(symbol: str) -> str:
-    """step_kernel<float, direct, full> and the like."""
+    """step: step_kernel<float, direct, full> and the like, from nvcc's name for the file and the kernel."""
     name = run(["c++filt", symbol]).strip().split("(dk::", 2)
     text = re.sub(r"\(dk::cuda::Access\)(\d)", lambda m: ACCESS[int(m.group(1))], "(dk::".join(name))
     text = re.sub(r"\(dk::cuda::\(anonymous namespace\)::(\w+)\)(\d)", lambda m: f"{m[1].lower()} {m[2]}", text)
+    found = re.search(r"_GLOBAL__N__[0-9a-f]{8}_\d+_(\w+?)_cu_[0-9a-f]{8}", symbol)
+    file = found.group(1) if found else "?"
     match = re.search(r"(\w+_kernel)<([^(]*)>\(", text)
     if match is None:
         plain = re.search(r"(\w+_kernel)\(", text)
-        return plain.group(1) if plain else text
-    option = "squares" if match.group(1) in ("sums_kernel", "finish_kernel") else "full"
-    inside = match.group(2).replace("dk::", "").replace(", true", f", {option}").replace(", false", "")
-    return f"{match.group(1)}<{inside}>"
+        return f"{file}: {plain.group(1)}" if plain else text
+    flags = itertools.chain(FLAGS.get((file, match.group(1)), ()), itertools.repeat("full"))
+    words = match.group(2).replace("dk::", "").split(", ")
+    words = [next(flags) if word == "true" else word for word in words if word != "false" or not next(flags)]
+    return f"{file}: {match.group(1)}<{', '.join(words)}>"
 
 
 # ------------------------------------------------------------------------------------------------------ ptxas
@@ -101,6 +116,8 @@ def compile_all(folder: Path) -> dict[str, dict[int, Compiled]]:
             for part in log.split("Compiling entry function '")[1:]:
                 symbol = part.split("'", 1)[0]
                 name = names.setdefault(symbol, kernel_name(symbol))
+                if arch in found[name]:
+                    raise SystemExit(f"two kernels are called {name}")
                 numbers = [
                     sum(int(n) for n in re.findall(pattern, part))
                     for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill", r"(\d+) bytes smem")

@@ -304,6 +304,7 @@ class Device:
         files = (*(CUDA_CSRC / "cuda" / name for name in names), HERE / "launch.cu")
         self.arch = arch
         self.host = host(files)
+        self.files = files
         self.modules = [module(file, (), arch) for file in files]
         self.launches: list[Any] = []
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import ptxsim
 import pytest
@@ -38,6 +41,27 @@ def test_no_approximate_instructions(device_of: Callable[[str], Device], arch: s
     for module in device_of(arch).modules:
         assert ".approx" not in module.text
         assert ".ftz" not in module.text
+
+
+def spilled(text: str, arch: str, folder: Path) -> dict[str, int]:
+    """Bytes by kernel that ptxas stores to local memory for want of registers, and loads again."""
+    ptx = folder / "kernels.ptx"
+    ptx.write_text(text)
+    command = ["nvcc", "-cubin", f"-arch={arch}", "-Xptxas", "-v", str(ptx), "-o", str(folder / "kernels.cubin")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kernels = (done.stdout + done.stderr).split("Compiling entry function '")[1:]
+    return {k.split("'", 1)[0]: sum(map(int, re.findall(r"(\d+) bytes spill", k))) for k in kernels}
+
+
+def test_kernels_of_layers_keep_all_in_registers(device_of: Callable[[str], Device], tmp_path: Path) -> None:
+    """ptxas for sm_90, which spills soonest; docs/gpu-report.md has every kernel on every architecture."""
+    device = device_of("sm_80")
+    for file, module in zip(device.files, device.modules, strict=True):
+        if file.name in ("group_norm.cu", "group_norm_grad.cu", "linear_rows.cu"):
+            found = spilled(module.text, "sm_90", tmp_path)
+            assert len(found) == len(module.kernels)
+            assert not any(found.values()), found
 
 
 @pytest.mark.parametrize("arch", ["sm_75", "sm_120"])
