@@ -130,6 +130,8 @@ def _by_autograd(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of the inputs that are needed, which may be differentiated again."""
     with torch.enable_grad():
+        # Aliases: an input may have been made of another, by a graph that is not this function's.
+        inputs = [x.view_as(x) if isinstance(x, Tensor) else x for x in inputs]
         out = function(*inputs)
     asked = [x for x, needs in zip(inputs, needed, strict=True) if needs]
     found = iter(torch.autograd.grad(out, asked, grad, create_graph=True))

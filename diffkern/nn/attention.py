@@ -18,6 +18,7 @@ from diffkern.checks import unknown
 from diffkern.names import Attention, HeadOrder
 from diffkern.nn.heads import check_attention, count_heads
 from diffkern.nn.norm import GroupNormAct
+from diffkern.nn.plain import is_plain
 from diffkern.ops import attention, spatial_attention
 
 __all__ = ["AttentionPool", "SpatialCrossAttention", "SpatialSelfAttention"]
@@ -83,7 +84,13 @@ class _Block(nn.Module):
 
     @staticmethod
     def _pointwise(conv: nn.Conv1d, x: Tensor) -> Tensor:
-        """The 1 x 1 convolution; of channels_last as a product of what lies there, which keeps the format."""
+        """The 1 x 1 convolution; of channels_last as a product of what lies there, which keeps the format.
+
+        A layer that is more than one (LoRA, hooks) is called.
+        """
+        if not is_plain(conv, nn.Conv1d):
+            made: Tensor = conv(x.flatten(2)).unflatten(2, x.shape[2:])
+            return made
         if x.dim() == 4 and x.stride(1) == 1:
             return F.linear(x.permute(0, 2, 3, 1), conv.weight[..., 0], conv.bias).permute(0, 3, 1, 2)
         if x.dim() == 4:

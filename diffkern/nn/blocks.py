@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffkern.nn.norm import GroupNormAct, count_groups
+from diffkern.nn.plain import is_plain
 from diffkern.nn.unet_config import Modulation, Padding
 from diffkern.nn.upsampled import conv_of_upsampled, is_worth_it
 
@@ -21,6 +22,13 @@ def zeroed(module: Any, zero: bool = True) -> Any:
         for parameter in module.parameters():
             nn.init.zeros_(parameter)
     return module
+
+
+def filter_kernel(taps: tuple[float, ...], x: Tensor, scale: float = 1.0) -> Tensor:
+    """[C, 1, n, n]: scale f f^T / (sum f)^2 of the taps f, for every channel of x."""
+    total = sum(taps)
+    rows = torch.tensor([[a * b * scale / total**2 for b in taps] for a in taps], dtype=x.dtype, device=x.device)
+    return rows.expand(x.shape[1], 1, -1, -1)
 
 
 class Pointwise(nn.Conv2d):
@@ -43,23 +51,18 @@ class Resampler(nn.Module):
     four times that (Karras et al. 2020, as in NCSN++ of Song et al. 2021). "none": x itself.
     """
 
-    taps: Tensor | None
-
     def __init__(self, kind: Resample, filter: tuple[float, ...] | None = None) -> None:
         super().__init__()
         self.kind = kind
         plain = filter is None or (len(set(filter)) == 1 and len(filter) == 2)
-        taps = None if plain or kind == "none" else torch.tensor(filter, dtype=torch.float32)
-        if taps is not None:
-            taps = torch.outer(taps, taps) / taps.sum() ** 2 * (4.0 if kind == "up" else 1.0)
-        self.register_buffer("taps", taps, persistent=False)
+        self.taps = None if plain or kind == "none" else filter
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "none":
             return x
         if self.taps is None:
             return F.avg_pool2d(x, 2) if self.kind == "down" else F.interpolate(x, scale_factor=2.0, mode="nearest")
-        kernel = self.taps.to(x.dtype).expand(x.shape[1], 1, -1, -1)
+        kernel = filter_kernel(self.taps, x, 4.0 if self.kind == "up" else 1.0)
         convolve = F.conv2d if self.kind == "down" else F.conv_transpose2d
         return convolve(x, kernel, stride=2, padding=(kernel.shape[-1] - 1) // 2, groups=x.shape[1])
 
@@ -95,18 +98,15 @@ class InputSkip(nn.Module):
     NCSN++'s progressive input (Song et al. 2021): a 3 x 3 convolution, then the filter and every second pixel.
     """
 
-    taps: Tensor
-
     def __init__(self, in_channels: int, out_channels: int, filter: tuple[float, ...] | None, scale: float) -> None:
         super().__init__()
-        taps = torch.tensor(filter or (1.0, 1.0), dtype=torch.float32)
-        self.register_buffer("taps", torch.outer(taps, taps) / taps.sum() ** 2, persistent=False)
-        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1 + (len(taps) - 1) // 2)
+        self.taps = filter or (1.0, 1.0)
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1 + (len(self.taps) - 1) // 2)
         self.scale = scale
 
     def forward(self, h: Tensor, given: Tensor) -> Tensor:
         made = self.conv(given)
-        kernel = self.taps.to(made.dtype).expand(made.shape[1], 1, -1, -1)
+        kernel = filter_kernel(self.taps, made)
         return (h + F.conv2d(made, kernel, stride=2, groups=made.shape[1])) * self.scale
 
 
@@ -164,7 +164,7 @@ class ResBlock(nn.Module):
             h = self.norm2(h, scale=scale, shift=shift)
         else:
             h = self.norm2(h, add=change)
-        return joined(self.skip(self.resample(x)), self.conv2(self.dropout(h)), self.residual_scale)
+        return joined(self.skip(self.resample(x)), self.conv2(self.dropout(h)), self.residual_scale, self.conv2)
 
 
 class ConvNeXtBlock(nn.Module):
@@ -217,10 +217,11 @@ class ConvNeXtBlock(nn.Module):
         else:
             h = self.norm(h + change)
         h = F.gelu(self.conv1(h.permute(0, 3, 1, 2)))
-        return joined(self.skip(x), self.conv2(self.dropout(h)), self.residual_scale)
+        return joined(self.skip(x), self.conv2(self.dropout(h)), self.residual_scale, self.conv2)
 
 
-def joined(skip: Tensor, branch: Tensor, scale: float) -> Tensor:
-    """(skip + branch) scale, in place of the branch, which a layer has just made and nothing else has."""
-    total = branch.add_(skip)
-    return total if scale == 1.0 else total.mul_(scale)
+def joined(skip: Tensor, branch: Tensor, scale: float, last: nn.Module) -> Tensor:
+    """(skip + branch) scale; in place of the branch where the layer that has just made it is alone to know it."""
+    fresh = is_plain(last, nn.Conv2d) or is_plain(last, Pointwise)
+    total = branch.add_(skip) if fresh and branch.dtype == skip.dtype else skip + branch
+    return total if scale == 1.0 else total * scale

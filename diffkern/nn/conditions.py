@@ -62,6 +62,7 @@ def embed_classes(table: nn.Embedding, classes: Any, batch: int) -> Tensor:
         raise ValueError(f"cond must be an integer tensor of shape ({batch},), got {got}")
     if classes.device != table.weight.device:
         raise ValueError(f"cond must be on {table.weight.device}, the device of the weights, got {classes.device}")
+    classes = classes.to(torch.int64)
     most = table.num_embeddings - 1
     if readable(classes):
         if batch and not 0 <= int(classes.min()) <= int(classes.max()) <= most:

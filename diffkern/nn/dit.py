@@ -208,7 +208,7 @@ class DiT(KnowsRows, nn.Module):
     def changes(self, t: Tensor, cond: Any, batch: int) -> tuple[Tensor, ...]:
         """Every block's modulation and that of the end. Without gradients a sample's have one result in every batch."""
         config, weight = self.config, self.enter.weight
-        times = check_times(t, batch, weight)
+        times = check_times(t, batch, weight).to(torch.float32)
         waves = sinusoidal_embedding(
             times * config.time_scale, config.time_channels, freq_shift=config.time_freq_shift
         ).to(weight.dtype)
@@ -252,7 +252,7 @@ class DiT(KnowsRows, nn.Module):
         shift, scale = last.chunk(2, dim=1)
         out = adaptive_linear(h, scale, shift, self.leave, config.eps).unflatten(2, (p, p, -1))
         out = out.unflatten(1, (rows, columns))  # [B, rows, columns, p, p, C]
-        if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        if x.stride(1) == 1 and x.shape[1] > 1:
             return out.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
         return out.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 

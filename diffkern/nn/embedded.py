@@ -83,8 +83,8 @@ class Embedded(nn.Module):
     def embed(self, t: Tensor, cond: Any, batch: int) -> Tensor:
         """[B, E]: the embedding of the time plus those of the class and of the extra vector."""
         config, given = self.config, as_mapping(cond)
-        weight: Any = self.time[0].weight
-        t = check_times(t, batch, weight)
+        weight = next(self.parameters())  # whatever stands in a layer's place
+        t = check_times(t, batch, weight).to(torch.float32)
         if self.fourier is not None:
             sinusoids = self.fourier(t * config.time_scale)
         else:

@@ -196,7 +196,7 @@ class Encoder(Embedded):
 
     def _checked(self, x: Any) -> None:
         config = self.config
-        check_state(x, config.in_channels, config.divisor, self.enter.weight)
+        check_state(x, config.in_channels, config.divisor, next(self.parameters()))
 
     def _run(self, level: Any, h: Tensor, changes: Iterator[Tensor], contexts: Iterator[Tensor]) -> Tensor:
         """One stage or block."""

@@ -73,6 +73,11 @@ class KnowsRows:
 
         None where the network is more than it was made: a subclass, hooks, other layers in the place of its own.
         """
+        given = as_mapping(cond).values()
+        network: Any = self
+        watched = [t for t in (*given, *network.parameters()) if isinstance(t, Tensor)]
+        if any(t.is_inference() for t in watched):  # nobody counts how often they are written to
+            return None
         return Rows(self, times, cond, batch) if self.is_itself() else None
 
     def is_itself(self) -> bool:
@@ -140,9 +145,9 @@ class Rows:
     def __init__(self, network: Any, times: Tensor, cond: Any, batch: int) -> None:
         self.network, self.times, self.batch = network, times, batch
         self._watch, self._mark = _Watch(network), self._state(cond)
-        self._cond = cond
+        self._cond, self._given = cond, as_mapping(cond)  # kept: a new tensor must not get the address of one of these
         self._contexts = network.contexts(cond, batch)
-        given = as_mapping(cond)
+        given = self._given
         own = {name: given[name] for name in ("class", "vector", "ids", "augment") if name in given}
         self._own, self._each = own, batch if own else 1
         self._changes: tuple[Tensor, ...] = ()

@@ -175,6 +175,8 @@ class UNetConfig:
         check_attention("UNetConfig.attention", self.attention)
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"UNetConfig.dropout must lie in [0, 1), got {self.dropout}")
+        if isinstance(self.image_size, tuple) and len(self.image_size) != 2:
+            raise ValueError(f"UNetConfig.image_size must be a number or (height, width), got {self.image_size}")
         for name in ("time_scale", "time_freq_shift", "fourier_scale", "class_scale"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"UNetConfig.{name} must be finite, got {getattr(self, name)}")

@@ -23,9 +23,9 @@ Rows = Callable[[int, Tensor, Tensor, Any], Tensor]
 class Prepared:
     """The calls of one run: ``call(model, i, x, t, cond)`` is the model's, prepared where it can be."""
 
-    def __init__(self, times: Tensor, prepare: bool) -> None:
-        """``times``: what the model is given at each row, on the device of the state."""
-        self._times = times
+    def __init__(self, times: Tensor, prepare: bool, first: int = 0) -> None:
+        """``times``: what the model is given at each row, on the device of the state; ``first``: where it begins."""
+        self._times, self._begin = times[first:], first
         self._prepares = prepare and real(times) and torch._C._functorch.peek_interpreter_stack() is None
         self._rows: dict[tuple[int, int, int], tuple[Any, Any, Rows | None]] = {}
 
@@ -33,7 +33,7 @@ class Prepared:
         """The model's output at row i."""
         rows = self._of(model, cond, x.shape[0]) if self._prepares else None
         if rows is not None:
-            return rows(i, x, t, cond)
+            return rows(i - self._begin, x, t, cond)
         return model(x, t) if cond is None else model(x, t, cond)
 
     def _of(self, model: Any, cond: Any, batch: int) -> Rows | None:

@@ -135,7 +135,7 @@ class Run:
         self._step = ops.bound_step_out(self.table)
         times = row_times(source).to(x.device)
         self._times = _times(times, self._copies, self.batch)
-        self._prepared = Prepared(times, prepare)
+        self._prepared = Prepared(times, prepare, first)
         # A model may change the time it was given in place.
         self._shift_times = [t.clone() for t in self._times] if mean_shift is not None else []
         self._input = self._made_input(first)

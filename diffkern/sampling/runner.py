@@ -271,6 +271,7 @@ def transition_logprob(
         guided=guidance is not None or any(row.w != 0 for row in plan.rows),
         cond=cond,
         uncond=uncond,
+        prepare=False,  # of one row, there is nothing to share
     )
     m = run.call(model, number)
     return ops.step_logprob(after.detach(), x.detach(), m, table=run.table, row=number)

@@ -6,12 +6,18 @@ from typing import Any
 
 import torch
 from diffusers.models import activations, attention, normalization
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+)
 from diffusers.models.transformers import transformer_2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffkern.compat.diffusers._blocks import last_of, normed, plus, will_differentiate
+from diffkern.compat.diffusers.attention import DiffkernAttnProcessor
 from diffkern.compat.kit.kernels import why_not_on
 from diffkern.nn.adaptive import adaptive_linear, adaptive_norm, gelu_linear
 from diffkern.nn.plain import is_plain
@@ -165,9 +171,13 @@ def gated(made: Tensor, x: Tensor, gate: Tensor | None, last: Any) -> Tensor:
     return torch.addcmul(x, gate, made) if x.dtype == gate.dtype == made.dtype else gate * made + x
 
 
+_RETURN_LAST = (DiffkernAttnProcessor, AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0)
+"""Processors that return what the last layer has made and keep nothing of it."""
+
+
 def _last_of_attention(layer: Any) -> Any:
     """The linear layer whose result an attention layer returns; None where somebody else may know it."""
-    usual = is_plain(layer, Attention) and not layer.residual_connection
+    usual = is_plain(layer, Attention) and not layer.residual_connection and type(layer.processor) in _RETURN_LAST
     return last_of(layer.to_out) if usual else None
 
 
