@@ -1,16 +1,16 @@
 // Group normalisation, forward: sums and squares of the blocks of every channel, their merge by a warp a group, then
-// the elements. x is read twice, and once more from the cache for the squares of a block.
+// the elements. x is read twice, and once more from the cache for the squares of a block. Where a group of a sample
+// fits into shared memory and there are groups for a whole card, a block does all of that for its group: the same sums
+// in the same order, with x read once.
 #include "group_norm.cuh"
 
 namespace dk::cuda {
 namespace {
 
-template <class S, bool last>
-__global__ void __launch_bounds__(kNormThreads) sums_kernel(const GroupNormArgs args) {
+// The sums of one partial, by a thread (last) or by a warp; x: its first element of this thread.
+template <bool last, class S>
+__device__ __forceinline__ void sum_partial(const GroupNormArgs& args, const S* x, const PartialPlace<last>& place) {
   using T = Arithmetic<S>;
-  const PartialPlace<last> place(args.problem);
-  if (!place.valid) return;  // a whole warp where lanes share a block
-  const S* x = static_cast<const S*>(args.x.data) + place.b * args.x.batch_stride + place.offset;
   T sum = T(0);
   int64_t at = 0;
 #pragma unroll 4
@@ -30,6 +30,13 @@ __global__ void __launch_bounds__(kNormThreads) sums_kernel(const GroupNormArgs 
     partial[0] = sum;
     partial[args.problem.channels] = squares;
   }
+}
+
+template <class S, bool last>
+__global__ void __launch_bounds__(kNormThreads) sums_kernel(const GroupNormArgs args) {
+  const PartialPlace<last> place(args.problem);
+  if (!place.valid) return;  // a whole warp where lanes share a block
+  sum_partial(args, static_cast<const S*>(args.x.data) + place.b * args.x.batch_stride + place.offset, place);
 }
 
 // Of a channel of this group: its sum, and its squares about the mean of the group.
@@ -64,11 +71,10 @@ struct ChannelSquares {
   }
 };
 
+// Group `at` of the batch, by a warp.
 template <class T>
-__global__ void __launch_bounds__(kNormThreads) finish_kernel(const GroupNormArgs args) {
+__device__ __forceinline__ void finish_group(const GroupNormArgs& args, int64_t at) {
   const NormProblem& p = args.problem;
-  const int64_t at = norm_warp();
-  if (at >= p.batch * p.groups) return;
   const int64_t b = at / p.groups, width = norm_width(p), first = at % p.groups * width, end = first + width;
   const double mean = div(norm_sum(first, end, ChannelSum<T>{&args, b}), norm_count(p));
   const double squares = norm_sum(first, end, ChannelSquares<T>{&args, b, mean});
@@ -83,20 +89,31 @@ __global__ void __launch_bounds__(kNormThreads) finish_kernel(const GroupNormArg
   }
 }
 
+template <class T>
+__global__ void __launch_bounds__(kNormThreads) finish_kernel(const GroupNormArgs args) {
+  const int64_t at = norm_warp();
+  if (at < args.problem.batch * args.problem.groups) finish_group<T>(args, at);
+}
+
+template <bool active, class T, int W>
+__device__ __forceinline__ void apply_chunk(const GroupNormArgs& args, int64_t b, int64_t c, T (&v)[W]) {
+  const T* factors = norm_factors<T>(args, b);
+#pragma unroll
+  for (int j = 0; j < W; ++j) {
+    v[j] =
+        norm_value<active>(v[j], norm_factor(args, factors, kNormMean, c, j),
+                           norm_factor(args, factors, kNormScale, c, j), norm_factor(args, factors, kNormOffset, c, j));
+  }
+}
+
 template <class S, int W, bool active>
 __global__ void __launch_bounds__(kNormThreads) apply_kernel(const GroupNormArgs args) {
   using T = Arithmetic<S>;
   const ElementPlace<W> place(args.problem);
   if (!place.valid) return;
-  const T* factors = norm_factors<T>(args, place.b);
   T v[W];
   load_as<S>(args.x.data, place.b * args.x.batch_stride + place.first, W, v);
-#pragma unroll
-  for (int j = 0; j < W; ++j) {
-    v[j] = norm_value<active>(v[j], norm_factor(args, factors, kNormMean, place.c, j),
-                              norm_factor(args, factors, kNormScale, place.c, j),
-                              norm_factor(args, factors, kNormOffset, place.c, j));
-  }
+  apply_chunk<active>(args, place.b, place.c, v);
   store_as<S>(args.out.data, place.b * args.out.batch_stride + place.first, W, v);
 }
 
@@ -106,10 +123,112 @@ int apply(const GroupNormArgs& args, void* stream) {
                                  [](auto width) { return apply_kernel<S, decltype(width)::value, active>; });
 }
 
+// ------------------------------------------------------------------------------------- a group of a sample a block
+constexpr unsigned kWholeThreads = 256;
+constexpr int64_t kWholeBytes = 48 << 10;  // of shared memory, which every card gives a block without being asked
+constexpr int64_t kWholeGroups = 128;      // fewer leave multiprocessors of a large card idle
+
+// A group of a sample in shared memory, in the order of x: few elements, whose numbers are 32-bit.
+struct WholeGroup {
+  int64_t b, first;         // sample, first channel
+  int64_t begin;            // of the group's first element, in elements of the sample
+  int width, inner, count;  // channels; of a run of neighbours in the sample; elements
+
+  __device__ __forceinline__ explicit WholeGroup(const NormProblem& p)
+      : b(blockIdx.x / p.groups),
+        first(blockIdx.x % p.groups * norm_width(p)),
+        begin(p.channels_last ? first : first * p.positions),
+        width(static_cast<int>(norm_width(p))),
+        inner(p.channels_last ? width : static_cast<int>(p.positions)),
+        count(width * static_cast<int>(p.positions)) {}
+
+  // Of element i: its place in the sample, its channel.
+  __device__ __forceinline__ int64_t at(const NormProblem& p, int i) const {
+    return begin + (p.channels_last ? i / inner * p.channels + i % inner : i);
+  }
+  __device__ __forceinline__ int64_t channel(const NormProblem& p, int i) const {
+    return first + (p.channels_last ? i % inner : i / inner);
+  }
+};
+
+template <bool last, class S>
+__device__ __forceinline__ void sum_group(const GroupNormArgs& args, const WholeGroup& group, const S* tile) {
+  constexpr int kUnit = last ? 1 : kNormLanes;  // threads of a partial
+  const NormProblem& p = args.problem;
+  const int count = static_cast<int>(norm_blocks(p)) * group.width;
+  for (int k = static_cast<int>(threadIdx.x) / kUnit; k < count; k += static_cast<int>(kWholeThreads) / kUnit) {
+    const int block = k / group.width, c = k % group.width;
+    PartialPlace<last> place(p, group.b, block, group.first + c);
+    const int position = block * static_cast<int>(norm_block(p)) + static_cast<int>(place.first);
+    place.step = last ? group.width : kNormLanes;
+    sum_partial(args, tile + (last ? position * group.width + c : c * group.inner + position), place);
+  }
+}
+
+template <class S, int W>
+__global__ void __launch_bounds__(kWholeThreads) whole_kernel(const GroupNormArgs args) {
+  using T = Arithmetic<S>;
+  extern __shared__ uint4 norm_memory[];
+  S* tile = reinterpret_cast<S*>(norm_memory);
+  const NormProblem& p = args.problem;
+  const WholeGroup group(p);
+  const int mine = static_cast<int>(threadIdx.x) * W, step = static_cast<int>(kWholeThreads) * W;
+  const S* x = static_cast<const S*>(args.x.data) + group.b * args.x.batch_stride;
+  for (int i = mine; i < group.count; i += step) {
+    const S* from = x + group.at(p, i);
+    if constexpr (W > 1) {
+      norm_memory[i / W] = *reinterpret_cast<const uint4*>(from);
+    } else {
+      tile[i] = *from;
+    }
+  }
+  __syncthreads();
+  if (p.channels_last) {
+    sum_group<true>(args, group, tile);
+  } else {
+    sum_group<false>(args, group, tile);
+  }
+  __syncthreads();
+  if (threadIdx.x < kNormLanes) finish_group<T>(args, blockIdx.x);
+  __syncthreads();
+  for (int i = mine; i < group.count; i += step) {
+    T v[W];
+    load_as<S>(tile, i, W, v);
+    if (p.silu) {
+      apply_chunk<true>(args, group.b, group.channel(p, i), v);
+    } else {
+      apply_chunk<false>(args, group.b, group.channel(p, i), v);
+    }
+    store_as<S>(args.out.data, group.b * args.out.batch_stride + group.at(p, i), W, v);
+  }
+}
+
+template <class S>
+int64_t whole_bytes(const NormProblem& p) {
+  return norm_width(p) * p.positions * static_cast<int64_t>(sizeof(S));
+}
+
+template <class S>
+bool fits_whole(const NormProblem& p) {
+  const int64_t groups = p.batch * p.groups;
+  return groups >= kWholeGroups && groups <= 0x7fffffff && whole_bytes<S>(p) <= kWholeBytes;
+}
+
+template <class S>
+int run_whole(const GroupNormArgs& args, void* stream) {
+  constexpr int W = 16 / static_cast<int>(sizeof(S));
+  const NormProblem& p = args.problem;
+  const Shape shape{dim3(static_cast<unsigned>(p.batch * p.groups)), kWholeThreads,
+                    static_cast<size_t>(whole_bytes<S>(p))};
+  const bool vectors = norm_vectors(p, W, {&args.x, &args.out}) && (!p.channels_last || norm_width(p) % W == 0);
+  return launch(vectors ? whole_kernel<S, W> : whole_kernel<S, 1>, shape, stream, args);
+}
+
 template <class S>
 int run(const GroupNormArgs& args, void* stream) {
   const NormProblem& p = args.problem;
   if (p.batch == 0) return cudaSuccess;
+  if (fits_whole<S>(p)) return run_whole<S>(args, stream);
   int status = launch_norm_partials(args, stream, [](auto last) { return sums_kernel<S, decltype(last)::value>; });
   if (status != cudaSuccess) return status;
   status = launch_norm(finish_kernel<Arithmetic<S>>, p.batch * p.groups, kNormWarps, stream, args);

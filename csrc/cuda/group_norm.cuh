@@ -80,10 +80,11 @@ struct PartialPlace {
     const int64_t blocks = norm_blocks(p);
     valid = index < p.batch * blocks * p.channels;
     if (!valid) return;
-    c = index % p.channels;
-    block = index / p.channels % blocks;
-    b = index / p.channels / blocks;
-    n = norm_size(p, block);
+    *this = PartialPlace(p, index / p.channels / blocks, index / p.channels % blocks, index % p.channels);
+  }
+
+  __device__ __forceinline__ PartialPlace(const NormProblem& p, int64_t sample, int64_t of_block, int64_t channel)
+      : b(sample), block(of_block), c(channel), n(norm_size(p, of_block)), valid(true) {
     first = last ? 0 : norm_lane();
     every = last ? 1 : kNormLanes;
     const int64_t position = block * norm_block(p) + first;

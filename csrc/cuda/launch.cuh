@@ -72,6 +72,7 @@ inline bool all_are(Dtype dtype, std::initializer_list<const View*> views) {
 struct Shape {
   dim3 grid;
   unsigned threads;
+  size_t shared = 0;  // bytes of dynamic shared memory, at most 48 KiB
 };
 
 inline unsigned slices(int64_t batch) { return static_cast<unsigned>((batch + 65534) / 65535); }
@@ -112,7 +113,7 @@ template <class Params>
 int launch(void (*kernel)(Params), const Shape& shape, void* stream, const Params& params) {
   void* arguments[] = {const_cast<Params*>(&params)};
   const cudaError_t status = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), shape.grid, dim3(shape.threads),
-                                              arguments, 0, static_cast<cudaStream_t>(stream));
+                                              arguments, shape.shared, static_cast<cudaStream_t>(stream));
   if (status != cudaSuccess) cudaGetLastError();
   return status;
 }

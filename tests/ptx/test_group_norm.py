@@ -25,6 +25,7 @@ from diffkern import reference
 pytestmark = pytest.mark.full  # test_every_op.py has each op once
 
 states = pytest.mark.parametrize("state", DTYPES, ids=str)
+WHOLE_GROUPS = 128  # csrc/cuda/group_norm.cu
 LAYOUTS = ("contiguous", "misaligned", "padded", "channels_last", "channels_last_misaligned")
 
 
@@ -86,6 +87,53 @@ def test_the_rows_of_a_group_are_shared_among_blocks(device: Device) -> None:
         size = 8 * 32 * 128 * 4
         assert apply["global_load"]["by_width"][16]["accesses"] >= size // 16
         assert apply["global_store"]["by_width"][16]["accesses"] == size // 16
+
+
+def whole(layout: str, channels: int, inner: tuple[int, ...], state: torch.dtype, groups: int) -> Norm:
+    """Of as few samples as fill a card with groups."""
+    return norm(layout, -(-WHOLE_GROUPS // groups), (channels, *inner), state, groups, silu=channels != 32)
+
+
+@pytest.mark.parametrize(
+    ("layout", "state"), list(zip((*LAYOUTS, "contiguous", "channels_last"), DTYPES * 2, strict=False)), ids=str
+)
+def test_groups_in_shared_memory(device: Device, cpu: Cpu, layout: str, state: torch.dtype) -> None:
+    """Chunks that are whole and are not, one position; NaN stays in its group."""
+    for channels, inner, groups in ((128, (3, 1), 64), (128, (8,), 16), (64, (2,), 32), (32, (1,), 32)):
+        call = whole(layout, channels, inner, state, groups)
+        call.special = channels == 64
+        got = check_norm(device, cpu, call)["y"]
+        assert "whole_kernel" in device.launches[0]["kernel"]
+        assert bool(got.isnan().any()) == call.special
+        assert not got.isnan().all()
+
+
+def test_blocks_of_sums_of_a_group_in_shared_memory(device: Device, cpu: Cpu) -> None:
+    """More than one, the last with a rest; channels_last takes more than one of a channel by a thread each."""
+    for layout, channels, positions, groups in (("contiguous", 1, RUN + 3, 1), ("channels_last", 8, ROWS + 3, 8)):
+        call = whole(layout, channels, (positions,), torch.float16, groups)
+        check_norm(device, cpu, call)
+        assert "whole_kernel" in device.launches[0]["kernel"]
+
+
+def test_groups_too_few_or_too_large_for_that_are_read_twice(device: Device, cpu: Cpu) -> None:
+    call = norm("contiguous", WHOLE_GROUPS // 4 - 1, (4, 3), torch.float32, 4)
+    check_norm(device, cpu, call)
+    assert "sums_kernel" in device.launches[0]["kernel"]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_group_in_shared_memory_is_read_once(device: Device, layout: str) -> None:
+    """By one kernel, in which nothing else moves 16 bytes at a time."""
+    call = whole(layout, 64, (8, 8), torch.float32, 16)
+    on_device(device, call)
+    forward, backward, chunks = *device.launches[:2], call.batch * 64 * 64 * 4 // 16
+    assert "whole_kernel" in forward["kernel"]
+    assert "factors_kernel" in backward["kernel"]
+    assert forward["global_load"]["by_width"][16]["accesses"] == chunks
+    assert forward["global_store"]["by_width"][16]["accesses"] == chunks
+    # Read, summed, finished, applied. Sums go through global memory, whose races inside a block nobody here sees.
+    assert forward["barriers"] == 3 * WHOLE_GROUPS
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
