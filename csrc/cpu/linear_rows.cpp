@@ -20,26 +20,27 @@ DK_BODY void add_products(const T* x, int64_t x_stride, const T* w, int64_t w_st
   constexpr int kParts = kLanes / Part;
   T sum[kParts][Rows][Columns][Part];
 #pragma GCC unroll 2
-  for (int p = 0; p < kParts; ++p) {
+  for (int part = 0; part < kParts; ++part) {
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
-      for (int c = 0; c < Columns; ++c) {
-        for (int j = 0; j < Part; ++j) sum[p][r][c][j] = lanes[(r * kColumns + c) * kLanes + p * Part + j];
+      for (int column = 0; column < Columns; ++column) {
+        for (int j = 0; j < Part; ++j)
+          sum[part][r][column][j] = lanes[(r * kColumns + column) * kLanes + part * Part + j];
       }
     }
   }
   const int64_t whole = depth / kLanes * kLanes;
   for (int64_t k = 0; k < whole; k += kLanes) {
 #pragma GCC unroll 2
-    for (int p = 0; p < kParts; ++p) {
+    for (int part = 0; part < kParts; ++part) {
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
-        for (int c = 0; c < Columns; ++c) {
+        for (int column = 0; column < Columns; ++column) {
           for (int j = 0; j < Part; ++j) {
-            const int64_t at = k + p * Part + j;
-            sum[p][r][c][j] = fma(x[r * x_stride + at], w[c * w_stride + at], sum[p][r][c][j]);
+            const int64_t at = k + part * Part + j;
+            sum[part][r][column][j] = fma(x[r * x_stride + at], w[column * w_stride + at], sum[part][r][column][j]);
           }
         }
       }
@@ -48,14 +49,14 @@ DK_BODY void add_products(const T* x, int64_t x_stride, const T* w, int64_t w_st
 #pragma GCC unroll 4
   for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
-    for (int c = 0; c < Columns; ++c) {
-      T* to = lanes + (r * kColumns + c) * kLanes;
+    for (int column = 0; column < Columns; ++column) {
+      T* to = lanes + (r * kColumns + column) * kLanes;
 #pragma GCC unroll 2
-      for (int p = 0; p < kParts; ++p) {
-        for (int j = 0; j < Part; ++j) to[p * Part + j] = sum[p][r][c][j];
+      for (int part = 0; part < kParts; ++part) {
+        for (int j = 0; j < Part; ++j) to[part * Part + j] = sum[part][r][column][j];
       }
       for (int64_t k = whole; k < depth; ++k) {
-        to[k - whole] = fma(x[r * x_stride + k], w[c * w_stride + k], to[k - whole]);
+        to[k - whole] = fma(x[r * x_stride + k], w[column * w_stride + k], to[k - whole]);
       }
     }
   }
@@ -93,12 +94,13 @@ struct Fold {
     constexpr int kHalf = kLanes / 2;
     T folded[kColumns * kHalf];
     for (int64_t r = 0; r < rows; ++r, lanes += kColumns * kLanes, values += kColumns) {
-      for (int c = 0; c < kColumns; ++c) {
+      for (int column = 0; column < kColumns; ++column) {
         for (int j = 0; j < kHalf; ++j)
-          folded[c * kHalf + j] = add(lanes[c * kLanes + j], lanes[c * kLanes + kHalf + j]);
+          folded[column * kHalf + j] = add(lanes[column * kLanes + j], lanes[column * kLanes + kHalf + j]);
       }
-      for (int c = 0; c < kColumns; ++c) values[c] = linear_fold(folded + c * kHalf);
-      for (int c = 0; bias != nullptr && c < kColumns; ++c) values[c] = add(values[c], bias[c]);
+      for (int column = 0; column < kColumns; ++column) values[column] = linear_fold(folded + column * kHalf);
+      for (int column = 0; bias != nullptr && column < kColumns; ++column)
+        values[column] = add(values[column], bias[column]);
     }
   }
 };

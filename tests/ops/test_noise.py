@@ -324,8 +324,8 @@ def test_offsets_past_two_to_the_31() -> None:
 
 def test_indices_are_64_bit(root: Path) -> None:
     """Static: in csrc/core and csrc/cpu, 32-bit loop variables count dimensions, columns, lanes, chains of sums, parts
-    of a tensor, instruction sets, and rows and vectors held in registers only."""
-    small = {"chain", "d", "k", "j", "r", "half", "lane", "level", "part", "round", "row", "w"}
+    of a tensor, instruction sets, terms of a sum, and rows and vectors held in registers only."""
+    small = {"chain", "column", "d", "k", "j", "r", "half", "lane", "level", "part", "round", "row", "term", "w"}
     for path in [*(root / "csrc/core").iterdir(), *(root / "csrc/cpu").iterdir(), *(root / "csrc/bind").iterdir()]:
         for kind, name in re.findall(r"for \((?:const )?(int|int32_t|unsigned|uint32_t) (\w+)", path.read_text()):
             assert name in small, f"{path.name}: {kind} {name}"
