@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffkern.modes import fakes, kept
 from diffkern.nn.norm import GroupNormAct, count_groups
 from diffkern.nn.plain import is_plain
 from diffkern.nn.unet_config import Modulation, Padding
@@ -25,10 +26,20 @@ def zeroed(module: Any, zero: bool = True) -> Any:
 
 
 def filter_kernel(taps: tuple[float, ...], x: Tensor, scale: float = 1.0) -> Tensor:
-    """[C, 1, n, n]: scale f f^T / (sum f)^2 of the taps f, for every channel of x."""
+    """[C, 1, n, n]: scale f f^T / (sum f)^2 of the taps f, for every channel of x.
+
+    Kept by device: the copy to a GPU would wait for it, and has no place in a CUDA graph.
+    """
+    made = _outer if torch.compiler.is_compiling() or fakes(x.device) is not None else _kept_outer
+    return made(taps, scale, x.dtype, x.device).expand(x.shape[1], 1, -1, -1)
+
+
+def _outer(taps: tuple[float, ...], scale: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     total = sum(taps)
-    rows = torch.tensor([[a * b * scale / total**2 for b in taps] for a in taps], dtype=x.dtype, device=x.device)
-    return rows.expand(x.shape[1], 1, -1, -1)
+    return torch.tensor([[a * b * scale / total**2 for b in taps] for a in taps], dtype=dtype, device=device)
+
+
+_kept_outer = kept(64)(_outer)
 
 
 class Pointwise(nn.Conv2d):
