@@ -89,6 +89,8 @@ HeadOrder = Literal["new", "legacy", "edm"]
 """How q, k, v and the heads lie in the channels of `ops.spatial_attention`."""
 Attention = Literal["diffkern", "torch"]
 """Whose kernels a block's attention runs in."""
+Precision = Literal["exact", "fast"]
+"""Of a convolution's products: `ops.conv3x3`."""
 TimeDtype = Literal["int64", "float32"]
 """Of the times that a plan gives the model."""
 Coupling = Literal["independent", "ot"]

@@ -20,6 +20,7 @@ from diffkern.plan import COLUMNS
 
 __all__ = [
     "attention",
+    "conv3x3",
     "dynamic_threshold",
     "group_norm_act",
     "learned_step",
@@ -369,6 +370,21 @@ def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, act: s
     u = x.double()
     y = (u * torch.sigmoid(u) if act == "silu" else u) @ weight.double().t()
     return y if bias is None else y + bias.double()
+
+
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, upsample: bool = False) -> Tensor:
+    """The sum over the taps of the image, with a border of zeros, in float64. Differentiable."""
+    u = x.double()
+    u = u.repeat_interleave(2, 2).repeat_interleave(2, 3) if upsample else u
+    height, width = u.shape[2:]
+    u = torch.nn.functional.pad(u, (1, 1, 1, 1))
+    taps = [(i, j) for i in range(3) for j in range(3)]
+    parts = [
+        torch.einsum("bchw,kc->bkhw", u[..., i : i + height, j : j + width], weight.double()[..., i, j])
+        for i, j in taps
+    ]
+    y = torch.stack(parts).sum(0)
+    return y if bias is None else y + bias.double()[:, None, None]
 
 
 def _rows(x: Tensor, compute: torch.dtype) -> Tensor:

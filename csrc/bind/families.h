@@ -13,6 +13,7 @@
 #pragma once
 
 #include "attention.h"
+#include "conv3x3.h"
 #include "group_norm.h"
 #include "learned_step.h"
 #include "linear_rows.h"
@@ -41,6 +42,7 @@ void for_each_family(const Use& use) {
   use(AttentionOps<Backend>());
   use(GroupNormOps<Backend>());
   use(LinearRowsOps<Backend>());
+  if constexpr (Backend::kHost) use(Conv3x3Ops<Backend>());
 }
 
 }  // namespace dk::bind

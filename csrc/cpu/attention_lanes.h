@@ -127,7 +127,7 @@ DK_LANES_TARGET void product_columns(const TileProduct<typename P::Element>& t, 
 template <class P>
 DK_LANES_TARGET void product(const TileProduct<typename P::Element>& whole) {
   TileProduct<typename P::Element> t = whole;
-  int64_t parts = (whole.depth + kTileDepth - 1) / kTileDepth;
+  int64_t parts = (whole.depth + whole.chain - 1) / whole.chain;
   for (int64_t left = whole.depth; left > 0; left -= t.depth, --parts) {
     t.depth = (left + parts - 1) / parts;
     int64_t column = 0;

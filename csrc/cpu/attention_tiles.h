@@ -16,7 +16,7 @@ struct Pair {
 };
 
 // c[i][j] (+)= sum_k a(i, k) b[k][j]. T is float, or Pair (then k counts pairs and b[k][j] is a pair of rows of b).
-// The sum over k is that of chains of at most kTileDepth terms, added to c if `accumulate`.
+// The sum over k is that of chains of at most `chain` terms, added to c if `accumulate`.
 template <class T>
 struct TileProduct {
   const T* a;  // a(i, k) at a + i a_row + k a_depth, any alignment: read element by element
@@ -27,6 +27,7 @@ struct TileProduct {
   int64_t c_row;
   int64_t rows, columns, depth;  // columns: a multiple of kTileLanes
   bool accumulate;
+  int64_t chain = kTileDepth;
 };
 
 // One tile of logits [keys][queries] becomes weights, with the running maximum and sum of every query (a column).

@@ -1,9 +1,9 @@
 """The native ops as typed functions, their fake tensors and gradients: `randn`, `noise_sum`, `noising`, `loss`,
 `variational`, `step`, `learned_step`, `step_logprob`, `attention`, `spatial_attention`, `group_norm_act`,
-`linear_rows`, `quantile`, `dynamic_threshold`, `moments`.
+`linear_rows`, `conv3x3`, `quantile`, `dynamic_threshold`, `moments`.
 
-Every op runs on CPU and CUDA tensors, under torch.compile and torch.export; those that return new tensors (except
-`learned_step`) under torch.func's reverse mode and vmap. Dimension 0 is the batch. Tables of
+Every op runs on CPU and CUDA tensors (`conv3x3` on the CPU alone), under torch.compile and torch.export; those that
+return new tensors (except `learned_step`) under torch.func's reverse mode and vmap. Dimension 0 is the batch. Tables of
 coefficients are float64; arithmetic is float32 (float64 for float64 tensors) and rounds once, at the store.
 Wrong input raises RuntimeError with one sentence that names the argument, the rule and the value.
 
@@ -21,6 +21,7 @@ from diffkern.ops._bound_step import BoundStep as BoundStep
 from diffkern.ops._bound_step import BoundStepOut as BoundStepOut
 from diffkern.ops._bound_step import Stepped as Stepped
 from diffkern.ops._bound_step import bound_step, bound_step_out
+from diffkern.ops._conv3x3 import conv3x3, pack_conv3x3
 from diffkern.ops._group_norm import group_norm_act
 from diffkern.ops._learned_step import learned_step, learned_step_out
 from diffkern.ops._linear_rows import linear_rows
@@ -44,6 +45,7 @@ __all__ = [
     "attention",
     "bound_step",
     "bound_step_out",
+    "conv3x3",
     "dynamic_threshold",
     "dynamic_threshold_out",
     "group_norm_act",
@@ -56,6 +58,7 @@ __all__ = [
     "noise_sum_out",
     "noising",
     "noising_out",
+    "pack_conv3x3",
     "quantile",
     "randn",
     "seeds",
