@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from diffkern.nn.blocks import ConvNeXtBlock, ResBlock
     from diffkern.nn.classifier import UNetClassifier, UNetClassifierConfig
     from diffkern.nn.conditions import Known
+    from diffkern.nn.convolution import Frozen, freeze
     from diffkern.nn.dit import DiT, DiTBlock
     from diffkern.nn.dit_config import DiTConfig
     from diffkern.nn.embeddings import FourierEmbedding, sinusoidal_embedding
@@ -37,6 +38,7 @@ _MODULES = {
     "blocks": ("ConvNeXtBlock", "ResBlock"),
     "classifier": ("UNetClassifier", "UNetClassifierConfig"),
     "conditions": ("Known",),
+    "convolution": ("Frozen", "freeze"),
     "dit": ("DiT", "DiTBlock"),
     "dit_config": ("DiTConfig",),
     "embeddings": ("FourierEmbedding", "sinusoidal_embedding"),
@@ -67,6 +69,7 @@ __all__ = [
     "FlowNetwork",
     "FlowNetworkConfig",
     "FourierEmbedding",
+    "Frozen",
     "GroupNormAct",
     "Known",
     "Preconditioned",
@@ -82,6 +85,7 @@ __all__ = [
     "UNetClassifier",
     "UNetClassifierConfig",
     "UNetConfig",
+    "freeze",
     "preset",
     "sinusoidal_embedding",
 ]

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffkern.modes import fakes, kept
+from diffkern.nn.convolution import convolve
 from diffkern.nn.norm import GroupNormAct, count_groups
 from diffkern.nn.plain import is_plain
 from diffkern.nn.unet_config import Modulation, Padding
-from diffkern.nn.upsampled import conv_of_upsampled, is_worth_it
 
 Resample = Literal["none", "down", "up"]
 
@@ -93,13 +93,9 @@ class ConvResample(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kind == "up" and is_worth_it(self.conv, x):
-            return conv_of_upsampled(self.conv, x)
         if self.kind == "up":
-            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-        elif self.asymmetric:
-            x = F.pad(x, (0, 1, 0, 1))
-        out: Tensor = self.conv(x)
+            return convolve(self.conv, x, upsample=True)
+        out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
         return out
 
 
@@ -162,20 +158,18 @@ class ResBlock(nn.Module):
         same = in_channels == out_channels and not (resampled_skip_conv and resample != "none")
         self.skip = nn.Identity() if same else Pointwise(in_channels, out_channels)
 
-    def _from_small(self, h: Tensor) -> bool:
-        """Whether the convolution of the upsampled image is made from the small one."""
-        resample = self.resample
-        return resample.kind == "up" and resample.taps is None and is_worth_it(self.conv1, h)
-
     def forward(self, x: Tensor, change: Tensor) -> Tensor:
+        repeats = self.resample.kind == "up" and self.resample.taps is None and is_plain(self.resample, Resampler)
         h = self.norm1(x)
-        h = conv_of_upsampled(self.conv1, h) if self._from_small(h) else self.conv1(self.resample(h))
+        h = convolve(self.conv1, h if repeats else self.resample(h), upsample=repeats)
         if self.modulation == "scale_shift":
             scale, shift = change.chunk(2, dim=1)
             h = self.norm2(h, scale=scale, shift=shift)
         else:
             h = self.norm2(h, add=change)
-        return joined(self.skip(self.resample(x)), self.conv2(self.dropout(h)), self.residual_scale, self.conv2)
+        return joined(
+            self.skip(self.resample(x)), convolve(self.conv2, self.dropout(h)), self.residual_scale, self.conv2
+        )
 
 
 class ConvNeXtBlock(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -22,3 +22,8 @@ def is_plain(module: Any, kind: type) -> bool:
         return False
     everywhere = nn.modules.module
     return not any(there[hooks] or getattr(everywhere, f"_global{hooks}", None) for hooks in _HOOKS)
+
+
+def version(t: Tensor) -> int:
+    """How often a tensor has been written to, as torch counts it; inference tensors are not counted."""
+    return -1 if t.is_inference() else t._version

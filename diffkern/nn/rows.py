@@ -11,19 +11,17 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from diffkern.nn.conditions import Known, as_mapping
+from diffkern.nn.convolution import Packed
 from diffkern.nn.embeddings import FourierEmbedding
-from diffkern.nn.plain import is_plain
+from diffkern.nn.plain import is_plain, version
 from diffkern.ops import linear_rows
 
 MOST = 2**24
 """Numbers of modulations that are kept at a time (64 MiB of float32): rows beyond are computed when they come."""
+LEAST_ROWS = 4
+"""Evaluations of a run that packing the weights of convolutions pays for."""
 _KINDS = (nn.Linear, nn.Embedding, nn.Sequential, nn.SiLU, FourierEmbedding)
 _METHODS = ("__call__", "forward", "run", "known", "changes", "contexts", "embed", "encode")
-
-
-def version(t: Tensor) -> int:
-    """How often a tensor has been written to, as torch counts it; inference tensors are not counted."""
-    return -1 if t.is_inference() else t._version
 
 
 def _is_tensor(weight: Any) -> bool:
@@ -150,6 +148,7 @@ class Rows:
         given = self._given
         own = {name: given[name] for name in ("class", "vector", "ids", "augment") if name in given}
         self._own, self._each = own, batch if own else 1
+        self._packed = Packed(None if len(times) >= LEAST_ROWS else 0)
         self._changes: tuple[Tensor, ...] = ()
         self._first = self._count = 0
         self._row(0)
@@ -167,7 +166,8 @@ class Rows:
         if not same or not self._watch.holds():
             found: Tensor = network(x, t) if cond is None else network(x, t, cond)
             return found
-        return network.run(x, Known(self._row(i), self._contexts), cond)
+        with self._packed.used():
+            return network.run(x, Known(self._row(i), self._contexts), cond)
 
     def _row(self, i: int) -> tuple[Tensor, ...]:
         if not self._first <= i < self._first + self._count:

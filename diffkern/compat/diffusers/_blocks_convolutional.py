@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from diffkern.compat.diffusers._blocks import by_op, normed, plus
 from diffkern.compat.kit.kernels import why_not_on
-from diffkern.nn.upsampled import conv_of_upsampled, is_worth_it
+from diffkern.nn.convolution import convolve
 
 
 class ResnetBlock2D(resnet.ResnetBlock2D):
@@ -33,7 +33,7 @@ class ResnetBlock2D(resnet.ResnetBlock2D):
             if self.upsample is not None and x.shape[0] >= 64 and x.device.type != "cpu":
                 x, h = x.contiguous(), h.contiguous()  # as diffusers does, for the kernel of large batches
             x, h = resample(x), resample(h)
-        h = self.conv1(h)
+        h = convolve(self.conv1, h)
         add = scale = shift = None
         if self.time_emb_proj is not None:
             add = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
@@ -41,7 +41,8 @@ class ResnetBlock2D(resnet.ResnetBlock2D):
             if add is None:
                 raise ValueError("`temb` should not be None when `time_embedding_norm` is scale_shift")
             (scale, shift), add = add.chunk(2, dim=1), None
-        h = self.conv2(self.dropout(normed(self.norm2, self.nonlinearity, h, add=add, scale=scale, shift=shift)))
+        h = normed(self.norm2, self.nonlinearity, h, add=add, scale=scale, shift=shift)
+        h = convolve(self.conv2, self.dropout(h))
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)
         y = plus(h, x, self.conv2)
@@ -60,10 +61,7 @@ class Upsample2D(upsampling.Upsample2D):
         usual = self.norm is None and not self.use_conv_transpose and self.interpolate and x.shape[1] == self.channels
         if args or kwargs or not usual or output_size is not None or x.device.type != "cpu":
             return super().forward(hidden_states, output_size, *args, **kwargs)
-        if self.use_conv and is_worth_it(conv, x):
-            return conv_of_upsampled(conv, x)
-        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-        return conv(x) if self.use_conv else x
+        return convolve(conv, x, upsample=True) if self.use_conv else F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 class GroupNorm(nn.GroupNorm):
