@@ -24,10 +24,13 @@ __all__ = [
     "COMPILED",
     "EAGER",
     "EXTRAS",
+    "FROZEN",
     "LAST",
     "NAMES",
     "OWN",
+    "OWN_FROZEN",
     "REPLACED",
+    "REPLACED_FROZEN",
     "Contender",
     "contenders",
     "errors",
@@ -37,12 +40,15 @@ __all__ = [
 EAGER, LAST = "diffusers", "diffusers, channels_last"
 COMPILED = "the same, compiled"
 ATTENTION, REPLACED, OWN = "diffusers, accelerate", "diffusers, replace", "diffkern.nn"
+REPLACED_FROZEN, OWN_FROZEN = "diffusers, replace, freeze", "diffkern.nn, freeze"
+FROZEN = {REPLACED_FROZEN: REPLACED, OWN_FROZEN: OWN}
+"""With the packed weights of convolutions kept (`diffkern.nn.freeze`); whose weights they have."""
 BASELINES = (EAGER, LAST)
 """What says which output is right."""
 GUIDED = "guided-diffusion, transcribed"
 PEERS = (*BASELINES, GUIDED)
 """The fastest one of these is what the others are compared with."""
-NAMES = (EAGER, LAST, GUIDED, REPLACED, OWN)
+NAMES = (EAGER, LAST, GUIDED, REPLACED, REPLACED_FROZEN, OWN, OWN_FROZEN)
 EXTRAS = {"compile": COMPILED, "attention": ATTENTION}
 """By option: torch.compile of channels_last, frozen; `accelerate` with its attention alone."""
 Call = Callable[[nn.Module, Inputs], Tensor]
@@ -95,10 +101,18 @@ def _accelerated(peer: nn.Module) -> nn.Module:
 def _replaced(peer: nn.Module) -> nn.Module:
     from diffkern.compat import diffusers as ours
 
-    model = _last(peer)
+    model = shared_copy(peer)
     found = ours.replace(model)
     if not found.swapped:
         raise ValueError("no block that replace knows")
+    return model
+
+
+def _frozen(model: nn.Module) -> nn.Module:
+    from diffkern.nn import freeze
+
+    model = shared_copy(model)
+    freeze(model)
     return model
 
 
@@ -108,14 +122,17 @@ def contenders(network: Network, peer: nn.Module, wanted: Iterable[str] = NAMES)
     guided-diffusion's is left out where it has no such network.
     """
     last = torch.channels_last
+    built: dict[str, nn.Module] = {}
     makers: dict[str, tuple[Callable[[], nn.Module], Call, torch.memory_format]] = {
         EAGER: (lambda: peer, theirs, torch.contiguous_format),
         LAST: (lambda: _last(peer), theirs, last),
         COMPILED: (lambda: _compiled(peer), theirs, last),
         ATTENTION: (lambda: _accelerated(peer), theirs, last),
-        REPLACED: (lambda: _replaced(peer), theirs, last),
+        REPLACED: (lambda: _replaced(built[LAST] if LAST in built else _last(peer)), theirs, last),
+        REPLACED_FROZEN: (lambda: _frozen(built[REPLACED]), theirs, last),
         GUIDED: (lambda: guided.build(network, peer), guided.run, torch.contiguous_format),
         OWN: (lambda: own.build(network, peer), own.run, last),
+        OWN_FROZEN: (lambda: _frozen(built[OWN]), own.run, last),
     }
     found = []
     for name in wanted:
@@ -123,7 +140,8 @@ def contenders(network: Network, peer: nn.Module, wanted: Iterable[str] = NAMES)
             continue
         build, call, layout = makers[name]
         try:
-            found.append(Contender(name, build(), call, layout))
+            built[name] = build()
+            found.append(Contender(name, built[name], call, layout))
         except Exception as error:  # the others still run; its row says why
             found.append(Contender(name, None, why=reason(error)))
     return found

@@ -30,7 +30,7 @@ from torch.utils.flop_counter import flop_registry
 
 import diffkern
 from benchmarks.alone import reason
-from benchmarks.networks.contenders import GUIDED, NAMES, contenders
+from benchmarks.networks.contenders import FROZEN, GUIDED, NAMES, contenders
 from benchmarks.networks.peers import NETWORKS, Network
 
 __all__ = ["GPUS", "LAUNCH", "Counts", "Gpu", "GpuRow", "Op", "count", "on_gpu"]
@@ -53,7 +53,7 @@ GPUS = (
     Gpu("A100 SXM 80 GB", 2.039e12, 312e12),
     Gpu("RTX 4090", 1.008e12, 165e12),
 )
-COUNTED = tuple(name for name in NAMES if name != GUIDED)
+COUNTED = tuple(name for name in NAMES if name != GUIDED and name not in FROZEN)
 """Whose ops are counted: what is compiled cannot be, and our transcription's are not the original's."""
 DEVICE = "cuda:0"
 LAUNCH = 5e-6

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.alone import reason
 from benchmarks.costs import peak_of
-from benchmarks.networks.contenders import BASELINES, NAMES, PEERS, Contender, contenders, errors
+from benchmarks.networks.contenders import BASELINES, FROZEN, NAMES, PEERS, Contender, contenders, errors
 from benchmarks.networks.peers import NETWORKS, Inputs, Network, parameters
 from benchmarks.timing import Measured, Stats, interleave, ratio, wall_timer
 
@@ -193,7 +193,7 @@ def train(
     rows, calls, base = [], {}, (0.0, 0.0)
     want = _gradient(contenders(network, peer, BASELINES[:1])[0], given, target)
     peer = peer.to(dtype)
-    for one in contenders(network, peer, wanted):
+    for one in contenders(network, peer, [name for name in wanted if name not in FROZEN]):
         if one.model is None:
             rows.append(Row(one.name, why=one.why))
             continue

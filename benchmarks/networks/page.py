@@ -113,14 +113,16 @@ EVALUATION = """Ratio: time of the fastest of diffusers, diffusers in channels_l
 network over the row's, taken round by round in turns in one process; median and 20th to 80th percentile; below 1 in
 bold. Same weights, random. Error in float32: the largest difference from diffusers' output over its largest value, at
 most 1e-5; in bfloat16: root mean square, from the float32 output, over its own, at most 1.1 times diffusers'. What is
-wrong is not timed. Busy: share of the cores that other processes used."""
+wrong is not timed. Busy: share of the cores that other processes used. "freeze": with `diffkern.nn.freeze`, which keeps
+the packed weights of convolutions from call to call, as `diffkern.sample` does by itself for a run."""
 TRAINING = """Forward, mean square, backward; no optimiser, no dropout. Error: of the gradient by x. Peak: what torch's
 allocator held at once beside the parameters, gradients with it (scratch of oneDNN and of our kernels is not counted);
 kept: what the forward stores for the backward."""
 RUN = """From noise to images or latents, without guidance, in float32. Diffusers by its pipeline (DDIM of images) or by
 the loop of one; `diffkern.nn` by `diffkern.sample`. Error: of the final state from the same noise, at most 1e-3."""
 PROFILE = """Shares of an evaluation, by torch's profiler on the calling thread; "at": operations a second of these ops
-as a share of what matrix products reach alone on all threads. "Between ops" is Python, modules and dispatch."""
+as a share of what matrix products reach alone on all threads, a convolution's counted by its definition, of which
+Winograd's products need 4 in 9. "Between ops" is Python, modules and dispatch."""
 GPU = f"""Nothing was timed here. One evaluation in bfloat16 on torch's fake CUDA tensors: ops that write a tensor (a
 lower bound of the kernels), bytes that they read and write (each tensor once an op; caches not considered),
 allocations; "around": the share of bytes outside convolutions, products and attention. Estimates, not measurements: on

@@ -21,7 +21,9 @@ from benchmarks.networks.contenders import (
     BASELINES,
     NAMES,
     OWN,
+    OWN_FROZEN,
     REPLACED,
+    REPLACED_FROZEN,
     Contender,
     contenders,
     errors,
@@ -53,7 +55,7 @@ def _module(one: Contender) -> Any:
 
     from diffkern.compat import diffusers as ours
 
-    return ours if one.name in (ATTENTION, REPLACED) else diffusers
+    return ours if one.name in (ATTENTION, REPLACED, REPLACED_FROZEN) else diffusers
 
 
 def _loop(one: Contender, given: Inputs, module: Any, sampler: str, steps: int) -> Tensor:
@@ -130,7 +132,7 @@ def run_of(
     calls: dict[str, Callable[[], object]] = {}
     want: Tensor | None = None
     with torch.no_grad():
-        for one in contenders(network, peer, wanted):
+        for one in contenders(network, peer, [name for name in wanted if name != OWN_FROZEN]):  # `sample` does it
             if one.model is None:
                 rows.append(Row(one.name, why=one.why))
                 continue

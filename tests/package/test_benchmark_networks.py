@@ -350,6 +350,6 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
         _, _, rest = text.partition(f"### {part}\n")
         rows = [line for line in rest.partition("###")[0].splitlines() if line.startswith("|")]
         assert len({row.count("|") for row in rows}) == 1, part
-        assert sum(contenders.OWN in row for row in rows) == 1, part
+        assert sum(f"| {contenders.OWN} |" in row for row in rows) == 1, part
     assert "AttributeError: module diffusers has no attribute NoSuchModel" in text
     assert "replace" in text
