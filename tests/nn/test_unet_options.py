@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffkern.nn import UNet, UNetClassifier, UNetClassifierConfig, UNetConfig
@@ -48,19 +49,37 @@ def test_pooling_every_block_is_two_layers_over_all_means() -> None:
 
 
 @pytest.mark.parametrize("resample", ["residual", "conv"])
-def test_a_convolution_of_an_upsampled_image_is_made_from_the_small_one(resample: str) -> None:
+@torch.no_grad()
+def test_an_upsampled_image_is_not_made_for_its_convolution(resample: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal to repetition and convolution, which a hook on the layer asks for."""
     torch.manual_seed(0)
-    config = UNetConfig(channels=8, blocks=1, heads=1, attention_levels=(), resample=resample, classes=0)  # type: ignore[arg-type]
-    model = UNet(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-        x, t = torch.randn(1, 1, 64, 64), torch.tensor([5])
-        small = model(x, t)
-        handles = [m.register_forward_hook(lambda *_: None) for m in model.modules() if isinstance(m, nn.Conv2d)]
-        usual = model(x, t)
-        for handle in handles:
-            handle.remove()
-    assert not torch.equal(small, usual), "two ways of summing"
+    config = UNetConfig(
+        image_size=8,
+        channels=32,
+        multipliers=(1, 1),
+        blocks=1,
+        heads=1,
+        attention_levels=(),
+        resample=resample,
+        classes=0,
+    )  # type: ignore[arg-type]
+    model, made = UNet(config).eval(), []
+    for parameter in model.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    x, t = torch.randn(1, 1, 8, 8), torch.tensor([5])
+    interpolate = F.interpolate
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        made.append(args[0].shape)
+        return interpolate(*args, **kwargs)
+
+    monkeypatch.setattr(F, "interpolate", counted)
+    small = model(x, t)
+    skips = 1 if resample == "residual" else 0  # the other branch of the residual block
+    assert made == [(1, 32, 4, 4)] * skips
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda *_: None)
+    usual = model(x, t)
+    assert len(made) == skips + 1 + skips
     torch.testing.assert_close(small, usual, rtol=1e-5, atol=1e-5)
