@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Iterator
 from contextvars import ContextVar
+from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 from diffkern import _load
+from diffkern.integers import integer
 from diffkern.modes import neutral
-from diffkern.nn.plain import is_plain, version
+from diffkern.nn.plain import count_fused_steps, is_plain, version
 from diffkern.ops import conv3x3, pack_conv3x3
 
 LEAST_PIXELS, LEAST_INPUTS, LEAST_OUTPUTS = 64, 16, 32
@@ -41,10 +44,12 @@ def is_ours(conv: Any, x: Tensor, upsample: bool = False) -> bool:
 
     Graphs, transforms of torch.func, modes of dispatch and autocast see torch's convolution.
     """
-    if torch.compiler.is_compiling() or not is_plain(conv, nn.Conv2d) or x.dim() != 4:
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
-    weight = conv.weight
-    if x.dtype != torch.float32 or weight.dtype != torch.float32 or type(weight) not in (Tensor, nn.Parameter):
+    if not is_plain(conv, nn.Conv2d) or x.dim() != 4:
+        return False
+    weight, known = conv.weight, (Tensor, nn.Parameter)
+    if x.dtype != torch.float32 or weight.dtype != torch.float32 or type(x) not in known or type(weight) not in known:
         return False
     return (
         _geometry(conv) == _GEOMETRY
@@ -54,7 +59,6 @@ def is_ours(conv: Any, x: Tensor, upsample: bool = False) -> bool:
         and x.shape[2] * x.shape[3] * (4 if upsample else 1) >= LEAST_PIXELS
         and _has_vectors()
         and not torch.is_autocast_enabled("cpu")
-        and torch._C._get_tracing_state() is None
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and forward_ad._current_level < 0
@@ -71,40 +75,68 @@ def _has_vectors() -> bool:
 
 
 # --------------------------------------------------------------------------------------------------- packed weights
-class Packed:
-    """Weights of convolutions, packed when they are first used and kept, at most ``most`` bytes of them.
+class _Held:
+    """A packed weight, and what the weight was; the weight and its memory are not kept."""
 
-    ``most`` None: `SHARE_OF_MEMORY` of what is free now. Weights beyond are packed in every call.
+    def __init__(self, weight: Tensor, upsample: bool) -> None:
+        self.weight, self.storage = weakref.ref(weight), StorageWeakRef(weight.untyped_storage())
+        self.state = self._state(weight)
+        with neutral():
+            self.packed = pack_conv3x3(weight, upsample=upsample)
+
+    @staticmethod
+    def _state(weight: Tensor) -> tuple[Any, ...]:
+        return version(weight), weight.data_ptr(), weight.stride()
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Whether the weight is the same tensor over the same memory, and torch has counted no write since."""
+        same = self.weight() is weight and self.storage.cdata == weight.untyped_storage()._cdata
+        return same and self.state == self._state(weight)
+
+
+class Packed:
+    """Weights of convolutions, packed when they are first used and kept while the layer lives: ``most`` bytes at most.
+
+    ``most`` None: `SHARE_OF_MEMORY` of what is free now. Weights beyond are packed in every call, and so are inference
+    tensors, as nobody counts how often they are written to.
     """
 
     def __init__(self, most: int | None = None) -> None:
+        count_fused_steps()
         self.most = int(SHARE_OF_MEMORY * _free_memory()) if most is None else most
-        self.bytes = 0
-        self._of: dict[tuple[int, bool], tuple[Tensor, int, int, Tensor]] = {}
+        self._of: dict[bool, WeakKeyDictionary[nn.Module, _Held]] = {up: WeakKeyDictionary() for up in (False, True)}
+        self._lock = Lock()
 
-    def of(self, weight: Tensor, upsample: bool) -> Tensor | None:
-        """`ops.pack_conv3x3` of the weight as it is; None where there is no room for it.
+    @property
+    def bytes(self) -> int:
+        """Of the packed weights that are held now."""
+        with self._lock:
+            return self._bytes()
 
-        A weight that has been written to since, as torch counts it, or has other memory, is packed again.
+    def _bytes(self) -> int:
+        return sum(held.packed.nbytes for layers in self._of.values() for held in layers.values())
+
+    def of(self, conv: nn.Conv2d, upsample: bool) -> Tensor | None:
+        """`ops.pack_conv3x3` of the layer's weight as it is; None where there is no room for it.
+
+        Another weight, one in other memory, and one that has been written to as torch counts it, is packed again.
         """
-        key, now = (id(weight), upsample), (version(weight), weight.data_ptr())
-        held = self._of.get(key)
-        if held is not None and held[1:3] == now:
-            return held[3]
-        if held is not None:
-            self.bytes -= held[3].nbytes
-            del self._of[key]
-        if self.bytes + 4 * weight.shape[0] * weight.shape[1] * (9 if upsample else 16) > self.most:
-            return None
-        with neutral():
-            made = pack_conv3x3(weight, upsample=upsample)
-        self._of[key] = weight, *now, made  # the weight is held, so that its id stays its own
-        self.bytes += made.nbytes
-        return made
+        weight, layers = conv.weight, self._of[upsample]
+        with self._lock:
+            held = layers.get(conv)
+            if held is not None:
+                if held.is_of(weight):
+                    return held.packed
+                del layers[conv]
+            outputs, inputs = weight.shape[:2]
+            if weight.is_inference() or self._bytes() + _size(outputs, inputs, upsample) > self.most:
+                return None
+            layers[conv] = held = _Held(weight, upsample)
+            return held.packed
 
     @contextlib.contextmanager
     def used(self) -> Iterator[None]:
-        """Within, `convolve` takes packed weights from here."""
+        """Within, `convolve` takes packed weights from here, but of layers that are frozen."""
         token = _used.set(self)
         try:
             yield
@@ -113,31 +145,54 @@ class Packed:
 
 
 _used: ContextVar[Packed | None] = ContextVar("diffkern_packed_weights", default=None)
-_frozen: WeakKeyDictionary[nn.Module, Packed] = WeakKeyDictionary()
+_running: WeakKeyDictionary[nn.Module, weakref.ref[Packed]] = WeakKeyDictionary()
+_frozen: WeakKeyDictionary[nn.Module, tuple[Packed, ...]] = WeakKeyDictionary()
+"""Of a layer all that it is frozen by; the last is used."""
+_changes = Lock()
+
+
+def packed_of_runs(network: nn.Module) -> Packed:
+    """Packed weights that all runs of a network under way share, for as long as one of them holds it."""
+    with _changes:
+        there = _running.get(network)
+        packed = None if there is None else there()
+        if packed is None:
+            packed = Packed()
+            _running[network] = weakref.ref(packed)
+        return packed
 
 
 def _packed_for(conv: nn.Conv2d, upsample: bool) -> Tensor | None:
-    packed = _used.get()
-    if packed is None and _frozen:
-        packed = _frozen.get(conv)
-    return None if packed is None else packed.of(conv.weight, upsample)
+    frozen = _frozen.get(conv) if _frozen else None
+    packed = frozen[-1] if frozen else _used.get()
+    return None if packed is None else packed.of(conv, upsample)
+
+
+@functools.lru_cache(256)
+def _size(outputs: int, inputs: int, upsample: bool) -> int:
+    """Bytes of a packed weight."""
+    with neutral():
+        return pack_conv3x3(torch.empty(outputs, inputs, 3, 3, device="meta"), upsample=upsample).nbytes
 
 
 def _free_memory() -> int:
     """Bytes that the system would give; without a system that says it, a gigabyte."""
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
+        with open("/proc/meminfo") as lines:
+            return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
         return 2**30
 
 
 class Frozen:
     """What `freeze` returns: `thaw`, or the end of a ``with`` block, undoes it."""
 
-    def __init__(self, layers: Sequence[nn.Module], packed: Packed) -> None:
-        self._layers, self._packed = list(layers), packed
-        for layer in layers:
-            _frozen[layer] = packed
+    def __init__(self, network: nn.Module, packed: Packed) -> None:
+        self._packed = packed
+        with _changes:
+            for layer in network.modules():
+                if isinstance(layer, nn.Conv2d) and _geometry(layer) == _GEOMETRY:
+                    _frozen[layer] = *_frozen.get(layer, ()), packed
 
     @property
     def bytes(self) -> int:
@@ -146,10 +201,14 @@ class Frozen:
 
     def thaw(self) -> None:
         """Lets go of the packed weights; a second time there is nothing to do."""
-        for layer in self._layers:
-            if _frozen.get(layer) is self._packed:
-                del _frozen[layer]
-        self._layers, self._packed = [], Packed(0)
+        with _changes:
+            for layer, by in list(_frozen.items()):
+                left = tuple(packed for packed in by if packed is not self._packed)
+                if left:
+                    _frozen[layer] = left
+                else:
+                    del _frozen[layer]
+        self._packed = Packed(0)
 
     def __enter__(self) -> Frozen:
         return self
@@ -163,13 +222,15 @@ def freeze(network: nn.Module, *, memory: int | None = None) -> Frozen:
 
     ``network``: one of `diffkern.nn`, or one of diffusers' that `compat.diffusers.replace` has been called with; its
     convolutions by `ops.conv3x3` (float32 on the CPU) then cost less, with the same bits. `diffkern.sample` does this
-    by itself for the length of a run. ``memory``: bytes that packed weights may take, 16 / 9 of the weights' own at
-    most; None: a quarter of what is free. Weights beyond are packed in every call.
+    by itself for the length of a run. ``memory``: bytes that packed weights may take, 16 / 9 of the weights' own where
+    outputs are a multiple of 64; None: a quarter of what is free. Weights beyond are packed in every call. Layers that
+    are in the network now are meant; of two freezes the later one holds until it is undone.
 
     Until then the weights are meant to stay: what torch counts (`load_state_dict`, an optimiser's step, `copy_`) or
-    puts in their place is seen and packed again, what is written through ``.data`` is not: thaw before.
-    Copies and pickles of the network are not frozen. Raises TypeError for anything but a module, ValueError for a
-    negative ``memory``.
+    puts in their place (a new parameter, ``.data = ``, `to`) is seen and packed again; what is written through
+    ``.data``, or by numpy, is not: thaw before. Weights made in `torch.inference_mode` are packed in every call.
+    Copies and pickles of the network are not frozen. Raises TypeError for anything but a module, ValueError for
+    ``memory`` that is no integer of at least 0.
 
     Example::
 
@@ -178,7 +239,5 @@ def freeze(network: nn.Module, *, memory: int | None = None) -> Frozen:
     """
     if not isinstance(network, nn.Module):
         raise TypeError(f"network must be a torch.nn.Module, got {type(network).__name__}")
-    if memory is not None and memory < 0:
-        raise ValueError(f"memory must not be negative, got {memory}")
-    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
-    return Frozen([conv for conv in convolutions if _geometry(conv) == _GEOMETRY], Packed(memory))
+    most = None if memory is None else integer("memory", memory, 0)
+    return Frozen(network, Packed(most))

@@ -11,9 +11,9 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from diffkern.nn.conditions import Known, as_mapping
-from diffkern.nn.convolution import Packed
+from diffkern.nn.convolution import Packed, packed_of_runs
 from diffkern.nn.embeddings import FourierEmbedding
-from diffkern.nn.plain import is_plain, version
+from diffkern.nn.plain import count_fused_steps, is_plain, version
 from diffkern.ops import linear_rows
 
 MOST = 2**24
@@ -141,6 +141,7 @@ class Rows:
     """
 
     def __init__(self, network: Any, times: Tensor, cond: Any, batch: int) -> None:
+        count_fused_steps()
         self.network, self.times, self.batch = network, times, batch
         self._watch, self._mark = _Watch(network), self._state(cond)
         self._cond, self._given = cond, as_mapping(cond)  # kept: a new tensor must not get the address of one of these
@@ -148,7 +149,7 @@ class Rows:
         given = self._given
         own = {name: given[name] for name in ("class", "vector", "ids", "augment") if name in given}
         self._own, self._each = own, batch if own else 1
-        self._packed = Packed(None if len(times) >= LEAST_ROWS else 0)
+        self._packed = packed_of_runs(network) if len(times) >= LEAST_ROWS else Packed(0)
         self._changes: tuple[Tensor, ...] = ()
         self._first = self._count = 0
         self._row(0)
