@@ -1,4 +1,4 @@
-// The ops `conv3x3` and `conv3x3_pack`, on the CPU alone: a GPU's convolutions are cuDNN's.
+// The ops `conv3x3` and `pack_conv3x3`, on the CPU alone: a GPU's convolutions are cuDNN's.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@ namespace dk::bind {
 
 template <class Backend>
 struct Conv3x3Ops {
-  static constexpr const char* kOp = "conv3x3";
+  static constexpr const char *kOp = "conv3x3", *kPack = "pack_conv3x3";
   static constexpr double kThreadWork = 65536;       // products, or weights, that a thread takes at least
   static constexpr int64_t kPackedAtOnce = 1 << 20;  // numbers of weights that are packed for one call: in the L3 cache
 
@@ -34,24 +34,24 @@ struct Conv3x3Ops {
          args, cpu::conv3x3);
   }
 
-  static void check_float(const Operand& o, const Operand& x) {
-    check_same_device(kOp, o, x);
-    if (o.dtype != aoti_torch_dtype_float32()) fail(kOp, o.name, " must be float32, got ", dtype_text(o.dtype));
+  static void check_float(const char* op, const Operand& o, const Operand& x) {
+    check_same_device(op, o, x);
+    if (o.dtype != aoti_torch_dtype_float32()) fail(op, o.name, " must be float32, got ", dtype_text(o.dtype));
   }
 
-  static ConvForm form_of(int64_t form) {
-    if (form < 0 || form > 2) fail(kOp, "form must be 0 (F(2, 3)), 1 (F(4, 3)) or 2 (upsampled), got ", form);
+  static ConvForm form_of(const char* op, int64_t form) {
+    if (form < 0 || form > 2) fail(op, "form must be 0 (F(2, 3)), 1 (F(4, 3)) or 2 (upsampled), got ", form);
     return static_cast<ConvForm>(form);
   }
 
-  static Conv3x3Weight weight_of(const Operand& weight, int64_t form) {
-    Backend::check(kOp, weight);
-    check_float(weight, weight);
+  static Conv3x3Weight weight_of(const char* op, const Operand& weight, int64_t form) {
+    Backend::check(op, weight);
+    check_float(op, weight, weight);
     if (weight.dims != 4 || weight.sizes[2] != 3 || weight.sizes[3] != 3) {
-      fail(kOp, "weight must have shape [outputs, inputs, 3, 3], got ", shape_text(weight));
+      fail(op, "weight must have shape [outputs, inputs, 3, 3], got ", shape_text(weight));
     }
     Conv3x3Weight args{};
-    args.form = form_of(form);
+    args.form = form_of(op, form);
     args.outputs = weight.sizes[0];
     args.inputs = weight.sizes[1];
     args.weight = static_cast<const float*>(weight.data());
@@ -60,9 +60,9 @@ struct Conv3x3Ops {
     return args;
   }
 
-  static Tensor conv3x3_pack(Tensor weight_tensor, int64_t form) {
+  static Tensor pack_conv3x3(Tensor weight_tensor, int64_t form) {
     const Operand weight("weight", weight_tensor);
-    Conv3x3Weight args = weight_of(weight, form);
+    Conv3x3Weight args = weight_of(kPack, weight, form);
     Tensor packed = new_empty(weight, {conv_packed_size(args.form, args.inputs, args.panels)}, weight.dtype);
     args.packed = static_cast<float*>(packed.mutable_data_ptr());
     pack(args);
@@ -71,9 +71,8 @@ struct Conv3x3Ops {
 
   static Tensor new_channels_last(const Operand& like, int64_t batch, int64_t channels, int64_t height, int64_t width) {
     const int64_t sizes[] = {batch, channels, height, width};
-    const int64_t c = std::max(channels, int64_t{1});
-    const int64_t row = times(c, std::max(width, int64_t{1}));
-    const int64_t strides[] = {times(row, std::max(height, int64_t{1})), 1, row, c};
+    const int64_t row = times(channels, width);
+    const int64_t strides[] = {times(row, height), 1, row, channels};
     return allocate(like, sizes, strides, like.dtype);
   }
 
@@ -81,6 +80,13 @@ struct Conv3x3Ops {
   static Tensor readable(const Operand& o, const Tensor& tensor) {
     if (o.numel() == 0 || o.sizes[1] == 1 || o.strides[1] == 1) return tensor;
     Tensor copy = new_channels_last(o, o.sizes[0], o.sizes[1], o.sizes[2], o.sizes[3]);
+    torch::stable::copy_(copy, tensor);
+    return copy;
+  }
+
+  static Tensor contiguous(const Operand& o, const Tensor& tensor) {
+    if (o.sizes[0] <= 1 || o.strides[0] == 1) return tensor;
+    Tensor copy = new_empty(o, {o.sizes[0]}, o.dtype);
     torch::stable::copy_(copy, tensor);
     return copy;
   }
@@ -97,23 +103,25 @@ struct Conv3x3Ops {
     const Operand given("x", x_tensor), given_weight("weight", weight_tensor), bias("bias", bias_tensor);
     const Operand packed("packed", packed_tensor);
     Backend::check(kOp, given);
-    check_float(given, given);
+    check_float(kOp, given, given);
     check_same_device(kOp, given_weight, given);
-    Conv3x3Weight weight = weight_of(given_weight, form);
+    Conv3x3Weight weight = weight_of(kOp, given_weight, form);
     check_x(given, weight);
     if (bias) {
-      check_float(bias, given);
-      if (bias.dims != 1 || bias.sizes[0] != weight.outputs || (weight.outputs > 1 && bias.strides[0] != 1)) {
-        fail(kOp, "bias must be contiguous of shape [outputs] = [", weight.outputs, "], got ", shape_text(bias));
+      check_float(kOp, bias, given);
+      if (bias.dims != 1 || bias.sizes[0] != weight.outputs) {
+        fail(kOp, "bias must have shape [outputs] = [", weight.outputs, "], got ", shape_text(bias));
       }
     }
     const int64_t size = conv_packed_size(weight.form, weight.inputs, weight.panels);
     if (packed) {
-      check_float(packed, given);
-      if (packed.dims != 1 || packed.sizes[0] != size || (size > 1 && packed.strides[0] != 1) ||
-          reinterpret_cast<uintptr_t>(packed.data()) % 64 != 0) {
-        fail(kOp, "packed must be what conv3x3_pack made of this weight and form, ", size, " numbers, got ",
-             shape_text(packed));
+      check_float(kOp, packed, given);
+      if (packed.dims != 1 || packed.sizes[0] != size) {
+        fail(kOp, "packed must be what pack_conv3x3 made of this weight for the same upsample and precision, [", size,
+             "], got ", shape_text(packed));
+      }
+      if (size > 0 && (packed.strides[0] != 1 || reinterpret_cast<uintptr_t>(packed.data()) % 64 != 0)) {
+        fail(kOp, "packed must be what pack_conv3x3 made, contiguous and on 64 bytes: got a view, call clone()");
       }
     }
     const ConvShape& shape = kConvShapes[form];
@@ -129,7 +137,8 @@ struct Conv3x3Ops {
     const Operand x("x", read_x);
     args.x = static_cast<const float*>(x.data());
     args.x_batch = x.strides[0], args.x_row = x.strides[2], args.x_pixel = x.strides[3];
-    args.bias = bias ? static_cast<const float*>(bias.data()) : nullptr;
+    const MaybeTensor read_bias = bias ? MaybeTensor(contiguous(bias, *bias_tensor)) : MaybeTensor();
+    args.bias = static_cast<const float*>(bias ? read_bias->data_ptr() : nullptr);
     args.out = static_cast<float*>(out.mutable_data_ptr());
     args.panels = weight.panels;
     if (packed) {
@@ -154,12 +163,12 @@ struct Conv3x3Ops {
   }
 
   static void define(StableLibrary& m) {
-    m.def("conv3x3_pack(Tensor weight, int form) -> Tensor");
+    m.def("pack_conv3x3(Tensor weight, int form) -> Tensor");
     m.def("conv3x3(Tensor x, Tensor weight, Tensor? bias, Tensor? packed, int form) -> Tensor");
   }
 
   static void implement(StableLibrary& m) {
-    m.impl("conv3x3_pack", TORCH_BOX(&Conv3x3Ops::conv3x3_pack));
+    m.impl("pack_conv3x3", TORCH_BOX(&Conv3x3Ops::pack_conv3x3));
     m.impl("conv3x3", TORCH_BOX(&Conv3x3Ops::conv3x3));
   }
 };

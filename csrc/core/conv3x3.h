@@ -6,7 +6,7 @@
 // section 4; the form of upsampled images follows from it, see ConvForm.
 //
 // The bits of an output depend on the inputs of its tile alone: not on the batch, the place in it or threads, and AVX2
-// and AVX-512 agree. An input that is not finite spoils every output of the tiles that read it.
+// and AVX-512 agree. An input that is not finite spoils the outputs that read it, with f4 others of their tile too.
 #pragma once
 
 #include "args.h"
@@ -14,7 +14,7 @@
 namespace dk {
 
 enum class ConvForm : int64_t {
-  f2 = 0,         // F(2, 3): 16 products for 2 x 2 outputs, where the definition takes 36; rounds less than it
+  f2 = 0,         // F(2, 3): 16 products for 2 x 2 outputs, where the definition takes 36; rounds about as it does
   f4 = 1,         // F(4, 3): 36 for 4 x 4 outputs, where the definition takes 144; rounds more
   upsampled = 2,  // of the image with every pixel twice in both directions: F(2, 3), of whose 4 x 4 points those that
                   // are differences of twins vanish: 9 products for the 2 x 2 outputs of a pixel

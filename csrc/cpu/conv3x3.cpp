@@ -30,17 +30,17 @@ struct Input {
       for (int j = 0; j < kPixels; ++j) {
         float column[kPixels], made[kPoints];
 #pragma GCC unroll 6
-        for (int i = 0; i < kPixels; ++i) column[i] = d[i * kPixels + j][c];
+        for (int r = 0; r < kPixels; ++r) column[r] = d[r * kPixels + j][c];
         W::input(column, made);
 #pragma GCC unroll 6
-        for (int i = 0; i < kPoints; ++i) rows[i][j] = made[i];
+        for (int r = 0; r < kPoints; ++r) rows[r][j] = made[r];
       }
 #pragma GCC unroll 6
-      for (int i = 0; i < kPoints; ++i) {
+      for (int r = 0; r < kPoints; ++r) {
         float made[kPoints];
-        W::input(rows[i], made);
+        W::input(rows[r], made);
 #pragma GCC unroll 6
-        for (int j = 0; j < kPoints; ++j) v[(i * kPoints + j) * v_point + c] = made[j];
+        for (int j = 0; j < kPoints; ++j) v[(r * kPoints + j) * v_point + c] = made[j];
       }
     }
   }
@@ -58,17 +58,17 @@ struct Output {
       for (int j = 0; j < kPoints; ++j) {
         float column[kPoints], made[kOut];
 #pragma GCC unroll 6
-        for (int i = 0; i < kPoints; ++i) column[i] = s[(i * kPoints + j) * s_point + k];
+        for (int r = 0; r < kPoints; ++r) column[r] = s[(r * kPoints + j) * s_point + k];
         W::output(column, made);
 #pragma GCC unroll 4
-        for (int i = 0; i < kOut; ++i) rows[i][j] = made[i];
+        for (int r = 0; r < kOut; ++r) rows[r][j] = made[r];
       }
 #pragma GCC unroll 4
-      for (int i = 0; i < kOut; ++i) {
+      for (int r = 0; r < kOut; ++r) {
         float made[kOut];
-        W::output(rows[i], made);
+        W::output(rows[r], made);
 #pragma GCC unroll 4
-        for (int j = 0; j < kOut; ++j) out[i * kOut + j][k] = add(made[j], bias[k]);
+        for (int j = 0; j < kOut; ++j) out[r * kOut + j][k] = add(made[j], bias[k]);
       }
     }
   }
@@ -185,9 +185,9 @@ struct Weights {
     for (int64_t k = 0; k < kSquare; ++k) {
       float rows[3][kPoints];
 #pragma GCC unroll 3
-      for (int i = 0; i < 3; ++i) {
-        const float taps[3] = {g[3 * i * kSquare + k], g[(3 * i + 1) * kSquare + k], g[(3 * i + 2) * kSquare + k]};
-        W::weight(taps, rows[i]);
+      for (int r = 0; r < 3; ++r) {
+        const float taps[3] = {g[3 * r * kSquare + k], g[(3 * r + 1) * kSquare + k], g[(3 * r + 2) * kSquare + k]};
+        W::weight(taps, rows[r]);
       }
 #pragma GCC unroll 6
       for (int j = 0; j < kPoints; ++j) {
@@ -195,7 +195,7 @@ struct Weights {
         float made[kPoints];
         W::weight(column, made);
 #pragma GCC unroll 6
-        for (int i = 0; i < kPoints; ++i) u[(i * kPoints + j) * u_point + k] = made[i];
+        for (int r = 0; r < kPoints; ++r) u[(r * kPoints + j) * u_point + k] = made[r];
       }
     }
   }

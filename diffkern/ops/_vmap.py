@@ -218,6 +218,9 @@ def _linear_rows(info: Any, in_dims: Any, x: Tensor, weight: Tensor, bias: Tenso
 def _conv3x3(info: Any, in_dims: Any, x: Tensor, weight: Tensor, bias: Any, packed: Any, form: int) -> Any:
     """Samples of all calls as those of one; where each has weights of its own, a call for each."""
     if any(dim is not None for dim in in_dims[1:4]):
+        if in_dims[3] is not None:
+            packed = packed.movedim(in_dims[3], 0).contiguous()
+            in_dims = (*in_dims[:3], 0, in_dims[4])
         args = x, weight, bias, packed, form
         made, _ = _one_by_one(lambda *args: (native.conv3x3(*args),), info, in_dims, args)
         return made[0], 0
@@ -225,8 +228,8 @@ def _conv3x3(info: Any, in_dims: Any, x: Tensor, weight: Tensor, bias: Any, pack
     return fold.back(native.conv3x3(fold.samples(x, in_dims[0]), weight, bias, packed, form)), 0
 
 
-def _conv3x3_pack(info: Any, in_dims: Any, *args: Any) -> Any:
-    made, _ = _one_by_one(lambda *args: (native.conv3x3_pack(*args),), info, in_dims, args)
+def _pack_conv3x3(info: Any, in_dims: Any, *args: Any) -> Any:
+    made, _ = _one_by_one(lambda *args: (native.pack_conv3x3(*args),), info, in_dims, args)
     return made[0], 0
 
 
@@ -259,7 +262,7 @@ def rules(weight: slice, bound: slice) -> dict[str, Callable[..., Any]]:
         "group_norm_act_grad": _group_norm_act_grad,
         "linear_rows": _linear_rows,
         "conv3x3": _conv3x3,
-        "conv3x3_pack": _conv3x3_pack,
+        "pack_conv3x3": _pack_conv3x3,
         "quantile": _batched_alike(native.quantile, 1),
         "dynamic_threshold": _batched_alike(native.dynamic_threshold, 1),
         "moments": _batched_alike(native.moments, 1),
