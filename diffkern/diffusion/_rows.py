@@ -29,13 +29,15 @@ class Network:
     def sampling_rows(
         self, times: Tensor, cond: Any, batch: int
     ) -> Callable[[int, Tensor, Tensor, Any], Tensor] | None:
-        """None where `Diffusion.network` has been replaced."""
+        """None where `Diffusion.network` has been replaced; called as ever where it or the times are, meanwhile."""
         diffusion = self.diffusion
         if not diffusion.is_itself():
             return None
-        prepared = Prepared(diffusion.model_time(times), True)
+        prepared, scale = Prepared(diffusion.model_time(times), True), diffusion.time_scale
 
         def predicted(i: int, x: Tensor, t: Tensor, cond: Any) -> Tensor:
+            if diffusion.time_scale != scale or not diffusion.is_itself():
+                return self(x, t, cond)
             return self._part(unwrapped(prepared.call(diffusion.model, i, x, diffusion.model_time(t), cond)), x)
 
         return predicted

@@ -8,19 +8,18 @@ import weakref
 from collections.abc import Iterator
 from contextvars import ContextVar
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 from diffkern import _load
 from diffkern.integers import integer
 from diffkern.modes import neutral
-from diffkern.nn.plain import count_fused_steps, is_plain, version
+from diffkern.nn.plain import Snapshot, is_plain
 from diffkern.ops import conv3x3, pack_conv3x3
 
 LEAST_PIXELS, LEAST_INPUTS, LEAST_OUTPUTS = 64, 16, 32
@@ -75,23 +74,9 @@ def _has_vectors() -> bool:
 
 
 # --------------------------------------------------------------------------------------------------- packed weights
-class _Held:
-    """A packed weight, and what the weight was; the weight and its memory are not kept."""
-
-    def __init__(self, weight: Tensor, upsample: bool) -> None:
-        self.weight, self.storage = weakref.ref(weight), StorageWeakRef(weight.untyped_storage())
-        self.state = self._state(weight)
-        with neutral():
-            self.packed = pack_conv3x3(weight, upsample=upsample)
-
-    @staticmethod
-    def _state(weight: Tensor) -> tuple[Any, ...]:
-        return version(weight), weight.data_ptr(), weight.stride()
-
-    def is_of(self, weight: Tensor) -> bool:
-        """Whether the weight is the same tensor over the same memory, and torch has counted no write since."""
-        same = self.weight() is weight and self.storage.cdata == weight.untyped_storage()._cdata
-        return same and self.state == self._state(weight)
+class _Held(NamedTuple):
+    packed: Tensor
+    made_of: Snapshot
 
 
 class Packed:
@@ -102,7 +87,6 @@ class Packed:
     """
 
     def __init__(self, most: int | None = None) -> None:
-        count_fused_steps()
         self.most = int(SHARE_OF_MEMORY * _free_memory()) if most is None else most
         self._of: dict[bool, WeakKeyDictionary[nn.Module, _Held]] = {up: WeakKeyDictionary() for up in (False, True)}
         self._lock = Lock()
@@ -125,14 +109,17 @@ class Packed:
         with self._lock:
             held = layers.get(conv)
             if held is not None:
-                if held.is_of(weight):
+                if held.made_of.is_of(weight):
                     return held.packed
                 del layers[conv]
             outputs, inputs = weight.shape[:2]
             if weight.is_inference() or self._bytes() + _size(outputs, inputs, upsample) > self.most:
                 return None
-            layers[conv] = held = _Held(weight, upsample)
-            return held.packed
+            made_of = Snapshot(weight)
+            with neutral():
+                made = pack_conv3x3(weight, upsample=upsample)
+            layers[conv] = _Held(made, made_of)
+            return made
 
     @contextlib.contextmanager
     def used(self) -> Iterator[None]:

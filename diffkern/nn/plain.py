@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from typing import Any
 
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -30,17 +32,36 @@ def version(t: Tensor) -> int:
     """How often a tensor has been written to, as torch counts it; inference tensors are not counted.
 
     Torch does not count the steps of optimisers with ``fused=True``: every one counts as a write to every tensor, from
-    the first `count_fused_steps` on.
+    the first `Snapshot` on.
     """
     return -1 if t.is_inference() else t._version + _fused_steps[0]
+
+
+class Snapshot:
+    """What a tensor was; neither it nor its memory is kept."""
+
+    __slots__ = ("_state", "_storage", "_tensor")
+
+    def __init__(self, t: Tensor) -> None:
+        _count_fused_steps()
+        self._tensor, self._storage = weakref.ref(t), StorageWeakRef(t.untyped_storage())
+        self._state = _state(t)
+
+    def is_of(self, t: Tensor) -> bool:
+        """Whether it is the same tensor over the same memory, and nobody has written to it since, by `version`."""
+        same = self._tensor() is t and self._storage.cdata == t.untyped_storage()._cdata
+        return same and self._state == _state(t)
+
+
+def _state(t: Tensor) -> tuple[Any, ...]:
+    return version(t), t.data_ptr(), t.stride()
 
 
 _fused_steps = [0]
 
 
 @functools.cache
-def count_fused_steps() -> None:
-    """Before versions are kept for later: `version` then sees optimisers that torch does not."""
+def _count_fused_steps() -> None:
 
     def counted(optimizer: Any, *_: Any) -> None:
         if any(group.get("fused") for group in optimizer.param_groups):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from diffkern.nn.conditions import Known, as_mapping
 from diffkern.nn.convolution import Packed, packed_of_runs
 from diffkern.nn.embeddings import FourierEmbedding
-from diffkern.nn.plain import count_fused_steps, is_plain, version
+from diffkern.nn.plain import Snapshot, is_plain, version
 from diffkern.ops import linear_rows
 
 MOST = 2**24
@@ -21,6 +21,7 @@ MOST = 2**24
 LEAST_ROWS = 4
 """Evaluations of a run that packing the weights of convolutions pays for."""
 _KINDS = (nn.Linear, nn.Embedding, nn.Sequential, nn.SiLU, FourierEmbedding)
+_WITHOUT_OPTIONS = (nn.Linear, nn.Sequential, nn.SiLU)
 _METHODS = ("__call__", "forward", "run", "known", "changes", "contexts", "embed", "encode")
 
 
@@ -53,7 +54,7 @@ def _fits(layer: Any, x: Tensor) -> bool:
 
 def perceptron(layers: Any, x: Tensor) -> Tensor:
     """Linear, SiLU, linear: [rows, in] to [rows, out], by `project` where nothing else hangs on it."""
-    if is_plain(layers, nn.Sequential) and is_plain(layers[1], nn.SiLU):
+    if is_plain(layers, nn.Sequential) and len(layers) == 3 and is_plain(layers[1], nn.SiLU):
         return project(layers[2], project(layers[0], x), silu=True)
     found: Tensor = layers(x)
     return found
@@ -108,7 +109,8 @@ class KnowsRows:
 
 
 class _Watch:
-    """Whether a network is what it was: its modules, the weights of those that know time and condition, their hooks."""
+    """Whether a network is what it was: its modules, its configuration, and of those that know time and condition the
+    weights, options and hooks."""
 
     def __init__(self, network: Any) -> None:
         self.network, self.known = network, list(network._known_modules())
@@ -117,15 +119,20 @@ class _Watch:
         places = [kept for module in self.known for kept in (module._parameters, module._buffers)]
         weights = [(kept, *pair) for kept in places for pair in kept.items()]
         weights += [(network._parameters, *pair) for pair in network._parameters.items()]
-        self.weights = [(*place, version(place[2]), place[2].data_ptr()) for place in weights if place[2] is not None]
+        self.weights = [(*place, None if place[2] is None else Snapshot(place[2])) for place in weights]
+        said = [(vars(m), *pair) for m in self.known if type(m) not in _WITHOUT_OPTIONS for pair in vars(m).items()]
+        self.options = [(vars(network), "config", network.config), *(each for each in said if each[1] != "training")]
+        self.counts = [(module._modules, len(module._modules)) for module in self.known]
 
     def holds(self) -> bool:
         """Looked at before every evaluation: a walk over lists that are there."""
-        for place, name, module in self.links:
-            if place.get(name) is not module:
+        for place, name, part in (*self.links, *self.options):
+            if place.get(name) is not part:
                 return False
-        for kept, name, weight, written, address in self.weights:
-            if kept.get(name) is not weight or version(weight) != written or weight.data_ptr() != address:
+        if any(len(modules) != count for modules, count in self.counts):
+            return False
+        for kept, name, weight, then in self.weights:
+            if kept.get(name) is not weight or not (then is None or then.is_of(weight)):
                 return False
         if any(name in vars(self.network) for name in _METHODS):
             return False
@@ -141,7 +148,6 @@ class Rows:
     """
 
     def __init__(self, network: Any, times: Tensor, cond: Any, batch: int) -> None:
-        count_fused_steps()
         self.network, self.times, self.batch = network, times, batch
         self._watch, self._mark = _Watch(network), self._state(cond)
         self._cond, self._given = cond, as_mapping(cond)  # kept: a new tensor must not get the address of one of these

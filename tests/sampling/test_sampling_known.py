@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -220,6 +221,60 @@ def test_weights_that_a_callback_changes() -> None:
 
     for change in (written, replaced, loaded, by_data):
         changed(change)
+
+
+def test_options_that_a_callback_changes() -> None:
+    def configured(model: UNet, i: int) -> None:
+        if i == 1:
+            model.config = dataclasses.replace(model.config, time_scale=3.0)
+
+    def restricted(model: UNet, i: int) -> None:
+        if i == 1:
+            assert model.classes is not None
+            model.classes.max_norm = 0.1
+
+    def longer(model: UNet, i: int) -> None:
+        if i == 1:
+            model.time.append(nn.Tanh())
+
+    def biased(model: UNet, i: int) -> None:
+        layer: Any = model.down[0].blocks[0].block.modulate
+        if i <= 1:
+            layer.bias = nn.Parameter(torch.ones(layer.out_features)) if i == 1 else None
+
+    for change in (configured, restricted, longer, biased):
+        changed(change)
+    found = []
+    for prepare in (True, False):
+        model = network(time_embedding="fourier")
+
+        def reordered(info: Any, model: UNet = model) -> None:
+            if info["i"] == 1:
+                model.fourier.sin_first = True
+
+        found.append(run(model, start(model), diffkern.ddim(SCHEDULE, STEPS), callback=reordered, prepare=prepare))
+    assert same_bits(*found)
+    assert not torch.equal(
+        found[0], run(network(time_embedding="fourier"), start(model), diffkern.ddim(SCHEDULE, STEPS))
+    )
+
+
+@pytest.mark.parametrize("name", ["time_scale", "network"])
+def test_what_a_callback_changes_of_a_diffusion(name: str) -> None:
+    found = []
+    for prepare in (True, False):
+        diffusion = diffkern.Diffusion(CLASSED, SCHEDULE, "eps")
+        value = 2.0 if name == "time_scale" else lambda x, t, cond=None: 0.5 * x
+
+        def callback(info: Any, diffusion: Any = diffusion, value: Any = value) -> None:
+            if info["i"] == 1:
+                setattr(diffusion, name, value)
+
+        made = diffusion.sample(B, "ddim", STEPS, seeds=0, cond=CLASSES[0], callback=callback, prepare=prepare)
+        found.append(made)
+    assert same_bits(*found)
+    plain = diffkern.Diffusion(CLASSED, SCHEDULE, "eps").sample(B, "ddim", STEPS, seeds=0, cond=CLASSES[0])
+    assert not torch.equal(found[0], plain)
 
 
 def test_hooks_are_called_at_every_evaluation() -> None:
