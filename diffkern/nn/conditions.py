@@ -54,16 +54,27 @@ def check_times(t: Tensor, batch: int, weight: Tensor) -> Tensor:
     return t.reshape(-1).to(weight.device)
 
 
-def embed_classes(table: nn.Embedding, classes: Any, batch: int) -> Tensor:
-    """[B, E] of classes [B]: one outside the table is a ValueError on the CPU, and NaN where values are not read."""
+def weight_of(network: nn.Module) -> Tensor:
+    """A tensor of the network's dtype and device, whatever stands in the place of its layers.
+
+    The first floating-point parameter, or else buffer: quantised layers have integers, or no tensors of their own.
+    """
+    for tensors in (network.parameters(), network.buffers()):
+        for t in tensors:
+            if t.is_floating_point():
+                return t
+    raise ValueError("the network must have a floating-point parameter or buffer, got none")
+
+
+def embed_classes(table: nn.Module, most: int, classes: Any, batch: int, device: torch.device) -> Tensor:
+    """[B, E] of classes [B] in 0..most: another is a ValueError on the CPU, and NaN where values are not read."""
     integer = isinstance(classes, Tensor) and not classes.is_floating_point() and classes.dtype != torch.bool
     if not integer or classes.shape != (batch,):
         got = f"{classes.dtype} {tuple(classes.shape)}" if isinstance(classes, Tensor) else type(classes).__name__
         raise ValueError(f"cond must be an integer tensor of shape ({batch},), got {got}")
-    if classes.device != table.weight.device:
-        raise ValueError(f"cond must be on {table.weight.device}, the device of the weights, got {classes.device}")
+    if classes.device != device:
+        raise ValueError(f"cond must be on {device}, the device of the weights, got {classes.device}")
     classes = classes.to(torch.int64)
-    most = table.num_embeddings - 1
     if readable(classes):
         if batch and not 0 <= int(classes.min()) <= int(classes.max()) <= most:
             odd = [int(c) for c in classes.tolist() if not 0 <= c <= most]
@@ -71,7 +82,8 @@ def embed_classes(table: nn.Embedding, classes: Any, batch: int) -> Tensor:
         found: Tensor = table(classes)
         return found
     outside = (classes < 0) | (classes > most)
-    return table(classes.clamp(0, most)).masked_fill(outside[:, None], float("nan"))
+    found = table(classes.clamp(0, most))
+    return found.masked_fill(outside[:, None], float("nan"))
 
 
 def expect(name: str, value: Any, shape: tuple[int | None, ...], x: Tensor) -> Tensor:

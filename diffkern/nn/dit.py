@@ -20,7 +20,7 @@ from diffkern.names import Attention
 from diffkern.nn.adaptive import adaptive_linear, gelu_linear
 from diffkern.nn.attention import spatial_attention_by_torch
 from diffkern.nn.blocks import zeroed
-from diffkern.nn.conditions import Known, as_mapping, check_state, check_times, embed_classes
+from diffkern.nn.conditions import Known, as_mapping, check_state, check_times, embed_classes, weight_of
 from diffkern.nn.dit_config import DiTConfig
 from diffkern.nn.embeddings import sinusoidal_embedding
 from diffkern.nn.heads import check_attention
@@ -207,24 +207,26 @@ class DiT(KnowsRows, nn.Module):
 
     def changes(self, t: Tensor, cond: Any, batch: int) -> tuple[Tensor, ...]:
         """Every block's modulation and that of the end. Without gradients a sample's have one result in every batch."""
-        config, weight = self.config, self.enter.weight
+        config, weight = self.config, weight_of(self)
         times = check_times(t, batch, weight).to(torch.float32)
         waves = sinusoidal_embedding(
             times * config.time_scale, config.time_channels, freq_shift=config.time_freq_shift
         ).to(weight.dtype)
-        classes = self._classes(cond, batch)
+        classes = self._classes(cond, batch, weight.device)
 
-        def embedded(time: nn.Module, table: nn.Embedding | None) -> Tensor:
+        def embedded(time: nn.Module, table: nn.Module | None) -> Tensor:
             """[B, E]: the embedding of the time plus that of the class."""
             made = perceptron(time, waves)
-            return made.expand(batch, -1) if table is None else made + embed_classes(table, classes, batch)
+            if table is None:
+                return made.expand(batch, -1)
+            return made + embed_classes(table, config.classes, classes, batch, weight.device)
 
         first = embedded(self.time, self.classes)
         own = config.own_embeddings
         each = [embedded(b.time, b.classes) if own and i > 0 else first for i, b in enumerate(self._all())]
         return tuple(project(m, e, silu=True) for m, e in zip(self._modulations(), [*each, first], strict=True))
 
-    def _classes(self, cond: Any, batch: int) -> Any:
+    def _classes(self, cond: Any, batch: int, device: torch.device) -> Any:
         """[B] class indices, those of "none" where none are given; None for a network without classes."""
         given = as_mapping(cond)
         for key in given:
@@ -235,12 +237,12 @@ class DiT(KnowsRows, nn.Module):
                 raise ValueError("this network has no classes, but cond was given")
             return None
         if not given:
-            return torch.full((batch,), self.null_class, dtype=torch.int64, device=self.enter.weight.device)
+            return torch.full((batch,), self.null_class, dtype=torch.int64, device=device)
         return given["class"]
 
     def run(self, x: Tensor, known: Known, cond: Any = None) -> Tensor:
         """The network on x, with what is known; ``cond`` has nothing that is not in there."""
-        check_state(x, self.config.in_channels, self.config.patch, self.enter.weight)
+        check_state(x, self.config.in_channels, self.config.patch, weight_of(self))
         config, (height, width) = self.config, x.shape[2:]
         p, rows, columns = config.patch, height // config.patch, width // config.patch
         h = self._tokens(x, rows, columns)
@@ -257,7 +259,7 @@ class DiT(KnowsRows, nn.Module):
         return out.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
     def forward(self, x: Tensor, t: Tensor, cond: Any = None) -> Tensor:
-        check_state(x, self.config.in_channels, self.config.patch, self.enter.weight)
+        check_state(x, self.config.in_channels, self.config.patch, weight_of(self))
         return self.run(x, self.known(t, cond, x.shape[0]), cond)
 
     def _tokens(self, x: Tensor, rows: int, columns: int) -> Tensor:

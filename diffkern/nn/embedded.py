@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffkern.names import Attention
 from diffkern.nn.attention import AttentionPool, SpatialCrossAttention, SpatialSelfAttention
-from diffkern.nn.conditions import as_mapping, check_times, embed_classes, expect
+from diffkern.nn.conditions import as_mapping, check_times, embed_classes, expect, weight_of
 from diffkern.nn.embeddings import FourierEmbedding, sinusoidal_embedding
 from diffkern.nn.heads import check_attention
 from diffkern.nn.norm import GroupNormAct
@@ -83,7 +83,7 @@ class Embedded(nn.Module):
     def embed(self, t: Tensor, cond: Any, batch: int) -> Tensor:
         """[B, E]: the embedding of the time plus those of the class and of the extra vector."""
         config, given = self.config, as_mapping(cond)
-        weight = next(self.parameters())  # whatever stands in a layer's place
+        weight = weight_of(self)
         t = check_times(t, batch, weight).to(torch.float32)
         if self.fourier is not None:
             sinusoids = self.fourier(t * config.time_scale)
@@ -117,7 +117,7 @@ class Embedded(nn.Module):
             return None
         if found is None:
             found = torch.full((batch,), self.null_class, dtype=torch.int64, device=weight.device)
-        embedded = embed_classes(self.classes, found, batch)
+        embedded = embed_classes(self.classes, self.config.classes, found, batch, weight.device)
         embedded = embedded if self.config.class_scale == 1.0 else embedded * self.config.class_scale
         return embedded if self.class_bias is None else embedded + self.class_bias
 

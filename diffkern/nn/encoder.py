@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffkern.nn.attention import SpatialSelfAttention
 from diffkern.nn.blocks import ConvNeXtBlock, ConvResample, InputSkip, Resampler, ResBlock
-from diffkern.nn.conditions import Known, as_mapping, check_state, expect
+from diffkern.nn.conditions import Known, as_mapping, check_state, expect, weight_of
 from diffkern.nn.embedded import Embedded
 from diffkern.nn.heads import count_heads
 from diffkern.nn.norm import count_groups
@@ -180,7 +180,7 @@ class Encoder(Embedded):
             if context is not None:
                 raise ValueError("this network has no context, but cond['context'] was given")
             return ()
-        weight: Any = self.time[0].weight
+        weight = weight_of(self)
         context = expect("context", context, (batch, None, self.config.context_channels), weight)
         context = context.to(weight.dtype)
         return tuple(layer(context) for layer in self._context_layers())
@@ -196,7 +196,7 @@ class Encoder(Embedded):
 
     def _checked(self, x: Any) -> None:
         config = self.config
-        check_state(x, config.in_channels, config.divisor, next(self.parameters()))
+        check_state(x, config.in_channels, config.divisor, weight_of(self))
 
     def _run(self, level: Any, h: Tensor, changes: Iterator[Tensor], contexts: Iterator[Tensor]) -> Tensor:
         """One stage or block."""
