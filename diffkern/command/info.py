@@ -16,6 +16,7 @@ import torch
 
 from diffkern import _load
 from diffkern.command._machine import crowding
+from diffkern.nn.convolution import chosen
 
 __all__ = ["add_command", "report", "text"]
 
@@ -38,7 +39,8 @@ def _version(package: str) -> str:
 def report() -> dict[str, Any]:
     """Everything `text` prints, as plain data.
 
-    Keys: diffkern, python, torch, numpy, build (of the native modules), isa, threads, cuda (ready, text, torch's CUDA,
+    Keys: diffkern, python, torch, numpy, build (of the native modules), isa, threads, convolutions (of `diffkern.nn`,
+    which run by which kernel), cuda (ready, text, torch's CUDA,
     driver, devices), crowding (a sentence where other processes or a quota leave torch's threads too few cores, else
     None) and missing: a list of sentences, each with what to do.
     """
@@ -73,6 +75,7 @@ def report() -> dict[str, Any]:
         "isa": build.get("isa", ""),
         "isa_forced": os.environ.get("DIFFKERN_ISA", ""),
         "threads": torch.get_num_threads(),
+        "convolutions": chosen(),
         "cuda": {
             "ready": status.ready,
             "text": status.text,
@@ -103,6 +106,7 @@ def text(data: dict[str, Any] | None = None) -> str:
         ("CPU module", f"{build.get('compiler')}, {build.get('build_type')}"),
         ("CPU code in use", f"{data['isa']}{forced}, {data['threads']} threads"),
         ("CPU attention", "; ".join(f"{dtype}: {kernel}" for dtype, kernel in build.get("attention", {}).items())),
+        ("CPU convolutions", data["convolutions"]),
         ("CUDA module", module),
         ("CUDA driver", cuda["driver"]),
         ("GPUs", ", ".join(cuda["devices"]) or "none"),

@@ -73,6 +73,16 @@ def _has_vectors() -> bool:
     return _load.build_info().get("isa") != "scalar"
 
 
+def chosen() -> str:
+    """Which convolutions of the networks run by what on this CPU, in words."""
+    if not _has_vectors():
+        return "torch's (the code in use has no vectors)"
+    return (
+        f"Winograd F(2, 3) for 3 x 3 in float32 from {LEAST_PIXELS} pixels, {LEAST_INPUTS} inputs and {LEAST_OUTPUTS} "
+        "outputs on; torch's otherwise"
+    )
+
+
 # --------------------------------------------------------------------------------------------------- packed weights
 class _Held(NamedTuple):
     packed: Tensor
@@ -214,8 +224,9 @@ def freeze(network: nn.Module, *, memory: int | None = None) -> Frozen:
     are in the network now are meant; of two freezes the later one holds until it is undone.
 
     Until then the weights are meant to stay: what torch counts (`load_state_dict`, an optimiser's step, `copy_`) or
-    puts in their place (a new parameter, ``.data = ``, `to`) is seen and packed again; what is written through
-    ``.data``, or by numpy, is not: thaw before. Weights made in `torch.inference_mode` are packed in every call.
+    puts in their place (a new parameter, ``.data = ``, `to`) is seen and packed again; what is written into ``.data``
+    (``weight.data.copy_``; ``weight.data += ``, as peft merges a LoRA) or by numpy is not: thaw before. Weights made in
+    `torch.inference_mode` are packed in every call.
     Copies and pickles of the network are not frozen. Raises TypeError for anything but a module, ValueError for
     ``memory`` that is no integer of at least 0.
 

@@ -114,7 +114,7 @@ def test_cpu_wheel_works(cpu_wheel: Path, tmp_path: Path) -> None:
     assert "torch.Size([2, 3])" in done.stdout
     done = run(sys.executable, "-m", "diffkern", "info", cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert done.returncode == 0, done.stdout
-    assert "CUDA ops         off" in done.stdout
+    assert "CUDA ops          off" in done.stdout
     expected = "built without its CUDA module" if torch.version.cuda else "is a build without CUDA"
     assert expected in done.stdout
 
@@ -264,6 +264,11 @@ def test_info_prints_what_a_bug_report_needs(capsys: pytest.CaptureFixture[str])
     assert str(_load.build_info()["isa"]) in printed
     for dtype in ("float32", "bfloat16", "float16", "float64"):
         assert f"{dtype}: {_load.build_info()['attention'][dtype]}" in printed
+    convolutions = (
+        "Winograd F(2, 3) for 3 x 3 in float32 from 64 pixels, 16 inputs and 32 outputs on; torch's otherwise"
+    )
+    if _load.build_info()["isa"] != "scalar":
+        assert f"CPU convolutions  {convolutions}\n" in printed
     status = _load.cuda_status()
     assert status.ready or status.text in printed
 
@@ -282,6 +287,7 @@ def test_info_shows_a_forced_instruction_set(root: Path) -> None:
     )
     assert done.returncode == 0, done.stdout
     assert re.search(r"scalar \(forced by DIFFKERN_ISA, best here: \w+\)", done.stdout)
+    assert "CPU convolutions  torch's (the code in use has no vectors)\n" in done.stdout
 
 
 def test_info_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

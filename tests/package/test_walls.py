@@ -92,7 +92,7 @@ WALLS = {
     "compat": "modes streams tableaus integers checks names schedules plan ops brownian samplers nn "
     "objectives sampling simulate diffkern",
     "demo": "streams names records storage schedules plan ops samplers nn objectives sampling diffusion",
-    "command": "checks records storage _load schedules plan samplers demo diffkern",
+    "command": "checks records storage _load schedules plan samplers nn demo diffkern",
     "diffkern": "streams _load schedules plan reference ops brownian samplers objectives guidance sampling simulate "
     "diffusion",
     "__main__": "",
