@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import weakref
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 
 from diffkern import _load
 from diffkern.integers import integer
-from diffkern.modes import neutral
+from diffkern.modes import kept, neutral
 from diffkern.nn.plain import Snapshot, is_plain
 from diffkern.ops import conv3x3, pack_conv3x3
 
@@ -27,6 +26,7 @@ LEAST_PIXELS, LEAST_INPUTS, LEAST_OUTPUTS = 64, 16, 32
 weights packed in every call). Never of the batch: a sample's bits do not depend on it."""
 SHARE_OF_MEMORY = 0.25
 """Of what is free when the weights of a network begin to be packed: what they may take."""
+_HAS_VECTORS = _load.build_info().get("isa") != "scalar"
 _GEOMETRY = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
 
 
@@ -56,7 +56,7 @@ def is_ours(conv: Any, x: Tensor, upsample: bool = False) -> bool:
         and x.shape[1] == weight.shape[1] >= LEAST_INPUTS
         and weight.shape[0] >= LEAST_OUTPUTS
         and x.shape[2] * x.shape[3] * (4 if upsample else 1) >= LEAST_PIXELS
-        and _has_vectors()
+        and _HAS_VECTORS
         and not torch.is_autocast_enabled("cpu")
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
@@ -68,14 +68,9 @@ def _geometry(conv: Any) -> tuple[Any, ...]:
     return conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
 
 
-@functools.cache
-def _has_vectors() -> bool:
-    return _load.build_info().get("isa") != "scalar"
-
-
 def chosen() -> str:
     """Which convolutions of the networks run by what on this CPU, in words."""
-    if not _has_vectors():
+    if not _HAS_VECTORS:
         return "torch's (the code in use has no vectors)"
     return (
         f"Winograd F(2, 3) for 3 x 3 in float32 from {LEAST_PIXELS} pixels, {LEAST_INPUTS} inputs and {LEAST_OUTPUTS} "
@@ -165,11 +160,10 @@ def _packed_for(conv: nn.Conv2d, upsample: bool) -> Tensor | None:
     return None if packed is None else packed.of(conv, upsample)
 
 
-@functools.lru_cache(256)
+@kept(256)
 def _size(outputs: int, inputs: int, upsample: bool) -> int:
     """Bytes of a packed weight."""
-    with neutral():
-        return pack_conv3x3(torch.empty(outputs, inputs, 3, 3, device="meta"), upsample=upsample).nbytes
+    return pack_conv3x3(torch.empty(outputs, inputs, 3, 3, device="meta"), upsample=upsample).nbytes
 
 
 def _free_memory() -> int:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -41,9 +40,12 @@ class Snapshot:
     """What a tensor was; neither it nor its memory is kept."""
 
     __slots__ = ("_state", "_storage", "_tensor")
+    _counts: ClassVar[bool] = False
 
     def __init__(self, t: Tensor) -> None:
-        _count_fused_steps()
+        if not Snapshot._counts:
+            Snapshot._counts = True
+            register_optimizer_step_post_hook(_count_if_fused)
         self._tensor, self._storage = weakref.ref(t), StorageWeakRef(t.untyped_storage())
         self._state = _state(t)
 
@@ -60,11 +62,6 @@ def _state(t: Tensor) -> tuple[Any, ...]:
 _fused_steps = [0]
 
 
-@functools.cache
-def _count_fused_steps() -> None:
-
-    def counted(optimizer: Any, *_: Any) -> None:
-        if any(group.get("fused") for group in optimizer.param_groups):
-            _fused_steps[0] += 1
-
-    register_optimizer_step_post_hook(counted)
+def _count_if_fused(optimizer: Any, *_: Any) -> None:
+    if any(group.get("fused") for group in optimizer.param_groups):
+        _fused_steps[0] += 1
