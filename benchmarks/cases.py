@@ -16,6 +16,7 @@ from benchmarks import (
     attention_cases,
     brownian_case,
     compat_cases,
+    conv3x3_case,
     drop_in_cases,
     flow_matching_cases,
     group_norm_case,
@@ -35,6 +36,7 @@ from benchmarks.variational_case import hybrid
 
 __all__ = [
     "CASES",
+    "CPU_ALONE",
     "LARGE",
     "SMALL",
     "Baseline",
@@ -94,6 +96,7 @@ def _cases() -> dict[str, Callable[[Setting], Case]]:
         **statistics_cases.TABLE,
         **group_norm_case.TABLE,
         **linear_rows_case.TABLE,
+        **conv3x3_case.TABLE,
         **drop_in_cases.TABLE,
         **compat_cases.TABLE,
         **score_sde_cases.TABLE,
@@ -106,3 +109,5 @@ def _cases() -> dict[str, Callable[[Setting], Case]]:
 
 
 CASES = _cases()
+CPU_ALONE = frozenset(conv3x3_case.TABLE)
+"""Of ops without a CUDA kernel."""

@@ -22,7 +22,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.alone import alone, reason
-from benchmarks.cases import CASES, Case, Setting
+from benchmarks.cases import CASES, CPU_ALONE, Case, Setting
 from benchmarks.costs import costs_of
 from benchmarks.machine import environment
 from benchmarks.result import BaselineResult, Result
@@ -213,6 +213,8 @@ def main(words: Sequence[str] | None = None) -> int:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("--device cuda needs a GPU, and torch sees none: run --device cpu", file=sys.stderr)
         return 2
+    if arguments.device == "cuda":
+        names = [name for name in names if name not in CPU_ALONE]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     compiled = not arguments.no_compile
     options = Options(arguments.device, compiled, arguments.threads or cores, arguments.seconds, arguments.heap)

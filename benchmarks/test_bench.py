@@ -36,6 +36,7 @@ BASELINES = {
     "attention": ("sdpa",),
     "group": ("eager",),
     "linear": ("eager",),
+    "conv3x3": ("channels_last", "prepacked"),
     "attention-nchw": ("sdpa on views", "sdpa with copies", "einsum"),
 }
 
@@ -54,7 +55,7 @@ def test_case(benchmark: Any, name: str, who: str) -> None:
     case = _checked(name)
     fn = case.ours if who == "diffkern" else next(b.fn for b in case.baselines if b.name == who)
     if fn is None:
-        pytest.skip("set DIFFKERN_BENCH_COMPILE=1 to time torch.compile")
+        pytest.skip("not there, or set DIFFKERN_BENCH_COMPILE=1 to time torch.compile")
     benchmark.group = name
     benchmark.extra_info.update(bytes=case.bytes, steps=case.steps, shape=list(case.shape), dtype=str(case.dtype))
     with torch.set_grad_enabled(case.grad):

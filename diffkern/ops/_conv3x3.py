@@ -49,7 +49,7 @@ def conv3x3(
 
     By Winograd's products A^T [sum_c (G g G^T) * (B^T d B)] A (Lavin and Gray 2016, arXiv 1509.09308): "exact" is
     F(2, 3), 4 products for an output and channel, where the definition takes 9, with an error like that of torch's
-    convolution in float32 (in the mean at most 1.4 times it, twice for a single channel); "fast" is F(4, 3), 2.25
+    convolution in float32 (0.2 to 1.4 times it, by its kernel; twice for a single channel); "fast" is F(4, 3), 2.25
     products, with an error some eight times larger. Upsampled images take 2.25 with the error of "exact", whatever
     ``precision``, as of their 16 points 7 are differences of equal pixels. The bits of a sample depend neither on the
     batch nor on the number of threads, and are the same with AVX2 and AVX-512. A NaN or infinity spoils the outputs
