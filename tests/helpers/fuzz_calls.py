@@ -7,8 +7,6 @@ error is measured by those, as a sum may cancel.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,85 +15,20 @@ from torch import Tensor
 
 from diffkern import ops, reference
 from diffkern.plan import COLUMNS, LEARNED_COLUMNS
+from helpers.fuzz_draws import (
+    DTYPES,
+    STREAMS,
+    Call,
+    coefficient,
+    indices,
+    rows_of,
+    seeds,
+    shapes,
+    source,
+    tensors,
+)
+from helpers.fuzz_layers import attention_calls, conv3x3_calls, group_norm_calls, linear_rows_calls, spatial_calls
 from helpers.op_cases import LAYOUTS, arrange, table
-
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-COEFFICIENTS = [0.0, -0.0, 1.0, -1.0, 0.5, -0.75, 2.5, 1e-3, -30.0]
-STREAMS = [0, 1, 5, 2**32 - 1, 2**40, 2**53 - 1]
-SEEDS = [0, 1, -1, 2**63 - 1, -(2**63), 12345]
-
-
-@dataclass
-class Call:
-    op: str
-    given: dict[str, Any]
-    expected: Callable[[], tuple[Tensor | None, ...]]
-    """The results in order, in float64; None: not compared."""
-    scale: float
-    """Of the terms, in units of which the arithmetic may round."""
-    inner: float = 0.0
-    """Of values that are rounded to the tensors' dtype on the way."""
-    outs: dict[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
-    """Of an op that writes into given tensors: their shapes and dtypes, in the order of ``expected``."""
-
-
-@st.composite
-def shapes(draw: st.DrawFn, least: int = 1, most: int = 5, channels: int | None = None, empty: bool = False) -> Any:
-    """[B, ...] of at most some thousand elements; sometimes across the border of a block of 1024."""
-    dims = draw(st.integers(least, most))
-    batch = draw(st.integers(0 if empty else 1, 3))
-    if dims == 2 and channels is None and draw(st.booleans()):
-        return batch, draw(st.sampled_from([1, 63, 64, 1023, 1024, 1025, 2049]))
-    inner = [draw(st.sampled_from([1, 2, 3, 5, 8, 17, *([0] if empty else [])])) for _ in range(dims - 1)]
-    while math.prod(inner) > 3000:
-        inner[inner.index(max(inner))] = 2
-    if channels is not None:
-        inner[0] = channels
-    return batch, *inner
-
-
-@st.composite
-def tensors(draw: st.DrawFn, shape: tuple[int, ...], dtype: torch.dtype, size: float = 1.5) -> Tensor:
-    """Numbers up to ``size`` in any layout, sometimes all zero."""
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
-    values = torch.rand(shape, generator=generator, dtype=torch.float64) * 2 * size - size
-    if draw(st.integers(0, 15)) == 0:
-        values = torch.zeros(shape, dtype=torch.float64)
-    return arrange(values.to(dtype), draw(st.sampled_from(LAYOUTS)))
-
-
-@st.composite
-def seeds(draw: st.DrawFn, batch: int) -> Tensor:
-    return torch.tensor([draw(st.sampled_from(SEEDS)) for _ in range(batch)], dtype=torch.int64)
-
-
-@st.composite
-def indices(draw: st.DrawFn, batch: int, rows: int) -> Tensor:
-    """The row of each sample, or one for all, in either dtype."""
-    dtype = draw(st.sampled_from([torch.int64, torch.int32]))
-    if draw(st.booleans()):
-        return torch.tensor(draw(st.integers(0, rows - 1)), dtype=dtype)
-    return torch.tensor([draw(st.integers(0, rows - 1)) for _ in range(batch)], dtype=dtype)
-
-
-@st.composite
-def source(draw: st.DrawFn, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
-    """The noise of training: an address or a tensor."""
-    if draw(st.booleans()):
-        return {"noise": draw(tensors(shape, dtype))}
-    return {"seeds": draw(seeds(shape[0])), "stream": draw(st.sampled_from(STREAMS))}
-
-
-def coefficient(draw: st.DrawFn) -> float:
-    return draw(st.sampled_from(COEFFICIENTS))
-
-
-@st.composite
-def rows_of(draw: st.DrawFn, width: int, batch: int) -> tuple[Tensor, Tensor | None]:
-    """A table and the index into it."""
-    count = draw(st.sampled_from([1, 2, 4, max(batch, 1)]))
-    rows = torch.tensor([[coefficient(draw) for _ in range(width)] for _ in range(count)], dtype=torch.float64)
-    return rows, None if count in (1, batch) and draw(st.booleans()) else draw(indices(batch, count))
 
 
 # ------------------------------------------------------------------------------------------------- noise and training
@@ -320,54 +253,6 @@ def moments_calls(draw: st.DrawFn) -> Call:
     return Call("moments", given, lambda: (reference.moments(**given),), 4.0)
 
 
-@st.composite
-def group_norm_calls(draw: st.DrawFn) -> Call:
-    dtype, width, groups = draw(st.sampled_from(DTYPES)), draw(st.integers(1, 5)), draw(st.integers(1, 4))
-    positions = draw(st.sampled_from([(8,), (67,), (4, 5), (33, 34), (3, 4, 2)]))
-    shape = (draw(st.integers(1, 3)), width * groups, *positions)
-    given: dict[str, Any] = {"x": draw(tensors(shape, dtype)), "groups": groups}
-    sizes = dict.fromkeys(("weight", "bias"), shape[1:2]) | dict.fromkeys(("scale", "shift", "add"), shape[:2])
-    for name, size in sizes.items():
-        given[name] = draw(tensors(size, draw(st.sampled_from(DTYPES)))) if draw(st.booleans()) else None
-    given |= {"eps": draw(st.sampled_from([1e-5, 0.5])), "act": draw(st.sampled_from(["silu", None]))}
-    return Call("group_norm_act", given, lambda: (reference.group_norm_act(**given),), 64.0, 1.5)
-
-
-@st.composite
-def linear_rows_calls(draw: st.DrawFn) -> Call:
-    dtype, inputs = draw(st.sampled_from(DTYPES)), draw(st.sampled_from([1, 5, 16, 67, 530]))
-    leading = draw(st.sampled_from([(1,), (4,), (25,), (2, 3), (3, 1, 2)]))
-    outputs = draw(st.sampled_from([1, 3, 8, 21]))
-    given: dict[str, Any] = {"x": draw(tensors((*leading, inputs), dtype))}
-    given["weight"] = draw(tensors((outputs, inputs), dtype))
-    given["bias"] = draw(tensors((outputs,), dtype)) if draw(st.booleans()) else None
-    given["act"] = draw(st.sampled_from(["silu", None]))
-    return Call("linear_rows", given, lambda: (reference.linear_rows(**given),), 2.25 * inputs + 1.5)
-
-
-@st.composite
-def attention_calls(draw: st.DrawFn) -> Call:
-    dtype, dim = draw(st.sampled_from(DTYPES)), draw(st.sampled_from([8, 16, 24, 64, 512]))
-    batch, heads, queries, keys = (draw(st.integers(1, most)) for most in (2, 3, 40, 70))
-    q, k, v = (draw(tensors((batch, heads, n, dim), dtype)) for n in (queries, keys, keys))
-    q, k, v = (t.contiguous() if 1 not in (t.stride(2), t.stride(3)) else t for t in (q, k, v))
-    scale = draw(st.sampled_from([None, 0.1, 0.0, -0.2]))
-    given = {"q": q, "k": k, "v": v, "scale": scale}
-    return Call("attention", given, lambda: reference.attention(**given)[:1], 32.0, 1.5)
-
-
-@st.composite
-def spatial_calls(draw: st.DrawFn) -> Call:
-    dtype, dim, heads = (draw(st.sampled_from(c)) for c in (DTYPES, [8, 16, 64], [1, 2, 3]))
-    positions = draw(st.sampled_from([(1,), (5,), (3, 4), (1, 7), (2, 3, 2)]))
-    order = draw(st.sampled_from(["new", "legacy", "edm"]))
-    qkv = draw(tensors((draw(st.integers(1, 2)), 3 * heads * dim, *positions), dtype)).contiguous()
-    if order != "edm" and draw(st.booleans()):
-        qkv = arrange(qkv, "channels_last")
-    given = {"qkv": qkv, "num_heads": heads, "order": order, "scale": draw(st.sampled_from([None, 0.1]))}
-    return Call("spatial_attention", given, lambda: reference.spatial_attention(**given)[:1], 32.0, 1.5)
-
-
 CALLS: dict[str, st.SearchStrategy[Call]] = {
     "seeds": seeds_calls(),
     "randn": randn_calls(),
@@ -390,6 +275,8 @@ CALLS: dict[str, st.SearchStrategy[Call]] = {
     "moments": moments_calls(),
     "group_norm_act": group_norm_calls(),
     "linear_rows": linear_rows_calls(),
+    "conv3x3": conv3x3_calls(),
+    "pack_conv3x3": conv3x3_calls(packs=True),
     "attention": attention_calls(),
     "spatial_attention": spatial_calls(),
 }

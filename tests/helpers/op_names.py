@@ -6,6 +6,9 @@ import torch
 
 import diffkern.ops  # noqa: F401  (registers the ops)
 
+CPU_ALONE = {"conv3x3": "a GPU's convolutions are cuDNN's, which torch.nn.functional.conv2d calls"}
+"""Public ops without a CUDA kernel, and why."""
+
 
 def registered() -> list[str]:
     """Every op in the namespace, sorted."""
@@ -14,8 +17,8 @@ def registered() -> list[str]:
 
 
 def base_of(name: str) -> str:
-    """The op as `diffkern.ops` and `diffkern.reference` have it: without what marks a variant or a gradient."""
-    return name.removesuffix("_out").removesuffix("_ad").removesuffix("_grad")
+    """The op as `diffkern.ops` and `diffkern.reference` have it: without marks of variants, gradients, packing."""
+    return name.removesuffix("_out").removesuffix("_ad").removesuffix("_grad").removeprefix("pack_")
 
 
 def public() -> list[str]:

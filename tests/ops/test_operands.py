@@ -25,6 +25,7 @@ LEARNED = torch.cat([table({"p": 1.1, "q": -0.9, "b": 0.4, "g": 0.5, "known_s": 
 CHANNELS: dict[str, Any] = {"weight": X[0, :, 0], "bias": M[0, :, 0], "scale": X[:, :, 0]}
 CHANNELS |= {"shift": M[:, :, 0], "add": M[:, :, 1]}
 Q, QKV = values((2, 3, 4, 8), 5), values((2, 24, 3, 3), 6)
+IMAGE, TAPS = values((2, 4, 3, 3), 7), values((3, 4, 3, 3), 8)
 TERMS: dict[str, Any] = {"streams": torch.tensor([1, 2]), "weights": torch.tensor([0.5, 0.25], dtype=F64)}
 STEP: dict[str, Any] = {"x": X, "m": torch.cat([M, X]), "h0": X, "h1": M, "h2": X, "h3": M, "table": table(EVERYTHING)}
 STEP |= {"seeds": S, "mask": X > 0, "known": M}
@@ -57,6 +58,8 @@ CALLS: dict[str, tuple[Callable[..., object], dict[str, Any]]] = {
     "spatial_attention": (ops.spatial_attention, {"qkv": QKV, "num_heads": 1}),
     "group_norm_act": (ops.group_norm_act, {"x": X, "groups": 1, **CHANNELS}),
     "linear_rows": (ops.linear_rows, {"x": X[0], "weight": M[0], "bias": X[0, :, 0]}),
+    "conv3x3": (ops.conv3x3, {"x": IMAGE, "weight": TAPS, "bias": X[0, :3, 0], "packed": ops.pack_conv3x3(TAPS)}),
+    "pack_conv3x3": (ops.pack_conv3x3, {"weight": TAPS}),
     "quantile": (ops.quantile, {"x": X, "q": 0.5}),
     "dynamic_threshold": (ops.dynamic_threshold, {"x0": X}),
     "dynamic_threshold_out": (ops.dynamic_threshold_out, {"x0": X, **outs("out")}),

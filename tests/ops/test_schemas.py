@@ -18,6 +18,7 @@ from helpers import op_names
 from helpers.attention_cases import FORMATS, LAYOUTS, inputs, qkv_of
 from helpers.op_cases import EVERYTHING, ROWS, arrange, check_sentence, native_draws, same_bits, table, values
 from helpers.suites import few
+from helpers.winograd import packed_weight
 from torch import Tensor
 
 from diffkern import ops, reference
@@ -107,6 +108,7 @@ NORMED_STATISTICS = tuple(t.float() for t in normed(NORMED, *OF_CHANNELS)[1:])
 
 
 LINEAR = values((5, 7), 66), values((6, 7), 67), values((1, 6), 68)[0]
+CONVOLVED = values((2, 3, 5, 4), 69), values((6, 3, 3, 3), 70), values((1, 6), 71)[0]
 
 
 def step_reference() -> tuple[Tensor, ...]:
@@ -173,6 +175,8 @@ CALLS: dict[str, tuple[tuple[Any, ...], Callable[[], tuple[Tensor, ...]]]] = {
         lambda: gradients(lambda *t: normed(*t)[:1], NORMED_UP, NORMED, *OF_CHANNELS),
     ),
     "linear_rows": ((*LINEAR, 1), lambda: (reference.linear_rows(*LINEAR, act="silu"),)),
+    "conv3x3": ((*CONVOLVED, None, 2), lambda: (reference.conv3x3(*CONVOLVED, upsample=True),)),
+    "pack_conv3x3": ((CONVOLVED[1], 0), lambda: (packed_weight(CONVOLVED[1], "exact"),)),
     "attention": ((Q, K, V, 0.3), lambda: reference.attention(Q, K, V, 0.3)),
     "attention_grad": (
         (UP, Q, K, V, OUT, LSE, 0.3),
@@ -202,6 +206,7 @@ DIFFERENTIABLE = (
     "spatial_attention",
     "group_norm_act",
     "linear_rows",
+    "conv3x3",
 )
 OPS = op_names.registered()
 
@@ -226,6 +231,8 @@ def test_every_op_has_its_parts(name: str) -> None:
 @pytest.mark.parametrize("what", WHERE)
 @pytest.mark.parametrize("name", op_names.public())
 def test_every_op_is_named_where_all_are_measured_and_compared(root: Path, name: str, what: str) -> None:
+    if what == "check on the GPU" and name in op_names.CPU_ALONE:
+        return
     sources = [path.read_text() for pattern in WHERE[what] for path in root.glob(pattern)]
     assert sources
     assert any(re.search(rf"\b{name}(_out)?\b", source) for source in sources), f"no {what} for {name}: {WHERE[what]}"
@@ -255,7 +262,7 @@ def test_a_tensor_of_a_dtype_that_no_op_takes_is_refused_by_its_name(name: str) 
         if not isinstance(value, Tensor):
             continue
         wrong = (*arguments[:i], value.to(torch.complex64), *arguments[i + 1 :])
-        sentence = rf"^diffkern\.{op_names.base_of(name)}(_grad)?: .*\b{argument.name}\b.*complex64"
+        sentence = rf"^diffkern\.(pack_)?{op_names.base_of(name)}(_grad)?: .*\b{argument.name}\b.*complex64"
         check_sentence(lambda wrong=wrong: getattr(torch.ops.diffkern, name)(*wrong), sentence)
 
 
@@ -360,6 +367,13 @@ def opcheck_samples() -> dict[str, tuple[str, tuple[Any, ...]]]:
         (leaf(x.t().contiguous().t()), weight.t().contiguous().t(), None, 0),
     )
     samples["linear_rows empty"] = ("linear_rows", (x[:0].half(), weight.half(), None, 1))
+    x, weight, bias = CONVOLVED
+    for form in range(3):
+        packed = torch.ops.diffkern.pack_conv3x3(weight, form)
+        samples[f"conv3x3 gradient {form}"] = ("conv3x3", (leaf(x), leaf(weight), leaf(bias), None, form))
+        samples[f"conv3x3 packed {form}"] = ("conv3x3", (arrange(x, "permuted"), weight, None, packed, form))
+        samples[f"conv3x3 empty {form}"] = ("conv3x3", (x[..., :0], weight, None, None, form))
+        samples[f"pack_conv3x3 {form}"] = ("pack_conv3x3", (arrange(weight, "sliced"), form))
     samples["noise_sum_out permuted"] = ("noise_sum_out", (SEEDS, *TERMS, arrange(empty(), "permuted")))
     samples["noise_sum empty"] = ("noise_sum", ((0, 3), SEEDS[:0], *(t[:0] for t in TERMS), torch.bfloat16))
     samples["quantile empty"] = ("quantile", (T["x"][:0], 0.5))

@@ -43,7 +43,7 @@ def many(seed: int, *shape: int) -> Tensor:
 
 TERMS = torch.tensor([7, 9]), torch.tensor([0.5, -2.0], dtype=torch.float64)
 INDEX = torch.tensor([[0, 2], [1, 1], [2, 0]])
-W, LINEAR = values((2, 4), 30)[0], values((4, 4), 31)
+W, LINEAR, TAPS = values((2, 4), 30)[0], values((4, 4), 31), values((4, 3, 3, 3), 32)
 MASK = numbers(20).abs().clamp(max=1)
 
 # name -> (function of tensors, tensors [V, ...] of one call each, which of them have gradients)
@@ -146,6 +146,17 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], int]] = {
         (many(1, 5, 4), many(2, 5), many(3, B, 4)),
         3,
     ),
+    "conv3x3": (
+        lambda x, w: ops.conv3x3(x, TAPS, LINEAR[0]) + w,
+        (many(1, B, 3, 4, 5), many(2, 1)),
+        2,
+    ),
+    "conv3x3, each its parameters": (
+        lambda w, b, x: ops.conv3x3(x, w, b, upsample=True),
+        (many(1, 2, 3, 3, 3), many(2, 2), many(3, B, 3, 2, 3)),
+        3,
+    ),
+    "pack_conv3x3": (ops.pack_conv3x3, (many(1, 2, 3, 3, 3),), 0),
     "quantile": (lambda x: ops.quantile(x, 0.3), (numbers(1),), 0),
     "dynamic_threshold": (lambda x: ops.dynamic_threshold(x, 0.6), (2 * numbers(1),), 0),
     "moments": (ops.moments, (numbers(1),), 0),
@@ -168,7 +179,7 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], int]] = {
 DIFFERENTIABLE = [name for name, (*_, count) in CASES.items() if count]
 QUICK = ("noising", "loss", "step", "attention", "prediction_loss by times")
 AGAIN = {"noising", "noising by rows and a tensor", "step", "step, doubled, each its row", "noised"}
-AGAIN |= {"linear_rows", "linear_rows, each its parameters"}
+AGAIN |= {f"{name}{more}" for name in ("linear_rows", "conv3x3") for more in ("", ", each its parameters")}
 
 
 def parts(result: Any) -> tuple[Tensor, ...]:

@@ -109,6 +109,11 @@ CASES: dict[str, dict[str, Any]] = {
         **{"scale": numbers(4, (2, 4)), "shift": numbers(5, (2, 4)), "add": numbers(6, (2, 4))},
     },
     "ops.linear_rows": {"x": numbers(1, (3, 5)), "weight": numbers(2, (4, 5)), "bias": numbers(3, (4,)), "act": "silu"},
+    "ops.conv3x3": {
+        **{"x": numbers(1, (2, 2, 3, 3)), "weight": numbers(2, (3, 2, 3, 3)), "bias": numbers(3, (3,))},
+        "packed": ops.pack_conv3x3(numbers(2, (3, 2, 3, 3)).float()),
+    },
+    "ops.pack_conv3x3": {"weight": numbers(2, (3, 2, 3, 3))},
     "ops.quantile": {"x": numbers(1), "q": 0.5},
     "ops.dynamic_threshold": {"x0": numbers(1)},
     "ops.dynamic_threshold_out": {"x0": numbers(1), **OUT},
@@ -167,7 +172,10 @@ def run(name: str, arguments: Mapping[str, Any]) -> Any:
     given = dict(arguments)
     if isinstance(given.get("schedule"), Tensor):
         given["schedule"] = learned_path(given["schedule"])
-    return function(name)(**given)
+    if not name.endswith("conv3x3"):
+        return function(name)(**given)
+    result: Tensor = function(name)(**{key: t.float() for key, t in given.items()})  # its one dtype
+    return result.double()
 
 
 def tensors(result: Any) -> tuple[Tensor, ...]:
@@ -184,7 +192,7 @@ QUICK = ("ops.step-table", "ops.attention-scale", "prediction_loss-t", "predicti
 )
 def test_gradient(name: str, argument: str) -> None:
     """Of each argument alone, and beside all the others (those may take another way)."""
-    given = CASES[name]
+    given = {key: value for key, value in CASES[name].items() if key != "packed"}  # which is of one weight
     coefficients = argument == "table" and name == "ops.step"
 
     def call(leaf: Tensor, others: Mapping[str, Any] = given) -> tuple[Tensor, ...]:
@@ -198,12 +206,14 @@ def test_gradient(name: str, argument: str) -> None:
     leaf = given[argument].clone().masked_fill(torch.isinf(given[argument]), 0.0).requires_grad_()
     narrow = "model" in given or "score" in given  # whose times are float32
     step, tolerance = (1e-3, 1e-3) if narrow and argument in ("t", "sigma", "sigmas") else (1e-6, 1e-6)
+    step, tolerance = (0.5, 1e-5) if name == "ops.conv3x3" else (step, tolerance)  # float32, and linear in each
     assert torch.autograd.gradcheck(call, (leaf,), eps=step, atol=tolerance, rtol=1e-4)
     alone = torch.autograd.grad(sum(out.sum() for out in call(leaf)), leaf)[0]
     wanted = [a for a in ROWS[name][0] if a != argument and isinstance(given[a], Tensor)]
     beside = {**given, **{a: given[a].clone().requires_grad_() for a in wanted}}
     together = torch.autograd.grad(sum(out.sum() for out in call(leaf, beside)), leaf)[0]
-    torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-9)
+    close = 1e-6 if name == "ops.conv3x3" else 1e-9
+    torch.testing.assert_close(together, alone, rtol=close, atol=close)
     assert bool((alone != 0).any())
 
 

@@ -17,7 +17,7 @@ import diffkern
 from diffkern import draws, guidance, names, nn, objectives, ops, samplers, schedules
 from diffkern.compat.score_sde._ode import check_solver
 from diffkern.objectives import flow_matching, time_sampling, variational, weightings
-from diffkern.ops import _attention, _common
+from diffkern.ops import _attention, _common, _conv3x3
 from diffkern.plan import Plan
 from diffkern.sampling import _predictor_corrector
 from diffkern.schedules import grids, predictions
@@ -25,6 +25,7 @@ from diffkern.simulate import _divergence, likelihood
 
 S = schedules.linear(20)
 X = torch.linspace(-1.0, 1.0, 24).reshape(2, 3, 4)
+TAPS = torch.ones(2, 2, 3, 3)
 
 
 @pytest.mark.parametrize(
@@ -38,6 +39,7 @@ X = torch.linspace(-1.0, 1.0, 24).reshape(2, 3, 4)
         (names.LevelSpacing, grids.LEVELS),
         (names.Spacing, [*grids.SPACINGS, *grids.LEVELS]),
         (names.HeadOrder, _attention._ORDERS),
+        (names.Precision, _conv3x3._FORMS),
         (names.Coupling, flow_matching.COUPLINGS),
         (names.Projection, draws.PROJECTIONS),
         (names.Divergence, _divergence.DIVERGENCES),
@@ -92,6 +94,10 @@ TAKERS: dict[str, tuple[Any, Callable[[Any], object]]] = {
     "Activation": (
         names.Activation,
         lambda w: (ops.group_norm_act(torch.ones(1, 4, 4), 2, act=w), ops.linear_rows(X, X[0], act=w)),
+    ),
+    "Precision": (
+        names.Precision,
+        lambda w: (ops.conv3x3(TAPS, TAPS, precision=w), ops.pack_conv3x3(TAPS, precision=w)),
     ),
     "Attention": (names.Attention, lambda w: nn.SpatialSelfAttention(32, 2, attention=w)),
     "TimeDtype": (names.TimeDtype, lambda w: Plan("mine", samplers.ddim(S, 4).rows, time_dtype=w)),
