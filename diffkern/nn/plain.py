@@ -9,19 +9,34 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+_LAYERS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Linear,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.SiLU,
+    nn.Dropout,
+    nn.Embedding,
+    nn.Sequential,
+)
+_AS_IMPORTED = {kind: (kind.forward, getattr(kind, "_conv_forward", None)) for kind in _LAYERS}
+"""What torch's layers do, before somebody patches a class (circular padding of all convolutions, say)."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def is_plain(module: Any, kind: type) -> bool:
     """Whether a call of the module is the `forward` of this very class and nothing else sees it.
 
-    A subclass (LoRA's layers, quantised ones), a `forward` of the instance's own (offloading), hooks, on it or on all
-    modules, and compilation say no: then the module has to be called.
+    A subclass (LoRA's layers, quantised ones), a `forward` of the instance's own (offloading), a class whose `forward`
+    has been replaced, hooks, on it or on all modules, and compilation say no: then the module has to be called.
     """
     if type(module) is not kind:
         return False
     there = vars(module)
-    if "forward" in there or there.get("_compiled_call_impl") is not None:
+    if kind in _AS_IMPORTED and _AS_IMPORTED[kind] != (kind.forward, getattr(kind, "_conv_forward", None)):
+        return False
+    if "forward" in there or "_conv_forward" in there or there.get("_compiled_call_impl") is not None:
         return False
     everywhere = nn.modules.module
     return not any(there[hooks] or getattr(everywhere, f"_global{hooks}", None) for hooks in _HOOKS)

@@ -123,10 +123,12 @@ def autocast(t: Tensor) -> Tensor:
     return t.to(torch.get_autocast_dtype(kind)) if t.is_floating_point() and t.dtype != torch.float64 else t
 
 
-def refuse_onnx(name: str) -> None:
-    """Raise ValueError with the way out while torch.onnx.export traces."""
+def refuse_onnx(name: str, instead: str = "") -> None:
+    """Raise ValueError with the way out while torch.onnx.export traces: `instead`, or attention="torch"."""
     onnx = sys.modules.get("torch.onnx")
     if onnx is not None and onnx.is_in_onnx_export():
+        if instead:
+            raise ValueError(f"diffkern.{name} is not known to ONNX: call {instead} in a network that is exported")
         raise ValueError(
             f'attention must be "torch" in a network that is exported to ONNX, which has no diffkern.{name}, got '
             '"diffkern": call set_attention("torch") of the network, or set attention of the blocks of diffkern.nn'

@@ -99,7 +99,7 @@ def _form(upsample: bool, precision: Precision) -> int:
 
 
 def _check(name: str, **operands: Tensor) -> None:
-    refuse_onnx(name)
+    refuse_onnx(name, "torch.nn.functional.conv2d")
     for argument, t in operands.items():
         if isinstance(t, Tensor) and t.device.type not in ("cpu", "meta"):
             raise RuntimeError(

@@ -285,3 +285,43 @@ def test_without_vectors_all_is_torchs() -> None:
         "assert torch.equal(convolve(conv, x), conv(x))\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, "DIFFKERN_ISA": "scalar"})
+
+
+# --------------------------------------------------------------------------------- what somebody has put in their place
+def test_replaced_arithmetic_of_a_layer_or_of_the_class_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As seamless images are made: circular borders by a `_conv_forward` of the object, or of all convolutions."""
+
+    def circular(self: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="circular"), weight, bias)
+
+    x, conv = image(), layer()
+    wanted = circular(conv, x, conv.weight, conv.bias)
+    assert is_ours(conv, x)
+    conv._conv_forward = circular.__get__(conv)  # type: ignore[method-assign]
+    assert not is_ours(conv, x)
+    assert torch.equal(convolve(conv, x), wanted)
+    del conv._conv_forward
+    assert is_ours(conv, x)
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", circular)
+    assert not is_ours(conv, x)
+    assert torch.equal(convolve(conv, x), wanted)
+
+
+def test_weights_and_biases_of_other_shapes_and_strides() -> None:
+    x, conv = image(), layer()
+    conv.bias = nn.Parameter(torch.ones(1).expand(32))
+    torch.testing.assert_close(convolve(conv, x), conv(x))
+    conv.bias = nn.Parameter(torch.ones(64)[::2].double())
+    assert not is_ours(conv, x)
+    five = layer()
+    five.weight = nn.Parameter(torch.randn(32, 16, 5, 5))  # of a layer that still says 3 x 3
+    assert not is_ours(five, x)
+    assert convolve(five, x).shape == (2, 32, 6, 6)
+
+
+def test_a_graph_before_dispatch_holds_torchs_convolution() -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    conv = layer().requires_grad_(False)
+    graph = make_fx(lambda x: convolve(conv, x), pre_dispatch=True)(image())
+    assert "diffkern" not in graph.code
