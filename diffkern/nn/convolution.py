@@ -66,7 +66,7 @@ def is_ours(conv: Any, x: Tensor, upsample: bool = False) -> bool:
 
 
 def _is_plain(t: Tensor) -> bool:
-    return type(t) in (Tensor, nn.Parameter) and t.dtype == torch.float32 and t.device.type == "cpu"
+    return type(t) in (Tensor, nn.Parameter) and t.dtype == torch.float32 and t.is_cpu
 
 
 def _geometry(conv: Any) -> tuple[Any, ...]:
