@@ -1,7 +1,9 @@
-"""Seeds faults into copies of csrc/core and csrc/cuda and checks that tests/ptx catches every one (`make mutants`).
+"""Seeds faults into copies of the kernels and checks that a test catches every one (`make mutants`).
 
-A fault that survives is a missing test. The CPU kernels stay as they are, so a fault in a shared formula shows as a
-difference between the two. Usage: python tools/mutants.py [NAME ...]   (no name: all of them; --list: their names)
+A fault that survives is a missing test. Those in csrc/core and csrc/cuda are for tests/ptx; the CPU kernels stay as
+they are there, so that a fault in a shared formula shows as a difference between the two. Those in csrc/cpu are for
+tests/ops: the CPU module is built with them, in minutes for the first and seconds for each after it.
+Usage: python tools/mutants.py [NAME ...]   (no name: all of them; --list: their names)
 """
 
 # ruff: noqa: E501 (the table of mutants)
@@ -109,6 +111,20 @@ MUTANTS = (
     Mutant("norm: 32-bit number of a chunk", "cuda/group_norm.cuh", "const int64_t chunk = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;", "const int chunk = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);", "group_norm"),
     Mutant("norm: 32-bit stride of the batch", "cuda/group_norm_grad.cu", "(args.grad_out.data) + place.b * args.grad_out.batch_stride +", "(args.grad_out.data) + static_cast<int>(place.b * args.grad_out.batch_stride) +", "group_norm"),
     Mutant("norm: gradient by the saved statistics of a neighbour", "cuda/group_norm_grad.cu", "c = index % p.channels, at = b * p.groups + c / norm_width(p);", "c = index % p.channels, at = b * p.groups;", "group_norm"),
+    Mutant("conv: first row of the image left out", "cpu/conv3x3.cpp", "inside = y >= 0 && y < args.height && x >= 0", "inside = y > 0 && y < args.height && x >= 0", "conv3x3"),
+    Mutant("conv: last column of the image left out", "cpu/conv3x3.cpp", "x >= 0 && x < args.width;", "x >= 0 && x < args.width - 1;", "conv3x3"),
+    Mutant("conv: last block of inputs forgotten", "cpu/conv3x3.cpp", "block < blocks; ++block", "block < std::max(blocks - 1, int64_t{1}); ++block", "conv3x3"),
+    Mutant("conv: sums of earlier blocks lost", "cpu/conv3x3.cpp", "depth, block > 0, kInputs});", "depth, false, kInputs});", "conv3x3"),
+    Mutant("conv: panels of a round as if it were the first", "cpu/conv3x3.cpp", "(args.panel + panel) * kConvPanel", "panel * kConvPanel", "conv3x3"),
+    Mutant("conv: weights of a task's first panel for its second", "cpu/conv3x3.cpp", "panel + k / kConvPanel) * args.inputs + c", "panel) * args.inputs + c", "conv3x3"),
+    Mutant("conv: last tile of the last strip left out", "cpu/conv3x3.cpp", "tiles = std::min(all.strip, all.all - first);", "tiles = std::min(all.strip, all.all - first - (first > 0));", "conv3x3"),
+    Mutant("conv: bias forgotten in a last panel", "cpu/conv3x3.cpp", "bias = args.bias == nullptr ? zeros", "bias = args.bias == nullptr || outputs % kConvPanel != 0 ? zeros", "conv3x3"),
+    Mutant("conv: taps turned over the diagonal", "cpu/conv3x3.cpp", "tap / 3 * args.stride[2] + tap % 3 * args.stride[3]", "tap % 3 * args.stride[2] + tap / 3 * args.stride[3]", "conv3x3"),
+    Mutant("conv: rows as if the image had no border in memory", "cpu/conv3x3.cpp", "y * args.x_row + x * args.x_pixel", "y * args.width * args.x_pixel + x * args.x_pixel", "conv3x3"),
+    Mutant("conv: outputs of a square's last input twice", "cpu/conv3x3.cpp", "(output / kInPanel * args.inputs + c0 + c) * kConvPanel", "(output / kInPanel * args.inputs + c0 + std::min(c, kSquare - 2)) * kConvPanel", "conv3x3"),
+    Mutant("conv: a tile's last difference turned round", "cpu/winograd.h", "v[3] = sub(d[1], d[3]);", "v[3] = sub(d[3], d[1]);", "conv3x3"),
+    Mutant("conv: fourth power of a point for its third", "cpu/winograd.h", "fma(8.0f, difference2, difference1)", "fma(16.0f, difference2, difference1)", "conv3x3"),
+    Mutant("conv: twins as one", "cpu/winograd.h", "u[1] = add(add(g[0], g[2]), g[1]);", "u[1] = mul(0.5f, add(add(g[0], g[2]), g[1]));", "conv3x3"),
 )  # fmt: skip
 
 
@@ -121,19 +137,44 @@ def replace_once(text: str, mutant: Mutant) -> str:
     return re.sub(pattern, lambda _: mutant.new, text)
 
 
-def run(mutant: Mutant, folder: Path) -> tuple[str, float]:
-    """("caught" | "survived" | what went wrong, seconds). PTX of files that did not change is found in the folder."""
-    start = time.monotonic()
+def of_kernels(mutant: Mutant, folder: Path) -> tuple[Path, dict[str, str]]:
+    """The tests and their environment. PTX of files that did not change is found in the folder."""
     csrc = folder / "csrc"
     shutil.rmtree(csrc, ignore_errors=True)
     for part in ("core", "cuda"):
         shutil.copytree(ROOT / "csrc" / part, csrc / part)
     file = csrc / mutant.file
     file.write_text(replace_once(file.read_text(), mutant))
+    return ROOT / "tests" / "ptx", {"DIFFKERN_PTX_CSRC": str(csrc), "PTXSIM_CACHE": str(folder / "cache")}
+
+
+def of_the_cpu(mutant: Mutant, folder: Path) -> tuple[Path, dict[str, str]]:
+    """The same for a CPU module of the mutant beside a copy of the package. Other mutants' files become right again."""
+    tree, site = folder / "tree", folder / "site"
+    if not tree.exists():
+        shutil.copytree(ROOT / "csrc", tree / "csrc")
+        shutil.copy(ROOT / "CMakeLists.txt", tree)
+        shutil.copytree(ROOT / "diffkern", tree / "diffkern", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        shutil.copytree(tree / "diffkern", site / "diffkern")
+        configure = ["cmake", "-S", str(tree), "-B", str(folder / "build"), "-G", "Ninja", "-DDIFFKERN_CUDA=off"]
+        configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DDIFFKERN_OUTPUT_DIR={site / 'diffkern'}"]
+        subprocess.run(configure, check=True, capture_output=True)
+    for name in {m.file for m in MUTANTS if m.file.startswith("cpu/")}:
+        right, file = (ROOT / "csrc" / name).read_text(), tree / "csrc" / name
+        wanted = replace_once(right, mutant) if name == mutant.file else right
+        if file.read_text() != wanted:
+            file.write_text(wanted)
+    subprocess.run(["cmake", "--build", str(folder / "build")], check=True, capture_output=True)
+    return ROOT / "tests" / "ops", {"DIFFKERN_SITE": str(site), "PYTHONPATH": str(site)}
+
+
+def run(mutant: Mutant, folder: Path) -> tuple[str, float]:
+    """("caught" | "survived" | what went wrong, seconds)."""
+    start = time.monotonic()
+    tests, more = (of_the_cpu if mutant.file.startswith("cpu/") else of_kernels)(mutant, folder)
     command = [
         sys.executable,
-        "-m",
-        "pytest",
+        str(Path(sys.executable).with_name("pytest")),  # -m would put the tree before a copy
         "-q",
         "-x",
         "-p",
@@ -141,9 +182,8 @@ def run(mutant: Mutant, folder: Path) -> tuple[str, float]:
         "-k",
         "not sm_90 and not sm_75",
     ]
-    command += [str(ROOT / "tests" / "ptx" / f"test_{mutant.tests}.py")]
-    environment = os.environ | {"DIFFKERN_PTX_CSRC": str(csrc), "PTXSIM_CACHE": str(folder / "cache")}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    command += [str(tests / f"test_{mutant.tests}.py")]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | more, capture_output=True, text=True)
     seconds = time.monotonic() - start
     if done.returncode == 0:
         return "SURVIVED", seconds
