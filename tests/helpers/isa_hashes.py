@@ -87,8 +87,22 @@ def hashes() -> dict[str, str]:
     return found
 
 
+def fused() -> dict[str, str]:
+    """What has the same bits at every level with fused products, which scalar has not."""
+    from diffkern import ops
+    from helpers.op_cases import values
+
+    found: dict[str, str] = {}
+    for name, form in (("exact", {}), ("fast", {"precision": "fast"}), ("upsampled", {"upsample": True})):
+        for batch, inputs, outputs, size in ((1, 5, 3, (3, 5)), (3, 97, 66, (9, 13))):
+            x, weight = values((batch, inputs, *size), 1), values((outputs, inputs, 3, 3), 2)
+            made = ops.conv3x3(x, weight, values((1, outputs), 3)[0], **form)  # type: ignore[arg-type]
+            found[f"conv3x3 {name} {inputs}"] = digest(made, ops.pack_conv3x3(weight, **form))  # type: ignore[arg-type]
+    return found
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
     from diffkern._load import build_info
 
-    print(json.dumps({"isa": build_info()["isa"], "hashes": hashes()}))
+    print(json.dumps({"isa": build_info()["isa"], "hashes": hashes(), "fused": fused()}))

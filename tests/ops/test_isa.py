@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -17,7 +18,8 @@ LEVELS = list(_load.layout()["isa"])  # the least first
 AVAILABLE = LEVELS[: LEVELS.index(_load.build_info()["isa_best"]) + 1]
 
 
-def hashes_at(level: str) -> dict[str, str]:
+@functools.cache
+def made_at(level: str) -> dict[str, dict[str, str]]:
     package = str(Path(diffkern.__file__).parent.parent)
     path = os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
@@ -29,7 +31,16 @@ def hashes_at(level: str) -> dict[str, str]:
     )
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["isa"] == level
-    return result["hashes"]
+    return result
+
+
+def hashes_at(level: str) -> dict[str, str]:
+    return made_at(level)["hashes"]
+
+
+def needs(level: str) -> None:
+    if level not in AVAILABLE:
+        pytest.skip(f"this machine has {len(AVAILABLE)} of {len(LEVELS)} levels: {', '.join(AVAILABLE)}")
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +58,15 @@ def test_the_level_in_use_has_the_bits_of_scalar(scalar: dict[str, str]) -> None
 
 @pytest.mark.parametrize("level", LEVELS[1:])
 def test_every_level_has_the_bits_of_scalar(level: str, scalar: dict[str, str]) -> None:
-    if level not in AVAILABLE:
-        pytest.skip(f"this machine has {len(AVAILABLE)} of {len(LEVELS)} levels: {', '.join(AVAILABLE)}")
+    needs(level)
     if level == _load.build_info()["isa"]:
         return  # compared above
     there = hashes_at(level)
     assert {name for name in there if there[name] != scalar[name]} == set()
+
+
+@pytest.mark.parametrize("level", LEVELS[2:])
+def test_levels_with_fused_products_agree(level: str) -> None:
+    """Convolutions, whose sums of products scalar rounds twice a term."""
+    needs(level)
+    assert made_at(level)["fused"] == made_at("avx2")["fused"]
