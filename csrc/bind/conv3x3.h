@@ -137,8 +137,8 @@ struct Conv3x3Ops {
     const Operand x("x", read_x);
     args.x = static_cast<const float*>(x.data());
     args.x_batch = x.strides[0], args.x_row = x.strides[2], args.x_pixel = x.strides[3];
-    const MaybeTensor read_bias = bias ? MaybeTensor(contiguous(bias, *bias_tensor)) : MaybeTensor();
-    args.bias = static_cast<const float*>(bias ? read_bias->data_ptr() : nullptr);
+    const Tensor read_bias = bias ? contiguous(bias, *bias_tensor) : read_x;
+    args.bias = bias ? static_cast<const float*>(read_bias.data_ptr()) : nullptr;
     args.out = static_cast<float*>(out.mutable_data_ptr());
     args.panels = weight.panels;
     if (packed) {
