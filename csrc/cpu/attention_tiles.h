@@ -1,4 +1,5 @@
-// The inner loops of attention, one table of them for every instruction set; forward and backward are written in them.
+// The inner loops of attention, one table of them for every instruction set; forward and backward are written in them,
+// and the products of convolutions (conv3x3.cpp).
 // A tile is a small matrix in scratch memory whose rows are vectors: queries (or channels) lie on the columns.
 #pragma once
 
@@ -8,7 +9,8 @@ namespace dk::cpu {
 
 constexpr int64_t kTileLanes = 16;  // the columns of tiles are a multiple of it, at every level (but see `lanes`)
 
-constexpr int64_t kTileDepth = 48;  // longer chains would round worse than torch's; shorter ones would cost time
+// Of attention: longer chains would round worse than torch's; shorter ones would cost time.
+constexpr int64_t kTileDepth = 48;
 
 // Two neighbours along the summed axis, the first one in the low half: what a bfloat16 dot product takes.
 struct Pair {
@@ -27,7 +29,7 @@ struct TileProduct {
   int64_t c_row;
   int64_t rows, columns, depth;  // columns: a multiple of kTileLanes
   bool accumulate;
-  int64_t chain = kTileDepth;
+  int64_t chain = kTileDepth;  // a block of inputs in convolutions
 };
 
 // One tile of logits [keys][queries] becomes weights, with the running maximum and sum of every query (a column).

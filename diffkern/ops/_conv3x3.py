@@ -54,6 +54,7 @@ def conv3x3(
     ``precision``, as of their 16 points 7 are differences of equal pixels. The bits of a sample depend neither on the
     batch nor on the number of threads, and are the same with AVX2 and AVX-512. A NaN or infinity spoils the outputs
     that read it, as NaN or an infinity ("fast": also outputs up to two pixels beyond those, of the same tile of 4 x 4).
+    Sums of inputs are made first, which overflow beyond 8e37 ("fast": 3e36).
 
     ``packed``: `pack_conv3x3` of this very weight, which saves what is otherwise done in every call; who passes it
     says that the weight has not changed since. Autocast does not touch the op. Differentiable any number of times; by
