@@ -25,6 +25,7 @@ in wings:
 | `guidance` | models that guide models |
 | `simulate` | ODEs, SDEs and probability paths, for study; `simulate.likelihood`: exact densities |
 | `nn` | attention blocks and a UNet |
+| `data`, `train`, `generate`, `metrics` | from a folder of images to samples with their scores |
 | `ops`, `reference` | the native ops; the same in plain torch |
 | `streams`, `brownian` | the addresses of noise; Brownian paths by address |
 | `compat` | drop-ins for other libraries, a module each |
@@ -89,7 +90,7 @@ from diffkern.schedules.predictions import convert
 from diffkern.simulate.likelihood import log_likelihood
 
 if TYPE_CHECKING:
-    from diffkern import compat, nn
+    from diffkern import compat, data, generate, metrics, nn, train
 
 __version__ = "0.1.0"
 
@@ -105,17 +106,20 @@ __all__ = [
     "compat",
     "convert",
     "cuda_status",
+    "data",
     "denoising_score_matching_loss",
     "diffusion",
     "draw_seeds",
     "drop_condition",
     "edm_loss",
     "flow_matching_loss",
+    "generate",
     "guidance",
     "hybrid_loss",
     "implicit_score_matching_loss",
     "initial",
     "log_likelihood",
+    "metrics",
     "ncsn_loss",
     "nn",
     "noised",
@@ -135,6 +139,7 @@ __all__ = [
     "simulate",
     "sliced_score_matching_loss",
     "streams",
+    "train",
     "transition_logprob",
     "uniform_times",
     "vlb_loss",
@@ -148,8 +153,8 @@ __all__ += makers.__all__
 if not TYPE_CHECKING:  # a checker that saw this would take any name for one of the package
 
     def __getattr__(name: str) -> Any:
-        """`nn` and `compat` when they are first asked for."""
-        if name in ("compat", "nn"):
+        """The wings that `import diffkern` leaves out, when they are first asked for."""
+        if name in ("compat", "data", "generate", "metrics", "nn", "train"):
             return import_module(f"diffkern.{name}")
         raise AttributeError(f"module 'diffkern' has no attribute {name!r}")
 

@@ -73,6 +73,8 @@ WALLS = {
     "records": "",
     "storage": "",
     "progress": "",
+    "extras": "",
+    "parallel": "",
     "signatures": "checks",
     "_load": "",
     "schedules": "modes integers checks names records",
@@ -91,6 +93,10 @@ WALLS = {
     "diffusion": "modes checks names records storage schedules plan ops draws samplers nn objectives sampling simulate",
     "compat": "modes streams tableaus integers checks names schedules plan ops brownian samplers nn "
     "objectives sampling simulate diffkern",
+    "data": "",
+    "metrics": "",
+    "train": "",
+    "generate": "",
     "demo": "streams names records storage schedules plan ops samplers nn objectives sampling diffusion",
     "command": "checks records storage _load schedules plan samplers nn demo diffkern",
     "diffkern": "streams _load schedules plan reference ops brownian samplers objectives guidance sampling simulate "

@@ -1,0 +1,3 @@
+"""How good a set of images is, by features of a network: distances, precision and recall, agreement."""
+
+from __future__ import annotations

@@ -1,0 +1,103 @@
+"""Where this process stands among those of its job, on torch.distributed alone: all that training, sampling and
+evaluation on many devices ask for.
+
+Without a job (no torchrun) a process is rank 0 of 1 and everything here is the identity, so that callers need no case
+of their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+__all__ = ["barrier", "device_of", "gathered", "is_main", "job", "rank", "share", "summed", "world"]
+
+
+def _running() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """Number of this process in its job, from 0."""
+    return dist.get_rank() if _running() else 0
+
+
+def world() -> int:
+    """How many processes the job has."""
+    return dist.get_world_size() if _running() else 1
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return rank() == 0
+
+
+def device_of(name: str) -> torch.device:
+    """The device of this process: ``name`` itself, or of "cuda" the GPU that torchrun's LOCAL_RANK gives it."""
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return torch.device(name)
+
+
+@contextlib.contextmanager
+def job(device: torch.device, timeout: float = 600.0) -> Iterator[None]:
+    """The job that torchrun's environment describes, for a while: NCCL on GPUs, gloo elsewhere.
+
+    Nothing where torchrun started nothing (no WORLD_SIZE), and where a job is running already. ``timeout``, seconds:
+    how long a rank waits for one that does not come before it ends with an error.
+    """
+    if _running() or "WORLD_SIZE" not in os.environ:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def share(n: int) -> range:
+    """Of n things this rank's: floor(r n/w) .. floor((r + 1) n/w) - 1; the ranks' parts follow each other."""
+    return range(rank() * n // world(), (rank() + 1) * n // world())
+
+
+def summed(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The sums of each over all ranks, in place; in their own dtype, so float64 stays exact to its rounding."""
+    if world() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+    return tensors
+
+
+def gathered(value: Any) -> list[Any]:
+    """The JSON-able ``value`` of every rank, by rank. Travels as JSON: nothing is unpickled."""
+    if world() == 1:
+        return [value]
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world())]
+    dist.all_gather(sizes, torch.tensor([text.numel()], device=device))
+    most = int(max(size.item() for size in sizes))
+    padded = torch.zeros(most, dtype=torch.uint8, device=device)
+    padded[: text.numel()] = text
+    every = [torch.empty_like(padded) for _ in range(world())]
+    dist.all_gather(every, padded)
+    texts = (bytes(found[: int(size)].tolist()) for found, size in zip(every, sizes, strict=True))
+    return [json.loads(text) for text in texts]
+
+
+def barrier() -> None:
+    """Waits until every rank is here."""
+    if world() > 1:
+        dist.barrier()

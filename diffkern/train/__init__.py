@@ -1,0 +1,3 @@
+"""Training a `diffkern.Diffusion`: configuration, loop, averages, checkpoints, on one machine or many."""
+
+from __future__ import annotations
