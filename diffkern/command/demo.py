@@ -9,9 +9,9 @@ import sys
 
 import torch
 
-from diffkern import _load, records
+from diffkern import _load, pictures, records
 from diffkern.command._machine import crowding
-from diffkern.demo import checkpoint, pictures
+from diffkern.demo import checkpoint
 from diffkern.demo.checkpoint import Recipe
 from diffkern.demo.data import CLASSES
 from diffkern.demo.generate import DEFAULT_STEPS, generate, make_plan
@@ -139,12 +139,13 @@ def _sample(arguments: argparse.Namespace) -> int:
     )
     if folder is not None:
         for j, (image, digit) in enumerate(zip(made.images, classes.tolist(), strict=True), start=arguments.first):
-            pictures.write(pictures.tile(image, arguments.scale), folder / f"{j:05d}_class{digit}.png")
+            pictures.write(pictures.tile(image, arguments.scale, ink=True), folder / f"{j:05d}_class{digit}.png")
         print(f"{len(classes)} images in {folder}")
     if path is not None:
         columns = len(chosen) if repeats > 1 else min(10, len(chosen))
         title = grid_title(plan, recipe.guidance)
-        pictures.write(pictures.class_grid(made.images, classes, title, columns=columns, scale=arguments.scale), path)
+        drawn = pictures.class_grid(made.images, classes, title, columns=columns, scale=arguments.scale, ink=True)
+        pictures.write(drawn, path)
         print(f"{len(classes)} images in {path}")
     print(f"{made.model_seconds:.2f} s in the model, {made.update_seconds:.3f} s in the sampler")
     return 0

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 
-from diffkern import storage
-from diffkern.demo import checkpoint, need, pictures
+from diffkern import pictures, storage
+from diffkern.demo import checkpoint, need
 from diffkern.demo.checkpoint import Recipe
 from diffkern.demo.data import CLASSES, Digits, load_digits
 from diffkern.demo.evaluate import Judge, train_judge
 from diffkern.demo.generate import class_rows, generate, make_plan
+from diffkern.demo.pictures import forward_strip, trajectory_strip
 from diffkern.demo.train import TrainConfig, train
 from diffkern.nn import UNet
 from diffkern.plan import Plan
@@ -104,7 +105,7 @@ def run_demo(config: DemoConfig | None = None) -> list[Line]:
     digits = load_digits()
     _say(f"{len(digits.images)} digits to train on, {len(digits.held_out_images)} kept apart; writing to {out}")
     one_of_each = torch.stack([digits.images[digits.labels == c][0] for c in range(CLASSES)])
-    pictures.write(pictures.forward_strip(one_of_each, schedule, recipe.prediction), out / "forward.png")
+    pictures.write(forward_strip(one_of_each, schedule, recipe.prediction), out / "forward.png")
     judge = train_judge(digits, epochs=config.judge_epochs, progress=config.progress)
     lines = [_real(digits, judge, out)]
 
@@ -125,9 +126,7 @@ def run_demo(config: DemoConfig | None = None) -> list[Line]:
     for sampler, steps in config.runs:
         lines.append(_sampler(sampler, steps, trained.model, recipe, judge, config))
     plan = make_plan("ddim", schedule, min(50, recipe.timesteps), prediction=recipe.prediction)
-    strip = pictures.trajectory_strip(
-        trained.model, plan, class_rows(CLASSES, 1), guidance=recipe.guidance, seed=recipe.seed
-    )
+    strip = trajectory_strip(trained.model, plan, class_rows(CLASSES, 1), guidance=recipe.guidance, seed=recipe.seed)
     pictures.write(strip, out / "trajectory.png")
 
     total = time.perf_counter() - start
@@ -171,7 +170,9 @@ def _real(digits: Digits, judge: Judge, out: Path) -> Line:
     order = [images[labels == c][:GRID_ROWS] for c in range(CLASSES)]
     rows = torch.stack(order, dim=1).flatten(0, 1)
     shown = class_rows(CLASSES, GRID_ROWS)
-    pictures.write(pictures.class_grid(rows, shown, "real digits, kept apart from the training"), out / "real.png")
+    pictures.write(
+        pictures.class_grid(rows, shown, "real digits, kept apart from the training", ink=True), out / "real.png"
+    )
     return Line("real digits", None, None, None, None, quality.agreement, quality.frechet)
 
 
@@ -189,7 +190,7 @@ def _sampler(sampler: str, steps: int, model: UNet, recipe: Recipe, judge: Judge
         progress=f"{plan.name} {steps}" if config.progress else False,
     )
     shown = GRID_ROWS * CLASSES
-    picture = pictures.class_grid(made.images[:shown], classes[:shown], grid_title(plan, recipe.guidance))
+    picture = pictures.class_grid(made.images[:shown], classes[:shown], grid_title(plan, recipe.guidance), ink=True)
     pictures.write(picture, config.out / f"{plan.name}_{steps}.png")
     quality = judge.measure(made.images, classes)
     return Line(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.lazy import needs
 
-from diffkern.demo import pictures
+from diffkern import pictures
 from diffkern.demo.generate import class_rows
 from diffkern.demo.run import Line, markdown
 
@@ -19,19 +19,19 @@ pytestmark = needs("sklearn", "matplotlib", "PIL", "safetensors", "tqdm")
 # ------------------------------------------------------------------------------------------------------------- pictures
 def test_tiles_and_grids(tmp_path: Path) -> None:
     image = torch.full((1, 8, 8), -1.0)
-    assert set(np.asarray(pictures.tile(image)).reshape(-1).tolist()) == {255}
+    assert set(np.asarray(pictures.tile(image, ink=True)).reshape(-1).tolist()) == {255}
     image[0, 2:6, 2:6] = 1.0
-    tile = np.asarray(pictures.tile(image, scale=4))
+    tile = np.asarray(pictures.tile(image, scale=4, ink=True))
     assert tile.shape == (40, 40)
     assert tile[20, 20] < 40
     assert tile[0, 0] == 255
-    picture = pictures.class_grid(image.expand(6, 1, 8, 8), class_rows(3, 2), "words above", columns=3)
+    picture = pictures.class_grid(image.expand(6, 1, 8, 8), class_rows(3, 2), "words above", columns=3, ink=True)
     pictures.write(picture, tmp_path / "new" / "grid.png")
     assert (tmp_path / "new" / "grid.png").stat().st_size > 0
     assert picture.size[0] > 3 * 80
     assert picture.size[1] > 2 * 80
     with pytest.raises(ValueError, match=r"image must have shape \(1, H, W\)"):
-        pictures.tile(torch.zeros(3, 8, 8))
+        pictures.tile(torch.zeros(2, 8, 8))
     with pytest.raises(ValueError, match="at least one image"):
         pictures.grid([])
 
@@ -49,3 +49,13 @@ def test_table_reads_as_markdown() -> None:
         "2.35",
     ]
     assert len({len(row) for row in rows}) == 1
+
+
+def test_colour_tiles_show_the_image_as_it_is() -> None:
+    red = torch.tensor([1.0, -1.0, -1.0]).view(3, 1, 1).expand(3, 8, 8)
+    tile = np.asarray(pictures.tile(red, scale=2))
+    assert tile.shape == (20, 20, 3)
+    assert tile[10, 10].tolist() == [255, 0, 0]
+    grey = np.asarray(pictures.tile(torch.full((1, 8, 8), 1.0), scale=1))
+    assert grey[5, 5] == 255  # white is 1 where nothing says ink
+    assert pictures.grid([red.expand(2, 3, 8, 8)], title="colour").mode == "RGB"

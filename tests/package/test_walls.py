@@ -74,6 +74,7 @@ WALLS = {
     "storage": "",
     "progress": "",
     "extras": "",
+    "pictures": "records storage extras",
     "parallel": "",
     "signatures": "checks",
     "_load": "",
@@ -97,8 +98,8 @@ WALLS = {
     "metrics": "",
     "train": "",
     "generate": "",
-    "demo": "streams names records storage schedules plan ops samplers nn objectives sampling diffusion",
-    "command": "checks records storage _load schedules plan samplers nn demo diffkern",
+    "demo": "streams names records storage pictures schedules plan ops samplers nn objectives sampling diffusion",
+    "command": "checks records storage pictures _load schedules plan samplers nn demo diffkern",
     "diffkern": "streams _load schedules plan reference ops brownian samplers objectives guidance sampling simulate "
     "diffusion",
     "__main__": "",
