@@ -76,6 +76,8 @@ ReverseVariance = Literal["beta", "beta_tilde"]
 """Of a reverse step: its upper and its lower bound."""
 LearnedVariance = Literal[ReverseVariance, "learned"]
 """The same, or what the network says of it."""
+Crop = Literal["center", "random"]
+"""Where an image that is longer than wide is cut to a square."""
 NoisePath = Literal["independent", "brownian"]
 """Where a sampler's noise comes from: an address a step, or one Brownian path a sample."""
 MultistepSolver = Literal["midpoint", "heun"]

@@ -30,6 +30,8 @@ DATA = 8 << SHIFT
 """Which of the given data points a sample is drawn from."""
 DEQUANTISATION = 9 << SHIFT
 """The uniform noise that makes integers continuous, one normal an element, before their likelihood is taken."""
+AUGMENTATION = 10 << SHIFT
+"""``AUGMENTATION + k``: how a training image is flipped (0) and cropped (1)."""
 USER = 1024 << SHIFT
 """First stream that diffkern never uses itself."""
 
@@ -47,6 +49,7 @@ NAMES: dict[str, int] = {
     "time": TIME,
     "data": DATA,
     "dequantisation": DEQUANTISATION,
+    "augmentation": AUGMENTATION,
 }
 
 

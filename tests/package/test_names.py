@@ -14,7 +14,7 @@ import torch
 from helpers.lazy import needs
 
 import diffkern
-from diffkern import draws, guidance, names, nn, objectives, ops, samplers, schedules
+from diffkern import data, draws, guidance, names, nn, objectives, ops, samplers, schedules
 from diffkern.compat.score_sde._ode import check_solver
 from diffkern.objectives import flow_matching, time_sampling, variational, weightings
 from diffkern.ops import _attention, _common, _conv3x3
@@ -82,6 +82,7 @@ TAKERS: dict[str, tuple[Any, Callable[[Any], object]]] = {
     "ShiftKind": (names.ShiftKind, lambda w: grids.dynamically_shifted(torch.tensor([1.0, 0.5]), 1.0, w)),
     "ReverseVariance": (names.ReverseVariance, weightings.VLB),
     "LearnedVariance": (names.LearnedVariance, lambda w: (samplers.ddpm(S, 4, variance=w), variational_table(w))),
+    "Crop": (names.Crop, lambda w: data.open_images("digits", crop=w)),
     "NoisePath": (names.NoisePath, lambda w: samplers.dpmpp_sde(S, 4, noise_path=w)),
     "MultistepSolver": (names.MultistepSolver, lambda w: samplers.dpmpp_2m_sde(S, 4, solver=w)),
     "UniPCVariant": (names.UniPCVariant, lambda w: samplers.unipc(S, 4, variant=w)),

@@ -94,7 +94,7 @@ WALLS = {
     "diffusion": "modes checks names records storage schedules plan ops draws samplers nn objectives sampling simulate",
     "compat": "modes streams tableaus integers checks names schedules plan ops brownian samplers nn "
     "objectives sampling simulate diffkern",
-    "data": "",
+    "data": "streams integers checks names records progress extras parallel ops draws",
     "metrics": "",
     "train": "",
     "generate": "",

@@ -1,0 +1,185 @@
+"""`open_images`: images of whatever they are kept in."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffkern.checks import unknown
+from diffkern.data import _arrays, _cache, _folder
+from diffkern.data._arrays import Arrays
+from diffkern.data._build import Source
+from diffkern.data._builtin import BUILTIN
+from diffkern.data._pixels import Fit
+from diffkern.data.images import Images, Subset, digest, drawn
+from diffkern.data.stored import About, ArrayImages, RaggedImages
+from diffkern.integers import integer
+from diffkern.names import Crop
+
+__all__ = ["open_images"]
+
+
+def open_images(
+    source: Any,
+    *,
+    size: int | None = None,
+    channels: int | None = None,
+    crop: Crop = "center",
+    flip: bool = False,
+    cache: str | os.PathLike[str] | bool | None = None,
+    skip_bad: bool = False,
+    labels: bool | Tensor | Sequence[int] | None = None,
+    limit: int | None = None,
+    progress: bool | str = False,
+) -> Images:
+    """The images of a source, x0 in [-1, 1], with their labels where it has them.
+
+    ``source``:
+      * a folder: its images and those of the folders in it, in the order of their names; classes are its subfolders
+        where every image lies in one;
+      * a file .npy or .npz of arrays, images [N, C, H, W], [N, H, W, C] or [N, H, W], uint8 or floats in [-1, 1];
+      * such a tensor or array, or a pair (images, labels);
+      * "digits", which scikit-learn ships;
+      * `Images`, as they are.
+
+    ``size``: a square of this side: the shorter side is resized to it once (antialiased bicubic), of the longer
+    ``crop`` keeps the center or, in training, a random part. Without it images have one size and keep it. ``channels``:
+    1 or 3; without it 1 where all images are grey. ``flip``: half of the images from left to right in training.
+
+    Pictures are turned as their EXIF data say; transparency lies on white; 16 bits of grey become 8; CMYK, palettes and
+    other colour spaces become RGB; of an animation the first picture counts. Those that cannot be read are named in one
+    error, or with ``skip_bad`` left out and counted (`Images.skipped`).
+
+    ``cache``: the folder for arrays of resized images, kept under a hash of names, sizes, times of change and options;
+    None: the user's own (~/.cache/diffkern/images), False: in memory. ``labels``: those of the images, int64 [N], in
+    place of the source's; False: none; True: ValueError where it has none. ``limit``: so many of the images, drawn once
+    and for all. ``progress``: a bar while pictures are read.
+
+    Raises ValueError for a source that is none of these, has no image or images of several sizes without ``size``, and
+    for options out of their range; OSError where the cache cannot be written; MissingExtra without Pillow.
+    """
+    if crop not in get_args(Crop):
+        raise ValueError(unknown("crop", crop, get_args(Crop)))
+    if channels not in (None, 1, 3):
+        raise ValueError(f"channels must be 1, 3 or None, got {channels!r}")
+    fit = Fit(None if size is None else integer("size", size), channels == 1, crop == "random")
+    limit = None if limit is None else integer("limit", limit)
+    opener = _Opener(fit, channels, bool(flip), _cache.folder_of(cache), skip_bad, labels, progress)
+    if isinstance(source, Images):
+        return _limited(opener.as_it_is(source), limit)
+    if isinstance(source, str) and source in BUILTIN:
+        return _limited(opener.arrays(BUILTIN[source]()), limit)
+    if isinstance(source, str | os.PathLike):
+        return opener.path(Path(source), limit)
+    if isinstance(source, tuple | list) and len(source) == 2 and isinstance(source[0], Tensor | np.ndarray):
+        return _limited(opener.arrays(Arrays(*source)), limit)
+    if isinstance(source, Tensor | np.ndarray):
+        return _limited(opener.arrays(Arrays(source)), limit)
+    raise ValueError(
+        f"source must be a folder, a file, a tensor of images, Images or one of {', '.join(BUILTIN)}, "
+        f"got {type(source).__name__}"
+    )
+
+
+def _limited(images: Images, limit: int | None) -> Images:
+    if limit is None or limit >= len(images):
+        return images
+    return Subset(images, torch.nonzero(drawn(len(images), limit))[:, 0])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Opener:
+    """The options, and images of each kind of source by them."""
+
+    fit: Fit
+    channels: int | None
+    flip: bool
+    folder: Path | None
+    skip_bad: bool
+    labels: Any
+    progress: bool | str
+
+    def as_it_is(self, images: Images) -> Images:
+        """ValueError for options that Images have decided already."""
+        wanted = self.fit.size, self.channels
+        has = images.shape[1:] == (wanted[0],) * 2, images.shape[0] == wanted[1]
+        if any(w is not None and not h for w, h in zip(wanted, has, strict=True)):
+            raise ValueError(
+                f"size and channels must be those of Images that are given, {list(images.shape)}, got {wanted}"
+            )
+        if self.flip or self.fit.whole or self.labels not in (None, True):
+            raise ValueError("flip, crop and labels must be given where images are opened, got Images with them")
+        return images
+
+    def path(self, path: Path, limit: int | None) -> Images:
+        """Of a folder or a file."""
+        if path.suffix in (".npy", ".npz") and path.is_file():
+            return _limited(self.arrays(_arrays.from_file(path)), limit)
+        if not path.is_dir():
+            what = "no such file" if not path.exists() else "none of these"
+            raise ValueError(
+                f"source must be a folder of images, a .npy or .npz file, or one of {', '.join(BUILTIN)}, "
+                f"got {str(path)!r}: {what}"
+            )
+        names = _folder.names_in(path)
+        if not names:
+            raise ValueError(f"source must be a folder with images (png, jpg, webp, ...), got {path} with none")
+        if limit is not None and limit < len(names):
+            names = [name for name, taken in zip(names, drawn(len(names), limit).tolist(), strict=True) if taken]
+        return self.pictures(_folder.source_of(path, names, self.labels is not False))
+
+    def arrays(self, arrays: Arrays) -> Images:
+        """Of arrays: as they are where the fit changes nothing, else built as pictures are."""
+        images, fit = arrays.images, self.fit
+        if not fit.keeps(*images.shape[1:]):
+            if images.dtype == np.uint8:
+                return self.pictures(_arrays.source_of(arrays))
+            images = np.stack([fit.floats(image) for image in images])
+        about = self._about(digest(images), arrays.labels, None, len(images), 0)
+        if fit.size is None or images.shape[2] == images.shape[3]:
+            return ArrayImages(images, about)
+        shapes = np.tile(np.array(images.shape[1:], np.int64), (len(images), 1))
+        return RaggedImages(images.reshape(-1), shapes, (fit.size, fit.size), about)
+
+    def pictures(self, source: Source) -> Images:
+        """Of pictures one by one, by way of the cache."""
+        found = _cache.laid(source, self.fit, self.folder, self.skip_bad, self.progress)
+        shapes, labels, bad = found.table.shapes, torch.from_numpy(found.table.labels), len(found.table.bad)
+        content = digest(found.table.digest, shapes)
+        about = self._about(content, labels if int(labels[0]) >= 0 else None, found.classes, len(labels), bad)
+        _, height, width = shapes[0].tolist()
+        size = (height, width) if self.fit.size is None else (self.fit.size, self.fit.size)
+        if (shapes == shapes[0]).all() and size == (height, width):
+            return ArrayImages(found.pixels.reshape(-1, *shapes[0].tolist()), about)
+        return RaggedImages(found.pixels, shapes, size, about)
+
+    def _about(
+        self, content: str, labels: Tensor | None, classes: tuple[str, ...] | None, count: int, skipped: int
+    ) -> About:
+        labels, classes = self._labelled(labels, classes, count)
+        options = repr((self.fit, self.channels, self.flip, classes))
+        fingerprint = digest(content, options, None if labels is None else labels.numpy())
+        return About(fingerprint, labels, classes, self.channels, self.flip, skipped)
+
+    def _labelled(
+        self, own: Tensor | None, classes: tuple[str, ...] | None, count: int
+    ) -> tuple[Tensor | None, tuple[str, ...] | None]:
+        """The labels by the option, and names for their classes."""
+        given = self.labels
+        if given is False:
+            return None, None
+        if given is None or given is True:
+            if own is None and given is True:
+                raise ValueError("labels must be in the source for labels=True, got images without")
+        else:
+            own, classes = _arrays.as_labels(given, count), None
+        if own is not None and classes is None:
+            classes = tuple(map(str, range(int(own.max()) + 1)))
+        return own, classes

@@ -1,0 +1,126 @@
+"""Images as arrays in memory or mapped from a file, augmented as they are read."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffkern import streams
+from diffkern.data.images import Images, check_indices
+from diffkern.draws import uniform_by_address
+
+__all__ = ["About", "ArrayImages", "RaggedImages"]
+
+
+class _Mapping(NamedTuple):
+    filename: str
+    dtype: str
+    offset: int
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class About:
+    """What goes with pixels."""
+
+    fingerprint: str
+    labels: Tensor | None = None
+    classes: tuple[str, ...] | None = None
+    channels: int | None = None
+    """3 for grey images too; None: as many as the pixels have."""
+    flip: bool = False
+    """Half of the images, by their seeds, from left to right."""
+    skipped: int = 0
+
+
+class _Stored(Images):
+    """What both kinds have: pixels of an index, then values, channels and flip."""
+
+    def __init__(self, pixels: np.ndarray, shape: tuple[int, int, int], about: About) -> None:
+        self.pixels = pixels
+        self.shape = (about.channels or shape[0], *shape[1:])
+        self.labels = about.labels
+        self.classes = about.classes
+        self.flip = about.flip
+        self.fingerprint = about.fingerprint
+        self.skipped = about.skipped
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process: of a mapped file where it is, not what it holds."""
+        state = self.__dict__.copy()
+        pixels = self.pixels
+        if isinstance(pixels, np.memmap) and pixels.flags.c_contiguous and pixels.filename is not None:
+            state["pixels"] = _Mapping(str(pixels.filename), pixels.dtype.str, pixels.offset, pixels.shape)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if isinstance(self.pixels, _Mapping):
+            filename, dtype, offset, shape = self.pixels
+            self.pixels = np.memmap(filename, dtype, "r", offset, shape)
+
+    @abstractmethod
+    def _pixels(self, indices: Tensor, seeds: Tensor | None) -> np.ndarray:
+        """[B, c, H, W] of memory of its own, uint8 or float32."""
+
+    def batch(self, indices: Tensor, seeds: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """uint8 v is v/127.5 - 1; float32 stays."""
+        check_indices(indices, seeds, len(self))
+        x0 = torch.from_numpy(self._pixels(indices, seeds))
+        if x0.dtype == torch.uint8:
+            x0 = x0.to(torch.float32).div_(127.5).sub_(1.0)
+        if x0.shape[1] != self.shape[0]:
+            x0 = x0.expand(-1, self.shape[0], -1, -1)
+        if self.flip and seeds is not None and len(seeds):
+            flipped = uniform_by_address(seeds, streams.AUGMENTATION) < 0.5
+            x0 = torch.where(flipped[:, None, None, None], x0.flip(3), x0)
+        return x0.contiguous(), None if self.labels is None else self.labels[indices]
+
+
+class ArrayImages(_Stored):
+    """Images of one size: an array [N, c, H, W], uint8 or float32 in [-1, 1], in memory or mapped from a file."""
+
+    def __init__(self, pixels: np.ndarray, about: About) -> None:
+        c, h, w = pixels.shape[1:]
+        super().__init__(pixels, (c, h, w), about)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def _pixels(self, indices: Tensor, seeds: Tensor | None) -> np.ndarray:
+        return np.asarray(self.pixels[indices.numpy()])
+
+
+class RaggedImages(_Stored):
+    """Images of several shapes, one behind the other in ``pixels``, from which windows of ``size`` are cut.
+
+    ``pixels``: uint8 or float32, one axis. ``shapes``, int64 [N, 3]: c, h, w of each, no side below ``size``. The
+    window lies at random by the image's seed, without one in the middle.
+    """
+
+    def __init__(self, pixels: np.ndarray, shapes: np.ndarray, size: tuple[int, int], about: About) -> None:
+        super().__init__(pixels, (int(shapes[:, 0].max()), *size), about)
+        self.shapes = shapes
+        self.offsets = np.concatenate([[0], np.cumsum(shapes.prod(1))])
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def _pixels(self, indices: Tensor, seeds: Tensor | None) -> np.ndarray:
+        _, height, width = self.shape
+        found = np.empty((len(indices), *self.shape), self.pixels.dtype)
+        places = np.full(len(indices), 0.5)
+        if seeds is not None and len(seeds):
+            places = uniform_by_address(seeds, streams.AUGMENTATION + 1).numpy()
+        for row, (i, u) in enumerate(zip(indices.tolist(), places.tolist(), strict=True)):
+            c, h, w = self.shapes[i].tolist()
+            image = self.pixels[self.offsets[i] : self.offsets[i + 1]].reshape(c, h, w)
+            # One side at most is longer than the window: one number places it. In the middle as `Fit` has it.
+            top, left = ((room // 2 if seeds is None else int(u * (room + 1))) for room in (h - height, w - width))
+            found[row] = image[:, top : top + height, left : left + width]
+        return found
