@@ -15,14 +15,25 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
-__all__ = ["barrier", "device_of", "gathered", "is_main", "job", "rank", "share", "summed", "world"]
+__all__ = ["bare", "barrier", "device_of", "gathered", "is_main", "job", "rank", "share", "summed", "world"]
 
 
 def _running() -> bool:
     return dist.is_available() and dist.is_initialized()
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The network inside of DistributedDataParallel and torch.compile."""
+    while True:
+        inside = getattr(model, "_orig_mod", None) or (
+            model.module if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel) else None
+        )
+        if inside is None:
+            return model
+        model = inside
 
 
 def rank() -> int:

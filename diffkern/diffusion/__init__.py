@@ -12,7 +12,7 @@ schedule, prediction and network, so that none of the three can be forgotten or 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -295,7 +295,7 @@ class Diffusion(nn.Module):
         plan = self.plan(sampler, steps, **given)
         if plan.init_scale == 0.0 and x is None:
             raise ValueError(f"x must be given for {plan.name}, which starts from data, got none")
-        shape = self._shape_of(n)
+        shape = _fit.shape_wanted(n, self.shape)
         device, model_dtype = self._home(dtype)
         drawn = draw_seeds(shape[0]).to(device) if seeds is None else as_seeds(seeds, shape[0], device)
         if x is None:
@@ -331,13 +331,25 @@ class Diffusion(nn.Module):
 
     # ---------------------------------------------------------------------------------------------------- storing
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+    def to_dict(self) -> dict[str, Any]:
+        """What ``config.json`` holds: plain data, functions and foreign networks by name alone."""
+        return _files.described(self)
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        weights: Mapping[str, Tensor] | None = None,
+        average: str | None = None,
+    ) -> None:
         """Write ``config.json`` and ``model.safetensors`` into a folder, each whole or not at all.
 
         A network of `diffkern.nn` is described in full; any other, and a schedule, weighting or time sampler made of
-        functions, is named only, and has to be given to `from_pretrained` again. Needs safetensors.
+        functions, is named only, and has to be given to `from_pretrained` again. ``weights`` are tensors to write for
+        those of the network that have their names, such as an average; ``average`` names what then is
+        ``average-NAME.safetensors``, beside the others. Needs safetensors. OSError for a disk that is full.
         """
-        _files.save(self, folder)
+        _files.save(self, folder, weights or {}, average)
 
     @classmethod
     def from_pretrained(
@@ -350,16 +362,20 @@ class Diffusion(nn.Module):
         times: TimesName | TimeSampler | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        average: str | float | None = None,
         **hub: Any,
     ) -> Diffusion:
         """What `save_pretrained` wrote, from a folder or a repository "owner/name" of the hub, in evaluation mode.
+
+        The folder of a training run gives its newest checkpoint; ``average`` which of its weights ("0.100" or 0.1,
+        "plain", "raw": as trained), the first average if None.
 
         ``model``, ``schedule``, ``weight``, ``times``: what the file can only name. The schedule given must be the one
         of the file. ``dtype`` is that of the weights in the file if None. ``hub`` (``revision``, ``subfolder``,
         ``token`` ...) goes to huggingface_hub. Nothing that the file says is imported or run; ValueError in one
         sentence for a file that does not fit.
         """
-        found = _files.load(cls, path, model, schedule=schedule, weight=weight, times=times, hub=hub)
+        found = _files.load(cls, path, model, schedule=schedule, weight=weight, times=times, average=average, hub=hub)
         return found.to(device=device, dtype=dtype).eval()
 
     def extra_repr(self) -> str:
@@ -367,18 +383,6 @@ class Diffusion(nn.Module):
         return f"schedule={self.schedule!r}, prediction={self.prediction!r}, time_scale={self.time_scale:g}"
 
     # ---------------------------------------------------------------------------------------------------- helpers
-
-    def _shape_of(self, n: int | Sequence[int]) -> tuple[int, ...]:
-        if isinstance(n, bool) or not hasattr(n, "__index__"):
-            if isinstance(n, bool | str) or not isinstance(n, Sequence):
-                raise ValueError(f"n must be a number of samples or a whole shape [B, ...], got {n!r}")
-            return tuple(int(size) for size in n)
-        if self.shape is None:
-            raise ValueError(
-                f"n must be a whole shape [B, ...] for a network that does not say its own, got {n!r}: or "
-                "make Diffusion with shape="
-            )
-        return int(n), *self.shape
 
     def _home(self, dtype: torch.dtype) -> tuple[torch.device, torch.dtype]:
         """Where the network is, and in which dtype its input is."""

@@ -7,7 +7,7 @@ import importlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from diffkern import storage
-from diffkern.diffusion._fit import bare
 from diffkern.names import Prediction
 from diffkern.objectives.time_sampling import TimeSampler, get_time_sampler
 from diffkern.objectives.weightings import Weighting, get_weighting
+from diffkern.parallel import bare
 from diffkern.records import kind_of, of_kind, parse, record, shown
 from diffkern.schedules.base import Schedule
 from diffkern.schedules.predictions import with_predictions
@@ -26,7 +26,7 @@ from diffkern.schedules.predictions import with_predictions
 if TYPE_CHECKING:
     from diffkern.diffusion import Diffusion
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, CHECKPOINTS = "config.json", "model.safetensors", "checkpoints"
 KEY, FORMAT = "diffkern_diffusion", 1
 PLACES = 9
 
@@ -62,12 +62,14 @@ class _Stored(nn.Module):
         self.model = model
         self.register_buffer("null", null)
 
+    def forward(self, file: Path) -> None:
+        """Writes them, with those that `torch.func.functional_call` puts in the place of others."""
+        with storage.filling(file):
+            importlib.import_module("safetensors.torch").save_model(self, str(file), metadata={"format": "pt"})
 
-def save(diffusion: Diffusion, folder: str | os.PathLike[str]) -> None:
-    """See `Diffusion.save_pretrained`."""
-    safetensors = _needed("safetensors.torch", "safetensors", "saving")
-    folder = Path(folder)
-    network = bare(diffusion.model)
+
+def described(diffusion: Diffusion) -> dict[str, Any]:
+    """See `Diffusion.to_dict`."""
     null = diffusion.null
     config = _Config(
         prediction=diffusion.prediction,
@@ -80,13 +82,29 @@ def save(diffusion: Diffusion, folder: str | os.PathLike[str]) -> None:
         shape=diffusion.shape,
         time_scale=diffusion.time_scale,
         learned_variance=diffusion.learned_variance,
-        network=_network_to(network),
+        network=_network_to(bare(diffusion.model)),
     )
-    text = json.dumps({KEY: FORMAT, **dataclasses.asdict(config)}, indent=1, allow_nan=False) + "\n"
+    return {KEY: FORMAT, **dataclasses.asdict(config)}
+
+
+def save(
+    diffusion: Diffusion, folder: str | os.PathLike[str], weights: Mapping[str, Tensor], average: str | None
+) -> None:
+    """See `Diffusion.save_pretrained`."""
+    _needed("safetensors.torch", "safetensors", "saving")
+    folder = Path(folder)
+    text = json.dumps(described(diffusion), indent=1, allow_nan=False) + "\n"
+    stored = _Stored(bare(diffusion.model), diffusion.null)
+    given = {f"model.{name}": tensor for name, tensor in weights.items()}
+    own = {name: list(tensor.shape) for name, tensor in stored.state_dict().items()}
+    for name, tensor in given.items():
+        if own.get(name) != list(tensor.shape):
+            got = f"{list(tensor.shape)} for {name.removeprefix('model.')}"
+            raise ValueError(f"weights must have names and shapes of the network's, got {got}")
     folder.mkdir(parents=True, exist_ok=True)
-    with storage.whole(folder / CONFIG) as described, storage.whole(folder / WEIGHTS) as weights:
-        safetensors.save_model(_Stored(network, null), str(weights), metadata={"format": "pt"})
-        described.write_text(text)
+    with storage.whole(folder / CONFIG) as config, storage.whole(folder / _weights(average)) as file:
+        torch.func.functional_call(stored, given, (file,))
+        config.write_text(text)
 
 
 def load(
@@ -97,11 +115,12 @@ def load(
     schedule: Schedule | None,
     weight: Any,
     times: Any,
+    average: str | float | None,
     hub: dict[str, Any],
 ) -> Diffusion:
     """See `Diffusion.from_pretrained`."""
     safetensors = _needed("safetensors", "safetensors", "loading")
-    config_path, weights_path = _found(path, hub)
+    config_path, weights_path = _found(path, average, hub)
     config = _config(config_path)
     try:
         with safetensors.safe_open(str(weights_path), framework="pt") as file:
@@ -280,21 +299,34 @@ def _config(path: Path) -> _Config:
     return config
 
 
-def _found(path: str | os.PathLike[str], hub: dict[str, Any]) -> tuple[Path, Path]:
-    """The two files: in a folder, or fetched from the hub."""
-    folder = Path(path)
+def _weights(average: str | float | None) -> str:
+    if average is None:
+        return WEIGHTS
+    return f"average-{average if isinstance(average, str) else format(average, '.3f')}.safetensors"
+
+
+def _found(path: str | os.PathLike[str], average: str | float | None, hub: dict[str, Any]) -> tuple[Path, Path]:
+    """The two files: in a folder, in the newest checkpoint of a run's, or fetched from the hub."""
+    folder, name = Path(path), _weights(average)
     if folder.is_dir():
         if hub:
             raise ValueError(f"{', '.join(hub)} must go with a repository of the hub, got the folder {folder}")
-        for name in (CONFIG, WEIGHTS):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"there is no {name} in {folder}: Diffusion.save_pretrained writes it")
-        return folder / CONFIG, folder / WEIGHTS
+        checkpoints = storage.numbered(folder / CHECKPOINTS)
+        if checkpoints and not (folder / CONFIG).is_file():
+            folder = checkpoints[-1]
+        there = [file.name[8:-12] for file in sorted(folder.glob("average-*.safetensors"))]
+        if average is not None and not (folder / name).is_file():
+            known = ", ".join(there) or "none"
+            raise ValueError(f"average must be one of those in {folder} ({known}), got {average!r}")
+        for file in (CONFIG, name):
+            if not (folder / file).is_file():
+                raise FileNotFoundError(f"there is no {file} in {folder}: Diffusion.save_pretrained writes it")
+        return folder / CONFIG, folder / name
     parts = str(path).split("/")
     if len(parts) != 2 or not all(parts) or folder.is_absolute() or parts[0].startswith("."):
         raise FileNotFoundError(f"there is no folder {path}, and it is no repository 'owner/name' of the hub")
     fetch = _needed("huggingface_hub", "huggingface_hub", f"loading {path}, which is no folder here, from the hub")
-    config, weights = (Path(fetch.hf_hub_download(str(path), name, **hub)) for name in (CONFIG, WEIGHTS))
+    config, weights = (Path(fetch.hf_hub_download(str(path), file, **hub)) for file in (CONFIG, name))
     return config, weights
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from diffkern.checks import need_tensor
 from diffkern.modes import neutral, real, untraced
 from diffkern.names import Prediction
+from diffkern.parallel import bare
 from diffkern.plan import Plan
 from diffkern.schedules import predictions
 from diffkern.schedules.base import Schedule, UnitTime
@@ -29,17 +30,6 @@ LOUD, FAINT = 4.0, 0.01
 """Root mean squares of data between which the noise levels of the schedules have a meaning."""
 TOLERANCE = 1e-2
 """Relative difference of a plan's coefficients from the schedule's: other libraries' float32 tables differ by 3e-4."""
-
-
-def bare(model: nn.Module) -> nn.Module:
-    """The network inside of DistributedDataParallel and torch.compile."""
-    while True:
-        inside = getattr(model, "_orig_mod", None) or (
-            model.module if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel) else None
-        )
-        if inside is None:
-            return model
-        model = inside
 
 
 @contextmanager
@@ -209,3 +199,17 @@ def check_data(x0: Any) -> bool:
             stacklevel=4,
         )
     return True
+
+
+def shape_wanted(n: int | Sequence[int], own: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The whole shape [B, ...] of n samples of the shape ``own``, or n itself where it is one."""
+    if isinstance(n, bool) or not hasattr(n, "__index__"):
+        if isinstance(n, bool | str) or not isinstance(n, Sequence):
+            raise ValueError(f"n must be a number of samples or a whole shape [B, ...], got {n!r}")
+        return tuple(int(size) for size in n)
+    if own is None:
+        raise ValueError(
+            f"n must be a whole shape [B, ...] for a network that does not say its own, got {n!r}: or "
+            "make Diffusion with shape="
+        )
+    return int(n), *own

@@ -91,12 +91,13 @@ WALLS = {
     "sampling": "modes streams tableaus integers checks names progress signatures schedules plan ops brownian draws "
     "samplers",
     "simulate": "streams tableaus integers checks names schedules plan ops draws objectives",
-    "diffusion": "modes checks names records storage schedules plan ops draws samplers nn objectives sampling simulate",
+    "diffusion": "modes checks names records storage parallel schedules plan ops draws samplers nn objectives sampling "
+    "simulate",
     "compat": "modes streams tableaus integers checks names schedules plan ops brownian samplers nn "
     "objectives sampling simulate diffkern",
     "data": "streams integers checks names records progress extras parallel ops draws",
     "metrics": "",
-    "train": "",
+    "train": "records storage extras parallel diffusion",
     "generate": "",
     "demo": "streams names records storage pictures schedules plan ops samplers nn objectives sampling diffusion",
     "command": "checks records storage pictures _load schedules plan samplers nn demo diffkern",
