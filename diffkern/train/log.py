@@ -1,0 +1,109 @@
+"""What a run tells: one JSON object a line in ``log.jsonl``, TensorBoard and wandb where asked, curves as PNG."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffkern import pictures, records, storage
+from diffkern.extras import need
+from diffkern.train.config import TrainConfig
+
+__all__ = ["Log", "draw_curves", "matrix_rate", "read_log"]
+
+LOG = "log.jsonl"
+
+
+class Log:
+    """The log of a run, for its main process: ``write(step, loss=..., ...)`` adds a line.
+
+    A resumed run is cut back to the step that it resumes from, so that every step stands once.
+    """
+
+    def __init__(self, folder: Path, config: TrainConfig, step: int = 0) -> None:
+        self.path = folder / LOG
+        kept = [json.dumps(entry) + "\n" for entry in read_log(folder) if entry["step"] <= step] if step else []
+        storage.write(self.path, "".join(kept))
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  (closed by `close`)
+        self._board: Any = None
+        self._run: Any = None
+        board = config.tensorboard
+        if board is None:
+            board = importlib.util.find_spec("tensorboard") is not None
+        if board:
+            writer = need("torch.utils.tensorboard", "tensorboard", "train").SummaryWriter
+            self._board = writer(str(folder / "tensorboard"), purge_step=step + 1)
+        if config.wandb is not None:
+            wandb = need("wandb", "wandb", "wandb")
+            self._run = wandb.init(project=config.wandb, dir=str(folder), config=config.to_dict(), resume="allow")
+
+    def write(self, step: int, **values: float | int | None) -> None:
+        """One line: the step and the values that are there; it is in the file when this returns."""
+        found = {name: value for name, value in values.items() if value is not None}
+        self._file.write(json.dumps({"step": step, **found}) + "\n")
+        self._file.flush()
+        for name, value in found.items():
+            if self._board is not None:
+                self._board.add_scalar(name, value, step)
+        if self._run is not None:
+            self._run.log(found, step=step)
+
+    def close(self) -> None:
+        """Ends the files."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+        if self._run is not None:
+            self._run.finish()
+
+
+def read_log(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The lines of a run's ``log.jsonl``, in order; [] without one. A last line that was cut short is left out.
+
+    ValueError naming the line for any other that is none of ours.
+    """
+    path = Path(folder) / LOG
+    if not path.exists():
+        return []
+    found = []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            entry = records.parse(line, "JSON", f"{path} line {number}")
+            if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+                raise ValueError(f"{path} line {number} must be an object with a step, got {records.shown(line)}")
+        except ValueError:
+            if number == len(lines):  # without its newline: the writer was killed
+                break
+            raise
+        found.append(entry)
+    return found
+
+
+def draw_curves(folder: Path) -> None:
+    """``loss.png`` of the run: its training loss by the step."""
+    entries = [entry for entry in read_log(folder) if "loss" in entry]
+    if len(entries) > 1:
+        values, steps = [entry["loss"] for entry in entries], [entry["step"] for entry in entries]
+        pictures.loss_curve(values, folder / "loss.png", iterations=steps, what="training objective")
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
+    """Floating-point operations a second of a product of square matrices here, the best of a few: some 0.1 s."""
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        torch.mm(a, a)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best

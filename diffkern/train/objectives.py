@@ -1,0 +1,108 @@
+"""The objectives of training by name, and the model object that a configuration and its data make."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from diffkern import records
+from diffkern.checks import meant, unknown
+from diffkern.diffusion import Diffusion
+from diffkern.names import Prediction, SamplerName, TimesName
+from diffkern.nn import DiT, DiTConfig, UNet, preset
+from diffkern.objectives.time_sampling import LossSecondMoment
+from diffkern.schedules.discrete import DiscreteSchedule
+from diffkern.schedules.makers import SCHEDULES
+from diffkern.train.config import Objective, TrainConfig
+
+__all__ = ["OBJECTIVES", "ObjectiveParts", "make_diffusion", "make_network", "resampling"]
+
+
+class ObjectiveParts(NamedTuple):
+    """What an objective's name stands for."""
+
+    schedule: str
+    prediction: Prediction
+    sampler: SamplerName
+    """What its pictures are sampled by, where nothing else is asked."""
+    times: TimesName | None = None
+    learned_variance: bool = False
+
+
+OBJECTIVES: dict[Objective, ObjectiveParts] = {
+    "eps": ObjectiveParts("linear", "eps", "ddim"),  # Ho et al. 2020, arXiv 2006.11239, eq. 14; lectures 000, 001, 002
+    "x0": ObjectiveParts("cosine", "x0", "ddim"),  # the same, section 3.2; lecture 002
+    "v": ObjectiveParts("cosine", "v", "ddim"),  # Salimans & Ho 2022, arXiv 2202.00512
+    "edm": ObjectiveParts("edm", "edm", "heun"),  # Karras et al. 2022, arXiv 2206.00364, table 1
+    "flow": ObjectiveParts("flow", "velocity", "euler"),  # Lipman et al. 2023, arXiv 2210.02747; lectures 000, 003
+    # Song et al. 2021, arXiv 2011.13456: geometric noise levels, sigma^2 |s + eps/sigma|^2, the score as -eps/sigma of
+    # what the network puts out (Song & Ermon 2020, arXiv 2006.09011); lectures 000, 001, 003
+    "ncsn": ObjectiveParts("ve", "eps", "heun"),
+    "hybrid": ObjectiveParts("cosine", "eps", "ddpm", learned_variance=True),  # arXiv 2102.09672, eq. 16; lecture 002
+}
+"""Schedule, prediction and sampler of every objective; a configuration may ask for another schedule."""
+
+
+def make_network(config: TrainConfig, shape: tuple[int, int, int], classes: int) -> UNet | DiT:
+    """The network ``config.network`` for images [C, H, W] of so many classes (0: none), with its first weights.
+
+    These come from ``config.seed`` alone. ValueError for options that its configuration does not have.
+    """
+    base = preset(config.network)
+    known = [field.name for field in dataclasses.fields(base)]
+    for name in config.network_options:
+        if name not in known:
+            near = meant(name, known)
+            hint = "" if near is None else f": did you mean {near!r}?"
+            raise ValueError(f"TrainConfig.network_options must be fields of {type(base).__name__}, got {name!r}{hint}")
+    channels, height, width = shape
+    values: dict[str, Any] = {
+        **base.to_dict(),
+        "image_size": height if height == width else (height, width),
+        "in_channels": channels,
+        "classes": classes,
+        "learned_variance": OBJECTIVES[config.objective].learned_variance,
+    }
+    if "out_channels" in values:
+        values["out_channels"] = channels
+    made = records.record(type(base), {**values, **config.network_options}, f"{type(base).__name__}.")
+    with torch.random.fork_rng(devices=[]):  # the first weights come from torch's own generator
+        torch.manual_seed(config.seed)
+        return DiT(made) if isinstance(made, DiTConfig) else UNet(made)
+
+
+def make_diffusion(
+    config: TrainConfig, shape: tuple[int, int, int], classes: int = 0, network: nn.Module | None = None
+) -> Diffusion:
+    """The model object that the configuration trains on images [C, H, W] of so many classes; ``network``: one's own."""
+    parts = OBJECTIVES[config.objective]
+    name = config.schedule or parts.schedule
+    if name not in SCHEDULES:
+        raise ValueError(unknown("TrainConfig.schedule", name, list(SCHEDULES)))
+    try:
+        schedule = SCHEDULES[name](**config.schedule_options)
+    except TypeError as error:
+        raise ValueError(f"TrainConfig.schedule_options must be arguments of {name}, got: {error}") from error
+    times = config.times or parts.times
+    return Diffusion(
+        make_network(config, shape, classes) if network is None else network,
+        schedule,
+        parts.prediction,
+        weight=config.weight,
+        times=None if times == "loss_second_moment" else times,  # it has a state, which the run keeps: `resampling`
+        drop=config.drop if classes else 0.0,
+        shape=shape,
+        learned_variance=parts.learned_variance,
+    )
+
+
+def resampling(config: TrainConfig, diffusion: Diffusion) -> LossSecondMoment | None:
+    """The importance sampler of times where the configuration asks for "loss_second_moment", else None."""
+    if config.times != "loss_second_moment":
+        return None
+    if not isinstance(diffusion.schedule, DiscreteSchedule):
+        raise ValueError(f"TrainConfig.times 'loss_second_moment' needs a table, got {diffusion.schedule.name}")
+    return LossSecondMoment(T=diffusion.schedule.T)

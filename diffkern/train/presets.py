@@ -1,0 +1,92 @@
+"""Configurations of published runs, by name; flags and YAML change what another data set needs."""
+
+from __future__ import annotations
+
+from diffkern.train.config import TrainConfig
+
+__all__ = ["PRESETS"]
+
+PRESETS: dict[str, TrainConfig] = {
+    # 8 x 8 digits of ten classes in minutes on two cores
+    "digits": TrainConfig(
+        network="digits",
+        schedule="cosine",
+        data="digits",
+        iterations=1500,
+        learning_rate=2e-3,
+        warmup=100,
+        decay="cosine",
+        final_rate=0.02,
+        betas=(0.9, 0.99),
+        plain_average=0.995,
+        averages=(),
+        guidance=1.5,
+        save_every=500,
+        validation=297,
+    ),
+    # Ho et al. 2020, arXiv 2006.11239, appendix B; lectures 000, 001
+    "ddpm-cifar10": TrainConfig(
+        labels=False,
+        flip=True,
+        iterations=800_000,
+        warmup=5000,
+        plain_average=0.9999,
+        save_every=10_000,
+        sample_every=10_000,
+    ),
+    # Karras et al. 2022, arXiv 2206.00364, table 7 (without its augmentation labels): 200 M images of batches of 512
+    "edm": TrainConfig(
+        objective="edm",
+        network="edm-cifar10-ddpmpp",
+        network_options={"augment_channels": 0},
+        flip=True,
+        iterations=390_625,
+        batch=512,
+        learning_rate=1e-3,
+        warmup=19_531,
+        save_every=5000,
+        sample_every=5000,
+    ),
+    # Lipman et al. 2023, arXiv 2210.02747; sizes of Tong et al. 2023, arXiv 2302.00482
+    "flow": TrainConfig(
+        objective="flow",
+        labels=False,
+        flip=True,
+        iterations=400_000,
+        warmup=5000,
+        plain_average=0.9999,
+        save_every=10_000,
+        sample_every=10_000,
+    ),
+    # Song et al. 2021, arXiv 2011.13456, appendix H
+    "ncsn": TrainConfig(
+        objective="ncsn",
+        network="edm-cifar10-ncsnpp",
+        network_options={"augment_channels": 0},
+        labels=False,
+        flip=True,
+        iterations=1_300_000,
+        warmup=5000,
+        plain_average=0.999,
+        save_every=10_000,
+        sample_every=10_000,
+    ),
+    # Dhariwal & Nichol 2021, arXiv 2105.05233, table 11; lecture 002
+    "adm-64": TrainConfig(
+        objective="hybrid",
+        network="adm-imagenet64",
+        size=64,
+        crop="center",
+        iterations=540_000,
+        batch=2048,
+        learning_rate=3e-4,
+        warmup=0,
+        weight_decay=0.0,
+        clip=None,
+        plain_average=0.9999,
+        precision="float16",
+        save_every=10_000,
+        sample_every=10_000,
+    ),
+}
+"""The starting points of ``diffkern train --preset``."""

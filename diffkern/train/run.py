@@ -1,0 +1,242 @@
+"""The folder of a run: where it stands, its log, its checkpoints and pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffkern import parallel, pictures, storage
+from diffkern.data import Batch, Images
+from diffkern.extras import need
+from diffkern.train import checkpoint
+from diffkern.train.config import TrainConfig
+from diffkern.train.ema import Averages
+from diffkern.train.learning_rate import learning_rate
+from diffkern.train.log import Log, draw_curves, matrix_rate
+from diffkern.train.objectives import OBJECTIVES
+from diffkern.train.steps import Stepper
+
+__all__ = ["Run", "first_used"]
+
+CONFIG = "config.yaml"
+FREE = {  # what a run may be resumed with another value of: nothing that a step's numbers come from
+    *("data", "cache", "skip_bad", "workers", "micro_batch", "precision", "checkpointing", "channels_last", "compile"),
+    *("shard", "log_every", "save_every", "keep", "snapshot_every", "validate_every", "sample_every", "sampler"),
+    *("sample_steps", "sample_n", "guidance", "tensorboard", "wandb", "device", "threads", "bad_steps", "iterations"),
+}
+PICTURE_SEED = 0
+
+
+def first_used(averages: Averages) -> contextlib.AbstractContextManager[None]:
+    """The averaged weights for a while, the first ones; the module's own where nothing is averaged."""
+    return averages.used(averages.names[0]) if averages.names else contextlib.nullcontext()
+
+
+class Run:
+    """What `fit` keeps of a run in its folder; without a folder, what it shows alone.
+
+    Every process has one: those beside the main one read, take part in what all must do, and write nothing.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        config: TrainConfig,
+        images: Images,
+        stepper: Stepper,
+        averages: Averages,
+    ) -> None:
+        self.folder, self.config, self.images = folder, config, images
+        self.stepper, self.averages, self.diffusion = stepper, averages, stepper.diffusion
+        self.shown: dict[str, str] = {}
+        """What the progress bar says."""
+        self._log: Log | None = None
+        self._window = _Window()
+        self._saved: int | None = None
+        self._flops, self._rate = 0.0, 1.0
+
+    def resume(self) -> int:
+        """Loads the newest checkpoint into everything, if there is one; the number of iterations done."""
+        step = 0
+        if self.folder is not None:
+            found = checkpoint.newest(self.folder)
+            if found is not None:
+                step = self._load(found)
+            parallel.barrier()  # all have read before the main process writes
+            if parallel.is_main():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.config.save(self.folder / CONFIG)
+                self._log = Log(self.folder, self.config, step)
+        self._measure()
+        self._window.begin()
+        return step
+
+    def _load(self, path: Path) -> int:
+        found = checkpoint.load(
+            path,
+            diffusion=self.diffusion,
+            averages=self.averages,
+            optimizer=self.stepper.optimizer,
+            expect=self._same(),
+        )
+        self.stepper.load_state(found.extra["stepper"])
+        self._window = _Window(**found.extra["window"])
+        self._saved = found.step
+        return found.step
+
+    def _same(self) -> dict[str, Any]:
+        """What a run that is resumed has in common with itself, as JSON has it."""
+        config = {name: value for name, value in self.config.to_dict().items() if name not in FREE}
+        found: dict[str, Any] = json.loads(json.dumps({"config": config, "data": self.images.fingerprint}))
+        return found
+
+    def _measure(self) -> None:
+        """How many operations an example costs (three times those of its forward pass), and a matrix product's rate."""
+        if self.folder is None:
+            return
+        diffusion, device = self.diffusion, self.stepper.device
+        x0, labels = self.images.batch(torch.zeros(1, dtype=torch.int64))
+        cond = None if labels is None or diffusion.null is None else labels.to(device)
+        counter: Any = FlopCounterMode(display=False)
+        with counter, torch.no_grad():
+            diffusion.loss(x0.to(device), cond=cond, seeds=0)
+        self._flops = 3.0 * counter.get_total_flops()
+        self._rate = matrix_rate(device, self.stepper.dtype)
+
+    def note(self, step: int, loss: float, norm: float, waited: float) -> None:
+        """Takes in a step: its loss, its gradient's norm and the seconds that its data took; logs when it is time."""
+        window, config = self._window, self.config
+        window.add(loss, norm, waited)
+        if step % config.log_every and step != config.iterations:
+            return
+        seconds = window.seconds()
+        speed = window.steps_here * config.batch / seconds
+        values = {
+            "loss": window.loss / max(1, window.steps),
+            "gradient_norm": window.norm / max(1, window.steps),
+            "learning_rate": learning_rate(config, step - 1),
+            "images_per_second": speed,
+            "data_share": window.waited / seconds,
+            "matrix_share": self._flops * speed / (parallel.world() * self._rate) if self._flops else None,
+            "skipped": self.stepper.skipped,
+        }
+        self.write(step, **values)
+        self.shown = {"loss": f"{values['loss']:.4f}", "images/s": f"{speed:.3g}"}
+        self._window = _Window()
+        self._window.begin()
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is no training (files, pictures, validation) counts as no time of it."""
+        start = time.perf_counter()
+        yield
+        self._window.paused += time.perf_counter() - start
+
+    def write(self, step: int, **values: float | int | None) -> None:
+        """A line of the log."""
+        if self._log is not None:
+            self._log.write(step, **values)
+        if values.get("validation_loss") is not None:
+            self.shown["validation"] = f"{values['validation_loss']:.4f}"
+
+    def save(self, step: int) -> None:
+        """A checkpoint, unless this step has one."""
+        if self.folder is None or self._saved == step:
+            return
+        extra = {**self._same(), "stepper": self.stepper.state(), "window": self._window.state()}
+        checkpoint.save(
+            self.folder,
+            step,
+            diffusion=self.diffusion,
+            averages=self.averages,
+            optimizer=self.stepper.optimizer,
+            extra=extra,
+            keep=self.config.keep,
+            keep_every=self.config.snapshot_every,
+        )
+        self._saved = step
+
+    def draw(self, step: int) -> None:
+        """``samples/STEP.png`` by the averaged weights, the same noise every time, and ``loss.png``."""
+        config, diffusion = self.config, self.diffusion
+        if self.folder is None or not (parallel.is_main() or config.shard == "fsdp"):
+            return
+        classes = None
+        if diffusion.null is not None and self.images.classes is not None:
+            classes = torch.arange(config.sample_n, device=self.stepper.device) % len(self.images.classes)
+        columns = 8 if classes is None else min(16, len(self.images.classes or ()))
+        sampler = config.sampler or OBJECTIVES[config.objective].sampler
+        with first_used(self.averages):
+            made = diffusion.sample(
+                config.sample_n,
+                sampler,
+                config.sample_steps,
+                seeds=PICTURE_SEED,
+                cond=classes,
+                guidance=config.guidance if classes is not None else None,
+            )
+        if parallel.is_main():
+            title = f"step {step}: {sampler}, {config.sample_steps} steps"
+            rows = list(made.cpu().split(columns))
+            scale = pictures.default_scale(made.shape[-1])
+            pictures.write(pictures.grid(rows, title=title, scale=scale), self.folder / "samples" / f"{step:08d}.png")
+            draw_curves(self.folder)
+
+    def bad_batch(self, step: int, micro_batches: list[Batch]) -> str:
+        """Writes the batch that gave no finite gradient; the sentence of the error."""
+        text = (
+            f"{self.stepper.bad} steps in a row had a gradient that is not finite, the last of them iteration {step}: "
+            "lower the learning rate, or clip"
+        )
+        if self.folder is None:
+            return text
+        path = self.folder / f"bad_batch_{step}_{parallel.rank()}.safetensors"
+        tensors = {f"{name}.{i}": value for i, b in enumerate(micro_batches) for name, value in b._asdict().items()}
+        found = {name: v.contiguous() for name, v in tensors.items() if isinstance(v, torch.Tensor)}
+        storage.write(path, need("safetensors.torch", "safetensors", "train").save(found))
+        return f"{text}; its examples are in {path}"
+
+    def close(self) -> None:
+        """Ends the log's files, and draws the last curve."""
+        if self._log is not None:
+            self._log.close()
+
+
+@dataclasses.dataclass
+class _Window:
+    """Means of the finite values since the last line of the log; what a checkpoint between two lines keeps of them."""
+
+    loss: float = 0.0
+    norm: float = 0.0
+    steps: int = 0
+    waited: float = 0.0
+    paused: float = 0.0
+    steps_here: int = 0
+    """Of this process: a resumed run's speed is that since it was resumed."""
+    _started: float = 0.0
+
+    def begin(self) -> None:
+        self._started, self.waited, self.paused, self.steps_here = time.perf_counter(), 0.0, 0.0, 0
+
+    def add(self, loss: float, norm: float, waited: float) -> None:
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.loss += loss
+            self.norm += norm
+            self.steps += 1
+        self.waited += waited
+        self.steps_here += 1
+
+    def seconds(self) -> float:
+        return max(1e-9, time.perf_counter() - self._started - self.paused)
+
+    def state(self) -> dict[str, float]:
+        return {"loss": self.loss, "norm": self.norm, "steps": self.steps}

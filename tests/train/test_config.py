@@ -1,0 +1,120 @@
+"""The configuration of a training run: its rules, its YAML, the learning rate that it says, its presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffkern.train.config import TrainConfig
+from diffkern.train.learning_rate import learning_rate
+from diffkern.train.presets import PRESETS
+
+
+def test_what_is_written_is_read_again(tmp_path: Path) -> None:
+    config = TrainConfig(
+        objective="edm",
+        network_options={"channels": 16, "multipliers": [1, 2]},
+        averages=(0.05, 0.1, 0.2),
+        clip=None,
+        micro_batch=7,
+        seed=2**63 - 1,
+        data="a: folder # with signs",
+    )
+    config.save(tmp_path / "config.yaml")
+    assert TrainConfig.load(tmp_path / "config.yaml") == config
+
+
+def test_a_part_of_a_configuration_leaves_the_rest_at_its_defaults(tmp_path: Path) -> None:
+    (tmp_path / "part.yaml").write_text("batch: 32\nlearning_rate: 1\n")
+    assert TrainConfig.load(tmp_path / "part.yaml") == TrainConfig(batch=32, learning_rate=1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("iteratons: 5", "TrainConfig has no field 'iteratons': did you mean 'iterations'?"),
+        ("batch: many", "TrainConfig.batch must be an integer, got 'many'"),
+        ("batch: 0", "TrainConfig.batch must be in 1..16777216, got 0"),
+        ("clip: 0.0", "TrainConfig.clip must be positive and finite, got 0.0"),
+        ("objective: gan", "TrainConfig.objective must be one of 'eps', 'x0', 'v', 'edm', 'flow', 'ncsn', 'hybrid'"),
+        ("averages: [0.3]", "TrainConfig.averages must be in (0, 0.28)"),
+        ("averages: [0.1, 0.1]", "TrainConfig.averages must be different from each other"),
+        ("drop: 1.0", "TrainConfig.drop must be in [0, 1), got 1.0"),
+        ("seed: -1", "TrainConfig.seed must be in 0..2**63 - 1, got -1"),
+        ("- 1\n- 2", "must be a configuration in YAML, name: value"),
+        ("a: [", "must be a configuration in YAML, got"),
+        ("!!python/object/apply:os.system ['true']", "must be a configuration in YAML, got"),
+    ],
+)
+def test_a_wrong_entry_is_one_sentence(tmp_path: Path, text: str, sentence: str) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError) as found:  # noqa: PT011  (the sentence is looked at below)
+        TrainConfig.load(path)
+    assert sentence in str(found.value)
+
+
+def test_the_learning_rate_rises_and_falls_as_it_says() -> None:
+    config = TrainConfig(iterations=100, warmup=10, learning_rate=2.0, decay="cosine", final_rate=0.1)
+    assert learning_rate(config, 0) == pytest.approx(0.2)
+    assert learning_rate(config, 4) == pytest.approx(1.0 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 0.04))))
+    assert learning_rate(config, 50) == pytest.approx(2.0 * 0.55)
+    assert learning_rate(config, 100) == pytest.approx(0.2)
+    constant = dataclasses.replace(config, decay="constant")
+    assert [learning_rate(constant, i) for i in (9, 10, 99)] == [2.0, 2.0, 2.0]
+    root = dataclasses.replace(config, decay="inverse_sqrt")
+    assert learning_rate(root, 9) == 2.0
+    assert learning_rate(root, 39) == pytest.approx(1.0)  # sqrt(10/40)
+    assert learning_rate(TrainConfig(warmup=0, decay="inverse_sqrt"), 3) == pytest.approx(1e-4)  # sqrt(1/4)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_makes_a_model(name: str) -> None:
+    import torch
+
+    from diffkern.train.objectives import OBJECTIVES, make_diffusion
+
+    config = PRESETS[name]
+    size = config.size or (8 if name == "digits" else 32)
+    with torch.device("meta"):
+        diffusion = make_diffusion(config, (3, size, size), 10 if config.labels else 0)
+    assert diffusion.shape == (3, size, size)
+    assert diffusion.prediction == OBJECTIVES[config.objective].prediction
+    assert diffusion.drop == (0.1 if config.labels else 0.0)
+
+
+def wrong_models() -> list[tuple[dict[str, Any], str]]:
+    return [
+        ({"network_options": {"chanels": 3}}, "must be fields of UNetConfig, got 'chanels': did you mean 'channels'?"),
+        ({"network_options": {"channels": "3"}}, "UNetConfig.channels must be an integer, got '3'"),
+        ({"network": "ddpm"}, "name must be one of digits"),
+        ({"schedule": "linar"}, "TrainConfig.schedule must be one of"),
+        ({"schedule_options": {"beta": 1}}, "TrainConfig.schedule_options must be arguments of linear"),
+    ]
+
+
+@pytest.mark.parametrize(("options", "sentence"), wrong_models())
+def test_a_model_that_cannot_be_made_is_one_sentence(options: dict[str, Any], sentence: str) -> None:
+    from diffkern.train.objectives import make_diffusion
+
+    with pytest.raises(ValueError) as found:  # noqa: PT011  (the sentence is looked at below)
+        make_diffusion(TrainConfig(**{"network": "digits", **options}), (1, 8, 8), 10)
+    assert sentence in str(found.value)
+
+
+def test_the_first_weights_come_from_the_seed_alone() -> None:
+    import torch
+
+    from diffkern.train.objectives import make_network
+
+    config = TrainConfig(network="digits", network_options={"channels": 16, "heads": 2, "blocks": 1}, seed=3)
+    torch.manual_seed(11)
+    first = make_network(config, (1, 8, 8), 10)
+    before = torch.get_rng_state()
+    second = make_network(config, (1, 8, 8), 10)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))

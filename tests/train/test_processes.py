@@ -1,0 +1,108 @@
+"""Training as processes of their own: several ranks, one that dies, one that is killed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import training_process
+from helpers.lazy import needs
+from helpers.tiny_run import TINY, tiny_data
+
+import diffkern
+from diffkern.train import TrainConfig, fit, newest
+from diffkern.train.log import read_log
+
+pytestmark = [needs("yaml", "safetensors", "matplotlib", "PIL"), pytest.mark.full]
+
+
+def command(world: int, **options: Any) -> list[str]:
+    launcher = [] if world == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    return [sys.executable, *launcher, training_process.__file__, json.dumps(options)]
+
+
+def start(world: int, **options: Any) -> subprocess.Popen[str]:
+    place = str(Path(diffkern.__file__).parent.parent)
+    environment = {**os.environ, "PYTHONPATH": place, "OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command(world, **options), stdout=pipe, stderr=pipe, text=True, env=environment)
+
+
+def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    found: dict[str, Any] = json.loads(out.splitlines()[-1])
+    return found
+
+
+def alone(config: TrainConfig, out: Path | None = None) -> list[float]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return fit(None, tiny_data(), config, out=out, progress=False).losses
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_two_processes_train_the_bits_of_one_with_as_many_micro_batches(tmp_path: Path) -> None:
+    """Two gradients have one sum; then another number of processes goes on."""
+    found = finish(start(2, out=str(tmp_path), iterations=4))
+    want = alone(dataclasses.replace(TINY, iterations=6, micro_batch=4))
+    assert found["losses"] == want[:4]
+    rest = alone(dataclasses.replace(TINY, iterations=6, micro_batch=4), tmp_path)
+    assert rest == want[4:]
+
+
+def test_four_processes_and_uneven_shares_train_the_same_to_rounding() -> None:
+    """A batch of ten on four processes: shares of 2, 3, 2 and 3."""
+    found = finish(start(4, iterations=4, batch=10))
+    want = alone(dataclasses.replace(TINY, iterations=4, batch=10))
+    torch.testing.assert_close(found["losses"], want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_process_that_dies_ends_the_job_with_its_own_error(tmp_path: Path) -> None:
+    begun = time.monotonic()
+    process = start(2, out=str(tmp_path), iterations=50, save_every=2, die=[1, 5])
+    error = process.communicate(timeout=120)[1]
+    assert process.returncode != 0
+    assert "process 1 was to end here" in error
+    assert time.monotonic() - begun < 60.0
+    path = newest(tmp_path)
+    assert path is not None
+    assert path.name == "00000004"
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.long)])
+def test_a_run_that_is_killed_at_any_moment_goes_on_bit_for_bit(tmp_path: Path, kills: int) -> None:
+    """SIGKILL at random moments, while steps are done and while checkpoints are written; then to the end."""
+    draw = random.Random(kills)
+    config = dataclasses.replace(TINY, iterations=12 * kills, save_every=3, log_every=1)
+    want = alone(config)
+    options = {"out": str(tmp_path), "iterations": config.iterations, "save_every": 3, "log_every": 1, "pause": 0.02}
+    for _ in range(kills):
+        process = start(1, **options)
+        begun = time.monotonic()
+        last = read_log(tmp_path)
+        while process.poll() is None and time.monotonic() - begun < 60.0:  # until it has begun
+            if len(read_log(tmp_path)) > len(last) or read_log(tmp_path) != last:
+                break
+            time.sleep(0.02)
+        time.sleep(draw.uniform(0.0, 0.4))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        whole = [path for path in (tmp_path / "checkpoints").glob("*") if not path.name.startswith(".")]
+        assert all((path / "training.json").exists() for path in whole)
+    finish(start(1, **{**options, "pause": 0.0}))
+    entries = read_log(tmp_path)
+    assert [entry["step"] for entry in entries] == list(range(1, config.iterations + 1))
+    assert [entry["loss"] for entry in entries] == want
