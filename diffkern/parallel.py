@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-__all__ = ["bare", "barrier", "device_of", "gathered", "is_main", "job", "rank", "share", "summed", "world"]
+__all__ = ["bare", "barrier", "device", "device_of", "gathered", "is_main", "job", "rank", "share", "summed", "world"]
 
 
 def _running() -> bool:
@@ -49,6 +49,13 @@ def world() -> int:
 def is_main() -> bool:
     """Whether this process is the one that writes and prints."""
     return rank() == 0
+
+
+def device() -> torch.device:
+    """Where tensors must be for `summed`: this rank's GPU in a job on NCCL, else the CPU."""
+    if _running() and dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def device_of(name: str) -> torch.device:
@@ -95,12 +102,12 @@ def gathered(value: Any) -> list[Any]:
     """The JSON-able ``value`` of every rank, by rank. Travels as JSON: nothing is unpickled."""
     if world() == 1:
         return [value]
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
-    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world())]
-    dist.all_gather(sizes, torch.tensor([text.numel()], device=device))
+    where = device()
+    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(where)
+    sizes = [torch.zeros(1, dtype=torch.int64, device=where) for _ in range(world())]
+    dist.all_gather(sizes, torch.tensor([text.numel()], device=where))
     most = int(max(size.item() for size in sizes))
-    padded = torch.zeros(most, dtype=torch.uint8, device=device)
+    padded = torch.zeros(most, dtype=torch.uint8, device=where)
     padded[: text.numel()] = text
     every = [torch.empty_like(padded) for _ in range(world())]
     dist.all_gather(every, padded)
