@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffkern import parallel, pictures, storage
 from diffkern.data import Batch, Images
 from diffkern.extras import need
+from diffkern.ops.flops import FLOP_FORMULAS
 from diffkern.train import checkpoint
 from diffkern.train.config import TrainConfig
 from diffkern.train.ema import Averages
@@ -106,7 +107,7 @@ class Run:
         diffusion, device = self.diffusion, self.stepper.device
         x0, labels = self.images.batch(torch.zeros(1, dtype=torch.int64))
         cond = None if labels is None or diffusion.null is None else labels.to(device)
-        counter: Any = FlopCounterMode(display=False)
+        counter: Any = FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS)
         with counter, torch.no_grad():
             diffusion.loss(x0.to(device), cond=cond, seeds=0)
         self._flops = 3.0 * counter.get_total_flops()
