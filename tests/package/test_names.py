@@ -82,7 +82,7 @@ TAKERS: dict[str, tuple[Any, Callable[[Any], object]]] = {
     "ShiftKind": (names.ShiftKind, lambda w: grids.dynamically_shifted(torch.tensor([1.0, 0.5]), 1.0, w)),
     "ReverseVariance": (names.ReverseVariance, weightings.VLB),
     "LearnedVariance": (names.LearnedVariance, lambda w: (samplers.ddpm(S, 4, variance=w), variational_table(w))),
-    "Crop": (names.Crop, lambda w: data.open_images("digits", crop=w)),
+    "Crop": (names.Crop, lambda w: data.open_images(torch.zeros(1, 1, 2, 2), crop=w)),
     "NoisePath": (names.NoisePath, lambda w: samplers.dpmpp_sde(S, 4, noise_path=w)),
     "MultistepSolver": (names.MultistepSolver, lambda w: samplers.dpmpp_2m_sde(S, 4, solver=w)),
     "UniPCVariant": (names.UniPCVariant, lambda w: samplers.unipc(S, 4, variant=w)),
