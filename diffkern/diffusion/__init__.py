@@ -362,12 +362,12 @@ class Diffusion(nn.Module):
         times: TimesName | TimeSampler | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
-        average: str | float | None = None,
+        average: str | None = None,
         **hub: Any,
     ) -> Diffusion:
         """What `save_pretrained` wrote, from a folder or a repository "owner/name" of the hub, in evaluation mode.
 
-        The folder of a training run gives its newest checkpoint; ``average`` which of its weights ("0.100" or 0.1,
+        The folder of a training run gives its newest checkpoint; ``average`` which of its weights ("0.100",
         "plain", "raw": as trained), the first average if None.
 
         ``model``, ``schedule``, ``weight``, ``times``: what the file can only name. The schedule given must be the one

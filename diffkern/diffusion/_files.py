@@ -115,7 +115,7 @@ def load(
     schedule: Schedule | None,
     weight: Any,
     times: Any,
-    average: str | float | None,
+    average: str | None,
     hub: dict[str, Any],
 ) -> Diffusion:
     """See `Diffusion.from_pretrained`."""
@@ -299,13 +299,11 @@ def _config(path: Path) -> _Config:
     return config
 
 
-def _weights(average: str | float | None) -> str:
-    if average is None:
-        return WEIGHTS
-    return f"average-{average if isinstance(average, str) else format(average, '.3f')}.safetensors"
+def _weights(average: str | None) -> str:
+    return WEIGHTS if average is None else f"average-{average}.safetensors"
 
 
-def _found(path: str | os.PathLike[str], average: str | float | None, hub: dict[str, Any]) -> tuple[Path, Path]:
+def _found(path: str | os.PathLike[str], average: str | None, hub: dict[str, Any]) -> tuple[Path, Path]:
     """The two files: in a folder, in the newest checkpoint of a run's, or fetched from the hub."""
     folder, name = Path(path), _weights(average)
     if folder.is_dir():

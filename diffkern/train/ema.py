@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from diffkern.parallel import bare
 
-__all__ = ["WIDEST", "Averages", "gamma_of", "width_of"]
+__all__ = ["WIDEST", "Averages", "gamma_of", "name_of", "width_of"]
 
 WIDEST = 1.0 / math.sqrt(12.0)
 """The relative width of gamma = 0, the mean of all steps."""
@@ -43,6 +43,11 @@ def gamma_of(width: float) -> float:
     return max(0.0, float(np.roots([1.0, 7.0, 16.0 - s, 12.0 - s]).real.max()))
 
 
+def name_of(width: float) -> str:
+    """ "0.050" of 0.05: at least three decimals, and as many as it takes to be read back."""
+    return f"{width:.3f}" if float(f"{width:.3f}") == width else repr(float(width))
+
+
 class Averages:
     """Running averages of a module's trainable parameters, beside it, in float32 at least.
 
@@ -62,9 +67,9 @@ class Averages:
         self._names, self._parameters = [_clean(name) for name, _ in named], [p for _, p in named]
         self._gammas: dict[str, float] = {}
         for width in widths:
-            if f"{width:.3f}" in self._gammas:
-                raise ValueError(f"widths must differ in their first three decimals, got {list(widths)}")
-            self._gammas[f"{width:.3f}"] = gamma_of(width)
+            if name_of(width) in self._gammas:
+                raise ValueError(f"widths must differ, got {list(widths)}")
+            self._gammas[name_of(width)] = gamma_of(width)
         if decay is not None and not 0.0 <= decay < 1.0:
             raise ValueError(f"decay must lie in [0, 1), got {decay!r}")
         self.decay, self.step = decay, 0

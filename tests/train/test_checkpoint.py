@@ -94,7 +94,7 @@ def test_a_run_opens_as_a_diffusion_with_the_average_that_is_asked_for(before: t
     for average, tensors in {
         None: state.averages.tensors("0.050"),
         "0.050": state.averages.tensors("0.050"),
-        0.1: state.averages.tensors("0.100"),
+        "0.100": state.averages.tensors("0.100"),
         "plain": state.averages.tensors("plain"),
         "raw": state.diffusion.state_dict(),
     }.items():
@@ -102,9 +102,9 @@ def test_a_run_opens_as_a_diffusion_with_the_average_that_is_asked_for(before: t
         assert found.keys() == tensors.keys()
         assert all(torch.equal(found[name], tensors[name]) for name in found)
     assert not torch.equal(*(Diffusion.from_pretrained(run, average=a).model.leave.weight for a in ("raw", "plain")))
-    sentence = r"average must be one of those in .*00000003 \(0.050, 0.100, plain, raw\), got 0.2"
+    sentence = r"average must be one of those in .*00000003 \(0.050, 0.100, plain, raw\), got '0.2'"
     with pytest.raises(ValueError, match=sentence):
-        Diffusion.from_pretrained(run, average=0.2)
+        Diffusion.from_pretrained(run, average="0.2")
     assert Diffusion.from_pretrained(run / "checkpoints" / "00000003").shape == state.diffusion.shape
 
 

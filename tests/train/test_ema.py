@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffkern.train.ema import WIDEST, Averages, gamma_of, width_of
+from diffkern.train.ema import WIDEST, Averages, gamma_of, name_of, width_of
 
 
 class Value(nn.Module):
@@ -70,7 +70,13 @@ def test_the_widest_average_is_the_mean_of_all_steps() -> None:
     for step in range(1, 11):
         module.set(float(step))
         averages.update(step)
-    assert averages.tensors("0.289")["value"].item() == pytest.approx(5.5, rel=1e-7)
+    assert averages.names == (name_of(WIDEST),)
+    assert averages.tensors(name_of(WIDEST))["value"].item() == pytest.approx(5.5, rel=1e-7)
+
+
+def test_the_name_of_a_width_is_read_back_as_it() -> None:
+    assert [name_of(width) for width in (0.05, 0.1, 0.0505)] == ["0.050", "0.100", "0.0505"]
+    assert float(name_of(WIDEST)) == WIDEST
 
 
 def test_the_plain_average_warms_up_and_then_decays() -> None:
@@ -174,8 +180,8 @@ def test_a_state_goes_into_another_and_a_wrong_one_changes_nothing() -> None:
 def test_what_cannot_be_averaged_is_refused_in_one_sentence() -> None:
     with pytest.raises(ValueError, match="module must have trainable parameters to average, got none"):
         Averages(nn.Identity())
-    with pytest.raises(ValueError, match=r"widths must differ in their first three decimals, got \[0.05, 0.0501\]"):
-        Averages(Value(), widths=(0.05, 0.0501))
+    with pytest.raises(ValueError, match=r"widths must differ, got \[0.05, 0.05\]"):
+        Averages(Value(), widths=(0.05, 0.05))
     with pytest.raises(ValueError, match=r"decay must lie in \[0, 1\), got 1.0"):
         Averages(Value(), decay=1.0)
     averages = Averages(Value())
