@@ -1,29 +1,47 @@
-"""How good a set of images is, by features of a network: distances, precision and recall, agreement."""
+"""How good a set of images is, by features of a network: distances, precision and recall, agreement.
+
+    classifier = train_classifier(images)                # or extractor("inception"), extractor("torchvision:resnet50")
+    scores = evaluate(samples, images, classifier)       # samples: a tensor, Images, or batches
+    print(scores.table())
+
+`Statistics` are the sums that distances are made of: batch by batch, over all processes of a job, kept in files.
+"""
 
 from __future__ import annotations
 
 from diffkern.metrics.classifier import Classifier, train_classifier
 from diffkern.metrics.distances import Estimate, agreement, fid, fid_infinity, inception_score, kid, sfid
+from diffkern.metrics.evaluation import ClassScores, Scores, evaluate, reference_statistics
+from diffkern.metrics.extractors import extractor, inception_weights
 from diffkern.metrics.features import Extractor, Features, quantised
 from diffkern.metrics.neighbours import PrecisionRecall, nearest, precision_recall, precision_recall_by_class
+from diffkern.metrics.pictures import neighbour_grid, picture
 from diffkern.metrics.statistics import Statistics
 
 __all__ = [
+    "ClassScores",
     "Classifier",
     "Estimate",
     "Extractor",
     "Features",
     "PrecisionRecall",
+    "Scores",
     "Statistics",
     "agreement",
+    "evaluate",
+    "extractor",
     "fid",
     "fid_infinity",
     "inception_score",
+    "inception_weights",
     "kid",
     "nearest",
+    "neighbour_grid",
+    "picture",
     "precision_recall",
     "precision_recall_by_class",
     "quantised",
+    "reference_statistics",
     "sfid",
     "train_classifier",
 ]

@@ -33,7 +33,7 @@ def fid(real: Statistics | Tensor, fake: Statistics | Tensor) -> float:
     ValueError for fewer than 2 images, statistics of two extractors, or other sizes.
     Source: Heusel et al. 2017 (arXiv 1706.08500), section 2; lecture 002.
     """
-    return _frechet(_statistics("real", real), _statistics("fake", fake), "pooled")
+    return _frechet(*_pair(real, fake), "pooled")
 
 
 def sfid(real: Statistics, fake: Statistics) -> float:
@@ -42,7 +42,7 @@ def sfid(real: Statistics, fake: Statistics) -> float:
     ValueError also where the extractor gives none.
     Source: Nash et al. 2021 (arXiv 2103.03841), section 4; the features of Dhariwal and Nichol 2021 (arXiv 2105.05233).
     """
-    return _frechet(_statistics("real", real), _statistics("fake", fake), "spatial")
+    return _frechet(*_pair(real, fake), "spatial")
 
 
 def fid_infinity(
@@ -53,15 +53,18 @@ def fid_infinity(
     smallest: int | None = None,
     seed: int = 0,
 ) -> float:
-    """FID for infinitely many generated images: `fid` of ``points`` random subsets of them, n from ``smallest`` (a
-    tenth of them if None) to all, by least squares as a + b / n; a.
+    """FID for infinitely many generated images: `fid` of ``points`` random subsets of them, n from ``smallest`` to all,
+    by least squares as a + b / n; a. It can be a little below 0.
 
-    It takes away the bias in n that generators have in different amounts. ``fake`` statistics must have kept their
-    features. The real images stay as many as they are.
+    ``smallest`` is a tenth of them if None, but where they are enough not below D, the number of features, under which
+    the bias is no b / n. It takes away the bias that generators have in different amounts; that of the real images,
+    which stay as many as they are, remains. ``fake`` statistics must have kept their features.
     Source: Chong and Forsyth 2020 (arXiv 1911.07023), section 3.
     """
-    reference, features = _statistics("real", real), _statistics("fake", fake).features
-    least = max(2, len(features) // 10) if smallest is None else smallest
+    reference, whole = _pair(real, fake)
+    features = whole.features
+    half = max(2, len(features) // 2)
+    least = min(half, max(len(features) // 10, features.shape[1])) if smallest is None else smallest
     if points < 2 or not 2 <= least < len(features):
         raise ValueError(
             f"points must be at least 2 and smallest lie in 2..{len(features) - 1}, got {points} and {least}"
@@ -71,7 +74,7 @@ def fid_infinity(
     values = []
     for count in counts.tolist():
         chosen = torch.from_numpy(random.permutation(len(features))[:count])
-        values.append(_frechet(reference, Statistics.of(features[chosen], extractor=reference.extractor), "pooled"))
+        values.append(_frechet(reference, Statistics.of(features[chosen]), "pooled"))
     return float(np.polynomial.Polynomial.fit(1.0 / counts, values, 1).convert().coef[0])
 
 
@@ -89,8 +92,7 @@ def kid(
     Unlike FID it has no bias in n; it can be a little below 0. Statistics must have kept their features.
     Source: Bińkowski et al. 2018 (arXiv 1801.01401), section 4.
     """
-    a, b = _statistics("real", real), _statistics("fake", fake)
-    _need_alike(a, b)
+    a, b = _pair(real, fake)
     size = min(1000, a.count, b.count) if subset_size is None else subset_size
     if subsets < 1 or not 2 <= size <= min(a.count, b.count):
         raise ValueError(
@@ -136,7 +138,6 @@ def agreement(logits: Tensor, labels: Tensor) -> float:
 
 
 def _frechet(real: Statistics, fake: Statistics, part: str) -> float:
-    _need_alike(real, fake)
     moments = [of.moments(part) for of in (real, fake)]
     if len({len(mean) for mean, _ in moments}) > 1:
         raise ValueError(f"features must be of one size, got {' and '.join(str(len(mean)) for mean, _ in moments)}")
@@ -146,16 +147,14 @@ def _frechet(real: Statistics, fake: Statistics, part: str) -> float:
     return max(0.0, found)  # rounding can leave a little below zero where both are the same
 
 
-def _statistics(name: str, value: Statistics | Tensor) -> Statistics:
-    if isinstance(value, Statistics):
-        return value
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{name} must be Statistics or features [N, D], got {type(value).__name__}")
-    return Statistics.of(value)
-
-
-def _need_alike(real: Statistics, fake: Statistics) -> None:
-    if real.extractor != fake.extractor:
-        raise ValueError(
-            f"real and fake must be of one extractor to be compared, got {real.extractor!r} and {fake.extractor!r}"
-        )
+def _pair(real: Statistics | Tensor, fake: Statistics | Tensor) -> tuple[Statistics, Statistics]:
+    """Both as statistics of one extractor; of features given as tensors that is what the other says."""
+    named = [of.extractor for of in (real, fake) if isinstance(of, Statistics)]
+    if len(set(named)) > 1:
+        raise ValueError(f"real and fake must be of one extractor to be compared, got {' and '.join(map(repr, named))}")
+    found = []
+    for name, of in (("real", real), ("fake", fake)):
+        if not isinstance(of, Statistics | Tensor):
+            raise ValueError(f"{name} must be Statistics or features [N, D], got {type(of).__name__}")
+        found.append(Statistics.of(of, extractor="".join(named[:1])) if isinstance(of, Tensor) else of)
+    return found[0], found[1]

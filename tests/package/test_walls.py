@@ -96,7 +96,7 @@ WALLS = {
     "compat": "modes streams tableaus integers checks names schedules plan ops brownian samplers nn "
     "objectives sampling simulate diffkern",
     "data": "streams integers checks names records progress extras parallel ops draws",
-    "metrics": "checks records storage progress extras parallel",
+    "metrics": "checks records storage progress extras pictures parallel",
     "train": "checks names records storage progress extras pictures parallel schedules ops nn objectives "
     "diffusion data",
     "generate": "",
