@@ -18,7 +18,7 @@ from torch import Tensor
 from diffkern import records, storage
 from diffkern.extras import need
 
-__all__ = ["check_scale", "class_grid", "default_scale", "grid", "loss_curve", "tile", "write"]
+__all__ = ["as_bytes", "check_scale", "class_grid", "default_scale", "grid", "loss_curve", "plain", "tile", "write"]
 
 SCALE = 8  # an image of 8 x 8 becomes a tile of 80 x 80 with its margin
 MARGIN = 1  # pixels of background around an image, before enlarging
@@ -33,6 +33,21 @@ def default_scale(image_size: int) -> int:
     return max(1, min(SCALE, 64 // image_size))
 
 
+def as_bytes(images: Tensor) -> Tensor:
+    """uint8 v = round(127.5 (1 + x)) of images x [..., C, H, W] in [-1, 1], with the channels last: [..., H, W, C].
+
+    What lies outside is clamped; x = v / 127.5 - 1 gives the images back.
+    """
+    scaled = (1.0 + images.detach().float().clamp(-1.0, 1.0)) * 127.5
+    return scaled.round().to(torch.uint8).movedim(-3, -1).contiguous().cpu()
+
+
+def plain(image: Tensor) -> Any:
+    """[C, H, W] in [-1, 1], C = 1 or 3, as a Pillow image, pixel by pixel."""
+    pixels = as_bytes(torch.nan_to_num(image.float(), nan=-1.0)).numpy()
+    return need("PIL.Image", "Pillow", EXTRA).fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+
+
 def tile(image: Tensor, scale: int = SCALE, *, ink: bool = False) -> Any:
     """[C, H, W] in [-1, 1], C = 1 or 3, as a Pillow image with a margin, enlarged with a Lanczos filter.
 
@@ -43,8 +58,8 @@ def tile(image: Tensor, scale: int = SCALE, *, ink: bool = False) -> Any:
         raise ValueError(f"image must have shape (1, H, W) or (3, H, W), got {tuple(image.shape)}")
     if scale < 1:
         raise ValueError(f"scale must be at least 1, got {scale}")
-    value = torch.nan_to_num(image.float(), nan=-1.0).clamp(-1.0, 1.0)
-    grey = ((1.0 + (-value if ink else value)) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    value = torch.nan_to_num(image.float(), nan=-1.0)
+    grey = as_bytes(-value if ink else value).numpy()
     grey = np.pad(grey, ((MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0)), constant_values=255 if ink else 0)
     size = (grey.shape[1] * scale, grey.shape[0] * scale)
     return pillow.fromarray(grey[..., 0] if grey.shape[2] == 1 else grey).resize(size, pillow.Resampling.LANCZOS)

@@ -24,7 +24,7 @@ from diffkern.plan import Plan, Row
 from diffkern.samplers import SAMPLERS, get_sampler
 from diffkern.schedules.makers import SCHEDULES
 
-__all__ = ["add_command", "differences", "read"]
+__all__ = ["add_command", "apply", "differences", "read", "sampler_call"]
 
 LARGEST = 1_000_000
 """Of the integers in a sampler's arguments: steps, levels of a table, repetitions."""
@@ -41,8 +41,7 @@ def read(source: str, arguments: tuple[str, ...] = (), name: str = "source") -> 
         if arguments:
             raise ValueError(f"arguments belong to a sampler, got {' '.join(arguments)} for the file {source}")
         return Plan.from_json(sys.stdin.read() if source == "-" else _text(source, name))
-    call = _parsed(_by_name(source), source)
-    sampler, positional, named = _call(call, source)
+    sampler, named = sampler_call(source)
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals or not key.isidentifier():
@@ -50,13 +49,19 @@ def read(source: str, arguments: tuple[str, ...] = (), name: str = "source") -> 
         if key in named:
             raise ValueError(f"{key} must be given once, got it twice for {sampler}")
         named[key] = _value(_parsed(value, argument), key, argument)
-    if positional:
-        raise ValueError(f"a sampler's arguments must be named, as in {sampler}(steps=20), got {source!r}")
     make = get_sampler(sampler)
     schedule = named.pop("schedule", None) or SCHEDULES["linear"]()
-    plan = _apply(make, sampler, (schedule,), named)
+    plan = apply(make, sampler, (schedule,), named)
     assert isinstance(plan, Plan)
     return plan
+
+
+def sampler_call(source: str) -> tuple[str, dict[str, Any]]:
+    """The name and the named arguments of ``ddim`` or ``ddim(steps=20, eta=0.5)``; ValueError for anything else."""
+    sampler, positional, named = _call(_parsed(_by_name(source), source), source)
+    if positional:
+        raise ValueError(f"a sampler's arguments must be named, as in {sampler}(steps=20), got {source!r}")
+    return sampler, named
 
 
 def differences(one: Plan, two: Plan, tolerance: float = 0.0) -> list[str]:
@@ -195,7 +200,7 @@ def _value(node: ast.expr, name: str, whole: str) -> Any:
         which, positional, named = _call(node, whole)
         if which not in SCHEDULES:
             raise ValueError(unknown("schedule", which, SCHEDULES))
-        return _apply(SCHEDULES[which], which, tuple(positional), named)
+        return apply(SCHEDULES[which], which, tuple(positional), named)
     if isinstance(node, ast.Name):  # a word without quotes: spacing=karras
         return math.inf if node.id == "inf" else node.id
     try:
@@ -216,7 +221,7 @@ class _Infinity(ast.NodeTransformer):
         return ast.Constant(math.inf) if node.id == "inf" else node
 
 
-def _apply(function: Callable[..., Any], name: str, positional: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+def apply(function: Callable[..., Any], name: str, positional: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
     """The call; an argument that the function does not have, or of the wrong type, in one sentence."""
     try:
         return function(*positional, **named)

@@ -1,8 +1,7 @@
 """The demo: a small class-conditional diffusion model of handwritten digits, trained and sampled with the fused ops.
 
-`data` the digits · `train` the training loop · `checkpoint` the file it leaves · `generate` images from a sampler's
-name · `evaluate` the classifier and the Frechet distance · `pictures` the PNGs · `run` the whole job; its commands:
-`diffkern.command.demo`.
+`data` the digits · `train` the training loop · `recipe` what it trains · `generate` images of a plan · `evaluate` the
+classifier and the Frechet distance · `pictures` the PNGs · `run` the whole job; its command: `diffkern.command.demo`.
 
 What it needs beyond torch (scikit-learn, matplotlib, Pillow, safetensors, tqdm) is the extra ``diffkern[demo]``,
 imported where it is used.

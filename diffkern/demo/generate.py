@@ -1,4 +1,4 @@
-"""Images from a sampler's name: the plans of the demo, and a job of many images cut into micro-batches.
+"""A job of many images cut into micro-batches, with its seconds.
 
 Image j of a job with seed s starts from the noise of ``diffkern.seeds(s, 1, first=j)``. Noise and updates are the
 same bits however the job is cut; the network's own convolutions are not, so the bits of an image belong to its
@@ -14,58 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffkern import ops, records
+from diffkern import ops
 from diffkern.demo import need
-from diffkern.names import Prediction
 from diffkern.nn import UNet
 from diffkern.plan import Plan
-from diffkern.samplers import get_sampler
-from diffkern.samplers.arguments import sampler_name
 from diffkern.sampling.runner import initial, sample
-from diffkern.schedules.discrete import DiscreteSchedule
-from diffkern.schedules.spacings import karras_sigmas
-
-DEFAULT_STEPS = {
-    **{"ddpm": 250, "ddim": 50, "euler": 30, "heun": 15, "midpoint": 15, "rk4": 8, "rk4_38": 8},
-    **{"lms": 20, "deis": 20, "euler_ancestral": 50, "dpmpp_1s": 30, "dpmpp_2s": 15, "dpmpp_2m": 20, "dpmpp_3m": 20},
-    **{"dpmpp_2m_sde": 40, "dpmpp_3m_sde": 40, "dpmpp_sde": 25, "unipc": 20},
-}
-"""The samplers of the demo: all that go from noise to data and take noise levels or a table's times."""
-MOST_STEPS = 100_000
-SIGMA_MAX, SIGMA_MIN = 80.0, 0.01
-"""Ends of the noise levels of all but DDPM and DDIM: the grid of Karras et al. 2022, inside the schedule's range."""
-
-
-def make_plan(
-    sampler: str,
-    schedule: DiscreteSchedule,
-    steps: int | None = None,
-    *,
-    prediction: Prediction = "eps",
-    eta: float | None = None,
-) -> Plan:
-    """The plan of a sampler as the demo uses it, the estimate of x0 kept in [-1, 1].
-
-    DDPM (beta-tilde) and DDIM step over `steps` of the schedule's times, from the last one; the others over the noise
-    levels of Karras et al. 2022. `steps` defaults to `DEFAULT_STEPS`; `eta` is DDIM's. An unknown name is a
-    ValueError that lists the known ones.
-    """
-    sampler = sampler_name(sampler, DEFAULT_STEPS)
-    make = get_sampler(sampler)
-    if steps is None:
-        steps = DEFAULT_STEPS[sampler]
-    if not 1 <= steps <= MOST_STEPS:
-        raise ValueError(f"steps must be an integer in 1..{MOST_STEPS}, got {records.shown(steps)}")
-    if eta is not None and sampler != "ddim":
-        raise ValueError(f"eta belongs to the sampler ddim, got it with {sampler}")
-    if sampler == "ddpm":
-        return make(schedule, steps, spacing="trailing", prediction=prediction, clip=1.0)
-    if sampler == "ddim":
-        return make(schedule, steps, spacing="trailing", prediction=prediction, clip=1.0, eta=eta or 0.0)
-    highest = min(SIGMA_MAX, float(schedule.sigma_ve(schedule.T - 1)))
-    lowest = max(SIGMA_MIN, float(schedule.sigma_ve(0)))
-    levels = karras_sigmas(steps, lowest, highest)
-    return make(schedule, sigmas=levels, prediction=prediction, clip=1.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,23 +5,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import platform
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from diffkern import pictures, storage
-from diffkern.demo import checkpoint, need
-from diffkern.demo.checkpoint import Recipe
+from diffkern.demo import need
 from diffkern.demo.data import CLASSES, Digits, load_digits
 from diffkern.demo.evaluate import Judge, train_judge
-from diffkern.demo.generate import class_rows, generate, make_plan
+from diffkern.demo.generate import class_rows, generate
 from diffkern.demo.pictures import forward_strip, trajectory_strip
+from diffkern.demo.recipe import Recipe
 from diffkern.demo.train import TrainConfig, train
-from diffkern.nn import UNet
-from diffkern.plan import Plan
+from diffkern.generate import described, recommended
+
+if TYPE_CHECKING:
+    from diffkern.diffusion import Diffusion
 
 RUNS = (("ddpm", 250), ("ddim", 50), ("ddim", 10), ("euler", 30), ("heun", 15))
 """Samplers of the demo with their steps."""
@@ -92,7 +94,7 @@ def run_demo(config: DemoConfig | None = None) -> list[Line]:
     """Everything, into the folder ``config.out``; returns the lines of the table.
 
     Written: forward.png, loss.png, real.png, trajectory.png, a class-conditional grid for each sampler
-    (``ddim_50.png`` ...), model.safetensors, table.md and results.json.
+    (``ddim_50.png`` ...), config.json and model.safetensors (`Diffusion.save_pretrained`), table.md and results.json.
     """
     config = config or DemoConfig()
     for module, package in EXTRAS:  # before the minutes of training, not after
@@ -119,13 +121,16 @@ def run_demo(config: DemoConfig | None = None) -> list[Line]:
         progress=config.progress,
     )
     pictures.loss_curve(trained.losses, out / "loss.png")
-    checkpoint.save(out / "model.safetensors", trained.model, recipe)
+    from diffkern.diffusion import Diffusion
+
+    diffusion = Diffusion(trained.model, schedule, recipe.prediction)
+    diffusion.save_pretrained(out)
     training_seconds = time.perf_counter() - start
     _say(f"trained in {training_seconds:.0f} s, loss {sum(trained.losses[-50:]) / len(trained.losses[-50:]):.4f}")
 
     for sampler, steps in config.runs:
-        lines.append(_sampler(sampler, steps, trained.model, recipe, judge, config))
-    plan = make_plan("ddim", schedule, min(50, recipe.timesteps), prediction=recipe.prediction)
+        lines.append(_sampler(sampler, steps, diffusion, recipe, judge, config))
+    plan = recommended(diffusion, "ddim")
     strip = trajectory_strip(trained.model, plan, class_rows(CLASSES, 1), guidance=recipe.guidance, seed=recipe.seed)
     pictures.write(strip, out / "trajectory.png")
 
@@ -153,9 +158,7 @@ def run_demo(config: DemoConfig | None = None) -> list[Line]:
         "classifier of real digits reads as asked for; Frechet: distance of its features to the training images."
     )
     _say(f"{total:.0f} s in total; pictures, checkpoint and table are in {out}. Again, or differently:")
-    _say(
-        f"  python -m diffkern sample --checkpoint {out / 'model.safetensors'} --sampler ddim --steps 50 --out grid.png"
-    )
+    _say(f"  python -m diffkern sample --run {out} --sampler ddim --steps 50 --guidance 1.5 --ink --out grid.png")
     return lines
 
 
@@ -176,12 +179,14 @@ def _real(digits: Digits, judge: Judge, out: Path) -> Line:
     return Line("real digits", None, None, None, None, quality.agreement, quality.frechet)
 
 
-def _sampler(sampler: str, steps: int, model: UNet, recipe: Recipe, judge: Judge, config: DemoConfig) -> Line:
+def _sampler(sampler: str, steps: int, diffusion: Diffusion, recipe: Recipe, judge: Judge, config: DemoConfig) -> Line:
     """Sample with one sampler, measure, and draw the first rows."""
-    plan = make_plan(sampler, recipe.make_schedule(), steps, prediction=recipe.prediction)
+    from diffkern.samplers import get_sampler
+
+    plan = recommended(diffusion, get_sampler(sampler), steps)
     classes = class_rows(CLASSES, config.per_class)
     made = generate(
-        model,
+        diffusion.model,  # type: ignore[arg-type]
         plan,
         classes,
         seed=recipe.seed,
@@ -190,34 +195,9 @@ def _sampler(sampler: str, steps: int, model: UNet, recipe: Recipe, judge: Judge
         progress=f"{plan.name} {steps}" if config.progress else False,
     )
     shown = GRID_ROWS * CLASSES
-    picture = pictures.class_grid(made.images[:shown], classes[:shown], grid_title(plan, recipe.guidance), ink=True)
+    picture = pictures.class_grid(made.images[:shown], classes[:shown], described(plan, recipe.guidance), ink=True)
     pictures.write(picture, config.out / f"{plan.name}_{steps}.png")
     quality = judge.measure(made.images, classes)
     return Line(
         plan.name, steps, made.model_calls, made.model_seconds, made.update_seconds, quality.agreement, quality.frechet
     )
-
-
-def grid_title(plan: Plan, guidance: float) -> str:
-    """The words above a grid."""
-    return f"{plan.name}, {len(plan.steps)} steps, {plan.model_calls} model calls, guidance {guidance:g}"
-
-
-def output_file(path: str | os.PathLike[str]) -> Path:
-    """The path of a file that can be written, its folder made if it is not there; else a ValueError."""
-    file = Path(path)
-    if file.is_dir():
-        raise ValueError(f"{file} must be a file, and is a folder")
-    folder = output_folder(file.parent)
-    if not os.access(file if file.exists() else folder, os.W_OK):
-        raise ValueError(f"{file} must be a file that can be written")
-    return file
-
-
-def output_folder(path: str | os.PathLike[str]) -> Path:
-    """The folder, made if it is not there; a file in its place is a ValueError."""
-    folder = Path(path)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} must be a folder, and is a file")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

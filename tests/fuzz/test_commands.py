@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import json
 import re
@@ -18,17 +17,15 @@ from hypothesis import strategies as st
 
 from diffkern.__main__ import _commands, main
 from diffkern.command import demo
-from diffkern.demo import checkpoint
-from diffkern.demo.checkpoint import Recipe
-from diffkern.demo.generate import DEFAULT_STEPS
+from diffkern.diffusion import Diffusion
+from diffkern.generate import DEFAULT_STEPS
 from diffkern.nn import UNet, UNetConfig
 from diffkern.samplers import SAMPLERS
-from diffkern.schedules.makers import SCHEDULES
+from diffkern.schedules.makers import SCHEDULES, cosine
 
 pytestmark = needs("safetensors", "PIL", "tqdm")
 
 TINY = UNetConfig(channels=8, multipliers=(1,), blocks=1, attention_levels=(), heads=1, embedding=16)
-RECIPE = Recipe(unet=TINY, timesteps=10, micro_batch=4)
 JUNK = ["", "nan", "inf", "-1", "0", "1e999", "9" * 30, "9" * 5000, "0x10", "cat", "1,2", "é", "\x00", "[" * 200, "--"]
 SMALL = ["1", "2", "3"]
 
@@ -36,7 +33,8 @@ SMALL = ["1", "2", "3"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     where = tmp_path_factory.mktemp("fuzz")
-    checkpoint.save(where / "model.safetensors", UNet(TINY), RECIPE)
+    for name in ("run", "changed"):
+        Diffusion(UNet(TINY), cosine(10)).save_pretrained(where / name)
     (where / "plan.json").write_text('{"diffkern_plan": 1, "name": "p", "rows": [{"a": 1.0}]}')
     (where / "text").write_text("no plan")
     return where
@@ -66,7 +64,7 @@ def words(*flags: str) -> st.SearchStrategy[list[str]]:
 
 
 def test_every_command_is_here() -> None:
-    assert set(_commands) == {"info", "plan", "demo", "sample"}
+    assert set(_commands) == {"info", "train", "plan", "demo", "sample"}
 
 
 @fuzz(10, arguments=st.lists(st.sampled_from(["--json", *JUNK]), max_size=2))
@@ -104,42 +102,37 @@ def test_plan(folder: Path, data: st.DataObject) -> None:
     run(["plan", action, *arguments], folder)
 
 
-FLAGS = ("--steps", "--eta", "--seed", "--classes", "--per-class", "--first", "--guidance", "--micro-batch", "--scale")
+FLAGS = ("--steps", "--eta", "--seed", "--classes", "--per-class", "--n", "--first", "--guidance", "--micro-batch")
+CALLS = ["ddim(eta=1)", "heun(churn=2)", "ddim(", "ddim(steps=3)(", "euler(sigmas=3)", "ddim(schedule=edm)", "dpm (2)"]
 
 
 @fuzz(40, data=st.data())
 def test_sample(folder: Path, data: st.DataObject) -> None:
-    files = ["model.safetensors", "model.safetensors", "text", "none", ".", "", "\x00"]
-    arguments = [
-        "--checkpoint",
-        data.draw(st.sampled_from(files)),
-        "--steps=2",
-        "--classes=1,2",
-        "--scale=1",
-        "--quiet",
-    ]
-    arguments += ["--sampler", data.draw(st.sampled_from([*DEFAULT_STEPS, "nonsense"])), "--threads=1", "--quiet"]
+    runs = ["run", "run", "run", "run/model.safetensors", "text", "none", ".", "", "\x00"]
+    arguments = ["--run", data.draw(st.sampled_from(runs)), "--steps=2", "--classes=1,2", "--scale=1", "--quiet"]
+    arguments += ["--sampler", data.draw(st.sampled_from([*DEFAULT_STEPS, *CALLS, "nonsense"])), "--threads=1"]
     outs = [["--out", "x.png"], ["--out-dir", "all"], ["--out", "."], ["--out-dir", "text"], ["--out", "text/x.png"]]
-    run(["sample", *arguments, *data.draw(st.sampled_from(outs)), *data.draw(words(*FLAGS))], folder)
+    outs += [["--shards", "shards"], ["--shards", "run"], ["--shards", "text"], ["--shards", ""]]
+    run(["sample", *arguments, *data.draw(st.sampled_from(outs)), *data.draw(words(*FLAGS, "--scale"))], folder)
 
 
 @fuzz(60, data=st.data())
-def test_sample_of_a_checkpoint_that_was_changed(folder: Path, data: st.DataObject) -> None:
-    from safetensors.torch import save_file
+def test_sample_of_a_model_that_was_changed(folder: Path, data: st.DataObject) -> None:
+    from safetensors.torch import load_file, save_file
 
-    values: dict[str, Any] = {"format": 1, **dataclasses.asdict(RECIPE)}
+    values: dict[str, Any] = json.loads((folder / "run" / "config.json").read_text())
     junk = st.sampled_from([None, True, -1, 0, 3, 2**40, 10**400, 0.5, "x", [], [1], {}, {"a": [1]}, "cosine"])
-    inside = values["unet"] if data.draw(st.booleans()) else values
+    inside = values["network"]["config"] if data.draw(st.booleans()) else values
     inside[data.draw(st.sampled_from([*inside, "more"]))] = data.draw(junk)
-    weights = {name: t.contiguous() for name, t in UNet(TINY).state_dict().items()}
+    weights = load_file(folder / "run" / "model.safetensors")
     if data.draw(st.integers(0, 3)) == 0:
         name = data.draw(st.sampled_from([*weights, "more"]))
         weights[name] = data.draw(
             st.sampled_from([torch.zeros(0), torch.zeros(3, 3), torch.zeros(1, dtype=torch.int64)])
         )
-    save_file(weights, folder / "changed", metadata={"diffkern_demo": json.dumps(values)})
-    command = ["sample", "--checkpoint", "changed", "--steps=2", "--classes=1", "--scale=1", "--quiet", "--threads=1"]
-    run(command, folder)
+    (folder / "changed" / "config.json").write_text(json.dumps(values))
+    save_file(weights, folder / "changed" / "model.safetensors")
+    run(["sample", "--run", "changed", "--steps=2", "--classes=1", "--scale=1", "--quiet", "--threads=1"], folder)
 
 
 @fuzz(30, data=st.data())

@@ -18,8 +18,8 @@ from diffkern import checks, guidance, names, samplers, schedules, simulate
 from diffkern.__main__ import main
 from diffkern.checks import plain, word
 from diffkern.command.plan import read
-from diffkern.demo.checkpoint import Recipe
-from diffkern.demo.generate import make_plan
+from diffkern.demo.recipe import Recipe
+from diffkern.generate import recommended
 from diffkern.objectives import flow_matching, variational, weightings
 from diffkern.objectives.weightings import get_weighting
 from diffkern.plan import Plan
@@ -224,7 +224,7 @@ def test_every_place_takes_a_samplers_name_as_others_write_it(said: Any, capsys:
     diffusion = diffkern.Diffusion(torch.nn.Identity(), schedules.linear())
     assert diffusion.plan(said, 4) == plan
     assert read(said, ("steps=4",)) == read(f"{said}(steps=4)") == plan
-    assert make_plan(said, schedules.linear(), 4) == make_plan("dpmpp_2m", schedules.linear(), 4)
+    assert recommended(diffusion, said, 4) == recommended(diffusion, "dpmpp_2m", 4)
     assert main(["plan", "show", said, "steps=4"]) == 0
     assert capsys.readouterr().out == f"{plan}\n"
 

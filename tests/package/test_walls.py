@@ -99,10 +99,11 @@ WALLS = {
     "metrics": "checks records storage progress extras pictures parallel",
     "train": "checks names records storage progress extras pictures parallel schedules ops nn objectives "
     "diffusion data",
-    "generate": "",
-    "demo": "streams names records storage pictures schedules plan ops samplers nn objectives sampling diffusion",
+    "generate": "integers names records storage pictures parallel progress schedules plan ops samplers",
+    "demo": "streams names records storage pictures schedules plan ops samplers nn objectives sampling diffusion "
+    "generate",
     "command": "checks records storage extras pictures parallel _load schedules plan samplers nn diffusion "
-    "train demo diffkern",
+    "generate train demo diffkern",
     "diffkern": "streams _load schedules plan reference ops brownian samplers objectives guidance sampling simulate "
     "diffusion",
     "__main__": "",

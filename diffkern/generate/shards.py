@@ -1,0 +1,264 @@
+"""A large number of images in files of one size, for any number of processes, of which only the missing are made."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffkern import parallel, pictures, records, storage
+from diffkern.generate.images import MICRO_BATCH, Part, classes_of, cuts, generate
+from diffkern.generate.recommended import recommended
+from diffkern.integers import integer
+from diffkern.names import SamplerName
+from diffkern.plan import Plan
+from diffkern.progress import progress_bar
+
+if TYPE_CHECKING:
+    from diffkern.diffusion import Diffusion
+
+__all__ = ["INDEX", "fingerprint", "read_shards", "write_shards"]
+
+INDEX, KEY, FORMAT = "index.json", "diffkern_shards", 1
+IMAGES, CLASSES = "arr_0", "arr_1"
+"""The arrays of a shard: uint8 [B, H, W, C] and int64 [B], named as in the archives of guided-diffusion's evaluator."""
+SHARD = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What makes the images of a folder those and no others; in words what a hash says, for the reader."""
+
+    model: str
+    sampler: str
+    steps: int
+    plan: str
+    seed: int
+    first: int
+    n: int
+    shape: tuple[int, ...]
+    classes: str | None
+    guidance: float | None
+    micro_batch: int
+    shard: int
+    device: str
+
+    def files(self) -> dict[str, range]:
+        """The numbers of the images of each file."""
+        return {f"shard-{part.start // self.shard:06d}.npz": part for part in cuts(self.n, self.first, self.shard)}
+
+
+def write_shards(
+    folder: str | os.PathLike[str],
+    diffusion: Diffusion,
+    n: int,
+    sampler: SamplerName | Plan | Callable[..., Plan] | None = None,
+    steps: int | None = None,
+    *,
+    seed: int = 0,
+    first: int = 0,
+    classes: Tensor | Sequence[int] | Literal["even"] | None = None,
+    guidance: float | None = None,
+    micro_batch: int = MICRO_BATCH,
+    shard: int | None = None,
+    progress: bool | str = False,
+    **options: Any,
+) -> list[Path]:
+    """The images of `generate` as bytes, in files of ``shard`` images each; the files of all of them.
+
+    A shard is an uncompressed .npz of ``arr_0``, uint8 [B, H, W, C], and with classes ``arr_1``, int64 [B]; index.json
+    says what was asked for. In a job of torch.distributed every rank makes its part of the shards, which have the same
+    bytes for every number of ranks. Each is written whole or not at all, so that a job that was ended at any moment is
+    taken up by calling it again: what is there is kept, what is missing made. Memory does not grow with n.
+
+    ``shard``: a multiple of ``micro_batch``, about 1024 if None. Raises ValueError for a folder that holds another job
+    (another model, seed, plan, number ...) or other files, and RuntimeError for images that are not finite; in every
+    rank.
+    """
+    micro_batch = integer("micro_batch", micro_batch, 1, 2**31 - 1, "in 1..2**31 - 1")
+    shard = -(-SHARD // micro_batch) * micro_batch if shard is None else integer("shard", shard, 1)
+    if shard % micro_batch:
+        raise ValueError(f"shard must be a multiple of micro_batch = {micro_batch}, got {shard}")
+    plan = recommended(diffusion, sampler, steps, **options)
+    common: dict[str, Any] = {"seed": seed, "guidance": guidance, "micro_batch": micro_batch}
+    generate(diffusion, n, plan, first=first, classes=classes, **common)  # raises for what does not fit
+    chosen = classes_of(diffusion, classes, n, first)
+    device = next((p.device.type for p in diffusion.parameters()), "cpu")
+    job = _Job(
+        model=fingerprint(diffusion),
+        sampler=plan.name,
+        steps=len(plan.steps),
+        plan=hashlib.sha256(plan.to_json().encode()).hexdigest(),
+        seed=seed,
+        first=first,
+        n=n,
+        shape=tuple(diffusion.shape or ()),
+        classes=None if chosen is None else hashlib.sha256(chosen.numpy().tobytes()).hexdigest(),
+        guidance=None if guidance is None else float(guidance),
+        micro_batch=micro_batch,
+        shard=shard,
+        device=device,
+    )
+    files = job.files()
+    missing = _agreed(lambda: _missing(Path(folder), job))
+    mine = [missing[i] for i in parallel.share(len(missing))]
+    bar = progress_bar(progress, plan.name, sum(len(files[name]) for name in mine), unit="image")
+    try:
+        for name in mine:
+            numbers = files[name]
+            asked = None if chosen is None else chosen[numbers.start - first : numbers.stop - first]
+            made = []
+            for part in generate(
+                diffusion, len(numbers), plan, first=numbers.start, classes=asked, share=range, **common
+            ):
+                made.append(_bytes(part))
+                if bar is not None:
+                    bar.update(len(made[-1]))
+            _write(Path(folder) / name, torch.cat(made), asked)
+    finally:
+        if bar is not None:
+            bar.close()
+    parallel.barrier()
+    return [Path(folder) / name for name in files]
+
+
+def read_shards(folder: str | os.PathLike[str], micro_batch: int = 256) -> Iterator[Part]:
+    """The images of a folder of `write_shards` by their numbers, float32 [B, C, H, W] in [-1, 1], B at most
+    ``micro_batch``.
+
+    ValueError where a shard is missing or no shard: the job has to be run to its end.
+    """
+    integer("micro_batch", micro_batch, 1)
+    path = Path(folder)
+    if not (path / INDEX).is_file():
+        raise ValueError(f"{path} must be a folder of shards with its {INDEX}, got none: write_shards makes one")
+    job = _read(path / INDEX)
+    files = job.files()
+    absent = [name for name, numbers in files.items() if not _is_shard(path / name, job, len(numbers))]
+    if absent:
+        raise ValueError(
+            f"{path} must hold all {len(files)} shards of its job, got {len(files) - len(absent)} (without "
+            f"{absent[0]}): run the job again, it makes what is missing"
+        )
+    return _parts(path, files, micro_batch)
+
+
+def _parts(folder: Path, files: dict[str, range], micro_batch: int) -> Iterator[Part]:
+    for name, numbers in files.items():
+        with np.load(folder / name, allow_pickle=False) as arrays:
+            images = torch.from_numpy(arrays[IMAGES])
+            classes = torch.from_numpy(arrays[CLASSES]) if CLASSES in arrays else None
+        for i in range(0, len(images), micro_batch):
+            x = images[i : i + micro_batch].movedim(-1, -3).to(torch.float32).div_(127.5).sub_(1.0).contiguous()
+            yield Part(numbers.start + i, x, None if classes is None else classes[i : i + micro_batch])
+
+
+def fingerprint(diffusion: Diffusion) -> str:
+    """SHA-256 of what a model is: `Diffusion.to_dict`, and every tensor with its name."""
+    found = hashlib.sha256(json.dumps(diffusion.to_dict()).encode())
+    for name, tensor in diffusion.state_dict().items():
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _bytes(part: Part) -> Tensor:
+    """`pictures.as_bytes`; RuntimeError for an image that is none."""
+    bad = ~part.images.flatten(1).isfinite().all(dim=1)
+    if bool(bad.any()):
+        number = part.first + int(bad.nonzero()[0])
+        raise RuntimeError(
+            f"images must be finite, got NaN or infinity in image {number}: the network gives no numbers"
+        )
+    return pictures.as_bytes(part.images)
+
+
+def _agreed(find: Callable[[], list[str]]) -> list[str]:
+    """What the main rank finds; its error in every rank."""
+    error, found = None, []
+    if parallel.is_main():
+        try:
+            found = find()
+        except (ValueError, OSError) as caught:
+            error = caught
+    found, text = parallel.gathered([found, None if error is None else str(error)])[0]
+    if error is not None:
+        raise error
+    if text is not None:
+        raise ValueError(text)
+    return list(found)
+
+
+def _missing(folder: Path, job: _Job) -> list[str]:
+    """The files that are to be made, in a folder that is this job's afterwards."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} must be a folder, and is a file")
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / INDEX).exists():
+        other = _read(folder / INDEX)
+        for field in dataclasses.fields(job):
+            asked, found = getattr(job, field.name), getattr(other, field.name)
+            if asked != found:
+                raise ValueError(
+                    f"{folder} must be empty or hold the shards of this job, got those of another, whose {field.name} "
+                    f"is {records.shown(found)} instead of {records.shown(asked)}"
+                )
+    else:
+        names = sorted(path.name for path in folder.iterdir() if not path.name.endswith(".part"))
+        if names:
+            raise ValueError(f"{folder} must be empty or hold the shards of this job, got {names[0]} without {INDEX}")
+        text = json.dumps({KEY: FORMAT, **dataclasses.asdict(job)}, indent=1)
+        storage.write(folder / INDEX, text + "\n")
+    for left in folder.glob("*.part"):  # of a job that was ended while it wrote
+        left.unlink(missing_ok=True)
+    return [name for name, numbers in job.files().items() if not _is_shard(folder / name, job, len(numbers))]
+
+
+def _read(path: Path) -> _Job:
+    data = records.parse(path.read_bytes(), "JSON", str(path))
+    found = data.pop(KEY, None) if isinstance(data, dict) else None
+    if type(found) is not int or found != FORMAT:
+        raise ValueError(f"{path} must be the index of shards with {KEY} = {FORMAT}, got {records.shown(found)}")
+    job = records.record(_Job, data, f"{path}: ")
+    if not (len(job.shape) == 3 and min(*job.shape, job.n, job.shard) >= 1 and job.first >= 0):
+        raise ValueError(f"{path}: n, shard and shape must be positive, got {job.n}, {job.shard} and {list(job.shape)}")
+    return job
+
+
+def _is_shard(path: Path, job: _Job, count: int) -> bool:
+    """Whether the file is there and whole, by the archive's directory and the arrays' heads."""
+    channels, height, width = job.shape
+    want: dict[str, tuple[Any, ...]] = {f"{IMAGES}.npy": ((count, height, width, channels), np.dtype(np.uint8))}
+    if job.classes is not None:
+        want[f"{CLASSES}.npy"] = ((count,), np.dtype(np.int64))
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if set(archive.namelist()) != set(want):
+                return False
+            for name, (shape, dtype) in want.items():
+                with archive.open(name) as array:
+                    if np.lib.format.read_magic(array) != (1, 0):
+                        return False
+                    found, fortran, kind = np.lib.format.read_array_header_1_0(array)
+                    if (found, fortran, kind) != (shape, False, dtype):
+                        return False
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False
+    return True
+
+
+def _write(path: Path, images: Tensor, classes: Tensor | None) -> None:
+    data = io.BytesIO()  # the names and their order alone: no date goes in, so equal images are equal files
+    arrays = {IMAGES: images.numpy()} | ({} if classes is None else {CLASSES: classes.numpy()})
+    np.savez(data, **arrays)  # type: ignore[arg-type]
+    storage.write(path, data.getvalue())
