@@ -22,7 +22,9 @@ __all__ = ["add_command", "report", "text"]
 
 # What the extras are for, by the module that shows that it is installed.
 EXTRAS = {
-    "demo": ("`make demo` and `python -m diffkern demo`", ("sklearn", "matplotlib", "PIL", "safetensors")),
+    "demo": ("`make demo` and `python -m diffkern demo`", ("sklearn", "matplotlib", "torch_fidelity", "yaml")),
+    "train": ("`diffkern train`", ("jsonargparse", "yaml", "PIL", "matplotlib", "safetensors")),
+    "evaluate": ("`diffkern evaluate`", ("torch_fidelity", "scipy")),
     "grids": ("noise levels spaced by `beta_sigmas`", ("scipy",)),
 }
 # The same, for what stands in the source folder alone.

@@ -7,41 +7,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffkern import ops, pictures, streams
-from diffkern.names import Prediction
-from diffkern.nn import UNet
-from diffkern.plan import Plan
-from diffkern.sampling.runner import initial, sample
-from diffkern.schedules.discrete import DiscreteSchedule
+from diffkern import ops, pictures
+from diffkern.diffusion import Diffusion
+from diffkern.generate import recommended
+from diffkern.objectives.losses import noised
+
+STEPS = 50
+"""Of the sampler whose trajectory is drawn."""
 
 
-def forward_strip(
-    images: Tensor, schedule: DiscreteSchedule, prediction: Prediction, *, columns: int = 11, seed: int = 0
-) -> Any:
+def forward_strip(images: Tensor, diffusion: Diffusion, *, columns: int = 11, seed: int = 0) -> Any:
     """The forward process: a row an image, from clean data to noise, every column q(x_t | x_0) with the same eps
     (lecture 000)."""
-    last = schedule.T - 1
-    times = [round(last * c / (columns - 1)) for c in range(columns)]
-    table, seeds = schedule.table(prediction), ops.seeds(seed, len(images))
-    noised = [ops.noising(images, table, torch.tensor(t), seeds=seeds, stream=streams.TRAINING)[0] for t in times]
-    headings = [f"t={t}" for t in times]
+    schedule, seeds = diffusion.schedule, ops.seeds(seed, len(images))
+    times = [round((schedule.time_range[1]) * c / (columns - 1)) for c in range(columns)]
+    shown = [noised(images, torch.full((len(images),), t), schedule, seeds=seeds) for t in times]
     title = f"Forward process, {schedule.name} schedule: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps"
-    return pictures.grid(list(torch.stack(noised, dim=1)), headings, title=title, ink=True)
+    return pictures.grid(list(torch.stack(shown, dim=1)), [f"t={t}" for t in times], title=title, ink=True)
 
 
-def trajectory_strip(
-    model: UNet, plan: Plan, classes: Tensor, *, guidance: float, columns: int = 11, seed: int = 0
-) -> Any:
-    """The states of a sampler from noise to digits: a row a class, a column every few steps."""
-    device = next(model.parameters()).device
-    config = model.config
-    seeds, cond = ops.seeds(seed, len(classes)).to(device), classes.to(device)
-    x = initial(plan, (len(classes), *config.shape), seeds, device=device)
-    none = torch.full_like(cond, model.null_class)
-    run = sample(model, x, plan, seeds=seeds, cond=cond, uncond=none, guidance=guidance, trajectory=True)
+def trajectory_strip(diffusion: Diffusion, classes: int, guidance: float, *, columns: int = 11, seed: int = 0) -> Any:
+    """The states of DDIM from noise to digits: a row a class, a column every few steps."""
+    plan = recommended(diffusion, "ddim", STEPS)
+    cond = torch.arange(classes, device=next(diffusion.parameters()).device)
+    run = diffusion.sample(classes, plan, seeds=seed, cond=cond, guidance=guidance, trajectory=True)
     assert run.trajectory is not None
     states = run.trajectory.cpu()
     shown = [round((len(states) - 1) * c / (columns - 1)) for c in range(columns)]
     title = f"{plan.name}, {len(states) - 1} steps: the state after so many steps"
-    rows = list(states[shown].transpose(0, 1))
-    return pictures.grid(rows, [str(i) for i in shown], [str(c) for c in classes.tolist()], title=title, ink=True)
+    rows, names = list(states[shown].transpose(0, 1)), [str(c) for c in range(classes)]
+    return pictures.grid(rows, [str(i) for i in shown], names, title=title, ink=True)

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from diffkern import records, storage
 from diffkern.checks import meant
 from diffkern.extras import need
-from diffkern.names import SamplerName, TimesName, WeightingName
+from diffkern.names import Crop, SamplerName, TimesName, WeightingName
 
 __all__ = ["Decay", "Objective", "Precision", "Shard", "TrainConfig"]
 
@@ -79,12 +79,12 @@ class TrainConfig:
     """Height and width of the images the network sees; the data's own if None."""
     channels: int | None = None
     """1 or 3; the data's own if None."""
-    crop: Literal["center", "random"] = "center"
+    crop: Crop = "center"
     """To a square: "center", or "random" anew in every epoch."""
     flip: bool = False
     """Mirror images at random."""
     limit: int | None = None
-    """The first so many images alone."""
+    """So many of the images alone, drawn once."""
     skip_bad: bool = False
     """Leave out images that cannot be read, instead of ending with their names."""
     cache: str | None = None

@@ -54,7 +54,8 @@ def fit(
 ) -> Fitted:
     """Trains the diffusion (one made of the configuration if None) on the images, from where the run folder stands.
 
-    ``data`` is what `diffkern.data.open_images` takes; ``held_out`` images, or the share ``config.validation`` of the
+    ``data`` is what `diffkern.data.open_images` takes, or `Images` that are open, with size and flips of their own.
+    ``held_out`` images, or the share ``config.validation`` of the
     data, give the validation loss. Without a folder ``out`` nothing is written. ``callback(step, loss)`` is called
     after each step. Under torchrun every process calls this alike.
 
@@ -95,6 +96,7 @@ def fit(
             first=step * config.batch,
             micro_batch=config.micro_batch,
             workers=config.workers,
+            end=config.iterations * config.batch,
             pin=device.type == "cuda",
         )
         stopped = False
@@ -127,6 +129,7 @@ def fit(
                     bar.update()
         if bar is not None:
             bar.close()
+        run.finish()
         return Fitted(diffusion, averages, step, stopped and step < config.iterations, losses)
 
 
@@ -137,16 +140,18 @@ def _due(step: int, every: int | None, config: TrainConfig) -> bool:
 
 def _images(data: Any, config: TrainConfig, held_out: Images | None) -> tuple[Images, Images | None]:
     """The images to train on and those kept apart."""
-    images = open_images(
-        data,
-        size=config.size,
-        channels=config.channels,
-        crop=config.crop,
-        flip=config.flip,
-        cache=config.cache,
-        skip_bad=config.skip_bad,
-        limit=config.limit,
-    )
+    images = data
+    if not isinstance(data, Images):
+        images = open_images(
+            data,
+            size=config.size,
+            channels=config.channels,
+            crop=config.crop,
+            flip=config.flip,
+            cache=config.cache,
+            skip_bad=config.skip_bad,
+            limit=config.limit,
+        )
     if config.validation and held_out is None:
         share = config.validation
         return split(images, share if share < 1.0 else int(share))

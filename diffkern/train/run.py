@@ -206,8 +206,13 @@ class Run:
         storage.write(path, need("safetensors.torch", "safetensors", "train").save(found))
         return f"{text}; its examples are in {path}"
 
+    def finish(self) -> None:
+        """``loss.png``, where the loop came to its end."""
+        if self.folder is not None and parallel.is_main():
+            draw_curves(self.folder)
+
     def close(self) -> None:
-        """Ends the log's files, and draws the last curve."""
+        """Ends the log's files."""
         if self._log is not None:
             self._log.close()
 

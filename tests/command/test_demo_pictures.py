@@ -10,7 +10,6 @@ import torch
 from helpers.lazy import needs
 
 from diffkern import pictures
-from diffkern.demo.generate import class_rows
 from diffkern.demo.run import Line, markdown
 
 pytestmark = needs("sklearn", "matplotlib", "PIL", "safetensors", "tqdm")
@@ -25,7 +24,9 @@ def test_tiles_and_grids(tmp_path: Path) -> None:
     assert tile.shape == (40, 40)
     assert tile[20, 20] < 40
     assert tile[0, 0] == 255
-    picture = pictures.class_grid(image.expand(6, 1, 8, 8), class_rows(3, 2), "words above", columns=3, ink=True)
+    picture = pictures.class_grid(
+        image.expand(6, 1, 8, 8), torch.arange(3).repeat(2), "words above", columns=3, ink=True
+    )
     pictures.write(picture, tmp_path / "new" / "grid.png")
     assert (tmp_path / "new" / "grid.png").stat().st_size > 0
     assert picture.size[0] > 3 * 80
@@ -37,17 +38,13 @@ def test_tiles_and_grids(tmp_path: Path) -> None:
 
 
 def test_table_reads_as_markdown() -> None:
-    lines = [Line("real digits", None, None, None, None, 0.9889, 1.3), Line("heun", 15, 29, 3.2, 0.0456, 0.995, 2.345)]
-    rows = markdown(lines).splitlines()
-    assert [cell.strip() for cell in rows[-1].split("|")[1:-1]] == [
-        "heun",
-        "15",
-        "29",
-        "3.20",
-        "0.046",
-        "0.995",
-        "2.35",
+    lines = [
+        Line("real digits", None, None, None, 0.9889, 1.3, 0.905, 0.917),
+        Line("heun", 15, 29, 3.24, 0.995, 2.345, 0.8, 1.0),
     ]
+    rows = markdown(lines).splitlines()
+    cells = [cell.strip() for cell in rows[-1].split("|")[1:-1]]
+    assert cells == ["heun", "15", "29", "3.2", "0.995", "2.35", "0.800", "1.000"]
     assert len({len(row) for row in rows}) == 1
 
 

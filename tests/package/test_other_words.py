@@ -18,7 +18,6 @@ from diffkern import checks, guidance, names, samplers, schedules, simulate
 from diffkern.__main__ import main
 from diffkern.checks import plain, word
 from diffkern.command.plan import read
-from diffkern.demo.recipe import Recipe
 from diffkern.generate import recommended
 from diffkern.objectives import flow_matching, variational, weightings
 from diffkern.objectives.weightings import get_weighting
@@ -106,7 +105,6 @@ TAKES: dict[str, Callable[[Any], Any]] = {
     "predictor_corrector": lambda p: diffkern.predictor_corrector(half, X, VP, 4, seeds=0, prediction=p),
     "rk45": lambda p: diffkern.rk45(half, X, VP, rtol=1e-2, prediction=p).x,
     "Plan": lambda p: Plan("mine", samplers.ddim(S, 4).rows, prediction=p),
-    "Recipe": lambda p: Recipe(prediction=p),
     "path": lambda p: schedules.path(torch.sin, torch.cos, prediction=p).default_prediction,
     "Diffusion": lambda p: diffkern.Diffusion(torch.nn.Identity(), S, p).prediction,
     "Diffusion, target": lambda p: diffkern.Diffusion(torch.nn.Identity(), S, "v", target=p).target,

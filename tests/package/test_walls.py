@@ -100,15 +100,14 @@ WALLS = {
     "train": "checks names records storage progress extras pictures parallel schedules ops nn objectives "
     "diffusion data",
     "generate": "integers names records storage pictures parallel progress schedules plan ops samplers",
-    "demo": "streams names records storage pictures schedules plan ops samplers nn objectives sampling diffusion "
-    "generate",
+    "demo": "storage extras pictures ops objectives diffusion data metrics train generate",
     "command": "checks records storage extras pictures parallel _load schedules plan samplers nn diffusion "
     "generate train demo diffkern",
     "diffkern": "streams _load schedules plan reference ops brownian samplers objectives guidance sampling simulate "
     "diffusion",
     "__main__": "",
 }
-LONGEST_CHAIN = 13
+LONGEST_CHAIN = 14
 """Imports at module level, one behind the other; from a command through training to the ground."""
 LONGEST_FILE = 400
 # Who may touch the native modules and ops by name.
