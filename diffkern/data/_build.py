@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -65,23 +66,22 @@ def build(source: Source, fit: Fit, file: BinaryIO, skip_bad: bool, progress: bo
     shapes, labels, bad = [], [], []
     first: tuple[str, tuple[int, ...]] | None = None
     bar = progress_bar(progress, "reading images", float("inf") if source.count is None else source.count, unit="image")
-    for entry, found in _fitted(source, fit):
-        if bar is not None:
-            bar.update()
-        if isinstance(found, Exception):
-            bad.append(f"{entry.name} ({_reason(found)})")
-            continue
-        first = first or (entry.name, found.shape)
-        if fit.size is None and found.shape[1:] != first[1][1:]:
-            sizes = [f"{name} is {shape[2]} x {shape[1]}" for name, shape in (first, (entry.name, found.shape))]
-            raise ValueError(f"size must be given where images are of several, got None: {', '.join(sizes)}")
-        data = np.ascontiguousarray(found).data
-        content.update(data)
-        file.write(data)
-        shapes.append(found.shape)
-        labels.append(-1 if entry.label is None else entry.label)
-    if bar is not None:
-        bar.close()
+    with contextlib.nullcontext() if bar is None else contextlib.closing(bar):
+        for entry, found in _fitted(source, fit):
+            if bar is not None:
+                bar.update()
+            if isinstance(found, Exception):
+                bad.append(f"{entry.name} ({_reason(found)})")
+                continue
+            first = first or (entry.name, found.shape)
+            if fit.size is None and found.shape[1:] != first[1][1:]:
+                sizes = [f"{name} is {shape[2]} x {shape[1]}" for name, shape in (first, (entry.name, found.shape))]
+                raise ValueError(f"size must be given where images are of several, got None: {', '.join(sizes)}")
+            data = np.ascontiguousarray(found).data
+            content.update(data)
+            file.write(data)
+            shapes.append(found.shape)
+            labels.append(-1 if entry.label is None else entry.label)
     if bad and not skip_bad:
         raise ValueError(unreadable(bad, len(bad) + len(shapes)))
     if not shapes:

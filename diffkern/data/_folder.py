@@ -41,25 +41,26 @@ def names_in(folder: Path, suffixes: frozenset[str] = SUFFIXES) -> list[str]:
     return sorted(found)
 
 
-def source_of(folder: Path, names: list[str], labelled: bool = True) -> Source:
-    """The images of these ``names`` in the folder; classes are its subfolders, in their order, where every image lies
-    in one."""
-    tops = [name.partition("/")[0] if "/" in name else None for name in names]
+def source_of(folder: Path, names: list[str], numbers: list[int], labelled: bool = True) -> Source:
+    """Of the images of all ``names`` those at the ``numbers``; classes are the subfolders, in the order of their names,
+    where every image lies in one."""
     classes: tuple[str, ...] | None = None
-    numbers: dict[str | None, int] = {}
-    if labelled and None not in tops:
-        classes = tuple(sorted({top for top in tops if top is not None}))
-        numbers = {name: number for number, name in enumerate(classes)}
-    identity = []
-    for name in names:
-        state = os.stat(folder / name)
-        identity.append([name, state.st_size, state.st_mtime_ns])
+    if labelled and all("/" in name for name in names):
+        classes = tuple(sorted({_top(name) for name in names}))
+    label = {name: number for number, name in enumerate(classes or ())}
+    names = [names[i] for i in numbers]
+    states = [os.stat(folder / name) for name in names]
+    identity = [[name, state.st_size, state.st_mtime_ns] for name, state in zip(names, states, strict=True)]
 
     def entries() -> Iterator[Entry]:
-        for name, top in zip(names, tops, strict=True):
-            yield Entry(name, functools.partial(_open, folder / name), numbers.get(top))
+        for name in names:
+            yield Entry(name, functools.partial(_open, folder / name), label.get(_top(name)))
 
     return Source(entries(), len(names), classes, ["folder", classes, identity], threads=True)
+
+
+def _top(name: str) -> str:
+    return name.partition("/")[0]
 
 
 def _open(path: Path) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,16 +21,13 @@ def is_dataset(value: Any) -> bool:
     return hasattr(value, "__len__") and hasattr(value, "__getitem__") and not isinstance(value, str | bytes | Mapping)
 
 
-def source_of(dataset: Any, indices: Iterable[int] | None, labels: bool | str) -> Source:
-    """The pictures of a data set, all or those of the ``indices``.
+def source_of(dataset: Any, numbers: list[int], labels: bool | str) -> Source:
+    """The pictures of a data set at these ``numbers``.
 
     Of `datasets`: the column of its type Image, and as labels the one that is called ``labels``, or else its only
     ClassLabel. Of others: items (picture, label, ...), pictures, or mappings with "image" and "label"; labels where
     they are integers, ``dataset.classes`` their names.
     """
-    if isinstance(indices, Tensor):
-        indices = indices.tolist()
-    numbers = list(range(len(dataset)) if indices is None else indices)
     if hasattr(dataset, "features") and hasattr(dataset, "column_names"):
         return _of_columns(dataset, numbers, labels)
     names = getattr(dataset, "classes", None)

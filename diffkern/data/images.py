@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -19,8 +20,8 @@ __all__ = ["Images", "Subset", "check_indices", "digest", "drawn", "split"]
 class Images(ABC):
     """Images of one shape, by index: what `open_images` returns, and what a class of one's own derives from.
 
-    A subclass sets the attributes and has `__len__` and `batch`. For ``loader(workers=...)`` it must be picklable where
-    Python starts processes by spawning.
+    A subclass sets ``shape``, has `__len__` and `batch`, and sets ``classes`` and ``labels`` if it has labels. For
+    ``loader(workers=...)`` it must be picklable where Python starts processes by spawning.
     """
 
     shape: tuple[int, int, int]
@@ -29,10 +30,15 @@ class Images(ABC):
     """Names of the classes 0, 1, ...; None: no labels."""
     labels: Tensor | None = None
     """int64 [N], on the CPU; None: no labels."""
-    fingerprint: str
-    """Hexadecimal, of what the data are: another means that a run resumes on other data."""
     skipped: int = 0
     """How many images of the source could not be read and were left out (``skip_bad``)."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hexadecimal, of what the data are: another means that a run resumes on other data. As long as a class sets no
+        better one, of number, shape, classes and labels alone."""
+        labels = None if self.labels is None else self.labels.numpy()
+        return digest(repr((len(self), self.shape, self.classes)), labels)
 
     @abstractmethod
     def __len__(self) -> int:

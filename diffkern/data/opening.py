@@ -78,22 +78,14 @@ def open_images(
         raise ValueError(f"channels must be 1, 3 or None, got {channels!r}")
     fit = Fit(None if size is None else integer("size", size), channels == 1, crop == "random")
     limit = None if limit is None else integer("limit", limit)
-    opener = _Opener(fit, channels, bool(flip), _cache.folder_of(cache), skip_bad, labels, progress)
-    if isinstance(source, Images):
-        return _limited(opener.as_it_is(source), limit)
-    if isinstance(source, str) and source in BUILTIN:
-        return _limited(opener.arrays(BUILTIN[source]()), limit)
-    if isinstance(source, str | os.PathLike):
-        return opener.path(os.fspath(source), limit)
-    if isinstance(source, torch.utils.data.TensorDataset):
-        source = source.tensors if len(source.tensors) > 1 else source.tensors[0]
-    if isinstance(source, tuple | list) and len(source) == 2 and isinstance(source[0], Tensor | np.ndarray):
-        return _limited(opener.arrays(Arrays(*source)), limit)
-    if isinstance(source, Tensor | np.ndarray):
-        return _limited(opener.arrays(Arrays(source)), limit)
-    if _objects.is_dataset(source):
-        return opener.dataset(source, limit)
-    raise ValueError(_none_of_these(source))
+    opener = _Opener(fit, channels, bool(flip), _cache.folder_of(cache), skip_bad, labels, limit, progress)
+    images = opener.open(source)
+    return images if limit is None or limit >= len(images) else Subset(images, _some(len(images), limit))
+
+
+def _some(count: int, n: int) -> Tensor:
+    """The numbers of those that a limit leaves."""
+    return torch.nonzero(drawn(count, n))[:, 0]
 
 
 def _none_of_these(source: object) -> str:
@@ -122,7 +114,26 @@ class _Opener:
     folder: Path | None
     skip_bad: bool
     labels: Any
+    limit: int | None
     progress: bool | str
+
+    def open(self, source: Any) -> Images:
+        """Of any source."""
+        if isinstance(source, Images):
+            return self.as_it_is(source)
+        if isinstance(source, str) and source in BUILTIN:
+            return self.arrays(BUILTIN[source]())
+        if isinstance(source, str | os.PathLike):
+            return self.path(os.fspath(source))
+        if isinstance(source, torch.utils.data.TensorDataset):
+            source = source.tensors if len(source.tensors) > 1 else source.tensors[0]
+        if isinstance(source, tuple | list) and len(source) == 2 and isinstance(source[0], Tensor | np.ndarray):
+            return self.arrays(Arrays(*source))
+        if isinstance(source, Tensor | np.ndarray):
+            return self.arrays(Arrays(source))
+        if _objects.is_dataset(source):
+            return self.dataset(source)
+        raise ValueError(_none_of_these(source))
 
     def as_it_is(self, images: Images) -> Images:
         """ValueError for options that Images have decided already."""
@@ -132,7 +143,7 @@ class _Opener:
             raise ValueError(
                 f"size and channels must be those of Images that are given, {list(images.shape)}, got {wanted}"
             )
-        if self.flip or self.fit.whole or self.labels not in (None, True):
+        if self.flip or self.fit.whole or not self.labelled:
             raise ValueError("flip, crop and labels must be given where images are opened, got Images with them")
         return images
 
@@ -141,37 +152,38 @@ class _Opener:
         """Whether the labels of the source are wanted."""
         return self.labels is None or self.labels is True
 
-    def path(self, name: str, limit: int | None) -> Images:
+    def chosen(self, count: int) -> list[int]:
+        """Which of so many pictures have to be read at all: where labels are given, all, to which they belong."""
+        given = not isinstance(self.labels, bool | str | None)
+        return list(range(count)) if self.limit is None or given else _some(count, self.limit).tolist()
+
+    def path(self, name: str) -> Images:
         """Of a folder, a file, or a pattern of tar files."""
         path = Path(name)
         if path.is_dir():
-            return self.directory(path, limit)
+            return self.directory(path)
         if path.suffix in (".npy", ".npz") and path.is_file():
-            return _limited(self.arrays(_arrays.from_file(path)), limit)
+            return self.arrays(_arrays.from_file(path))
         if path.suffix in _tar.SUFFIXES:
-            return _limited(self.pictures(_tar.source_of(_tar.expanded(name), self.labelled)), limit)
+            return self.pictures(_tar.source_of(_tar.expanded(name), self.labelled))
         raise ValueError(f"{_none_of_these(name)}: {'none of these' if path.exists() else 'no such file'}")
 
-    def directory(self, path: Path, limit: int | None) -> Images:
+    def directory(self, path: Path) -> Images:
         """Of pictures in folders, or of files that hold many."""
-        names = _folder.names_in(path)
-        if names:
-            if limit is not None and limit < len(names):
-                names = [name for name, taken in zip(names, drawn(len(names), limit).tolist(), strict=True) if taken]
-            return self.pictures(_folder.source_of(path, names, self.labelled))
+        if names := _folder.names_in(path):
+            return self.pictures(_folder.source_of(path, names, self.chosen(len(names)), self.labelled))
         if arrays := _folder.names_in(path, frozenset({".npz", ".npy"})):
-            return _limited(self.arrays(_arrays.joined([_arrays.from_file(path / name) for name in arrays])), limit)
+            return self.arrays(_arrays.joined([_arrays.from_file(path / name) for name in arrays]))
         if shards := _folder.names_in(path, _tar.SUFFIXES):
-            return _limited(self.pictures(_tar.source_of([path / name for name in shards], self.labelled)), limit)
+            return self.pictures(_tar.source_of([path / name for name in shards], self.labelled))
         raise ValueError(f"source must be a folder with images (png, jpg, webp, ...), got {path} with none")
 
-    def dataset(self, dataset: Any, limit: int | None) -> Images:
+    def dataset(self, dataset: Any) -> Images:
         """Of a data set of another library."""
         if len(dataset) == 0:
             raise ValueError(f"source must have images, got an empty {type(dataset).__name__}")
-        chosen = None if limit is None or limit >= len(dataset) else torch.nonzero(drawn(len(dataset), limit))[:, 0]
         column = self.labels if isinstance(self.labels, str) else self.labelled
-        return self.pictures(_objects.source_of(dataset, chosen, column))
+        return self.pictures(_objects.source_of(dataset, self.chosen(len(dataset)), column))
 
     def arrays(self, arrays: Arrays) -> Images:
         """Of arrays: as they are where the fit changes nothing, else built as pictures are."""

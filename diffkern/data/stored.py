@@ -71,14 +71,15 @@ class _Stored(Images):
     def batch(self, indices: Tensor, seeds: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """uint8 v is v/127.5 - 1; float32 stays."""
         check_indices(indices, seeds, len(self))
-        x0 = torch.from_numpy(self._pixels(indices, seeds))
+        pixels = self._pixels(indices, seeds)
+        if self.flip and seeds is not None and len(seeds):
+            flipped = (uniform_by_address(seeds, streams.AUGMENTATION) < 0.5).numpy()
+            pixels[flipped] = pixels[flipped][..., ::-1]
+        x0 = torch.from_numpy(pixels)
         if x0.dtype == torch.uint8:
             x0 = x0.to(torch.float32).div_(127.5).sub_(1.0)
         if x0.shape[1] != self.shape[0]:
             x0 = x0.expand(-1, self.shape[0], -1, -1)
-        if self.flip and seeds is not None and len(seeds):
-            flipped = uniform_by_address(seeds, streams.AUGMENTATION) < 0.5
-            x0 = torch.where(flipped[:, None, None, None], x0.flip(3), x0)
         return x0.contiguous(), None if self.labels is None else self.labels[indices]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,14 @@ def test_subfolders_are_classes_in_the_order_of_their_names(folder: Path) -> Non
     assert labels is not None
     assert labels.tolist() == [1, 0]
     assert torch.equal(x0[0], torch.full((1, 4, 4), 30 / 127.5 - 1))
+
+
+def test_progress_is_shown_when_asked_for(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    opened(folder, progress="pictures", cache=False)
+    assert "pictures" in (shown := capsys.readouterr().err)
+    assert "3/3" in shown
+    opened(folder, cache=False)
+    assert capsys.readouterr().err == ""
 
 
 def test_an_image_beside_the_subfolders_leaves_no_classes(folder: Path) -> None:
@@ -132,6 +142,10 @@ def test_a_limit_takes_some_of_all_classes_and_the_same_ones_each_time(tmp_path:
     assert images.labels is not None
     assert set(images.labels.tolist()) == {0, 1}
     assert len(opened(tmp_path / "data", limit=100)) == 40
+    assert opened(tmp_path / "data", limit=1).classes == ("a", "b")
+    given = opened(tmp_path / "data", limit=12, labels=torch.arange(40))
+    assert given.labels is not None
+    assert given.labels.tolist() == greys(given) == found
 
 
 # ------------------------------------------------------------------------------------------------------------ crops
@@ -211,6 +225,21 @@ def test_a_cache_that_a_killed_process_left_or_that_was_cut_is_built_anew(folder
         place.with_name(f"{place.name}.part").mkdir()
         assert greys(opened(folder)) == [10, 20, 30]
     assert [path.name for path in place.parent.iterdir() if path.is_dir()] == [place.name]
+
+
+def test_those_who_ask_at_once_wait_for_one_to_build(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode, calls = Image.open, []
+
+    def slow(file: Any) -> Any:
+        calls.append(file)
+        time.sleep(0.02)
+        return decode(file)
+
+    monkeypatch.setattr(Image, "open", slow)
+    with ThreadPoolExecutor(3) as pool:
+        found = [task.result() for task in [pool.submit(opened, folder) for _ in range(3)]]
+    assert [greys(images) for images in found] == [[10, 20, 30]] * 3
+    assert len(calls) == 3
 
 
 def test_a_cache_that_cannot_be_written_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffkern.data import Batch, Images, Stream, example_seeds, loader, open_images
+from diffkern.data import Batch, Images, Stream, example_seeds, loader, open_images, split
 
 SEED = 11
 
@@ -102,7 +102,6 @@ class Failing(Images):
     """Refuses one image, with an error that cannot travel between processes."""
 
     shape = (1, 1, 1)
-    fingerprint = "00"
 
     def __init__(self, error: type[Exception]) -> None:
         self.error = error
@@ -114,6 +113,14 @@ class Failing(Images):
         if 3 in indices:
             raise self.error("image 3 is not there")
         return torch.zeros(len(indices), 1, 1, 1), None
+
+
+def test_a_class_of_ones_own_needs_a_shape_a_length_and_a_batch() -> None:
+    images = Failing(ValueError)
+    training, kept = split(images, 1)
+    assert training.batch(torch.tensor([0]))[0].shape == (1, 1, 1, 1)
+    assert images.labels is images.classes is kept.labels is None
+    assert images.fingerprint == Failing(OSError).fingerprint != kept.fingerprint
 
 
 def local_error() -> type[Exception]:
@@ -146,6 +153,17 @@ def children_of(pid: int) -> list[int]:
     """Processes that this one started."""
     with open(f"/proc/{pid}/task/{pid}/children") as file:
         return [int(child) for child in file.read().split()]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_for_a_gpu_lie_in_pinned_memory(workers: int) -> None:
+    part = next(run(pictures(), workers=workers, pin=True))[0]
+    assert part.labels is not None
+    assert part.x0.is_pinned()
+    assert part.labels.is_pinned()
+    assert part.seeds.is_pinned()
+    assert (part.first, len(part.x0)) == (0, 5)
 
 
 @pytest.mark.full

@@ -87,6 +87,8 @@ def test_images_are_taken_as_they_are() -> None:
     with pytest.raises(ValueError, match=r"^size and channels must be those of Images that are given, \[3, 4, 5\], "):
         open_images(images, size=3)
     with pytest.raises(ValueError, match=r"^flip, crop and labels must be given where images are opened, got Images"):
+        open_images(images, labels=torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match=r"^flip, crop and labels must be given where images are opened, got Images"):
         open_images(images, flip=True)
 
 
