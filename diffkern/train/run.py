@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffkern import parallel, pictures, storage
 from diffkern.data import Batch, Images
 from diffkern.extras import need
+from diffkern.generate import described, recommended
 from diffkern.ops.flops import FLOP_FORMULAS
 from diffkern.train import checkpoint
 from diffkern.train.config import TrainConfig
@@ -175,18 +176,17 @@ class Run:
         if diffusion.null is not None and self.images.classes is not None:
             classes = torch.arange(config.sample_n, device=self.stepper.device) % len(self.images.classes)
         columns = 8 if classes is None else min(16, len(self.images.classes or ()))
-        sampler = config.sampler or OBJECTIVES[config.objective].sampler
+        plan = recommended(diffusion, config.sampler or OBJECTIVES[config.objective].sampler, config.sample_steps)
         with first_used(self.averages):
             made = diffusion.sample(
                 config.sample_n,
-                sampler,
-                config.sample_steps,
+                plan,
                 seeds=PICTURE_SEED,
                 cond=classes,
                 guidance=config.guidance if classes is not None else None,
             )
         if parallel.is_main():
-            title = f"step {step}: {sampler}, {config.sample_steps} steps"
+            title = f"step {step}: {described(plan, config.guidance if classes is not None else None)}"
             rows = list(made.cpu().split(columns))
             scale = pictures.default_scale(made.shape[-1])
             pictures.write(pictures.grid(rows, title=title, scale=scale), self.folder / "samples" / f"{step:08d}.png")

@@ -98,7 +98,7 @@ WALLS = {
     "data": "streams integers checks names records progress extras parallel ops draws",
     "metrics": "checks records storage progress extras pictures parallel",
     "train": "checks names records storage progress extras pictures parallel schedules ops nn objectives "
-    "diffusion data",
+    "diffusion data generate",
     "generate": "integers names records storage pictures parallel progress schedules plan ops samplers",
     "demo": "storage extras pictures ops objectives diffusion data metrics train generate",
     "command": "checks records storage extras pictures parallel _load schedules plan samplers nn diffusion "
