@@ -5,7 +5,7 @@
 | `generate` | images one micro-batch after the other, each by its number: `Part` |
 | `write_shards`, `read_shards` | a large number of images in files, of which only the missing are made |
 | `recommended`, `DEFAULT_STEPS` | the plan of a sampler as it is good for images; `described`: in words |
-| `fingerprint` | what a model is, as a hash of its weights |
+| `fingerprint`, `known_classes` | what a model is, as a hash of its weights; how many classes it has |
 
     for part in generate(diffusion, 64, "dpmpp_2m", classes="even", guidance=2.0):
         part.first, part.images, part.classes
@@ -16,7 +16,7 @@ docs/generate.md.
 
 from __future__ import annotations
 
-from diffkern.generate.images import Part, generate
+from diffkern.generate.images import Part, generate, known_classes
 from diffkern.generate.recommended import DEFAULT_STEPS, described, recommended
 from diffkern.generate.shards import fingerprint, read_shards, write_shards
 
@@ -26,6 +26,7 @@ __all__ = [
     "described",
     "fingerprint",
     "generate",
+    "known_classes",
     "read_shards",
     "recommended",
     "write_shards",

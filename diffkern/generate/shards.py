@@ -132,9 +132,11 @@ def write_shards(
     return [Path(folder) / name for name in files]
 
 
-def read_shards(folder: str | os.PathLike[str], micro_batch: int = 256) -> Iterator[Part]:
+def read_shards(
+    folder: str | os.PathLike[str], micro_batch: int = 256, share: Callable[[int], range] = range
+) -> Iterator[Part]:
     """The images of a folder of `write_shards` by their numbers, float32 [B, C, H, W] in [-1, 1], B at most
-    ``micro_batch``.
+    ``micro_batch``; ``share``: of which of the files, those of this rank with `parallel.share`.
 
     ValueError where a shard is missing or no shard: the job has to be run to its end.
     """
@@ -150,7 +152,8 @@ def read_shards(folder: str | os.PathLike[str], micro_batch: int = 256) -> Itera
             f"{path} must hold all {len(files)} shards of its job, got {len(files) - len(absent)} (without "
             f"{absent[0]}): run the job again, it makes what is missing"
         )
-    return _parts(path, files, micro_batch)
+    names = list(files)
+    return _parts(path, {names[i]: files[names[i]] for i in share(len(names))}, micro_batch)
 
 
 def _parts(folder: Path, files: dict[str, range], micro_batch: int) -> Iterator[Part]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers.generate_cases import small_unet
+from helpers.generate_cases import blobs, small_unet
 from helpers.lazy import needs
 
 from diffkern import nn
@@ -31,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     small_unet().save_pretrained(folder)
+    blobs(folder / "data.npz")
     return folder
 
 
@@ -216,11 +219,16 @@ with parallel.job(torch.device("cpu")):
     assert main([*job, "--shards", f"{out}/shards"]) == 0
     assert main([*job, "--seed", "1", "--shards", f"{out}/shards"]) == 2  # in every rank
     assert main([*job, "--n", "1", "--out", f"{out}/one.png"]) == 0  # a rank without an image
+    job = ["--run", run, "--data", f"{run}/data.npz", "--n", "20", "--sampler", "ddim", "--steps", "2", "--quiet"]
+    job += ["--micro-batch", "4", "--features", "classifier", "--out", f"{out}/evaluation"]
+    assert main(["evaluate", *job]) == 0
+    assert main(["evaluate", *job, "--shards", f"{out}/many"]) == 0
 """
 
 
-def written(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def written(folder: Path, but: str) -> dict[str, bytes]:
+    files = [path for path in folder.rglob("*") if path.is_file() and path.parent.name != but]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.mark.full
@@ -243,5 +251,25 @@ def test_two_processes_write_what_one_writes(run: Path, tmp_path: Path, monkeypa
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("7 images in") == 4, "the main rank alone says it"
     assert done.stderr.count("got those of another, whose seed is 0 instead of 1") == 2
-    assert len(written(one)) == 1 + 7 + 2 + 1
-    assert written(two) == written(one)
+    assert done.stdout.count("FID, n to infinity") == 2
+    found = [json.loads((out / "evaluation" / "evaluation.json").read_text()) for out in (one, two)]
+    compare(found[1], found[0])
+    files = [written(out, "evaluation") for out in (one, two)]
+    assert len(files[0]) == 1 + 7 + 2 + 1 + 2
+    assert files[1] == files[0]
+
+
+def compare(found: Any, expected: Any) -> None:
+    """Up to the features' rounding: a process sees other batches."""
+    assert type(found) is type(expected)
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            compare(found[name], value)
+    elif isinstance(expected, list):
+        for part, other in zip(found, expected, strict=True):
+            compare(part, other)
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    else:
+        assert found == expected

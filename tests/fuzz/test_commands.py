@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 from helpers.fuzzing import NO_SENTENCE, fuzz
+from helpers.generate_cases import blobs
 from helpers.lazy import needs
 from hypothesis import strategies as st
 
 from diffkern.__main__ import _commands, main
-from diffkern.command import demo
+from diffkern.command import demo, evaluate
 from diffkern.diffusion import Diffusion
 from diffkern.generate import DEFAULT_STEPS
 from diffkern.nn import UNet, UNetConfig
@@ -35,6 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     where = tmp_path_factory.mktemp("fuzz")
     for name in ("run", "changed"):
         Diffusion(UNet(TINY), cosine(10)).save_pretrained(where / name)
+    blobs(where / "data.npz")
     (where / "plan.json").write_text('{"diffkern_plan": 1, "name": "p", "rows": [{"a": 1.0}]}')
     (where / "text").write_text("no plan")
     return where
@@ -64,7 +66,7 @@ def words(*flags: str) -> st.SearchStrategy[list[str]]:
 
 
 def test_every_command_is_here() -> None:
-    assert set(_commands) == {"info", "train", "plan", "demo", "sample"}
+    assert set(_commands) == {"info", "train", "plan", "demo", "sample", "evaluate"}
 
 
 @fuzz(10, arguments=st.lists(st.sampled_from(["--json", *JUNK]), max_size=2))
@@ -133,6 +135,17 @@ def test_sample_of_a_model_that_was_changed(folder: Path, data: st.DataObject) -
     (folder / "changed" / "config.json").write_text(json.dumps(values))
     save_file(weights, folder / "changed" / "model.safetensors")
     run(["sample", "--run", "changed", "--steps=2", "--classes=1", "--scale=1", "--quiet", "--threads=1"], folder)
+
+
+@fuzz(30, data=st.data())
+def test_evaluate(folder: Path, data: st.DataObject) -> None:
+    """Up to where sampling would begin."""
+    flags = ("--n", "--limit", "--steps", "--seed", "--micro-batch", "--features", "--weights", "--images", "--out")
+    sources = st.sampled_from(["data.npz", "data.npz", "data.npz", "text", "none", ".", "run", "", "\x00"])
+    arguments = ["--run", data.draw(st.sampled_from(["run", "run", "text", "none"])), "--threads=1", "--quiet"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate._Evaluation, "run", lambda self: None)
+        run(["evaluate", *arguments, "--data", data.draw(sources), *data.draw(words(*flags))], folder)
 
 
 @fuzz(30, data=st.data())

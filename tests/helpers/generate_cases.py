@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -71,3 +73,12 @@ def in_turn(patch: pytest.MonkeyPatch, world: int, call: Callable[[], Found]) ->
             ranks.setattr(parallel, "barrier", lambda: None)
             found.append(call())
     return found
+
+
+def blobs(path: Path) -> None:
+    """60 images [1, 8, 8] of three classes, 30, 20 and 10, in a .npz: a square that stands elsewhere in each."""
+    labels = np.repeat([0, 1, 2], [30, 20, 10])
+    images = np.random.default_rng(0).integers(0, 60, (60, 8, 8), dtype=np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        image[2 * label : 2 * label + 3, 2:6] += 150
+    np.savez(path, images=images, labels=labels)

@@ -102,7 +102,7 @@ WALLS = {
     "generate": "integers names records storage pictures parallel progress schedules plan ops samplers",
     "demo": "storage extras pictures ops objectives diffusion data metrics train generate",
     "command": "checks records storage extras pictures parallel _load schedules plan samplers nn diffusion "
-    "generate train demo diffkern",
+    "data metrics generate train demo diffkern",
     "diffkern": "streams _load schedules plan reference ops brownian samplers objectives guidance sampling simulate "
     "diffusion",
     "__main__": "",
