@@ -18,7 +18,21 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-__all__ = ["bare", "barrier", "device", "device_of", "gathered", "is_main", "job", "rank", "share", "summed", "world"]
+__all__ = [
+    "bare",
+    "barrier",
+    "class_of",
+    "device",
+    "device_of",
+    "gathered",
+    "is_main",
+    "job",
+    "rank",
+    "reshard",
+    "share",
+    "summed",
+    "world",
+]
 
 
 def _running() -> bool:
@@ -34,6 +48,23 @@ def bare(model: nn.Module) -> nn.Module:
         if inside is None:
             return model
         model = inside
+
+
+def class_of(model: nn.Module) -> type[nn.Module]:
+    """The class of a network, also of one that FSDP2 has cut, which gives it a class of its own above it."""
+    kind = type(model)
+    if hasattr(kind, "set_requires_gradient_sync") and kind.__name__.startswith("FSDP"):
+        found: type[nn.Module] = kind.__mro__[2]  # the second is torch's FSDPModule
+        return found
+    return kind
+
+
+def reshard(model: nn.Module) -> None:
+    """Each process has its part of the weights alone again: what FSDP2 gathers for a call without gradients stays."""
+    for module in model.modules():
+        cut: Any = module
+        if hasattr(cut, "reshard") and hasattr(cut, "unshard"):
+            cut.reshard()
 
 
 def rank() -> int:

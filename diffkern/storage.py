@@ -77,7 +77,7 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         place.parent.mkdir(parents=True, exist_ok=True)
         unfinished.mkdir()
         yield unfinished
-        for file in unfinished.iterdir():
+        for file in unfinished.rglob("*"):
             flushed(file)
         flushed(unfinished)
         unfinished.rename(place)

@@ -18,7 +18,7 @@ from diffkern import storage
 from diffkern.names import Prediction
 from diffkern.objectives.time_sampling import TimeSampler, get_time_sampler
 from diffkern.objectives.weightings import Weighting, get_weighting
-from diffkern.parallel import bare
+from diffkern.parallel import bare, class_of
 from diffkern.records import kind_of, of_kind, parse, record, shown
 from diffkern.schedules.base import Schedule
 from diffkern.schedules.predictions import with_predictions
@@ -223,13 +223,13 @@ def _networks() -> dict[str, tuple[type[nn.Module], type]]:
 
 
 def _network_to(network: nn.Module) -> dict[str, Any]:
-    known = _networks()
-    name = type(network).__name__
-    if name in known and type(network) is known[name][0]:
+    known, kind = _networks(), class_of(network)
+    name = kind.__name__
+    if name in known and kind is known[name][0]:
         config = network.config
         stored = kind_of(config, {type(config).__name__: known[name][1]}, "network.config", "pass it as model=")
         return {"name": name, "config": stored}
-    return {"given": f"{type(network).__module__}.{type(network).__qualname__}"}
+    return {"given": f"{kind.__module__}.{kind.__qualname__}"}
 
 
 def _network_from(data: Any, shapes: dict[str, list[int]], null: Tensor | None, path: str) -> nn.Module:

@@ -123,7 +123,7 @@ class DiT(KnowsRows, nn.Module):
         self.register_buffer("positions", self.positions_of(config).to(self.enter.weight))
         self.time, self.classes = _embeddings(config, embedding)
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
-        for block in self._all()[1:] if config.own_embeddings else ():
+        for block in self._blocks()[1:] if config.own_embeddings else ():
             block.time, block.classes = _embeddings(config, embedding)
         self.modulate = zeroed(nn.Linear(embedding, 2 * width))
         self.leave = zeroed(nn.Linear(width, config.patch**2 * config.out_channels))
@@ -159,13 +159,13 @@ class DiT(KnowsRows, nn.Module):
 
         to_folder(self, path)
 
-    def _all(self) -> list[Any]:
+    def _blocks(self) -> list[Any]:
         return [*self.blocks]
 
     def _start(self) -> None:
         """The initial weights of the paper."""
         nn.init.xavier_uniform_(self.enter.weight.view(self.config.width, -1))
-        for block in self._all():
+        for block in self._blocks():
             for linear in (block.qkv, block.out, block.mlp_enter, block.mlp_leave):
                 nn.init.xavier_uniform_(linear.weight)
                 if linear.bias is not None:
@@ -180,7 +180,7 @@ class DiT(KnowsRows, nn.Module):
         """
         check_attention("attention", attention)
         self.config = dataclasses.replace(self.config, attention=attention)
-        for block in self._all():
+        for block in self._blocks():
             block.attention = attention
         return self
 
@@ -198,10 +198,10 @@ class DiT(KnowsRows, nn.Module):
         return ()
 
     def _modulations(self) -> list[Any]:
-        return [*(block.modulate for block in self._all()), self.modulate]
+        return [*(block.modulate for block in self._blocks()), self.modulate]
 
     def _knowing(self) -> list[nn.Module]:
-        own = self._all()[1:] if self.config.own_embeddings else []
+        own = self._blocks()[1:] if self.config.own_embeddings else []
         parts = (part for each in (self, *own) for part in (each.time, each.classes) if part is not None)
         return [*parts, *self._modulations()]
 
@@ -223,7 +223,7 @@ class DiT(KnowsRows, nn.Module):
 
         first = embedded(self.time, self.classes)
         own = config.own_embeddings
-        each = [embedded(b.time, b.classes) if own and i > 0 else first for i, b in enumerate(self._all())]
+        each = [embedded(b.time, b.classes) if own and i > 0 else first for i, b in enumerate(self._blocks())]
         return tuple(project(m, e, silu=True) for m, e in zip(self._modulations(), [*each, first], strict=True))
 
     def _classes(self, cond: Any, batch: int, device: torch.device) -> Any:

@@ -90,6 +90,16 @@ class KnowsRows:
             return False
         return all(type(module) in _KINDS and is_plain(module, type(module)) for module in self._known_modules())
 
+    def pieces(self) -> list[list[nn.Module]]:
+        """How FSDP2 may cut the network, beside the whole: modules that run together, one list after the other.
+
+        The layers inside of blocks that run before them (modulations, keys and values of a context), then each block.
+        """
+        network: Any = self
+        blocks = list(network._blocks())
+        inside = {id(module) for block in blocks for module in block.modules()}
+        return [[part for part in self._knowing() if id(part) in inside], *([block] for block in blocks)]
+
     def _knowing(self) -> list[nn.Module]:
         """The parts that see time and condition alone."""
         raise NotImplementedError

@@ -55,15 +55,17 @@ def identity(data: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return {"optimizer": {"kind": data["kind"], "parameters": [group["parameters"] for group in data["groups"]]}}
 
 
-def restore(optimizer: Optimizer, data: Mapping[str, Any], file: Any, names: Mapping[int, str]) -> None:
-    """State and options of what was `described`, the tensors from an open safetensors file."""
+def restore(
+    optimizer: Optimizer, data: Mapping[str, Any], tensors: Mapping[str, Tensor], names: Mapping[int, str]
+) -> None:
+    """State and options of what was `described`, with the ``tensors`` of `moments`."""
     packed = optimizer.state_dict()
     state: dict[str, dict[str, Any]] = {name: dict(values) for name, values in data["numbers"].items()}
     parameters = {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
-    for entry in file.keys():  # noqa: SIM118  (not a mapping)
+    for entry, value in tensors.items():
         name, _, key = entry.rpartition(".")
-        value, parameter = file.get_tensor(entry), parameters[name]
-        if value.shape == parameter.shape and value.ndim > 0:
+        parameter = parameters[name]
+        if value.shape == parameter.shape and value.ndim > 0 and not hasattr(value, "device_mesh"):
             value = placed(value, torch.empty_like(parameter, dtype=value.dtype, requires_grad=False))
         state.setdefault(name, {})[key] = value
     numbers: dict[int, dict[str, Any]] = {}

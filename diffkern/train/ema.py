@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffkern.parallel import bare
+from diffkern.parallel import bare, reshard
 
 __all__ = ["WIDEST", "Averages", "gamma_of", "name_of", "width_of"]
 
@@ -120,11 +120,13 @@ class Averages:
     def used(self, name: str) -> Iterator[None]:
         """The module has the average's weights for a while, then its own again, bit for bit."""
         own = [_local(p).clone() for p in self._parameters]
+        reshard(self._module)
         for parameter, average in self.pairs(name):
             _local(parameter).copy_(_local(average))
         try:
             yield
         finally:
+            reshard(self._module)
             with torch.no_grad():
                 for parameter, value in zip(self._parameters, own, strict=True):
                     _local(parameter).copy_(value)

@@ -21,6 +21,7 @@ from diffkern.train.ema import Averages
 from diffkern.train.learning_rate import learning_rate
 from diffkern.train.objectives import make_diffusion, resampling
 from diffkern.train.run import Run, first_used
+from diffkern.train.sharded import shard
 from diffkern.train.signals import Stop
 from diffkern.train.steps import Stepper, prepare
 from diffkern.train.validation import validate
@@ -78,9 +79,7 @@ def fit(
             diffusion = make_diffusion(config, images.shape, 0 if classes is None else len(classes))
         prepare(diffusion, config, device)
         if config.shard == "fsdp":
-            from torch.distributed.fsdp import fully_shard
-
-            fully_shard(diffusion.model)
+            shard(diffusion.model)
         times = resampling(config, diffusion)
         stepper = Stepper(diffusion, config, device, times)
         averages = Averages(diffusion, config.averages, config.plain_average)

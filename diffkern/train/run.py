@@ -164,6 +164,7 @@ class Run:
             extra=extra,
             keep=self.config.keep,
             keep_every=self.config.snapshot_every,
+            sharded=self.config.shard == "fsdp",
         )
         self._saved = step
 

@@ -13,15 +13,15 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from diffkern.extras import need
+from diffkern.train._tensors import opened
 from diffkern.train.ema import gamma_of
 
 __all__ = ["Mix", "Snapshot", "inner_product", "mix", "snapshots", "synthesize"]
@@ -100,8 +100,10 @@ def synthesize(
             f"kept must have profiles that mix to width {width} at step {last} with an error of at most "
             f"{largest_error}, got {error:.2g} from {len(used)} snapshots: keep more (keep_every)"
         )
-    with contextlib.ExitStack() as opened:
-        sources = [opened.enter_context(_opened(snapshot.source)) for snapshot in used]
+    with contextlib.ExitStack() as stack:
+        sources = [
+            source if isinstance(source, Mapping) else stack.enter_context(opened(source)) for _, _, source in used
+        ]
         return {name: _mixed([source[name] for source in sources], weights) for name in sources[-1]}
 
 
@@ -113,33 +115,3 @@ def _mixed(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     for tensor, weight in zip(tensors, weights, strict=True):
         total.add_(tensor, alpha=weight)
     return total.to(newest.dtype)
-
-
-class _File(Mapping[str, Tensor]):
-    """The tensors of an open safetensors file, each read when it is asked for."""
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._file.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._file.keys())
-
-    def __len__(self) -> int:
-        return len(self._file.keys())
-
-
-@contextlib.contextmanager
-def _opened(source: Mapping[str, Tensor] | str | os.PathLike[str]) -> Iterator[Mapping[str, Tensor]]:
-    if isinstance(source, Mapping):
-        yield source
-        return
-    safetensors = need("safetensors", "safetensors", "train")
-    try:
-        file = safetensors.safe_open(str(source), framework="pt")
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{source} must be a safetensors file, got none ({error})") from error
-    with file:
-        yield _File(file)
