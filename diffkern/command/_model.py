@@ -71,6 +71,8 @@ def make_plan(diffusion: Diffusion, arguments: argparse.Namespace) -> Plan:
         for given in ("schedule", "prediction"):
             if given in options:
                 raise ValueError(f"--sampler must leave the {given} to the model, got {arguments.sampler!r}")
+    if name is None and arguments.guidance is not None and diffusion.learned_variance:
+        name = "ddim"  # as `generate` chooses
     make: Any = None if name is None else get_sampler(name)
     if arguments.steps is not None:
         options["steps"] = arguments.steps

@@ -58,7 +58,8 @@ def generate(
 
     - ``sampler``, ``steps``, ``options``: as `recommended` takes them.
     - ``classes``: int64 [n], "even" (j mod the network's number of classes), or None for no condition.
-    - ``guidance``: the weight of classifier-free guidance (arXiv 2207.12598), with classes.
+    - ``guidance``: the weight of classifier-free guidance (arXiv 2207.12598), with classes; of a model that learns its
+      variance by a sampler that does not use it, ddim if none is named.
     - ``share``: which of the micro-batches this process makes: those of its rank in a job of torch.distributed, all of
       them elsewhere; ``range`` for all of them everywhere.
 
@@ -75,7 +76,14 @@ def generate(
     chosen = classes_of(diffusion, classes, n, first)
     if guidance is not None and chosen is None:
         raise ValueError(f"guidance must go with classes, got guidance={guidance} without them")
+    if sampler is None and guidance is not None and diffusion.learned_variance:
+        sampler = "ddim"
     plan = recommended(diffusion, sampler, steps, **options)
+    if guidance is not None and plan.learned_variance:
+        raise ValueError(
+            f"guidance must go with a sampler that learns no variance, such as ddim, got {plan.name}: "
+            "diffkern.guidance.classifier_free has both"
+        )
     if plan.init_scale == 0.0:
         raise ValueError(f"sampler must start from noise, got {plan.name}, which starts from data")
     if not isinstance(progress, bool | str):

@@ -82,6 +82,19 @@ def test_guidance_is_towards_the_class_from_the_models_null() -> None:
     torch.testing.assert_close(two, none + 2.0 * (one - none), rtol=1e-4, atol=1e-4)
 
 
+def test_a_learned_variance_is_used_and_left_alone_where_there_is_guidance() -> None:
+    diffusion = diffkern.Diffusion(
+        small_unet(learned_variance=True).model, diffkern.cosine(100), "eps", learned_variance=True
+    )
+    assert recommended(diffusion).learned_variance
+    first = images(diffusion, 2, None, 2, classes="even")
+    assert torch.equal(first, images(diffusion, 2, "ddpm", 2, classes="even"))
+    guided = images(diffusion, 2, None, 2, classes="even", guidance=2.0)
+    assert torch.equal(guided, images(diffusion, 2, "ddim", 2, classes="even", guidance=2.0))
+    with pytest.raises(ValueError, match=r"guidance must go with a sampler that learns no variance, .* got ddpm"):
+        generate(diffusion, 2, "ddpm", 2, classes="even", guidance=2.0)
+
+
 def test_images_are_made_when_they_are_asked_for_and_not_kept() -> None:
     diffusion, calls = elementwise(), []
     diffusion.model.register_forward_hook(lambda *_: calls.append(None))

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +144,53 @@ def test_a_job_that_is_ended_goes_on_where_it_was(
         read_shards(tmp_path)
     write_shards(tmp_path, diffusion, 10, **JOB)
     assert contents(tmp_path) == contents(whole)
+
+
+def test_a_full_disk_is_one_sentence_and_what_was_whole_stays(
+    diffusion: diffkern.Diffusion, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = iter(range(2))  # of index.json and of the first shard
+
+    def fsync(_: int) -> None:
+        if next(free, None) is None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(OSError, match=r"No space left on device: '.*shard-000001\.npz'"):
+            write_shards(tmp_path, diffusion, 10, **JOB)
+    assert sorted(contents(tmp_path)) == ["index.json", "shard-000000.npz"]
+    write_shards(tmp_path, diffusion, 10, **JOB)
+    assert contents(tmp_path) == contents(whole)
+
+
+PROGRAM = """
+import sys
+from helpers.generate_cases import small_unet
+from diffkern.generate import write_shards
+
+write_shards(sys.argv[1], small_unet(), 120, "ddim", 2, seed=3, classes="even", micro_batch=2, shard=4)
+"""
+
+
+@pytest.mark.full
+def test_a_job_that_is_killed_goes_on_and_leaves_the_same_bytes(diffusion: diffkern.Diffusion, tmp_path: Path) -> None:
+    path = os.pathsep.join([*sys.path, str(Path(__file__).parents[1])])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path / "killed")], env=environment)
+    try:
+        until = time.monotonic() + 100
+        while len(list((tmp_path / "killed").glob("*.npz"))) < 3 and time.monotonic() < until:
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
+    there = {path.name: path.read_bytes() for path in (tmp_path / "killed").glob("*.npz")}
+    assert 3 <= len(there) < 30
+    for name in ("killed", "whole"):
+        write_shards(tmp_path / name, diffusion, 120, **JOB)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert there.items() <= contents(tmp_path / "killed").items()
 
 
 # ----------------------------------------------------------------------------------------------------------- other jobs
