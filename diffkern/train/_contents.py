@@ -87,15 +87,19 @@ def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def random_state() -> dict[str, Tensor]:
     """The state of torch's generators, of every process, by its rank."""
-    own = {"cpu": torch.get_rng_state().tolist()}
+    own = {"cpu": _text(torch.get_rng_state())}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        own["cuda"] = torch.cuda.get_rng_state().tolist()
+        own["cuda"] = _text(torch.cuda.get_rng_state())
     every = parallel.gathered(own)
     return {
-        f"{kind}.{rank}": torch.tensor(state, dtype=torch.uint8)
+        f"{kind}.{rank}": torch.frombuffer(bytearray.fromhex(state), dtype=torch.uint8)
         for rank, states in enumerate(every)
         for kind, state in states.items()
     }
+
+
+def _text(state: Tensor) -> str:
+    return bytes(state.tolist()).hex()
 
 
 def fill(

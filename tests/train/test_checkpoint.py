@@ -300,6 +300,22 @@ def test_the_parts_are_plain_files(before: tuple[Path, Trained]) -> None:
     assert all(re.fullmatch(r".*\.(json|safetensors)", name) for name in os.listdir(path))
 
 
+def test_a_checkpoint_has_the_bytes_of_six_networks(before: tuple[Path, Trained]) -> None:
+    """Weights, two moments, three averages: 4 P (3 + 3); AdamW has a number a tensor, a network one for "no class"."""
+    run, state = before
+    parameters = list(state.diffusion.parameters())
+    stepped = len(state.optimizer.state)
+    silent = sum(p.numel() for p in parameters if p not in state.optimizer.state)
+    total = 0
+    for path in {
+        file.stat().st_ino: file for file in (run / "checkpoints" / "00000003").glob("*.safetensors")
+    }.values():
+        if path.name != "random.safetensors":
+            total += path.stat().st_size - 8 - int.from_bytes(path.read_bytes()[:8], "little")
+    want = 4 * (6 * sum(p.numel() for p in parameters) - 2 * silent + stepped) + 4 * 8
+    assert total == want
+
+
 def test_averages_of_the_network_alone_are_the_same_file(tmp_path: Path) -> None:
     state = trained()
     averages = Averages(state.diffusion.model, widths=(0.05,))

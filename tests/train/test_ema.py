@@ -155,9 +155,16 @@ def test_tied_weights_are_averaged_once_and_under_both_names() -> None:
 
 
 def test_a_wrapped_module_has_the_names_of_its_own() -> None:
-    module = nn.Linear(2, 2)
-    averages = Averages(torch.compile(nn.Sequential(torch.compile(module))))
+    """Whole or in parts, as torch.compile wraps: a module whose own is ``_orig_mod``."""
+
+    class Compiled(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self._orig_mod = module
+
+    averages = Averages(Compiled(nn.Sequential(Compiled(nn.Linear(2, 2)))))
     assert list(averages.tensors("0.050")) == ["0.weight", "0.bias"]
+    assert list(averages.state_dict()["averages"]["0.050"]) == ["0.weight", "0.bias"]
 
 
 def test_a_state_goes_into_another_and_a_wrong_one_changes_nothing() -> None:
