@@ -98,6 +98,8 @@ def run(name: str, iterations: int | None = None) -> None:
         start = time.perf_counter()
         fitted = fit(None, training, config, out=RUNS / name / objective, held_out=held_out, progress=method)
         minutes = (time.perf_counter() - start) / 60
+        if fitted.stopped:
+            raise SystemExit(f"stopped after {fitted.step} iterations; the same command goes on from there")
         with fitted.averages.used("0.100"):
             plan = recommended(fitted.diffusion, sampler, steps)
             start = time.perf_counter()

@@ -100,6 +100,11 @@ def run_demo(config: DemoConfig | None = None) -> list[Line]:
 
     began = time.perf_counter()
     fitted = fit(None, "digits", config.train, out=out, progress=config.progress)
+    if fitted.stopped:
+        _say(
+            f"stopped after {fitted.step} of {config.train.iterations} iterations; the same command goes on from there"
+        )
+        return lines
     training = time.perf_counter() - began
     diffusion, classes = fitted.diffusion, len(images.classes)
     loss = f", loss {sum(fitted.losses[-50:]) / len(fitted.losses[-50:]):.4f}" if fitted.losses else ""

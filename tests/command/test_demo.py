@@ -12,7 +12,8 @@ from helpers.lazy import needs
 import diffkern
 from diffkern.__main__ import main
 from diffkern.command import demo as command
-from diffkern.demo.run import DemoConfig, markdown, run_demo
+from diffkern.demo import run
+from diffkern.demo.run import DemoConfig, Line, markdown, run_demo
 from diffkern.extras import MissingExtra, need
 from diffkern.train.log import read_log
 
@@ -85,3 +86,16 @@ def test_the_whole_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         arguments = ["--run", tmp_path, "--sampler", sampler, "--steps", steps, "--out", again, *given]
         assert main(["sample", *map(str, arguments)]) == 0
         assert again.read_bytes() == (tmp_path / f"{sampler}_{steps}.png").read_bytes()
+
+
+def test_a_demo_that_is_interrupted_stops_and_goes_on_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Stopped:
+        stopped, step = True, 3
+
+    monkeypatch.setattr(run, "fit", lambda *arguments, **options: Stopped())
+    monkeypatch.setattr(run, "train_classifier", lambda images, progress: None)
+    monkeypatch.setattr(run, "_real", lambda *arguments: Line("real digits", None, None, None, 1.0, 0.0, 1.0, 1.0))
+    assert len(run_demo(DemoConfig(out=tmp_path, progress=False))) == 1
+    assert "stopped after 3 of 600 iterations; the same command goes on from there" in capsys.readouterr().out
