@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -214,7 +215,7 @@ from diffkern.__main__ import main
 
 run, out = sys.argv[1:]
 job = ["sample", "--run", run, "--steps", "2", "--n", "7", "--micro-batch", "2", "--threads", "1", "--quiet"]
-with parallel.job(torch.device("cpu")):
+with parallel.job(torch.device("cpu"), timeout=100.0):
     assert main([*job, "--out", f"{out}/grid.png", "--out-dir", f"{out}/each"]) == 0
     assert main([*job, "--shards", f"{out}/shards"]) == 0
     assert main([*job, "--seed", "1", "--shards", f"{out}/shards"]) == 2  # in every rank
@@ -232,26 +233,34 @@ def written(folder: Path, but: str) -> dict[str, bytes]:
 
 
 @pytest.mark.full
-def test_two_processes_write_what_one_writes(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    one, two, program = tmp_path / "one", tmp_path / "two", tmp_path / "ranks.py"
+def test_two_processes_write_what_one_writes(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As torchrun starts them; this one is the first of the two."""
+    one, two = tmp_path / "one", tmp_path / "two"
     threads = torch.get_num_threads()
     monkeypatch.setattr(sys, "argv", ["ranks.py", str(run), str(one)])
-    exec(compile(RANKS, "ranks.py", "exec"), {})
-    torch.set_num_threads(threads)
-    program.write_text(RANKS)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", program, run, two],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("7 images in") == 4, "the main rank alone says it"
-    assert done.stderr.count("got those of another, whose seed is 0 instead of 1") == 2
-    assert done.stdout.count("FID, n to infinity") == 2
+    exec(RANKS, {})
+    capfd.readouterr()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    second = {**os.environ, **job, "RANK": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen([sys.executable, "-c", RANKS, str(run), str(two)], env=second, cwd=ROOT)
+    try:
+        for name, value in {**job, "RANK": "0"}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys, "argv", ["ranks.py", str(run), str(two)])
+        exec(RANKS, {})
+        assert process.wait(100) == 0
+    finally:
+        process.kill()
+        process.wait()
+        torch.set_num_threads(threads)
+    printed = capfd.readouterr()
+    assert printed.out.count("7 images in") == 4, "the main rank alone says it"
+    assert printed.err.count("got those of another, whose seed is 0 instead of 1") == 2
+    assert printed.out.count("FID, n to infinity") == 2
     found = [json.loads((out / "evaluation" / "evaluation.json").read_text()) for out in (one, two)]
     compare(found[1], found[0])
     files = [written(out, "evaluation") for out in (one, two)]
