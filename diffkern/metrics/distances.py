@@ -82,22 +82,25 @@ def kid(
     real: Statistics | Tensor,
     fake: Statistics | Tensor,
     *,
-    subsets: int = 100,
+    subsets: int | None = None,
     subset_size: int | None = None,
     seed: int = 2020,
 ) -> Estimate:
     """Kernel distance: the unbiased estimate of the squared MMD with the kernel (xᵀy / D + 1)³, averaged over
-    ``subsets`` of ``subset_size`` images of each set (1000, or as many as the smaller set has).
+    ``subsets`` of ``subset_size`` images of each set: 1000, or as many as the smaller set has, and so many subsets that
+    each image is drawn about ten times, at most 100.
 
     Unlike FID it has no bias in n; it can be a little below 0. Statistics must have kept their features.
     Source: Bińkowski et al. 2018 (arXiv 1801.01401), section 4.
     """
     a, b = _pair(real, fake)
     size = min(1000, a.count, b.count) if subset_size is None else subset_size
-    if subsets < 1 or not 2 <= size <= min(a.count, b.count):
-        raise ValueError(
-            f"subsets must be at least 1 and subset_size lie in 2..{min(a.count, b.count)}, got {subsets} and {size}"
-        )
+    if not 2 <= size <= min(a.count, b.count):
+        raise ValueError(f"subset_size must lie in 2..{min(a.count, b.count)}, got {size}")
+    if subsets is None:
+        subsets = min(100, -(-10 * max(a.count, b.count) // size))
+    if subsets < 1:
+        raise ValueError(f"subsets must be at least 1, got {subsets}")
     library = need("torch_fidelity.metric_kid", "torch-fidelity", "evaluate")
     found = library.kid_features_to_metric(
         b.features.double(),

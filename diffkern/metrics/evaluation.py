@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +135,7 @@ def evaluate(
     *,
     labels: Tensor | None = None,
     classifier: Classifier | None = None,
+    names: Sequence[str] | None = None,
     neighbours: int = 3,
     batch: int = 256,
     seed: int = 0,
@@ -147,21 +148,24 @@ def evaluate(
     In a job every rank gives its own batches, or the same tensor or Images, of which it measures its part; the scores
     are the same on all. Features stay in memory: 8 KiB an image of 2048.
 
-    ``classifier``: whose classes agreement is measured by; the extractor itself where it is one. ``neighbours``: k of
-    precision and recall. ``seed``: of the random subsets.
+    ``classifier``: whose classes agreement is measured by; the extractor itself where it is one. ``names`` of the
+    classes; those of the reference images if None. ``neighbours``: k of precision and recall. ``seed``: of the random
+    subsets.
 
     ValueError for fewer than ``neighbours`` + 2 images of either, and for images that are not finite.
     """
     judge = extractor if classifier is None and isinstance(extractor, Classifier) else classifier
     if isinstance(reference, Statistics):
-        made, names = reference, None
+        made = reference
         if made.extractor != extractor.name:
             raise ValueError(f"reference must be of extractor {extractor.name!r}, got {made.extractor!r}")
     else:
         made = reference_statistics(reference, extractor, batch=batch, progress=progress)
-        names = getattr(reference, "classes", None)
+        names = getattr(reference, "classes", None) if names is None else names
     found, judged = _measured(_batches(images, labels, batch), extractor, judge, "", _count(images), "images", progress)
-    scores = _scores(made, found, judged, judge, names, neighbours, seed) if parallel.is_main() else None
+    scores = (
+        _scores(made, found, judged, judge, names, neighbours, seed, extractor.device) if parallel.is_main() else None
+    )
     text = parallel.gathered(None if scores is None else scores.to_json())[0]
     return Scores.from_json(text)
 
@@ -171,16 +175,17 @@ def _scores(
     fake: Statistics,
     judged: Statistics | None,
     judge: Classifier | None,
-    names: tuple[str, ...] | None,
+    names: Sequence[str] | None,
     k: int,
     seed: int,
+    device: torch.device,
 ) -> Scores:
     for name, of in (("images", fake), ("reference", real)):
         if of.count < k + 2:
             raise ValueError(f"{name} must be at least neighbours + 2 = {k + 2}, got {of.count}")
     compared = min(real.count, fake.count)
-    ours, theirs = _drawn(real.count, compared, seed), _drawn(fake.count, compared, seed)
-    precision, recall = precision_recall(real.features[ours], fake.features[theirs], k)
+    ours, theirs = real.features[_drawn(real.count, compared, seed)], fake.features[_drawn(fake.count, compared, seed)]
+    precision, recall = precision_recall(ours.to(device), theirs.to(device), k)
     distance = kid(real, fake)
     score = inception_score(fake, splits=min(10, fake.count)) if fake.has("logits") else None
     if judged is not None and not judged.has("labels"):
@@ -203,18 +208,24 @@ def _scores(
         inception_score_std=None if score is None else score.std,
         agreement=None if judged is None else agreement(judged.logits, judged.labels),
         classifier_accuracy=None if judged is None or judge is None else judge.accuracy,
-        classes=_by_class(real, fake, judged, names, k),
+        classes=_by_class(real, fake, judged, names, k, device),
     )
 
 
 def _by_class(
-    real: Statistics, fake: Statistics, judged: Statistics | None, names: tuple[str, ...] | None, k: int
+    real: Statistics,
+    fake: Statistics,
+    judged: Statistics | None,
+    names: Sequence[str] | None,
+    k: int,
+    device: torch.device,
 ) -> tuple[ClassScores, ...]:
     """Where both have labels."""
     if not (real.has("labels") and fake.has("labels")):
         return ()
     classes = len(names) if names is not None else int(torch.maximum(real.labels.max(), fake.labels.max())) + 1
-    shares = precision_recall_by_class(real.features, real.labels, fake.features, fake.labels, classes, k)
+    ours, theirs = real.features.to(device), fake.features.to(device)
+    shares = precision_recall_by_class(ours, real.labels, theirs, fake.labels, classes, k)
     found = []
     for label, share in enumerate(shares):
         mine = fake.labels == label

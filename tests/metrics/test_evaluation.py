@@ -73,6 +73,8 @@ def test_batches_of_any_form_give_the_same_scores() -> None:
         assert numbers == pytest.approx(expected, rel=1e-9, abs=1e-12)
         assert [c.images for c in found.classes] == [11, 11]
     assert evaluate([x], known, Corners()).classes == ()
+    named = evaluate(x, known, Corners(), labels=labels, names=("night", "day"))
+    assert [c.name for c in named.classes] == ["night", "day"]
 
 
 def test_a_classifier_says_what_agrees() -> None:

@@ -135,7 +135,7 @@ def test_other_names_and_files_are_refused_in_one_sentence(small: tuple[nn.Modul
         extractor("torchvision:resnet-18", small[1])
     with pytest.raises(ValueError, match=r"extractor must be one of .*, got NoneType"):
         extractor(None)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"weights must be those of 'torchvision:shufflenet_v2_x1_0', got .*small\.pth"):
+    with pytest.raises(ValueError, match=r"weights must be those of 'torchvision:shuffle\w+', got .*small\.pth"):
         extractor("torchvision:shufflenet_v2_x1_0", small[1])
     torch.save([1], tmp_path / "list.pth")
     with pytest.raises(ValueError, match=r"file of tensors by name, got .*list\.pth with list"):
