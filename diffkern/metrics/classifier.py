@@ -29,6 +29,8 @@ _SPATIAL = 7
 """Channels of the middle map in the spatial features, as in those of Inception."""
 _BATCH = 64
 _STEPS = 700
+_SOME = 10_000
+"""Images that the scale of the features is measured on, at most."""
 
 
 class Labelled(Protocol):
@@ -70,11 +72,19 @@ class _Network(nn.Module):
             side = [math.ceil(n / 2) for n in side]
         self.body = nn.Sequential(*body, nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * math.prod(side), features))
         self.head = nn.Linear(features, classes)
+        self.centre = nn.Buffer(torch.zeros(features))
+        self.scale = nn.Buffer(torch.ones(()))
 
     def forward(self, images: Tensor) -> Features:
         middle = self.first(images)
-        pooled = self.body(middle)
-        return Features(pooled, middle[:, :_SPATIAL].flatten(1), self.head(F.relu(pooled)))
+        last = self.body(middle)
+        pooled = (last - self.centre) * self.scale
+        return Features(pooled, middle[:, :_SPATIAL].flatten(1), self.head(F.relu(last)))
+
+    def standardise(self, pooled: Tensor) -> None:
+        """From now on the features, of which ``pooled`` [N, D] are some, have mean 0 and a mean variance of 1."""
+        self.centre.copy_(pooled.mean(0))
+        self.scale.copy_(pooled.var(0).mean().rsqrt())
 
 
 def _layer(inputs: int, outputs: int, kernel: int = 3, step: int = 1) -> list[nn.Module]:
@@ -84,6 +94,9 @@ def _layer(inputs: int, outputs: int, kernel: int = 3, step: int = 1) -> list[nn
 
 class Classifier:
     """An `Extractor` trained by `train_classifier`; logits are those of the classes of the data.
+
+    Pooled features have the mean 0 and the mean variance 1 over its training images, so that a FID of D is as far as
+    these are spread out.
 
     ``accuracy``: of the images that it was not trained on.
     """
@@ -170,12 +183,10 @@ def train_classifier(
         shape = tuple(images.batch(order[:1])[0].shape[1:])
         network = _Network(shape, classes, features).to(device).to(memory_format=torch.channels_last)
         _fit(network, images, labels, chosen, steps, progress)
-    right = 0
     network.eval()
-    for part in kept.split(512):
-        with torch.no_grad():
-            logits = network(_floats(images.batch(part)[0]).to(device)).logits
-        right += int((logits.argmax(1).cpu() == labels[part]).sum())
+    logits = _seen(network, images, kept)[1]
+    right = int((logits.argmax(1) == labels[kept]).sum())
+    network.standardise(_seen(network, images, chosen[:_SOME])[0].to(device))
     name = f"classifier of {classes} classes@{_digest(network)}"
     return Classifier(network, _Config(_FORMAT, name, shape, classes, features, right / aside), device)
 
@@ -203,6 +214,18 @@ def _fit(
             bar.update()
     if bar is not None:
         bar.close()
+
+
+def _seen(network: nn.Module, images: Labelled, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Pooled features and logits of some of the images."""
+    device = next(network.parameters()).device
+    found = []
+    for part in indices.split(256):
+        with torch.no_grad():
+            pooled, _, logits = network(_floats(images.batch(part)[0]).to(device))
+        found.append((pooled.cpu(), logits.cpu()))
+    pooled, logits = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return pooled, logits
 
 
 def _moved(images: Tensor) -> Tensor:

@@ -70,16 +70,16 @@ def _bars(scores: Scores, width: int) -> Any:
     ]
     shown = sorted(shown, key=lambda c: c[2] or 0.0)[:MOST_CLASSES] if len(shown) > MOST_CLASSES else shown
     rows = [*shown, ("all", scores.precision, scores.recall)]
-    figure, axes = plot.subplots(figsize=(width / 100, 2.8), dpi=100)
+    long = max(len(row[0]) for row in rows) * len(rows) > width / 9
+    figure, axes = plot.subplots(figsize=(width / 100, 3.8 if long else 2.8), dpi=100)
     places = torch.arange(len(rows)).numpy()
     axes.bar(places - 0.2, [row[1] for row in rows], 0.38, color="C0", label="precision")
     axes.bar(places + 0.2, [row[2] for row in rows], 0.38, color="C1", label="recall")
-    long = max(len(row[0]) for row in rows) * len(rows) > width / 9
     axes.set_xticks(places, [row[0] for row in rows], rotation=60 if long else 0, ha="right" if long else "center")
     axes.set_ylim(0.0, 1.0)
     axes.grid(visible=True, axis="y", alpha=0.3)
-    axes.legend(loc="lower left", ncols=2)
-    axes.set_title(f"FID {scores.fid:.3g}, {scores.images} images against {scores.reference}", fontsize=10)
+    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False)
+    axes.set_title(f"FID {scores.fid:.3g}, {scores.images} images against {scores.reference}", fontsize=10, loc="left")
     figure.tight_layout()
     data = io.BytesIO()
     figure.savefig(data, format="png")

@@ -56,6 +56,13 @@ def test_it_learns_and_says_how_well(bars: Bars, classifier: Classifier) -> None
     assert not found.pooled.requires_grad
 
 
+def test_its_features_are_standard_over_the_images_that_it_learnt_from(bars: Bars, classifier: Classifier) -> None:
+    """All but a tenth of these, which is why the numbers are not exact."""
+    pooled = classifier(bars.images).pooled
+    assert pooled.mean(0).abs().max() < 0.2
+    assert pooled.var(0).mean() == pytest.approx(1.0, rel=0.1)
+
+
 def test_the_same_images_and_seed_give_the_same_bits(bars: Bars) -> None:
     state = torch.get_rng_state()
     one, two, other = (train_classifier(bars, steps=2, seed=seed) for seed in (0, 0, 1))
