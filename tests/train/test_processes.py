@@ -26,16 +26,19 @@ from diffkern.train.log import read_log
 pytestmark = [needs("yaml", "safetensors", "matplotlib", "PIL"), pytest.mark.full]
 
 
-def command(world: int, **options: Any) -> list[str]:
+def command(world: int, *, restarts: int = 0, **options: Any) -> list[str]:
     launcher = [] if world == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    launcher += [f"--max-restarts={restarts}"] if restarts else []
     return [sys.executable, *launcher, training_process.__file__, json.dumps(options)]
 
 
-def start(world: int, **options: Any) -> subprocess.Popen[str]:
+def start(world: int, *, restarts: int = 0, **options: Any) -> subprocess.Popen[str]:
     place = str(Path(diffkern.__file__).parent.parent)
     environment = {**os.environ, "PYTHONPATH": place, "OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
-    return subprocess.Popen(command(world, **options), stdout=pipe, stderr=pipe, text=True, env=environment)
+    return subprocess.Popen(
+        command(world, restarts=restarts, **options), stdout=pipe, stderr=pipe, text=True, env=environment
+    )
 
 
 def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
@@ -54,13 +57,22 @@ def alone(config: TrainConfig, out: Path | None = None) -> list[float]:
         torch.set_num_threads(threads)
 
 
-def test_two_processes_train_the_bits_of_one_with_as_many_micro_batches(tmp_path: Path) -> None:
-    """Two gradients have one sum; then another number of processes goes on."""
-    found = finish(start(2, out=str(tmp_path), iterations=4))
-    want = alone(dataclasses.replace(TINY, iterations=6, micro_batch=4))
-    assert found["losses"] == want[:4]
-    rest = alone(dataclasses.replace(TINY, iterations=6, micro_batch=4), tmp_path)
-    assert rest == want[4:]
+def test_two_processes_train_the_bits_of_one_until_torchrun_is_told_to_end(tmp_path: Path) -> None:
+    """Two gradients have one sum. SIGTERM saves the step that is done; then another number of processes goes on."""
+    process = start(2, out=str(tmp_path), iterations=1000, log_every=1, pause=0.05)
+    begun = time.monotonic()
+    while process.poll() is None and time.monotonic() - begun < 90.0 and len(read_log(tmp_path)) < 4:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    entries = read_log(tmp_path)
+    last = len(entries)
+    assert 4 <= last < 1000
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"{last:08d}"]
+    config = dataclasses.replace(TINY, iterations=last + 2, micro_batch=4)
+    want = alone(config)
+    assert [(entry["step"], entry["loss"]) for entry in entries] == list(enumerate(want[:last], start=1))
+    assert alone(config, tmp_path) == want[last:]
 
 
 def test_four_processes_and_uneven_shares_train_the_same_to_rounding() -> None:
@@ -70,16 +82,22 @@ def test_four_processes_and_uneven_shares_train_the_same_to_rounding() -> None:
     torch.testing.assert_close(found["losses"], want, rtol=1e-5, atol=1e-6)
 
 
-def test_a_process_that_dies_ends_the_job_with_its_own_error(tmp_path: Path) -> None:
-    begun = time.monotonic()
-    process = start(2, out=str(tmp_path), iterations=50, save_every=2, die=[1, 5])
-    error = process.communicate(timeout=120)[1]
+def test_a_process_that_dies_ends_the_job_with_its_own_error_and_torchrun_starts_it_again(tmp_path: Path) -> None:
+    """In step 5, then, from the checkpoint of step 4 on, in step 9; at the end one process goes on from step 8."""
+    config = dataclasses.replace(TINY, iterations=10, micro_batch=4, log_every=1, save_every=2)
+    options = {"out": str(tmp_path), "iterations": 10, "log_every": 1, "save_every": 2}
+    process = start(2, restarts=1, **options, die=[[1, 5], [1, 9]])
+    error = process.communicate(timeout=180)[1]
+    ended = time.time()
     assert process.returncode != 0
-    assert "process 1 was to end here" in error
-    assert time.monotonic() - begun < 60.0
+    assert error.count("RuntimeError: process 1 was to end here") == 2
     path = newest(tmp_path)
     assert path is not None
-    assert path.name == "00000004"
+    assert path.name == "00000008"
+    assert ended - path.stat().st_mtime < 30.0  # gloo waits for a process that is lost for ten minutes
+    want = alone(config)
+    assert alone(config, tmp_path) == want[8:]
+    assert [entry["loss"] for entry in read_log(tmp_path)] == want
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.long)])
