@@ -53,6 +53,7 @@ def measured(folder: Path | None = None) -> dict[str, Any]:
     fake, real = Drawn(31, seed=1, shift=-0.1), Drawn(37)
     mine = parallel.share(len(fake))
     batches = fake.batch(torch.arange(mine.start, mine.stop))
+    every = iter([(fake.images, fake.labels)] if parallel.is_main() else [])
     path = None if folder is None else folder / "reference.safetensors"
     whole = reference_statistics(real, Corners(), path, batch=5)
     again = reference_statistics(real, Corners(), path)
@@ -63,6 +64,7 @@ def measured(folder: Path | None = None) -> dict[str, Any]:
     return {
         "scores": evaluate(fake, real, Corners(), batch=7).to_json(),
         "own batches": evaluate(iter([batches]), whole, Corners()).to_json(),
+        "one rank's batches": evaluate(every, whole, Corners()).to_json(),
         "again": torch.equal(again.moments()[1], whole.moments()[1]),
         "order": torch.equal(whole.features, Corners()(real.images).pooled),
         "labels": torch.equal(whole.labels, real.labels),

@@ -1,0 +1,64 @@
+"""What every process of a job finds in `diffkern.parallel`, and in what stands on it where its share is none.
+
+python -m torch.distributed.run --nproc-per-node 2 parallel_cases.py FOLDER      prints a JSON list, by rank
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from diffkern import parallel
+from diffkern.data import open_images
+from diffkern.generate import generate, write_shards
+from diffkern.train.validation import validate
+from helpers.generate_cases import small_unet
+
+
+def everywhere() -> dict[str, Any]:
+    """The functions themselves."""
+    me = parallel.rank()
+    whole = torch.tensor([1.0, 2.0**60], dtype=torch.float64) * (me + 1)
+    count = torch.tensor(5 * me)
+    sums = parallel.summed(whole, count)
+    with parallel.job(torch.device("cpu")):  # there is one already: it stays
+        inside = parallel.world()
+    return {
+        "world": [parallel.world(), inside, parallel.world()],
+        "rank": me,
+        "main": parallel.is_main(),
+        "device": str(parallel.device()),
+        "shares": [list(parallel.share(n)) for n in (0, 1, 5)],
+        "in place": sums[0] is whole and sums[1] is count,
+        "sums": [sums[0].tolist(), sums[1].item()],
+        "gathered": parallel.gathered({"who": me, "text": "ü" * 3 * me, "none": None}),
+    }
+
+
+def without_a_share(folder: Path) -> dict[str, Any]:
+    """One micro-batch, one shard, one image kept apart for a job of several: what does a process without it do?"""
+    diffusion = small_unet()
+    parts = list(generate(diffusion, 3, "ddim", 2, micro_batch=4))
+    files = write_shards(folder / "shards", diffusion, 3, "ddim", 2, micro_batch=4)
+    pixels = torch.arange(64, dtype=torch.uint8).reshape(1, 1, 8, 8)
+    held_out = validate(diffusion, open_images(pixels))
+    return {
+        "parts": [len(part.images) for part in parts],
+        "shards": [path.is_file() for path in files],
+        "validation": list(held_out),
+    }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with parallel.job(torch.device("cpu")):
+        every = parallel.gathered({**everywhere(), **without_a_share(Path(sys.argv[1]))})
+        if parallel.is_main():
+            print(json.dumps(every))
