@@ -202,6 +202,14 @@ def checkpoint(case: Case) -> float:
     return (12 + 4 * case.average) * case.counts.parameters
 
 
+def written(case: Case, writers: int) -> float:
+    """Seconds to write a checkpoint: of several, each its part of weights and moments, the first also the averages."""
+    if writers == 1:
+        return checkpoint(case) / MACHINE.disk
+    averages = 4 * case.average * case.counts.parameters
+    return (checkpoint(case) - averages) / min(writers * MACHINE.disk, MACHINE.disks) + averages / MACHINE.disk
+
+
 def hidden_from(case: Case, n: int, network: Network) -> int:
     """Images a GPU from which the backward pass is longer than the sum of the gradient."""
     return math.ceil(ddp(case, n, 1.0, network).traffic / (2.0 * forward(case, 1.0)))

@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from scale_formulas import (
     CASES,
     FAST,
-    MACHINE,
     SLOW,
     Case,
     all_reduce,
@@ -32,6 +31,7 @@ from scale_formulas import (
     hidden_from,
     memory_ddp,
     memory_fsdp,
+    written,
 )
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "scale-out.md"
@@ -103,11 +103,12 @@ def checkpoint_table() -> str:
     rows = []
     for case in CASES:
         size, steps = checkpoint(case), 1000 * ddp(case, 64, case.local, FAST).total
-        one, every = size / MACHINE.disk, size / min(64 * MACHINE.disk, MACHINE.disks)
+        one, every = written(case, 1), written(case, 64)
         sizes = [digits(size, 1e9), digits(4 * case.counts.parameters, 1e9)]
-        rows.append([case.name, *sizes, digits(one), percent(one / (one + steps)), digits(every)])
+        rows.append([case.name, *sizes, digits(one), percent(one / (one + steps))])
+        rows[-1] += [digits(every), percent(every / (every + steps))]
     head = ["", "whole, GB", "to sample from, GB", "one process, s", "of the time, every 1000 steps"]
-    return table([*head, "64 processes, s"], rows)
+    return table([*head, "64 processes, s", "of the time"], rows)
 
 
 def data_table() -> str:

@@ -12,6 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from diffkern.nn import DiT, UNet
+from diffkern.nn.presets import PRESETS
+from diffkern.train.sharded import pieces_of
+
 TOOLS = Path(__file__).parent.parent.parent / "tools"
 
 
@@ -123,6 +127,8 @@ def test_bytes_are_those_of_the_tensors(formulas: ModuleType, cases: dict[str, A
     assert a == 20.0
     assert sum(found.values()) == pytest.approx(a * 90_300, rel=0.02)
     case = cases["SDXL's UNet"]
+    assert formulas.written(case, 1) == 20 * 2_567_463_684 / 2e9
+    assert formulas.written(case, 4) == 12 * 2_567_463_684 / 8e9 + 8 * 2_567_463_684 / 2e9
     assert formulas.memory_ddp(case) == 28 * 2_567_463_684
     assert formulas.memory_fsdp(case, 8) == 3 * 2_567_463_684 + 8 * 400_005_120
 
@@ -133,7 +139,13 @@ def test_operations_of_the_transformer_are_those_of_its_products(cases: dict[str
     d, n = 1152, 256
     block = 24 * n * d**2 + 4 * n**2 * d + 12 * d**2
     ends = 2 * 16 * d * n + 2 * d * 32 * n + 4 * d**2 + 2 * 256 * d + 2 * d**2
-    assert cases["DiT-XL/2"].counts.forward == 28 * block + ends
+    counts = cases["DiT-XL/2"].counts
+    assert counts.forward == 28 * block + ends
+    with torch.device("meta"):
+        network = DiT(PRESETS["DiT-XL/2"])
+    assert counts.parameters == sum(p.numel() for p in network.parameters())
+    assert counts.pieces == len(pieces_of(network)) + 1
+    assert counts.largest == 28 * (6 * d * d + 6 * d)  # all blocks' modulations, which run first
 
 
 @pytest.mark.parametrize(
@@ -143,3 +155,7 @@ def test_operations_of_the_transformer_are_those_of_its_products(cases: dict[str
 def test_counts_are_those_of_the_networks(page: ModuleType, cases: dict[str, Any], name: str) -> None:
     case = cases[name]
     assert page.counted(case.preset) == (case.counts.parameters, case.counts.forward)
+    with torch.device("meta"):
+        pieces = pieces_of(UNet(PRESETS[case.preset]))
+    assert case.counts.pieces == len(pieces) + 1  # and the whole, of what is in none
+    assert case.counts.largest == max(sum(p.numel() for part in piece for p in part.parameters()) for piece in pieces)
