@@ -134,12 +134,12 @@ class Classifier:
         for place in (weights, described):
             if not place.is_file():
                 raise FileNotFoundError(f"there is no classifier {place}: Classifier.save writes one")
-        config = records.record(_Config, records.parse(described.read_text(), "JSON", str(described)), "classifier.")
+        config = records.record(_Config, records.parse(described.read_bytes(), "JSON", str(described)), "classifier.")
         if config.format != _FORMAT or len(config.shape) != 3 or not all(1 <= n <= 4096 for n in config.shape):
             raise ValueError(f"{described} must be of format {_FORMAT} with a shape [C, H, W], got {config}")
-        with torch.device("meta"):
-            network = _Network(config.shape, config.classes, config.features)
         try:
+            with torch.device("meta"):
+                network = _Network(config.shape, config.classes, config.features)
             network.load_state_dict(safetensors.load(weights.read_bytes()), assign=True)
         except Exception as error:
             raise ValueError(

@@ -116,6 +116,12 @@ def reference_statistics(
     ``path``: where they are kept; read if they are there, of the same extractor and the same data (`fingerprint`),
     and else made and written.
     """
+    _need_extractor(extractor)
+    if not (hasattr(images, "batch") and hasattr(images, "__len__")):
+        raise ValueError(
+            f"reference must be Images or their Statistics, got {type(images).__name__}: diffkern.data.open_images "
+            "makes Images of folders, files and tensors"
+        )
     data = getattr(images, "fingerprint", "")
     if path is not None and Path(path).is_file():
         found = Statistics.load(path)
@@ -154,6 +160,7 @@ def evaluate(
 
     ValueError for fewer than ``neighbours`` + 2 images of either, and for images that are not finite.
     """
+    _need_extractor(extractor)
     judge = extractor if classifier is None and isinstance(extractor, Classifier) else classifier
     if isinstance(reference, Statistics):
         made = reference
@@ -259,6 +266,14 @@ def _measured(
         bar.close()
     found = found.over_ranks()
     return found, (found if judge is extractor else None) if judged is None else judged.over_ranks()
+
+
+def _need_extractor(value: object) -> None:
+    if not isinstance(value, Extractor):
+        raise ValueError(
+            "extractor must be a function of images with name, dims and device, as extractor('inception', ...) and "
+            f"train_classifier(...) return, got {type(value).__name__}"
+        )
 
 
 def _count(images: Any) -> int | None:

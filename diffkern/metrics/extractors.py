@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import io
 import os
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffkern import checks
-from diffkern.extras import need
+from diffkern.extras import MissingExtra, need
 from diffkern.metrics.classifier import Classifier
 from diffkern.metrics.features import Extractor, Features, quantised
 
@@ -137,7 +138,12 @@ def _torchvision(model: str, weights: str | os.PathLike[str] | None, device: tor
 
 
 def _timm(model: str, weights: str | os.PathLike[str] | None, device: torch.device | str) -> Extractor:
-    library, data = need("timm", "timm", "evaluate"), need("timm.data", "timm", "evaluate")
+    try:  # of no extra: who names one of its networks has it
+        library, data = importlib.import_module("timm"), importlib.import_module("timm.data")
+    except ImportError as error:
+        raise MissingExtra(
+            f"extractor 'timm:{model}' needs timm, which cannot be imported ({error}): pip install timm"
+        ) from error
     if weights is None:
         raise FileNotFoundError(
             f"extractor 'timm:{model}' must have weights=PATH, got None: model.safetensors of "

@@ -54,7 +54,7 @@ def quantised(images: Tensor, name: str = "images") -> Tensor:
     if images.dim() != 4 or not images.is_floating_point():
         raise ValueError(
             f"{name} must be floats [B, C, H, W] in [-1, 1], got {str(images.dtype).removeprefix('torch.')} of "
-            f"{checks.got(images)}"
+            f"{checks.got(images)}" + (f": {name} / 127.5 - 1 makes them" if images.dtype == torch.uint8 else "")
         )
     if not bool(torch.isfinite(images).all()):
         bad = int((~torch.isfinite(images)).flatten(1).any(1).nonzero()[0])

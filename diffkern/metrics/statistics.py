@@ -19,6 +19,7 @@ from diffkern.metrics.features import Features
 __all__ = ["Statistics"]
 
 _KEY, _FORMAT = "diffkern_statistics", 1
+_KEPT = ("features", "logits", "labels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,12 +192,12 @@ class Statistics:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path} must be a safetensors file, got none ({error})") from error
+        if not _sound(tensors, head.count):
+            raise ValueError(f"{path} must hold statistics of {head.count} images, got {_listed(tensors)}")
         kept = {name: [part] for name, part in tensors.items() if "." not in name}
         made = cls(head.extractor, keep=bool(kept), data=head.data)
         made.count, made._kept = head.count, kept
         made._sums = {name: part for name, part in tensors.items() if "." in name}
-        if any(len(parts[0]) != made.count for parts in kept.values()) or not made._sums:
-            raise ValueError(f"{path} must hold statistics of {made.count} images, got {_listed(tensors)}")
         return made
 
     # -------------------------------------------------------------------------------------------------------------
@@ -229,6 +230,24 @@ def _head(text: str | None, path: Path) -> _Head:
     if head.format != _FORMAT:
         raise ValueError(f"{path} must have format {_FORMAT}, got {head.format}")
     return head
+
+
+def _sound(tensors: dict[str, Tensor], count: int) -> bool:
+    """Whether they are what `Statistics.save` writes: sums [D] with products [D, D], and kept rows."""
+    kept = [part for name, part in tensors.items() if name in _KEPT]
+    parts = [name for name in ("pooled", "spatial") if f"{name}.sum" in tensors]
+    sums = [tensors[f"{name}.sum"] for name in parts]
+    products = [tensors.get(f"{name}.products") for name in parts]
+    return (
+        "pooled" in parts
+        and len(tensors) == len(kept) + 2 * len(parts)
+        and all(part.dtype == torch.float64 and part.dim() == 1 for part in sums)
+        and all(
+            p is not None and p.dtype == s.dtype and p.shape == (len(s),) * 2
+            for s, p in zip(sums, products, strict=True)
+        )
+        and all(part.dim() > 0 and len(part) == count for part in kept)
+    )
 
 
 def _matrix(name: str, value: object) -> Tensor:

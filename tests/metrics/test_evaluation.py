@@ -145,6 +145,11 @@ def test_bad_input_is_named() -> None:
         evaluate(real.images, real, Corners(), labels=torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match="reference must be of extractor 'corners@0', got 'other'"):
         evaluate(real, Statistics("other", keep=True), Corners())
+    with pytest.raises(ValueError, match=r"reference must be Images or their Statistics, got str: .*open_images"):
+        evaluate(real, "folder", Corners())  # type: ignore[arg-type]
+    for call in (lambda: evaluate(real, real, "inception"), lambda: reference_statistics(real, "inception")):  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"extractor must be a function of images with name, .*, got str"):
+            call()
     broken = real.images.clone()
     broken[2, 0, 0, 0] = math.nan
     with pytest.raises(ValueError, match=r"images must be finite, got NaN or infinity in images\[2\]"):

@@ -16,6 +16,7 @@ import torch
 from helpers.lazy import Lazy, needs
 from torch import Tensor, nn
 
+from diffkern.extras import MissingExtra
 from diffkern.metrics import Extractor, extractor
 
 torchvision = Lazy("torchvision")
@@ -113,6 +114,12 @@ def test_a_timm_network_gives_the_same_by_what_timm_says_of_its_input(
     with pytest.raises(
         FileNotFoundError, match=r"'timm:tiny' must have weights=PATH, got None: .*huggingface.co/timm/"
     ):
+        extractor("timm:tiny")
+
+
+def test_timm_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(MissingExtra, match=r"extractor 'timm:tiny' needs timm, which .*: pip install timm$"):
         extractor("timm:tiny")
 
 

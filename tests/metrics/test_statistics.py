@@ -82,10 +82,35 @@ def test_other_files_are_refused_in_one_sentence(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(2)}, tmp_path / "weights")
     with pytest.raises(ValueError, match="must hold statistics, got a safetensors file without 'diffkern_statistics'"):
         Statistics.load(tmp_path / "weights")
+    whole = Statistics.of(*made(3))
+    whole.save(tmp_path / "whole")
+    text = (tmp_path / "whole").read_bytes()
+    (tmp_path / "cut").write_bytes(text[:-8])
+    with pytest.raises(ValueError, match="must be a safetensors file"):
+        Statistics.load(tmp_path / "cut")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"features": torch.zeros(2, 3)},
+        {"pooled.sum": None},
+        {"pooled.products": torch.zeros(3, 2).double()},
+        {"spatial.products": None},
+        {"pooled.sum": torch.zeros(3)},
+        {"other": torch.zeros(3)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_file_that_does_not_hold_together_is_refused(change: dict[str, torch.Tensor | None], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    Statistics.of(*made(3)).save(tmp_path / "whole")
+    tensors = {name: part for name, part in (load_file(tmp_path / "whole") | change).items() if part is not None}
     head = '{"format": 1, "count": 3, "extractor": "", "data": ""}'
-    save_file({"features": torch.zeros(2, 1)}, tmp_path / "short", metadata={"diffkern_statistics": head})
-    with pytest.raises(ValueError, match=r"must hold statistics of 3 images, got features \[2, 1\]"):
-        Statistics.load(tmp_path / "short")
+    save_file(tensors, tmp_path / "changed", metadata={"diffkern_statistics": head})
+    with pytest.raises(ValueError, match=r"changed must hold statistics of 3 images, got .*\["):
+        Statistics.load(tmp_path / "changed")
 
 
 def test_what_does_not_fit_is_named() -> None:
