@@ -17,6 +17,7 @@ from torch import Tensor
 
 from diffkern import records, storage
 from diffkern.extras import need
+from diffkern.pixels import to_bytes
 
 __all__ = ["as_bytes", "check_scale", "class_grid", "default_scale", "grid", "loss_curve", "plain", "tile", "write"]
 
@@ -34,12 +35,8 @@ def default_scale(image_size: int) -> int:
 
 
 def as_bytes(images: Tensor) -> Tensor:
-    """uint8 v = round(127.5 (1 + x)) of images x [..., C, H, W] in [-1, 1], with the channels last: [..., H, W, C].
-
-    What lies outside is clamped; x = v / 127.5 - 1 gives the images back.
-    """
-    scaled = (1.0 + images.detach().float().clamp(-1.0, 1.0)) * 127.5
-    return scaled.round().to(torch.uint8).movedim(-3, -1).contiguous().cpu()
+    """`pixels.to_bytes` of images [..., C, H, W] in [-1, 1], with the channels last and on the CPU: [..., H, W, C]."""
+    return to_bytes(images).movedim(-3, -1).contiguous().cpu()
 
 
 def plain(image: Tensor) -> Any:

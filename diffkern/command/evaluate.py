@@ -104,11 +104,13 @@ class _Evaluation:
         seen = _Seen(self._shown(), self.data.shape, self.device)
         samples: Any = self.images if self.images is not None else seen.of(self._parts())
         scores = evaluate(
-            samples, reference, extractor, classifier=judge, progress=self.bars and samples is self.images
+            samples,
+            reference,
+            extractor,
+            classifier=judge,
+            names=self.data.classes,
+            progress=self.bars and samples is self.images,
         )
-        names = self.data.classes or ()
-        named = [dataclasses.replace(c, name=names[i]) if i < len(names) else c for i, c in enumerate(scores.classes)]
-        scores = dataclasses.replace(scores, classes=tuple(named))
         bits = self._bits()
         shown = self.images.batch(torch.tensor(seen.numbers))[0] if self.images is not None else seen.images()
         if not parallel.is_main():

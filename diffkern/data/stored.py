@@ -13,6 +13,7 @@ from torch import Tensor
 from diffkern import streams
 from diffkern.data.images import Images, check_indices
 from diffkern.draws import uniform_by_address
+from diffkern.pixels import from_bytes
 
 __all__ = ["About", "ArrayImages", "RaggedImages"]
 
@@ -69,7 +70,7 @@ class _Stored(Images):
         """[B, c, H, W] of memory of its own, uint8 or float32."""
 
     def batch(self, indices: Tensor, seeds: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """uint8 v is v/127.5 - 1; float32 stays."""
+        """Bytes as `pixels.from_bytes`; float32 stays."""
         check_indices(indices, seeds, len(self))
         pixels = self._pixels(indices, seeds)
         if self.flip and seeds is not None and len(seeds):
@@ -77,7 +78,7 @@ class _Stored(Images):
             pixels[flipped] = pixels[flipped][..., ::-1]
         x0 = torch.from_numpy(pixels)
         if x0.dtype == torch.uint8:
-            x0 = x0.to(torch.float32).div_(127.5).sub_(1.0)
+            x0 = from_bytes(x0)
         if x0.shape[1] != self.shape[0]:
             x0 = x0.expand(-1, self.shape[0], -1, -1)
         return x0.contiguous(), None if self.labels is None else self.labels[indices]

@@ -21,6 +21,7 @@ from diffkern.generate.images import MICRO_BATCH, Part, classes_of, cuts, genera
 from diffkern.generate.recommended import recommended
 from diffkern.integers import integer
 from diffkern.names import SamplerName
+from diffkern.pixels import from_bytes
 from diffkern.plan import Plan
 from diffkern.progress import progress_bar
 
@@ -162,7 +163,7 @@ def _parts(folder: Path, files: dict[str, range], micro_batch: int) -> Iterator[
             images = torch.from_numpy(arrays[IMAGES])
             classes = torch.from_numpy(arrays[CLASSES]) if CLASSES in arrays else None
         for i in range(0, len(images), micro_batch):
-            x = images[i : i + micro_batch].movedim(-1, -3).to(torch.float32).div_(127.5).sub_(1.0).contiguous()
+            x = from_bytes(images[i : i + micro_batch].movedim(-1, -3)).contiguous()
             yield Part(numbers.start + i, x, None if classes is None else classes[i : i + micro_batch])
 
 

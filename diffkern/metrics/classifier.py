@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from diffkern import records, storage
 from diffkern.extras import need
 from diffkern.metrics.features import Features, quantised
+from diffkern.pixels import from_bytes
 from diffkern.progress import progress_bar
 
 __all__ = ["Classifier", "Labelled", "train_classifier"]
@@ -242,7 +243,7 @@ def _moved(images: Tensor) -> Tensor:
 
 
 def _floats(images: Tensor) -> Tensor:
-    return quantised(images).float() / 127.5 - 1.0
+    return from_bytes(quantised(images))
 
 
 def _digest(network: nn.Module) -> str:

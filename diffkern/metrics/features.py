@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffkern import checks
+from diffkern.pixels import to_bytes
 
 __all__ = ["Extractor", "Features", "quantised"]
 
@@ -45,7 +46,7 @@ class Extractor(Protocol):
 
 
 def quantised(images: Tensor, name: str = "images") -> Tensor:
-    """uint8 [B, C, H, W] of floats in [-1, 1]: round(127.5 (x + 1)), clipped to 0..255.
+    """uint8 [B, C, H, W] of floats in [-1, 1]: `pixels.to_bytes`.
 
     Scores are those of files: an image and its PNG have the same. ValueError for what is no batch of images, has
     another dtype, or is not finite.
@@ -59,4 +60,4 @@ def quantised(images: Tensor, name: str = "images") -> Tensor:
     if not bool(torch.isfinite(images).all()):
         bad = int((~torch.isfinite(images)).flatten(1).any(1).nonzero()[0])
         raise ValueError(f"{name} must be finite, got NaN or infinity in {name}[{bad}]")
-    return ((images.float() + 1.0) * 127.5).round().clamp(0.0, 255.0).to(torch.uint8)
+    return to_bytes(images)

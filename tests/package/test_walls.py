@@ -74,7 +74,8 @@ WALLS = {
     "storage": "",
     "progress": "",
     "extras": "",
-    "pictures": "records storage extras",
+    "pixels": "",
+    "pictures": "records storage extras pixels",
     "parallel": "",
     "signatures": "checks",
     "_load": "",
@@ -95,11 +96,11 @@ WALLS = {
     "simulate",
     "compat": "modes streams tableaus integers checks names schedules plan ops brownian samplers nn "
     "objectives sampling simulate diffkern",
-    "data": "streams integers checks names records progress extras parallel ops draws",
-    "metrics": "checks records storage progress extras pictures parallel",
+    "data": "streams integers checks names records progress extras pixels parallel ops draws",
+    "metrics": "checks records storage progress extras pixels pictures parallel",
     "train": "checks names records storage progress extras pictures parallel schedules ops nn objectives "
     "diffusion data generate",
-    "generate": "integers names records storage pictures parallel progress schedules plan ops samplers",
+    "generate": "integers names records storage progress pixels pictures parallel schedules plan ops samplers",
     "demo": "storage extras pictures ops objectives diffusion data metrics train generate",
     "command": "checks records storage extras pictures parallel _load schedules plan samplers nn diffusion "
     "data metrics generate train demo diffkern",
