@@ -44,6 +44,7 @@ def start(world: int, *, restarts: int = 0, **options: Any) -> subprocess.Popen[
 def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
     out, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
+    assert "Warning" not in error, error
     found: dict[str, Any] = json.loads(out.splitlines()[-1])
     return found
 
