@@ -7,12 +7,13 @@ of their own.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import os
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,9 @@ __all__ = [
     "summed",
     "world",
 ]
+
+_JOBS: collections.Counter[str] = collections.Counter()
+"""How many jobs this process has been in, by the place where they meet."""
 
 
 def _running() -> bool:
@@ -100,8 +104,9 @@ def device_of(name: str) -> torch.device:
 def job(device: torch.device, timeout: float = 600.0) -> Iterator[None]:
     """The job that torchrun's environment describes, for a while: NCCL on GPUs, gloo elsewhere.
 
-    Nothing where torchrun started nothing (no WORLD_SIZE), and where a job is running already. ``timeout``, seconds:
-    how long a rank waits for one that does not come before it ends with an error.
+    Nothing where torchrun started nothing (no WORLD_SIZE), and where a job is running already; one may follow another,
+    entered by all alike. ``timeout``, seconds: how long a rank waits for one that does not come before it ends with an
+    error.
     """
     if _running() or "WORLD_SIZE" not in os.environ:
         yield
@@ -109,7 +114,12 @@ def job(device: torch.device, timeout: float = 600.0) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    wait, stores = timedelta(seconds=timeout), cast(Any, dist)
+    store, number, count = next(stores.rendezvous("env://", timeout=wait))
+    place = os.environ.get("MASTER_ADDR", "") + ":" + os.environ.get("MASTER_PORT", "")
+    own = stores.PrefixStore(f"diffkern/{_JOBS[place]}", store)  # which still has the addresses of the jobs before
+    _JOBS[place] += 1
+    dist.init_process_group(backend, store=own, rank=number, world_size=count, timeout=wait)
     try:
         yield
     finally:

@@ -1,12 +1,13 @@
 """What every process of a job finds in `diffkern.parallel`, and in what stands on it where its share is none.
 
-python -m torch.distributed.run --nproc-per-node 2 parallel_cases.py FOLDER      prints a JSON list, by rank
+python -m torch.distributed.run --nproc-per-node 2 parallel_cases.py FOLDER      prints JSON
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,29 @@ def without_a_share(folder: Path) -> dict[str, Any]:
     }
 
 
+def waited(seconds: float) -> float:
+    """How long the main process waits for one that does not come."""
+    begun = time.monotonic()
+    with parallel.job(torch.device("cpu"), timeout=seconds):
+        if not parallel.is_main():
+            time.sleep(seconds + 4.0)
+            return 0.0
+        try:
+            parallel.barrier()
+        except RuntimeError:
+            return time.monotonic() - begun
+    raise AssertionError("nobody was missing")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    jobs = []
+    for _ in range(3):
+        with parallel.job(torch.device("cpu")):
+            jobs += parallel.gathered(parallel.rank())
     with parallel.job(torch.device("cpu")):
         every = parallel.gathered({**everywhere(), **without_a_share(Path(sys.argv[1]))})
-        if parallel.is_main():
-            print(json.dumps(every))
+        main = parallel.is_main()
+    missing = waited(1.0)
+    if main:
+        print(json.dumps({"ranks": every, "jobs": jobs, "waited": missing}))

@@ -44,7 +44,10 @@ def test_two_processes_share_sum_and_gather_and_one_may_have_nothing_to_do(tmp_p
     command = [sys.executable, *launcher, parallel_cases.__file__, str(tmp_path / "job")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
-    first, second = json.loads(done.stdout.splitlines()[-1])
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["jobs"] == [0, 1, 0, 1, 0, 1]
+    assert 0.9 <= said["waited"] < 5.0
+    first, second = said["ranks"]
     for rank, found in enumerate((first, second)):
         assert (found["world"], found["rank"], found["main"]) == ([2, 2, 2], rank, rank == 0)
         assert found["device"] == "cpu"
