@@ -116,8 +116,10 @@ def job(device: torch.device, timeout: float = 600.0) -> Iterator[None]:
     backend = "nccl" if device.type == "cuda" else "gloo"
     wait, stores = timedelta(seconds=timeout), cast(Any, dist)
     store, number, count = next(stores.rendezvous("env://", timeout=wait))
+    # The store that torchrun keeps still has the addresses of jobs before and of those it has started again.
     place = os.environ.get("MASTER_ADDR", "") + ":" + os.environ.get("MASTER_PORT", "")
-    own = stores.PrefixStore(f"diffkern/{_JOBS[place]}", store)  # which still has the addresses of the jobs before
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    own = stores.PrefixStore(f"diffkern/{again}/{count}/{_JOBS[place]}", store)
     _JOBS[place] += 1
     dist.init_process_group(backend, store=own, rank=number, world_size=count, timeout=wait)
     try:
