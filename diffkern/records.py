@@ -16,7 +16,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
-__all__ = ["kind_of", "of_kind", "parse", "record", "shown"]
+__all__ = ["check_fields", "kind_of", "of_kind", "parse", "record", "shown"]
 
 Made = TypeVar("Made")
 
@@ -60,6 +60,17 @@ def record(made: type[Made], data: Mapping[str, Any], prefix: str = "", **given:
         if name not in found:
             raise ValueError(f"{prefix}{name} must be given, got none")
     return made(**found)
+
+
+def check_fields(made: object, prefix: str = "") -> None:
+    """Of a dataclass that was made in Python, every field as `record` reads it: for ``__post_init__``.
+
+    ValueError for a value of another type than the field's. Lists become tuples, and integers floats where the field is
+    one, also where the dataclass is frozen.
+    """
+    kind: Any = type(made)
+    for name, reader in _fields(kind)[0].items():
+        object.__setattr__(made, name, reader.read(getattr(made, name), f"{prefix}{name}"))
 
 
 def kind_of(value: Any, kinds: Mapping[str, type], what: str, remedy: str) -> dict[str, Any]:

@@ -12,9 +12,8 @@ from typing import Any
 from diffkern import parallel
 from diffkern.checks import meant, unknown
 from diffkern.command._machine import crowding
-from diffkern.diffusion import Diffusion
 from diffkern.extras import need
-from diffkern.train import PRESETS, TrainConfig, fit, newest, read_yaml
+from diffkern.train import PRESETS, TrainConfig, fit, read_yaml
 
 __all__ = ["run"]
 
@@ -32,10 +31,7 @@ def run(argv: Sequence[str]) -> int:
     found = crowding() if config.device == "cpu" and not quiet and parallel.rank() == 0 else None
     if found is not None:
         print(f"warning: {found}", file=sys.stderr, flush=True)
-    diffusion = None
-    if arguments.init is not None:
-        diffusion = Diffusion.from_pretrained(newest(out) or arguments.init)
-    fitted = fit(diffusion, config.data, config, out=out, progress=not quiet)
+    fitted = fit(None, config.data, config, out=out, progress=not quiet)
     if main_process():
         state = "stopped after" if fitted.stopped else "trained"
         print(f"{state} {fitted.step} of {config.iterations} iterations; in {out}: checkpoints, log.jsonl, config.yaml")
@@ -80,7 +76,6 @@ def parser() -> Any:
     made.add_argument("--out", type=str, required=True, help="folder of the run; one that is there is resumed")
     made.add_argument("--preset", type=str, help=f"where the values come from: {', '.join(PRESETS)}")
     made.add_argument("--config", type=str, help="a YAML file of values, as config.yaml in a run's folder")
-    made.add_argument("--init", type=str, help="a run or a saved model whose weights and network it starts from")
     made.add_argument("--quiet", action="store_true", help="no progress bar")
     made.add_class_arguments(TrainConfig, nested_key=None)
     return made
@@ -101,7 +96,7 @@ def tidied(argv: Sequence[str]) -> list[str]:
     ValueError with the nearest flag for one that there is not.
     """
     kinds = {field.name: field.type for field in dataclasses.fields(TrainConfig)}
-    known = [*kinds, "out", "preset", "config", "init", "quiet", "help"]
+    known = [*kinds, "out", "preset", "config", "quiet", "help"]
     found: list[str] = []
     for place, word in enumerate(argv):
         if not word.startswith("--"):

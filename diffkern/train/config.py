@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from diffkern import records, storage
 from diffkern.checks import meant
@@ -21,7 +21,6 @@ Decay = Literal["constant", "cosine", "inverse_sqrt"]
 Precision = Literal["float32", "bfloat16", "float16"]
 Shard = Literal["ddp", "fsdp"]
 
-_WORDS = {"objective": Objective, "decay": Decay, "precision": Precision, "shard": Shard}
 _WHOLE = {  # least and largest value of what counts things
     "iterations": (1, 10**9),
     "batch": (1, 2**24),
@@ -68,6 +67,9 @@ class TrainConfig:
     """Weighting of the loss, `objectives.weightings`; the objective's own if None."""
     times: TimesName | None = None
     """How times are drawn, `objectives.time_sampling`; the objective's own if None."""
+    init: str | None = None
+    """A run or a saved model whose network and weights it starts from, with its objective, schedule, weight, times and
+    drop in place of those here."""
     labels: bool = True
     """Whether the network is given the class; False trains without, also where the data have classes."""
     drop: float = 0.1
@@ -146,7 +148,7 @@ class TrainConfig:
     sampler: SamplerName | None = None
     """Of the pictures; the objective's own if None."""
     sample_steps: int = 20
-    """Of that sampler."""
+    """Of that sampler; a table's T if it has fewer."""
     sample_n: int = 64
     """Images of a picture."""
     guidance: float | None = None
@@ -164,11 +166,7 @@ class TrainConfig:
     """CPU threads; torch's choice if None."""
 
     def __post_init__(self) -> None:
-        for name in ("betas", "averages"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name, words in _WORDS.items():
-            if getattr(self, name) not in get_args(words):
-                raise ValueError(_named(f"one of {', '.join(get_args(words))}", name, getattr(self, name)))
+        records.check_fields(self, "TrainConfig.")
         for name, (least, most) in (_WHOLE | _OPTIONAL).items():
             value = getattr(self, name)
             if not (value is None and name in _OPTIONAL) and not least <= value <= most:
@@ -183,6 +181,8 @@ class TrainConfig:
         for name in ("weight_decay", "final_rate", "validation"):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ValueError(_named("finite and not negative", name, getattr(self, name)))
+        if self.validation >= 1.0 and not self.validation.is_integer():
+            raise ValueError(_named("a whole number of images, or a share below 1", "validation", self.validation))
         if not all(0.0 < width < 0.28 for width in self.averages):
             raise ValueError(_named("in (0, 0.28), the widths that the power function has", "averages", self.averages))
         if len(set(self.averages)) != len(self.averages):

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from diffkern import parallel
 from diffkern.data import Images, Stream, loader, open_images, split
 from diffkern.diffusion import Diffusion
 from diffkern.progress import progress_bar
+from diffkern.train.checkpoint import newest
 from diffkern.train.config import TrainConfig
 from diffkern.train.ema import Averages
 from diffkern.train.learning_rate import learning_rate
@@ -23,7 +24,7 @@ from diffkern.train.objectives import make_diffusion, resampling
 from diffkern.train.run import Run, first_used
 from diffkern.train.sharded import shard
 from diffkern.train.signals import Stop
-from diffkern.train.steps import Stepper, prepare
+from diffkern.train.steps import Stepper, in_mode, prepare
 from diffkern.train.validation import validate
 
 __all__ = ["Fitted", "fit"]
@@ -69,24 +70,24 @@ def fit(
     """
     config = config or TrainConfig()
     device = parallel.device_of(config.device)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    with parallel.job(device), Stop() as stop, torch.random.fork_rng(devices=[]):
+    with contextlib.ExitStack() as opened:
+        opened.enter_context(_surroundings(config, device))
+        opened.enter_context(parallel.job(device))
         folder = None if out is None else Path(out)
-        images, held_out = _images(data, config, held_out)
-        if diffusion is None:
-            classes = images.classes if config.labels and images.labels is not None else None
-            diffusion = make_diffusion(config, images.shape, 0 if classes is None else len(classes))
+        progress = progress if parallel.is_main() else False
+        images, held_out = _images(data, config, held_out, progress)
+        diffusion = _diffusion(config, images, folder) if diffusion is None else diffusion
+        _check_images(diffusion, images)
+        opened.enter_context(in_mode(diffusion, training=True))
         prepare(diffusion, config, device)
         if config.shard == "fsdp":
             shard(diffusion.model)
         times = resampling(config, diffusion)
         stepper = Stepper(diffusion, config, device, times)
         averages = Averages(diffusion, config.averages, config.plain_average)
-        run = Run(folder, config, images, stepper, averages)
+        run = opened.enter_context(contextlib.closing(Run(folder, config, images, stepper, averages)))
         step = run.resume()
         losses: list[float] = []
-        bar = progress_bar(progress if parallel.is_main() else False, "training", config.iterations, initial=step)
         batches: Any = loader(
             images,
             Stream(len(images), config.seed),
@@ -98,38 +99,76 @@ def fit(
             end=config.iterations * config.batch,
             pin=device.type == "cuda",
         )
-        stopped = False
-        with contextlib.closing(batches), contextlib.closing(run):
-            while step < config.iterations and not stopped:
-                waited = time.perf_counter()
-                micro_batches = next(batches)
-                waited = time.perf_counter() - waited
-                every, stopped = stepper.gradient(micro_batches, step, stop.asked)
-                loss, norm = float(every.mean()), stepper.step(learning_rate(config, step))
-                if stepper.too_many_bad:
-                    raise RuntimeError(run.bad_batch(step, micro_batches))
-                step += 1
-                averages.update(step)
-                losses.append(loss)
-                run.note(step, loss, norm, waited)
-                with run.aside():
-                    if held_out is not None and _due(step, config.validate_every, config):
-                        with first_used(averages):
-                            found = validate(diffusion, held_out)
-                        run.write(step, validation_loss=found.loss, bits_per_dim=found.bits_per_dim)
-                    if config.sample_every is not None and _due(step, config.sample_every, config):
-                        run.draw(step)
-                    if stopped or _due(step, config.save_every, config):
-                        run.save(step)
-                if callback is not None:
-                    callback(step, loss)
-                if bar is not None:
-                    bar.set_postfix(run.shown, refresh=False)
-                    bar.update()
+        opened.enter_context(contextlib.closing(batches))
+        stop, stopped = opened.enter_context(Stop()), False
+        bar = progress_bar(progress, "training", config.iterations, initial=step)
         if bar is not None:
-            bar.close()
+            opened.enter_context(contextlib.closing(bar))
+        while step < config.iterations and not stopped:
+            waited = time.perf_counter()
+            micro_batches = next(batches)
+            waited = time.perf_counter() - waited
+            every, stopped = stepper.gradient(micro_batches, step, stop.asked)
+            loss, norm = float(every.mean()), stepper.step(learning_rate(config, step))
+            if stepper.too_many_bad:
+                raise RuntimeError(run.bad_batch(step, micro_batches))
+            step += 1
+            averages.update(step)
+            losses.append(loss)
+            run.note(step, loss, norm, waited)
+            with run.aside():
+                if held_out is not None and _due(step, config.validate_every, config):
+                    with first_used(averages):
+                        found = validate(diffusion, held_out)
+                    run.write(step, validation_loss=found.loss, bits_per_dim=found.bits_per_dim)
+                if config.sample_every is not None and _due(step, config.sample_every, config):
+                    run.draw(step)
+                if stopped or _due(step, config.save_every, config):
+                    run.save(step)
+            if callback is not None:
+                callback(step, loss)
+            if bar is not None:
+                bar.set_postfix(run.shown, refresh=False)
+                bar.update()
         run.finish()
         return Fitted(diffusion, averages, step, stopped and step < config.iterations, losses)
+
+
+@contextlib.contextmanager
+def _surroundings(config: TrainConfig, device: torch.device) -> Iterator[None]:
+    """torch's generators and number of threads are afterwards as they were."""
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            torch.set_num_threads(config.threads or threads)
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+def _diffusion(config: TrainConfig, images: Images, folder: Path | None) -> Diffusion:
+    """What the configuration trains: what ``init`` says (of a run that goes on its own), or one that is made."""
+    if config.init is not None:
+        found = None if folder is None else newest(folder)
+        return Diffusion.from_pretrained(found or config.init)
+    classes = images.classes if config.labels and images.labels is not None else None
+    return make_diffusion(config, images.shape, 0 if classes is None else len(classes))
+
+
+def _check_images(diffusion: Diffusion, images: Images) -> None:
+    """ValueError for images of another shape than the diffusion's, and for labels that its network does not have."""
+    if diffusion.shape not in (None, images.shape):
+        raise ValueError(
+            f"data must have images of the diffusion's shape {list(diffusion.shape or ())}, got {list(images.shape)}"
+        )
+    null, labels = diffusion.null, images.labels
+    if null is None or labels is None or null.ndim > 0:
+        return
+    classes = getattr(parallel.bare(diffusion.model), "null_class", None)  # of diffkern.nn: the one after the last
+    wrong = labels[labels == null.to(labels.device)] if classes is None else labels[labels >= classes]
+    if len(wrong):
+        rule = "other labels than the diffusion's null" if classes is None else f"labels below {classes}, the network's"
+        raise ValueError(f"data must have {rule}, got {int(wrong[0])}")
 
 
 def _due(step: int, every: int | None, config: TrainConfig) -> bool:
@@ -137,7 +176,9 @@ def _due(step: int, every: int | None, config: TrainConfig) -> bool:
     return (every is not None and step % every == 0) or step == config.iterations
 
 
-def _images(data: Any, config: TrainConfig, held_out: Images | None) -> tuple[Images, Images | None]:
+def _images(
+    data: Any, config: TrainConfig, held_out: Images | None, progress: bool | str
+) -> tuple[Images, Images | None]:
     """The images to train on and those kept apart."""
     images = data
     if not isinstance(data, Images):
@@ -150,6 +191,7 @@ def _images(data: Any, config: TrainConfig, held_out: Images | None) -> tuple[Im
             cache=config.cache,
             skip_bad=config.skip_bad,
             limit=config.limit,
+            progress=progress if isinstance(data, str | os.PathLike) else False,
         )
     if config.validation and held_out is None:
         share = config.validation

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -44,15 +45,21 @@ class Log:
             self._run = wandb.init(project=config.wandb, dir=str(folder), config=config.to_dict(), resume="allow")
 
     def write(self, step: int, **values: float | int | None) -> None:
-        """One line: the step and the values that are there; it is in the file when this returns."""
+        """One line: the step and the values that are there; null for one that is not finite, which JSON does not have.
+        It is in the file when this returns."""
         found = {name: value for name, value in values.items() if value is not None}
-        self._file.write(json.dumps({"step": step, **found}) + "\n")
+        written = {name: value if math.isfinite(value) else None for name, value in found.items()}
+        self._file.write(json.dumps({"step": step, **written}, allow_nan=False) + "\n")
         self._file.flush()
         for name, value in found.items():
             if self._board is not None:
                 self._board.add_scalar(name, value, step)
         if self._run is not None:
             self._run.log(found, step=step)
+
+    def flush(self) -> None:
+        """Has the system write the lines to the disk."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Ends the files."""
@@ -90,7 +97,7 @@ def read_log(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 def draw_curves(folder: Path) -> None:
     """``loss.png`` of the run: its training loss by the step."""
-    entries = [entry for entry in read_log(folder) if "loss" in entry]
+    entries = [entry for entry in read_log(folder) if entry.get("loss") is not None]
     if len(entries) > 1:
         values, steps = [entry["loss"] for entry in entries], [entry["step"] for entry in entries]
         pictures.loss_curve(values, folder / "loss.png", iterations=steps, what="training objective")

@@ -19,13 +19,15 @@ from diffkern.data import Batch, Images
 from diffkern.extras import need
 from diffkern.generate import described, recommended
 from diffkern.ops.flops import FLOP_FORMULAS
+from diffkern.plan import Plan
+from diffkern.schedules.discrete import DiscreteSchedule
 from diffkern.train import checkpoint
 from diffkern.train.config import TrainConfig
 from diffkern.train.ema import Averages
 from diffkern.train.learning_rate import learning_rate
 from diffkern.train.log import Log, draw_curves, matrix_rate
 from diffkern.train.objectives import OBJECTIVES
-from diffkern.train.steps import Stepper
+from diffkern.train.steps import Stepper, examples, in_mode
 
 __all__ = ["Run", "first_used"]
 
@@ -33,7 +35,18 @@ CONFIG = "config.yaml"
 FREE = {  # what a run may be resumed with another value of: nothing that a step's numbers come from
     *("data", "cache", "skip_bad", "workers", "micro_batch", "precision", "checkpointing", "channels_last", "compile"),
     *("shard", "log_every", "save_every", "keep", "snapshot_every", "validate_every", "sample_every", "sampler"),
-    *("sample_steps", "sample_n", "guidance", "tensorboard", "wandb", "device", "threads", "bad_steps", "iterations"),
+    *(
+        "sample_steps",
+        "sample_n",
+        "guidance",
+        "tensorboard",
+        "wandb",
+        "device",
+        "threads",
+        "bad_steps",
+        "iterations",
+        "init",
+    ),
 }
 PICTURE_SEED = 0
 
@@ -73,6 +86,13 @@ class Run:
             found = checkpoint.newest(self.folder)
             if found is not None:
                 step = self._load(found)
+                if step > self.config.iterations:
+                    raise ValueError(
+                        f"TrainConfig.iterations must be at least the {step} that the run in {self.folder} has done, "
+                        f"got {self.config.iterations}"
+                    )
+            if self.config.sample_every is not None:
+                self._plan()
             parallel.barrier()  # all have read before the main process writes
             if parallel.is_main():
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -106,11 +126,16 @@ class Run:
         if self.folder is None:
             return
         diffusion, device = self.diffusion, self.stepper.device
-        x0, labels = self.images.batch(torch.zeros(1, dtype=torch.int64))
-        cond = None if labels is None or diffusion.null is None else labels.to(device)
+        x0, cond = examples(diffusion, *self.images.batch(torch.zeros(1, dtype=torch.int64)), device)
         counter: Any = FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS)
-        with counter, torch.no_grad():
-            diffusion.loss(x0.to(device), cond=cond, seeds=0)
+        eager = torch.compiler.set_stance("force_eager")  # no graph is compiled for a batch of one
+        with (
+            eager,
+            counter,
+            torch.no_grad(),
+            in_mode(diffusion, training=False),
+        ):  # a network's statistics stay as they are
+            diffusion.loss(x0, cond=cond, seeds=0)
         self._flops = 3.0 * counter.get_total_flops()
         self._rate = matrix_rate(device, self.stepper.dtype)
 
@@ -123,8 +148,8 @@ class Run:
         seconds = window.seconds()
         speed = window.steps_here * config.batch / seconds
         values = {
-            "loss": window.loss / max(1, window.steps),
-            "gradient_norm": window.norm / max(1, window.steps),
+            "loss": window.loss / window.steps if window.steps else math.nan,
+            "gradient_norm": window.norm / window.steps if window.steps else math.nan,
             "learning_rate": learning_rate(config, step - 1),
             "images_per_second": speed,
             "data_share": window.waited / seconds,
@@ -154,6 +179,8 @@ class Run:
         """A checkpoint, unless this step has one."""
         if self.folder is None or self._saved == step:
             return
+        if self._log is not None:
+            self._log.flush()  # so that no power cut leaves a checkpoint without the lines before it
         extra = {**self._same(), "stepper": self.stepper.state(), "window": self._window.state()}
         checkpoint.save(
             self.folder,
@@ -168,6 +195,22 @@ class Run:
         )
         self._saved = step
 
+    def _plan(self) -> Plan:
+        """The plan of the pictures; made before the first step too, so that what it lacks is said then."""
+        config, diffusion = self.config, self.diffusion
+        parts, guided = OBJECTIVES[config.objective], config.guidance is not None and diffusion.null is not None
+        sampler, steps = config.sampler, config.sample_steps
+        if sampler is None and diffusion.prediction == parts.prediction:
+            sampler = parts.sampler
+        if config.sampler is None and diffusion.learned_variance and guided:
+            sampler = "ddim"  # guidance is of the prediction alone
+        if isinstance(diffusion.schedule, DiscreteSchedule):
+            steps = min(steps, diffusion.schedule.T)
+        plan = recommended(diffusion, sampler, steps)
+        if plan.learned_variance and guided:
+            raise ValueError(f"TrainConfig.sampler must be one without a learned variance for guidance, got {sampler}")
+        return plan
+
     def draw(self, step: int) -> None:
         """``samples/STEP.png`` by the averaged weights, the same noise every time, and ``loss.png``."""
         config, diffusion = self.config, self.diffusion
@@ -177,10 +220,10 @@ class Run:
         if diffusion.null is not None and self.images.classes is not None:
             classes = torch.arange(config.sample_n, device=self.stepper.device) % len(self.images.classes)
         columns = 8 if classes is None else min(16, len(self.images.classes or ()))
-        plan = recommended(diffusion, config.sampler or OBJECTIVES[config.objective].sampler, config.sample_steps)
+        plan = self._plan()
         with first_used(self.averages):
             made = diffusion.sample(
-                config.sample_n,
+                [config.sample_n, *self.images.shape],
                 plan,
                 seeds=PICTURE_SEED,
                 cond=classes,

@@ -1,4 +1,4 @@
-"""Ending a run in order: SIGTERM and SIGINT ask for it, a second SIGINT ends it at once."""
+"""Ending a run in order: SIGTERM and SIGINT ask for it, the second SIGINT ends it at once."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.asked = False
+        self._interrupted = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
@@ -31,6 +32,6 @@ class Stop:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
+        if self._interrupted and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = True
+        self.asked, self._interrupted = True, self._interrupted or number == signal.SIGINT

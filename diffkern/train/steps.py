@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from diffkern.diffusion import Diffusion
 from diffkern.objectives.time_sampling import LossSecondMoment
 from diffkern.train.config import TrainConfig
 
-__all__ = ["Stepper", "prepare"]
+__all__ = ["Stepper", "examples", "in_mode", "prepare"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -43,6 +44,28 @@ def prepare(diffusion: Diffusion, config: TrainConfig, device: torch.device) -> 
     if config.compile:
         diffusion.model.compile()
     return diffusion.train()
+
+
+@contextlib.contextmanager
+def in_mode(module: nn.Module, training: bool) -> Iterator[None]:
+    """Training or evaluation mode for a while, put back module by module: one that was frozen is so again."""
+    before = [(inside, inside.training) for inside in module.modules()]
+    module.train(training)
+    try:
+        yield
+    finally:
+        for inside, was in before:
+            inside.training = was
+
+
+def examples(
+    diffusion: Diffusion, x0: Tensor, labels: Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """Images as the network takes them, in the dtype of its weights, and its condition: the labels, where the diffusion
+    has a ``null`` for none."""
+    dtype = next((p.dtype for p in diffusion.parameters() if p.is_floating_point()), x0.dtype)
+    cond = None if labels is None or diffusion.null is None else labels.to(device, non_blocking=True)
+    return x0.to(device, dtype, non_blocking=True), cond
 
 
 class Stepper:
@@ -99,10 +122,12 @@ class Stepper:
     def gradient(self, micro_batches: list[Batch], iteration: int, stop: bool = False) -> tuple[Tensor, bool]:
         """Adds up the gradient of the batch's mean loss; the loss of every example [batch], float64 on the CPU.
 
-        The ``stop`` of any process is true on all. Losses that are not finite are returned as they are.
+        The ``stop`` of any process is true on all. Losses that are not finite are returned as they are; where times are
+        drawn by importance they are weighted by it, so that their mean is that of the objective.
         """
         config, start = self.config, iteration * self.config.batch
         _, times = self.seeds_and_times(iteration)
+        weights = None if self.resampling is None else self.resampling.weights(times, self.diffusion.schedule).double()
         found = torch.zeros(config.batch + 1, dtype=torch.float64, device=self.device)
         found[-1] = float(stop)
         self.optimizer.zero_grad(set_to_none=True)
@@ -111,24 +136,24 @@ class Stepper:
             last = number + 1 == len(micro_batches)
             with self._synchronised(last), torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
                 losses = self._losses(batch, times[places])
-                weighted = losses
-                if self.resampling is not None:
-                    weighted = losses * self.resampling.weights(times[places], self.diffusion.schedule).to(losses)
+                weighted = losses if weights is None else losses * weights[places].to(losses)
                 # DistributedDataParallel and FSDP divide the sum over the processes by their number.
                 loss = weighted.sum() * (parallel.world() / config.batch)
                 self.scaler.scale(loss).backward()
             found[places] = losses.detach().double()
         parallel.summed(found)  # with zeros, so exact: the same losses for every number of processes
         found = found.cpu()
-        if self.resampling is not None and bool(torch.isfinite(found).all()):
-            self.resampling.update(times, found[:-1])
-        return found[:-1], bool(found[-1] > 0)
+        losses, stopped = found[:-1], bool(found[-1] > 0)
+        if self.resampling is not None and weights is not None:
+            if bool(torch.isfinite(losses).all()):
+                self.resampling.update(times, losses)
+            losses = losses * weights
+        return losses, stopped
 
     def _losses(self, batch: Batch, times: Tensor) -> Tensor:
-        x0, labels = batch.x0.to(self.device, non_blocking=True), batch.labels
+        x0, cond = examples(self.diffusion, batch.x0, batch.labels, self.device)
         if self.config.channels_last:
             x0 = x0.contiguous(memory_format=torch.channels_last)
-        cond = None if labels is None or self.diffusion.null is None else labels.to(self.device)
         torch.manual_seed(int(batch.seeds[0]) % 2**63)
         found: Tensor = self.wrapped(
             x0, times.to(self.device), cond=cond, seeds=batch.seeds.to(self.device), reduction="none"

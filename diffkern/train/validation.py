@@ -7,12 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffkern import ops, parallel
+from diffkern import ops, parallel, streams
 from diffkern.data import Images
 from diffkern.diffusion import Diffusion
+from diffkern.draws import uniform_by_address
 from diffkern.objectives.losses import noised
-from diffkern.objectives.variational import Variance, prior_bits, vlb_loss
+from diffkern.objectives.variational import Variance, prior_bits, variational_table
 from diffkern.schedules.discrete import DiscreteSchedule
+from diffkern.train.steps import examples, in_mode
 
 __all__ = ["Validation", "validate"]
 
@@ -25,47 +27,61 @@ class Validation(NamedTuple):
 
     loss: float
     bits_per_dim: float | None
-    """An unbiased estimate of the variational bound, one time an image; of models with a table alone."""
+    """An unbiased estimate of `diffkern.bits_per_dim`; of models with a table alone."""
 
 
 @torch.no_grad()
-def validate(diffusion: Diffusion, images: Images, *, batch: int = 64) -> Validation:
+def validate(diffusion: Diffusion, images: Images, *, batch: int = 64, seed: int = SEED) -> Validation:
     """The training loss of the images, and the bound in bits per dimension where the model has one.
 
-    Image i has the same time and noise in every call, by address; times are spread evenly over the images. In
-    evaluation mode: no dropout, no dropped condition. Processes share the images; sums are merged.
+    Image i has the same time and noise in every call, by address; times are spread evenly, one in each n-th part of
+    their distribution, over the images at random. Of the bound each image has L_0 and L_T exactly and one of the terms
+    between them, with x0 held in [-1, 1]. In evaluation mode: no dropout, no dropped condition. Processes share the
+    images; sums are merged.
     """
+    count, schedule = len(images), diffusion.schedule
     device = next(diffusion.parameters()).device
-    seeds = ops.seeds(SEED, len(images))
-    u = (torch.arange(len(images), dtype=torch.float64) + 0.5) / len(images)
-    times, schedule = diffusion.times.times(u, diffusion.schedule), diffusion.schedule
-    sums = torch.zeros(3, dtype=torch.float64)
-    mine, training = parallel.share(len(images)), diffusion.training
-    diffusion.eval()
-    try:
-        for first in range(mine.start, mine.stop, batch):
-            chosen = torch.arange(first, min(first + batch, mine.stop))
-            x0, labels = images.batch(chosen)
-            x0, own = x0.to(device), seeds[chosen].to(device)
-            cond = None if labels is None or diffusion.null is None else labels.to(device)
+    seeds = ops.seeds(seed, count)
+    places = torch.argsort(torch.argsort(seeds)).double()
+    u = (places + uniform_by_address(seeds, streams.TIME).double()) / count
+    times = diffusion.times.times(u, schedule)
+    bound = _Bound(diffusion, schedule, device) if isinstance(schedule, DiscreteSchedule) else None
+    sums, mine = torch.zeros(2, dtype=torch.float64), parallel.share(count)
+    with in_mode(diffusion, training=False):
+        for first in range(
+            0, -(-count // parallel.world()), batch
+        ):  # as often on every process: FSDP gathers each time
+            part = mine[first : first + batch]
+            chosen = torch.arange(part.start, part.stop) if part else torch.zeros(1, dtype=torch.int64)
+            x0, cond = examples(diffusion, *images.batch(chosen), device)
+            own = seeds[chosen].to(device)
             losses = diffusion.loss(x0, times[chosen].to(device), cond=cond, seeds=own, reduction="none")
-            sums[0] += losses.double().sum().cpu()
-            sums[2] += len(chosen)
-            if isinstance(schedule, DiscreteSchedule):
-                t = (u[chosen] * schedule.T).to(torch.int64).to(device)
-                sums[1] += _bits(diffusion, schedule, x0, t, own, cond).sum().cpu()
-    finally:
-        diffusion.train(training)
-    total, bits, count = parallel.summed(sums.to(device))[0].tolist()
-    return Validation(total / count, bits / count if isinstance(schedule, DiscreteSchedule) else None)
+            found = [losses.double().sum()]
+            if bound is not None:
+                found.append(bound.bits(x0, u[chosen].to(device), own, cond).sum())
+            if part:
+                sums[: len(found)] += torch.stack(found).cpu()
+    total, bits = (parallel.summed(sums.to(device))[0] / count).tolist()
+    return Validation(total, bits if bound is not None else None)
 
 
-def _bits(
-    diffusion: Diffusion, schedule: DiscreteSchedule, x0: Tensor, t: Tensor, seeds: Tensor, cond: Tensor | None
-) -> Tensor:
-    """T L_t + L_T [B], float64: for uniform t an unbiased estimate of the bound in bits per dimension."""
-    prediction = diffusion.prediction
-    m = diffusion.network(noised(x0, t, schedule, prediction, seeds=seeds), schedule.model_time(prediction, t), cond)
-    variance: Variance = "learned" if diffusion.learned_variance else "beta_tilde"
-    terms = vlb_loss(m, x0, t, schedule, prediction, variance=variance, seeds=seeds, reduction="none")
-    return terms.double() + prior_bits(x0, schedule)
+class _Bound:
+    """The variational bound by some of its terms."""
+
+    def __init__(self, diffusion: Diffusion, schedule: DiscreteSchedule, device: torch.device) -> None:
+        self.diffusion, self.schedule = diffusion, schedule
+        variance: Variance = "learned" if diffusion.learned_variance else "beta_tilde"
+        self.table = variational_table(schedule, diffusion.prediction, variance, clip=1.0).to(device)
+
+    def bits(self, x0: Tensor, u: Tensor, seeds: Tensor, cond: Tensor | None) -> Tensor:
+        """L_0 + (T - 1) L_t + L_T [B], float64, t = 1 + floor((T - 1) u)."""
+        last = self.schedule.T - 1
+        t = (1 + (u * last).to(torch.int64)).clamp(max=last)
+        first, other = (self._term(x0, times, seeds, cond) for times in (torch.zeros_like(t), t))
+        return first + last * other + prior_bits(x0, self.schedule)
+
+    def _term(self, x0: Tensor, t: Tensor, seeds: Tensor, cond: Tensor | None) -> Tensor:
+        diffusion, schedule, prediction = self.diffusion, self.schedule, self.diffusion.prediction
+        x_t = noised(x0, t, schedule, prediction, seeds=seeds)
+        m = diffusion.network(x_t, schedule.model_time(prediction, t), cond)
+        return ops.variational(m, x0, self.table, t, seeds=seeds, stream=streams.TRAINING, reduction="none")[0].double()

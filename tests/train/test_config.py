@@ -44,6 +44,7 @@ def test_a_part_of_a_configuration_leaves_the_rest_at_its_defaults(tmp_path: Pat
         ("averages: [0.3]", "TrainConfig.averages must be in (0, 0.28)"),
         ("averages: [0.1, 0.1]", "TrainConfig.averages must be different from each other"),
         ("drop: 1.0", "TrainConfig.drop must be in [0, 1), got 1.0"),
+        ("validation: 2.5", "TrainConfig.validation must be a whole number of images, or a share below 1, got 2.5"),
         ("seed: -1", "TrainConfig.seed must be in 0..2**63 - 1, got -1"),
         ("- 1\n- 2", "must be a configuration in YAML, name: value"),
         ("a: [", "must be a configuration in YAML, got"),
@@ -56,6 +57,25 @@ def test_a_wrong_entry_is_one_sentence(tmp_path: Path, text: str, sentence: str)
     with pytest.raises(ValueError) as found:  # noqa: PT011  (the sentence is looked at below)
         TrainConfig.load(path)
     assert sentence in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("batch", "8", "TrainConfig.batch must be an integer, got '8'"),
+        ("averages", 0.1, "TrainConfig.averages must be a list (each a finite number), got 0.1"),
+        ("betas", (0.9,), "TrainConfig.betas must be a list of 2"),
+        ("flip", "yes", "TrainConfig.flip must be true or false, got 'yes'"),
+        ("sampler", "ddimm", "TrainConfig.sampler must be one of 'ddpm', "),
+        ("drop", None, "TrainConfig.drop must be a finite number, got None"),
+    ],
+)
+def test_a_field_of_another_type_is_one_sentence_in_python_too(field: str, value: Any, sentence: str) -> None:
+    options: dict[str, Any] = {field: value}
+    with pytest.raises(ValueError) as found:  # noqa: PT011  (the sentence is looked at below)
+        TrainConfig(**options)
+    assert sentence in str(found.value)
+    assert TrainConfig(weight_decay=1, averages=[0.05]) == TrainConfig(weight_decay=1.0, averages=(0.05,))  # type: ignore[arg-type]
 
 
 def test_the_learning_rate_rises_and_falls_as_it_says() -> None:
