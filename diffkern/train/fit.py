@@ -57,15 +57,19 @@ def fit(
     """Trains the diffusion (one made of the configuration if None) on the images, from where the run folder stands.
 
     ``data`` is what `diffkern.data.open_images` takes, or `Images` that are open, with size and flips of their own.
-    ``held_out`` images, or the share ``config.validation`` of the
-    data, give the validation loss. Without a folder ``out`` nothing is written. ``callback(step, loss)`` is called
-    after each step. Under torchrun every process calls this alike.
+    Their labels are given to the network where the diffusion has a ``null``, the condition that means none.
+    ``held_out`` images, or the share ``config.validation`` of the data, give the validation loss. Without a folder
+    ``out`` nothing is written. ``callback(step, loss)`` is called after each step. Under torchrun every process calls
+    this alike.
 
     Noise, times, dropped conditions, order and augmentations are functions of (seed, position of the example in the
     run): the same for any number of processes, workers and micro-batches, and after a resumption. Gradients are sums
     whose order is that of micro-batches and processes. A signal (SIGTERM, SIGINT) ends the step, saves and returns.
 
-    ValueError in one sentence for a folder with another run; RuntimeError where too many steps in a row had no finite
+    torch's generators and number of threads, and the mode of every module, are afterwards as they were.
+
+    ValueError in one sentence for a folder with another run, for images or labels that are not the diffusion's, and for
+    fewer iterations than are done; RuntimeError where too many steps in a row had no finite
     gradient, after the batch was written to ``out``.
     """
     config = config or TrainConfig()
