@@ -1,7 +1,7 @@
 # Everything a clone needs, from one command each: Python >= 3.10, a C++ compiler and, for the CUDA module, nvcc.
 # The first command makes .venv and installs what it needs there; later ones start at once.
 #
-#   make demo                 train a small model on handwritten digits and sample from it (4 to 12 minutes)
+#   make demo                 train a small model on handwritten digits, sample from it, measure (5 minutes)
 #   make test                 the tests, against the installed wheel: minutes   ARGS="-k step"
 #   make test-all             all that CI runs of them
 #   make test-long            what CI does not run: hundreds of millions of draws, seeded faults, pictures, the four below

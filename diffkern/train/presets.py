@@ -21,6 +21,7 @@ PRESETS: dict[str, TrainConfig] = {
         plain_average=0.99,
         averages=(),
         guidance=1.5,
+        log_every=10,
         save_every=200,
         validation=297,
     ),
