@@ -24,7 +24,7 @@ pytestmark = needs("sklearn", "matplotlib", "PIL", "safetensors", "yaml", "torch
     ("arguments", "sentence"),
     [
         (["--guidance", "nan"], "--guidance must be finite, got nan"),
-        (["--seed", str(2**64)], "TrainConfig.seed must be in 0..2**63 - 1, got 18446744073709551616"),
+        (["--seed", str(2**63)], "TrainConfig.seed must be in 0..2**63 - 1, got 9223372036854775808"),
         (["--batch", str(10**9)], "TrainConfig.batch must be in 1..16777216, got 1000000000"),
         (["--iterations", "0"], "TrainConfig.iterations must be in 1..1000000000, got 0"),
         (["--per-class", str(10**9)], "--per-class must be at most 1000000"),
