@@ -156,7 +156,7 @@ def test_bad_input_is_named() -> None:
         evaluate(broken, real, Corners())
 
 
-@pytest.mark.full
+@pytest.mark.long  # tests/command/test_sample.py has two processes of the command in CI
 def test_two_processes_measure_what_one_measures(tmp_path: Path) -> None:
     """Uneven shares, each its own batches, and a rank without any; the reference's file is written once."""
     place = str(Path(diffkern.__file__).parent.parent)
