@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -73,21 +73,23 @@ def _say(text: str) -> None:
         print(text, flush=True)
 
 
+def _job(want: Wanted, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Which images are made, beside the model, their number and the plan."""
+    return {
+        "seed": arguments.seed,
+        "first": arguments.first,
+        "classes": want.classes,
+        "guidance": arguments.guidance,
+        "micro_batch": arguments.micro_batch,
+    }
+
+
 def _shards(diffusion: Diffusion, plan: Plan, want: Wanted, arguments: argparse.Namespace) -> None:
     for flag, value in (("--out", arguments.out), ("--out-dir", arguments.out_dir)):
         if value is not None:
             raise ValueError(f"--shards must stand without {flag}, got both")
     files = write_shards(
-        arguments.shards,
-        diffusion,
-        want.n,
-        plan,
-        seed=arguments.seed,
-        first=arguments.first,
-        classes=want.classes,
-        guidance=arguments.guidance,
-        micro_batch=arguments.micro_batch,
-        progress=not arguments.quiet,
+        arguments.shards, diffusion, want.n, plan, **_job(want, arguments), progress=not arguments.quiet
     )
     _say(f"{len(files)} shards in {arguments.shards}")
 
@@ -101,17 +103,8 @@ def _pictures(diffusion: Diffusion, plan: Plan, want: Wanted, arguments: argpars
     grid = arguments.out is not None or arguments.out_dir is None
     if grid:
         pictures.check_scale(scale, size, want.n)
-    parts = generate(
-        diffusion,
-        want.n,
-        plan,
-        seed=arguments.seed,
-        first=arguments.first,
-        classes=want.classes,
-        guidance=arguments.guidance,
-        micro_batch=arguments.micro_batch,
-        progress=not arguments.quiet and parallel.is_main(),
-    )
+    bars = not arguments.quiet and parallel.is_main()
+    parts = generate(diffusion, want.n, plan, **_job(want, arguments), progress=bars)
     folder = None if arguments.out_dir is None else output_folder(arguments.out_dir)
     path = output_file(arguments.out or "grid.png") if grid else None
     every: Tensor | None = None

@@ -32,21 +32,10 @@ from diffkern.train.steps import Stepper, examples, in_mode
 __all__ = ["Run", "first_used"]
 
 CONFIG = "config.yaml"
-FREE = {  # what a run may be resumed with another value of: nothing that a step's numbers come from
-    *("data", "cache", "skip_bad", "workers", "micro_batch", "precision", "checkpointing", "channels_last", "compile"),
-    *("shard", "log_every", "save_every", "keep", "snapshot_every", "validate_every", "sample_every", "sampler"),
-    *(
-        "sample_steps",
-        "sample_n",
-        "guidance",
-        "tensorboard",
-        "wandb",
-        "device",
-        "threads",
-        "bad_steps",
-        "iterations",
-        "init",
-    ),
+FREE = {  # what a run may be resumed with another value of: no step's numbers come from it, but for their rounding
+    *("data", "cache", "skip_bad", "workers", "micro_batch", "checkpointing", "channels_last", "compile", "shard"),
+    *("log_every", "save_every", "keep", "snapshot_every", "validate_every", "sample_every", "sampler", "sample_steps"),
+    *("sample_n", "guidance", "tensorboard", "wandb", "device", "threads", "bad_steps", "iterations", "init"),
 }
 PICTURE_SEED = 0
 
@@ -129,12 +118,8 @@ class Run:
         x0, cond = examples(diffusion, *self.images.batch(torch.zeros(1, dtype=torch.int64)), device)
         counter: Any = FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS)
         eager = torch.compiler.set_stance("force_eager")  # no graph is compiled for a batch of one
-        with (
-            eager,
-            counter,
-            torch.no_grad(),
-            in_mode(diffusion, training=False),
-        ):  # a network's statistics stay as they are
+        still = in_mode(diffusion, training=False)  # a network's statistics stay as they are
+        with eager, counter, torch.no_grad(), still:
             diffusion.loss(x0, cond=cond, seeds=0)
         self._flops = 3.0 * counter.get_total_flops()
         self._rate = matrix_rate(device, self.stepper.dtype)

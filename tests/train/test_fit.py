@@ -187,6 +187,7 @@ def test_scaled_float16_leaves_out_steps_that_overflow() -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
+        ({"precision": "bfloat16"}, r"config.precision must be 'float32', as in .*, got 'bfloat16'"),
         ({"batch": 4}, r"config.batch must be 8, as in .*00000004, got 4"),
         ({"objective": "v"}, r"prediction must be 'eps', as in .*, got 'v'"),
         ({"learning_rate": 1.0}, r"config.learning_rate must be 0.01, as in .*, got 1.0"),
