@@ -62,7 +62,7 @@ def chosen(argv: Sequence[str]) -> TrainConfig:
         values.update(given)
     flags = parsed(argv, defaults=False)
     given = {field.name: flags[field.name] for field in dataclasses.fields(TrainConfig) if field.name in flags}
-    for name in ("network_options", "schedule_options"):
+    for name in ("network_options", "schedule_options", "times_options"):
         if name in given:
             given[name] = {**values[name], **_plain(given[name])}
     return TrainConfig.from_dict({**values, **given})

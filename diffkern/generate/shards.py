@@ -80,7 +80,8 @@ def write_shards(
     A shard is an uncompressed .npz of ``arr_0``, uint8 [B, H, W, C], and with classes ``arr_1``, int64 [B]; index.json
     says what was asked for. In a job of torch.distributed every rank makes its part of the shards, which have the same
     bytes for every number of ranks. Each is written whole or not at all, so that a job that was ended at any moment is
-    taken up by calling it again: what is there is kept, what is missing made. Memory does not grow with n.
+    taken up by calling it again: what is there is kept, what is missing made; with a larger ``n`` the job grows, and a
+    last file that was not full is made again. Memory does not grow with n.
 
     ``shard``: a multiple of ``micro_batch``, about 1024 if None. Raises ValueError for a folder that holds another job
     (another model, seed, plan, number ...) or other files, and RuntimeError for images that are not finite; in every
@@ -95,6 +96,10 @@ def write_shards(
     generate(diffusion, n, plan, first=first, classes=classes, **common)  # raises for what does not fit
     chosen = classes_of(diffusion, classes, n, first)
     device = next((p.device.type for p in diffusion.parameters()), "cpu")
+
+    def digest(count: int) -> str | None:
+        return None if chosen is None else hashlib.sha256(chosen[:count].numpy().tobytes()).hexdigest()
+
     job = _Job(
         model=fingerprint(diffusion),
         sampler=plan.name,
@@ -104,14 +109,14 @@ def write_shards(
         first=first,
         n=n,
         shape=tuple(diffusion.shape or ()),
-        classes=None if chosen is None else hashlib.sha256(chosen.numpy().tobytes()).hexdigest(),
+        classes=digest(n),
         guidance=None if guidance is None else float(guidance),
         micro_batch=micro_batch,
         shard=shard,
         device=device,
     )
     files = job.files()
-    missing = _agreed(lambda: _missing(Path(folder), job))
+    missing = _agreed(lambda: _missing(Path(folder), job, digest))
     mine = [missing[i] for i in parallel.share(len(missing))]
     bar = progress_bar(progress, plan.name, sum(len(files[name]) for name in mine), unit="image")
     try:
@@ -203,29 +208,35 @@ def _agreed(find: Callable[[], list[str]]) -> list[str]:
     return list(found)
 
 
-def _missing(folder: Path, job: _Job) -> list[str]:
-    """The files that are to be made, in a folder that is this job's afterwards."""
+def _missing(folder: Path, job: _Job, digest: Callable[[int], str | None]) -> list[str]:
+    """The files that are to be made, in a folder that is this job's afterwards; ``digest`` of its first classes."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} must be a folder, and is a file")
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / INDEX).exists():
         other = _read(folder / INDEX)
+        before = dataclasses.replace(job, n=other.n, classes=digest(other.n)) if other.n < job.n else job
         for field in dataclasses.fields(job):
-            asked, found = getattr(job, field.name), getattr(other, field.name)
+            asked, found = getattr(before, field.name), getattr(other, field.name)
             if asked != found:
                 raise ValueError(
                     f"{folder} must be empty or hold the shards of this job, got those of another, whose {field.name} "
                     f"is {records.shown(found)} instead of {records.shown(asked)}"
                 )
+        if other.n < job.n:
+            _write_index(folder, job)
     else:
         names = sorted(path.name for path in folder.iterdir() if not path.name.endswith(".part"))
         if names:
             raise ValueError(f"{folder} must be empty or hold the shards of this job, got {names[0]} without {INDEX}")
-        text = json.dumps({KEY: FORMAT, **dataclasses.asdict(job)}, indent=1)
-        storage.write(folder / INDEX, text + "\n")
+        _write_index(folder, job)
     for left in folder.glob("*.part"):  # of a job that was ended while it wrote
         left.unlink(missing_ok=True)
     return [name for name, numbers in job.files().items() if not _is_shard(folder / name, job, len(numbers))]
+
+
+def _write_index(folder: Path, job: _Job) -> None:
+    storage.write(folder / INDEX, json.dumps({KEY: FORMAT, **dataclasses.asdict(job)}, indent=1) + "\n")
 
 
 def _read(path: Path) -> _Job:

@@ -67,6 +67,8 @@ class TrainConfig:
     """Weighting of the loss, `objectives.weightings`; the objective's own if None."""
     times: TimesName | None = None
     """How times are drawn, `objectives.time_sampling`; the objective's own if None."""
+    times_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Its constants, where it is named: mean and std of "log_normal", which is EDM's own."""
     init: str | None = None
     """A run or a saved model whose network and weights it starts from, with its objective, schedule, weight, times and
     drop in place of those here."""

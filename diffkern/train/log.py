@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
 import os
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from diffkern.train.config import TrainConfig
 
 __all__ = ["Log", "draw_curves", "matrix_rate", "read_log"]
 
-LOG = "log.jsonl"
+LOG, WANDB = "log.jsonl", "wandb_id"
 
 
 class Log:
@@ -42,15 +44,23 @@ class Log:
             self._board = writer(str(folder / "tensorboard"), purge_step=step + 1)
         if config.wandb is not None:
             wandb = need("wandb", "wandb", "wandb")
-            self._run = wandb.init(project=config.wandb, dir=str(folder), config=config.to_dict(), resume="allow")
+            run = folder / WANDB  # goes on there when it is resumed
+            if not run.exists():
+                storage.write(run, uuid.uuid4().hex)
+            self._run = wandb.init(
+                project=config.wandb, dir=str(folder), config=config.to_dict(), id=run.read_text(), resume="allow"
+            )
 
     def write(self, step: int, **values: float | int | None) -> None:
         """One line: the step and the values that are there; null for one that is not finite, which JSON does not have.
-        It is in the file when this returns."""
+        It is in the file when this returns. OSError naming the file for a full disk."""
         found = {name: value for name, value in values.items() if value is not None}
         written = {name: value if math.isfinite(value) else None for name, value in found.items()}
-        self._file.write(json.dumps({"step": step, **written}, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **written}, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         for name, value in found.items():
             if self._board is not None:
                 self._board.add_scalar(name, value, step)
@@ -63,7 +73,8 @@ class Log:
 
     def close(self) -> None:
         """Ends the files."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a line that could not be written, which `write` has said
+            self._file.close()
         if self._board is not None:
             self._board.close()
         if self._run is not None:

@@ -13,7 +13,7 @@ from diffkern.checks import meant, unknown
 from diffkern.diffusion import Diffusion
 from diffkern.names import Prediction, SamplerName, TimesName
 from diffkern.nn import DiT, DiTConfig, UNet, preset
-from diffkern.objectives.time_sampling import LossSecondMoment
+from diffkern.objectives.time_sampling import LossSecondMoment, TimeSampler, get_time_sampler
 from diffkern.schedules.discrete import DiscreteSchedule
 from diffkern.schedules.makers import SCHEDULES
 from diffkern.train.config import Objective, TrainConfig
@@ -49,7 +49,8 @@ OBJECTIVES: dict[Objective, ObjectiveParts] = {
 def make_network(config: TrainConfig, shape: tuple[int, int, int], classes: int) -> UNet | DiT:
     """The network ``config.network`` for images [C, H, W] of so many classes (0: none), with its first weights.
 
-    These come from ``config.seed`` alone. ValueError for options that its configuration does not have.
+    These come from ``config.seed`` alone. ValueError for options that its configuration does not have, and for a
+    network that needs more than classes.
     """
     base = preset(config.network)
     known = [field.name for field in dataclasses.fields(base)]
@@ -69,6 +70,12 @@ def make_network(config: TrainConfig, shape: tuple[int, int, int], classes: int)
     if "out_channels" in values:
         values["out_channels"] = channels
     made = records.record(type(base), {**values, **config.network_options}, f"{type(base).__name__}.")
+    for name in ("context_channels", "vector_channels", "ids", "concat_channels"):
+        if getattr(made, name, 0):
+            raise ValueError(
+                f"TrainConfig.network must need nothing but classes, got {config.network!r} with {name} = "
+                f"{getattr(made, name)}"
+            )
     with torch.random.fork_rng(devices=[]):  # the first weights come from torch's own generator
         torch.manual_seed(config.seed)
         return DiT(made) if isinstance(made, DiTConfig) else UNet(made)
@@ -86,17 +93,31 @@ def make_diffusion(
         schedule = SCHEDULES[name](**config.schedule_options)
     except TypeError as error:
         raise ValueError(f"TrainConfig.schedule_options must be arguments of {name}, got: {error}") from error
-    times = config.times or parts.times
     return Diffusion(
         make_network(config, shape, classes) if network is None else network,
         schedule,
         parts.prediction,
         weight=config.weight,
-        times=None if times == "loss_second_moment" else times,  # it has a state, which the run keeps: `resampling`
+        times=_times(config),
         drop=config.drop if classes else 0.0,
         shape=shape,
         learned_variance=parts.learned_variance,
     )
+
+
+def _times(config: TrainConfig) -> TimeSampler | None:
+    """The sampler of times; None where the schedule's own is meant, or one with a state, which the run keeps."""
+    name = config.times or OBJECTIVES[config.objective].times
+    if name is None and config.times_options:
+        raise ValueError(f"TrainConfig.times must be a name where times_options are given, got {config.times_options}")
+    return None if name is None or name == "loss_second_moment" else _drawn(name, config.times_options)
+
+
+def _drawn(name: TimesName, options: dict[str, Any]) -> TimeSampler:
+    try:
+        return get_time_sampler(name, **options)
+    except TypeError as error:
+        raise ValueError(f"TrainConfig.times_options must be constants of {name}, got: {error}") from error
 
 
 def resampling(config: TrainConfig, diffusion: Diffusion) -> LossSecondMoment | None:
@@ -105,4 +126,6 @@ def resampling(config: TrainConfig, diffusion: Diffusion) -> LossSecondMoment | 
         return None
     if not isinstance(diffusion.schedule, DiscreteSchedule):
         raise ValueError(f"TrainConfig.times 'loss_second_moment' needs a table, got {diffusion.schedule.name}")
-    return LossSecondMoment(T=diffusion.schedule.T)
+    found = _drawn(config.times, {"T": diffusion.schedule.T, **config.times_options})
+    assert isinstance(found, LossSecondMoment)
+    return found

@@ -31,7 +31,9 @@ from diffkern.train.steps import Stepper, examples, in_mode
 
 __all__ = ["Run", "first_used"]
 
-CONFIG = "config.yaml"
+CONFIG, LOCK = "config.yaml", ".lock"
+PATIENCE = 15.0
+"""Seconds until the reading processes of a job that was killed have ended too, which hold its lock as long."""
 FREE = {  # what a run may be resumed with another value of: no step's numbers come from it, but for their rounding
     *("data", "cache", "skip_bad", "workers", "micro_batch", "checkpointing", "channels_last", "compile", "shard"),
     *("log_every", "save_every", "keep", "snapshot_every", "validate_every", "sample_every", "sampler", "sample_steps"),
@@ -64,6 +66,7 @@ class Run:
         self.shown: dict[str, str] = {}
         """What the progress bar says."""
         self._log: Log | None = None
+        self._lock: Any = None
         self._window = _Window()
         self._saved: int | None = None
         self._flops, self._rate = 0.0, 1.0
@@ -72,6 +75,10 @@ class Run:
         """Loads the newest checkpoint into everything, if there is one; the number of iterations done."""
         step = 0
         if self.folder is not None:
+            if parallel.is_main():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._lock = _locked(self.folder)
+            parallel.barrier()  # no other job writes now
             found = checkpoint.newest(self.folder)
             if found is not None:
                 step = self._load(found)
@@ -84,7 +91,6 @@ class Run:
                 self._plan()
             parallel.barrier()  # all have read before the main process writes
             if parallel.is_main():
-                self.folder.mkdir(parents=True, exist_ok=True)
                 self.config.save(self.folder / CONFIG)
                 self._log = Log(self.folder, self.config, step)
         self._measure()
@@ -241,9 +247,27 @@ class Run:
             draw_curves(self.folder)
 
     def close(self) -> None:
-        """Ends the log's files."""
+        """Ends the log's files, and lets others write into the folder."""
         if self._log is not None:
             self._log.close()
+        if self._lock is not None:
+            self._lock.release()
+
+
+def _locked(folder: Path) -> Any:
+    """The lock on a run's folder, held until it is released or the process ends."""
+    filelock: Any = need("filelock", "filelock", "train")
+    lock = filelock.FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=PATIENCE)
+    except NotImplementedError:  # file systems without locks
+        return None
+    except filelock.Timeout:
+        raise ValueError(
+            f"the run in {folder} must be trained by one job at a time, and another is at it: stop it, or give this "
+            "one a folder of its own"
+        ) from None
+    return lock
 
 
 @dataclasses.dataclass

@@ -123,6 +123,30 @@ def test_only_what_is_missing_is_made_again(
     write_shards(tmp_path, diffusion, 10, **JOB)
 
 
+@pytest.mark.parametrize(("first", "then"), [(5, 10), (8, 10), (1, 3)])
+@pytest.mark.parametrize("classes", ["even", None])
+def test_a_job_grows_and_has_the_bytes_of_one_that_was_large_at_once(
+    diffusion: diffkern.Diffusion, tmp_path: Path, first: int, then: int, classes: Any
+) -> None:
+    """Also where a last file, and in it a last micro-batch, was not full."""
+    job = {**JOB, "classes": classes}
+    for n in (first, then):
+        write_shards(tmp_path / "grown", diffusion, n, **job)
+    write_shards(tmp_path / "at once", diffusion, then, **job)
+    assert contents(tmp_path / "grown") == contents(tmp_path / "at once")
+
+
+def test_a_job_grows_by_the_same_classes_alone(diffusion: diffkern.Diffusion, tmp_path: Path) -> None:
+    job = {**JOB, "classes": [0, 1, 2]}
+    write_shards(tmp_path, diffusion, 3, **job)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="got those of another, whose classes is"):
+        write_shards(tmp_path, diffusion, 5, **{**job, "classes": [0, 1, 1, 0, 2]})
+    assert contents(tmp_path) == before
+    write_shards(tmp_path, diffusion, 5, **{**job, "classes": [0, 1, 2, 0, 2]})
+    assert sum(len(part.images) for part in read_shards(tmp_path)) == 5
+
+
 @pytest.mark.parametrize("calls", [0, 1, 3])
 def test_a_job_that_is_ended_goes_on_where_it_was(
     diffusion: diffkern.Diffusion, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
@@ -201,7 +225,7 @@ def test_a_job_that_is_killed_goes_on_and_leaves_the_same_bytes(diffusion: diffk
         ({"steps": 3}, "whose steps is 2 instead of 3"),
         ({"eta": 0.5}, "whose plan is '[0-9a-f.]+' instead of"),
         ({"sampler": "ddpm"}, "whose sampler is 'ddim' instead of 'ddpm'"),
-        ({"n": 12}, "whose n is 10 instead of 12"),
+        ({"n": 8}, "whose n is 10 instead of 8"),
         ({"first": 4}, "whose first is 0 instead of 4"),
         ({"classes": None}, "whose classes is '[0-9a-f.]+' instead of None"),
         ({"guidance": 2.0}, "whose guidance is None instead of 2.0"),

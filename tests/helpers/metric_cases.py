@@ -1,6 +1,6 @@
 """Images whose features are known: what the tests of metrics measure, alone and as a process of a job.
 
-python metric_cases.py FILE WORLD RANK            one rank; FILE is where the ranks meet, the main one prints JSON
+python metric_cases.py FILE WORLD RANK            one rank; FILE is where the ranks meet; writes JSON to FILE-RANK.json
 """
 
 from __future__ import annotations
@@ -79,5 +79,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", world_size=world, rank=rank)
     found = measured(Path(meeting).parent)
-    print(json.dumps(found))
+    Path(f"{meeting}-{rank}.json").write_text(json.dumps(found))  # libraries print too
     torch.distributed.destroy_process_group()

@@ -114,6 +114,11 @@ def wrong_models() -> list[tuple[dict[str, Any], str]]:
         ({"network": "ddpm"}, "name must be one of digits"),
         ({"schedule": "linar"}, "TrainConfig.schedule must be one of"),
         ({"schedule_options": {"beta": 1}}, "TrainConfig.schedule_options must be arguments of linear"),
+        ({"times_options": {"mean": 1}}, "TrainConfig.times must be a name where times_options are given, got"),
+        (
+            {"objective": "edm", "times": "log_normal", "times_options": {"P_mean": 1}},
+            "TrainConfig.times_options must be constants of log_normal",
+        ),
     ]
 
 
@@ -138,3 +143,36 @@ def test_the_first_weights_come_from_the_seed_alone() -> None:
     second = make_network(config, (1, 8, 8), 10)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("network", "options", "wrong"),
+    [
+        ("sd-1", {}, "context_channels = 768"),
+        ("digits", {"concat_channels": 3}, "concat_channels = 3"),
+        ("digits", {"vector_channels": 5}, "vector_channels = 5"),
+    ],
+)
+def test_a_network_that_needs_more_than_classes_is_refused_before_it_is_built(
+    network: str, options: dict[str, int], wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffkern.train import objectives
+
+    monkeypatch.setattr(objectives, "UNet", lambda _: pytest.fail("was built"))
+    config = TrainConfig(network=network, network_options=options)
+    with pytest.raises(ValueError, match=f"TrainConfig.network must need nothing but classes, got '{network}' with {wrong}"):
+        objectives.make_network(config, (4, 64, 64), 0)
+
+
+def test_the_constants_of_times_reach_their_sampler() -> None:
+    from diffkern.objectives.time_sampling import LogNormal
+    from diffkern.train.objectives import make_diffusion, resampling
+
+    config = TrainConfig(
+        network="digits", objective="edm", times="log_normal", times_options={"mean": -0.4, "std": 1.0}
+    )
+    assert make_diffusion(config, (1, 8, 8), 0).times == LogNormal(-0.4, 1.0)
+    table = TrainConfig(network="digits", times="loss_second_moment", times_options={"history": 3})
+    found = resampling(table, make_diffusion(table, (1, 8, 8), 0))
+    assert found is not None
+    assert (found.T, found.history) == (1000, 3)
