@@ -11,7 +11,7 @@ import collections
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from torch import distributed as dist
 __all__ = [
     "bare",
     "barrier",
+    "by_main",
     "class_of",
     "device",
     "device_of",
@@ -156,6 +157,26 @@ def gathered(value: Any) -> list[Any]:
     dist.all_gather(every, padded)
     texts = (bytes(found[: int(size)].tolist()) for found, size in zip(every, sizes, strict=True))
     return [json.loads(text) for text in texts]
+
+
+def by_main(do: Callable[[], Any]) -> Any:
+    """What ``do()`` returns on the main rank, a JSON-able value, on every rank; the others do not call it.
+
+    Its ValueError or OSError is raised there, and a ValueError of the same sentence by the others.
+    """
+    error: Exception | None = None
+    found = None
+    if is_main():
+        try:
+            found = do()
+        except (ValueError, OSError) as caught:
+            error = caught
+    found, text = gathered([found, None if error is None else str(error)])[0]
+    if error is not None:
+        raise error
+    if text is not None:
+        raise ValueError(text)
+    return found
 
 
 def barrier() -> None:

@@ -116,7 +116,7 @@ def write_shards(
         device=device,
     )
     files = job.files()
-    missing = _agreed(lambda: _missing(Path(folder), job, digest))
+    missing: list[str] = parallel.by_main(lambda: _missing(Path(folder), job, digest))
     mine = [missing[i] for i in parallel.share(len(missing))]
     bar = progress_bar(progress, plan.name, sum(len(files[name]) for name in mine), unit="image")
     try:
@@ -190,22 +190,6 @@ def _bytes(part: Part) -> Tensor:
             f"images must be finite, got NaN or infinity in image {number}: the network gives no numbers"
         )
     return pictures.as_bytes(part.images)
-
-
-def _agreed(find: Callable[[], list[str]]) -> list[str]:
-    """What the main rank finds; its error in every rank."""
-    error, found = None, []
-    if parallel.is_main():
-        try:
-            found = find()
-        except (ValueError, OSError) as caught:
-            error = caught
-    found, text = parallel.gathered([found, None if error is None else str(error)])[0]
-    if error is not None:
-        raise error
-    if text is not None:
-        raise ValueError(text)
-    return list(found)
 
 
 def _missing(folder: Path, job: _Job, digest: Callable[[int], str | None]) -> list[str]:

@@ -75,10 +75,7 @@ class Run:
         """Loads the newest checkpoint into everything, if there is one; the number of iterations done."""
         step = 0
         if self.folder is not None:
-            if parallel.is_main():
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self._lock = _locked(self.folder)
-            parallel.barrier()  # no other job writes now
+            parallel.by_main(self._enter)
             found = checkpoint.newest(self.folder)
             if found is not None:
                 step = self._load(found)
@@ -90,12 +87,20 @@ class Run:
             if self.config.sample_every is not None:
                 self._plan()
             parallel.barrier()  # all have read before the main process writes
-            if parallel.is_main():
-                self.config.save(self.folder / CONFIG)
-                self._log = Log(self.folder, self.config, step)
+            parallel.by_main(lambda: self._begin(step))
         self._measure()
         self._window.begin()
         return step
+
+    def _enter(self) -> None:
+        assert self.folder is not None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(self.folder)
+
+    def _begin(self, step: int) -> None:
+        assert self.folder is not None
+        self.config.save(self.folder / CONFIG)
+        self._log = Log(self.folder, self.config, step)
 
     def _load(self, path: Path) -> int:
         found = checkpoint.load(

@@ -31,6 +31,11 @@ def everywhere() -> dict[str, Any]:
     sums = parallel.summed(whole, count)
     with parallel.job(torch.device("cpu")):  # there is one already: it stays
         inside = parallel.world()
+    try:
+        parallel.by_main(lambda: (_ for _ in ()).throw(OSError(28, "No space left", "here")))
+        error = None
+    except (OSError, ValueError) as caught:
+        error = [type(caught).__name__, str(caught)]
     return {
         "world": [parallel.world(), inside, parallel.world()],
         "rank": me,
@@ -39,6 +44,7 @@ def everywhere() -> dict[str, Any]:
         "shares": [list(parallel.share(n)) for n in (0, 1, 5)],
         "in place": sums[0] is whole and sums[1] is count,
         "sums": [sums[0].tolist(), sums[1].item()],
+        "by main": [parallel.by_main(lambda: {"rank": me}), error],
         "gathered": parallel.gathered({"who": me, "text": "ü" * 3 * me, "none": None}),
     }
 

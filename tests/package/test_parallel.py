@@ -44,15 +44,17 @@ def test_two_processes_share_sum_and_gather_and_one_may_have_nothing_to_do(tmp_p
     command = [sys.executable, *launcher, parallel_cases.__file__, str(tmp_path / "job")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout.splitlines()[-1])
-    assert said["jobs"] == [0, 1, 0, 1, 0, 1]
-    assert 0.9 <= said["waited"] < 5.0
-    first, second = said["ranks"]
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["jobs"] == [0, 1, 0, 1, 0, 1]
+    assert 0.9 <= told["waited"] < 5.0
+    first, second = told["ranks"]
     for rank, found in enumerate((first, second)):
         assert (found["world"], found["rank"], found["main"]) == ([2, 2, 2], rank, rank == 0)
         assert found["device"] == "cpu"
         assert found["in place"]
         assert found["sums"] == [[3.0, 3.0 * 2.0**60], 5]
+        said = "[Errno 28] No space left: 'here'"
+        assert found["by main"] == [{"rank": 0}, ["ValueError" if rank else "OSError", said]]
         assert found["gathered"] == [
             {"who": 0, "text": "", "none": None},
             {"who": 1, "text": "üüü", "none": None},

@@ -160,7 +160,9 @@ def test_a_network_that_needs_more_than_classes_is_refused_before_it_is_built(
 
     monkeypatch.setattr(objectives, "UNet", lambda _: pytest.fail("was built"))
     config = TrainConfig(network=network, network_options=options)
-    with pytest.raises(ValueError, match=f"TrainConfig.network must need nothing but classes, got '{network}' with {wrong}"):
+    with pytest.raises(
+        ValueError, match=f"TrainConfig.network must need nothing but classes, got '{network}' with {wrong}"
+    ):
         objectives.make_network(config, (4, 64, 64), 0)
 
 

@@ -29,7 +29,7 @@ def run(config: TrainConfig, out: Path | None = None, **options: Any) -> Any:
     return fit(None, tiny_data(), config, out=out, progress=False, **options)
 
 
-# ------------------------------------------------------------------------------------------------------ one job at a time
+# ---------------------------------------------------------------------------------------------------- one job at a time
 HOLDER = """
 import sys, filelock
 with filelock.FileLock(sys.argv[1]):
@@ -48,7 +48,7 @@ def test_a_folder_that_another_job_trains_in_is_left_alone(tmp_path: Path, monke
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
         monkeypatch.setattr(run_module, "PATIENCE", 0.1)
-        with pytest.raises(ValueError, match=r"the run in .* must be trained by one job at a time, and another is at it"):
+        with pytest.raises(ValueError, match=r"the run in .* must be trained by one job at a time, and another"):
             run(dataclasses.replace(TINY, iterations=5), tmp_path)
         assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
         other.kill()
@@ -63,7 +63,7 @@ def test_file_systems_without_locks_are_written_to(tmp_path: Path, monkeypatch: 
     assert run(dataclasses.replace(TINY, iterations=2), tmp_path).step == 2
 
 
-# -------------------------------------------------------------------------------------------------------------- full disk
+# ------------------------------------------------------------------------------------------------------------ full disk
 def test_a_disk_that_fills_while_logging_ends_the_run_and_loses_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,7 +88,7 @@ def test_a_disk_that_fills_while_logging_ends_the_run_and_loses_no_checkpoint(
     assert losses[0] == losses[1]
 
 
-# ------------------------------------------------------------------------------------------------- clocks and time zones
+# ------------------------------------------------------------------------------------------------ clocks and time zones
 @pytest.fixture
 def zone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("TZ", "Pacific/Kiritimati")
@@ -118,7 +118,7 @@ def test_a_run_is_the_same_in_another_time_zone_and_by_a_clock_that_goes_back(
     assert files[0] == files[1]
 
 
-# ------------------------------------------------------------------------------------------------------------------ wandb
+# ---------------------------------------------------------------------------------------------------------------- wandb
 def test_a_resumed_run_goes_on_in_its_run_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     began: list[dict[str, Any]] = []
     logged: list[tuple[int, float]] = []
