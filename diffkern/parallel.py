@@ -162,20 +162,22 @@ def gathered(value: Any) -> list[Any]:
 def by_main(do: Callable[[], Any]) -> Any:
     """What ``do()`` returns on the main rank, a JSON-able value, on every rank; the others do not call it.
 
-    Its ValueError or OSError is raised there, and a ValueError of the same sentence by the others.
+    Its error is raised there, and by the others one of the same sentence: a ValueError for a ValueError or OSError, a
+    RuntimeError for others.
     """
     error: Exception | None = None
     found = None
     if is_main():
         try:
-            found = do()
-        except (ValueError, OSError) as caught:
+            found = json.loads(json.dumps(do()))
+        except Exception as caught:
             error = caught
-    found, text = gathered([found, None if error is None else str(error)])[0]
+    plain = isinstance(error, ValueError | OSError)
+    found, text, plain = gathered([found, None if error is None else str(error), plain])[0]
     if error is not None:
         raise error
     if text is not None:
-        raise ValueError(text)
+        raise (ValueError if plain else RuntimeError)(text)
     return found
 
 

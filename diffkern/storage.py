@@ -9,10 +9,22 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["filling", "flushed", "linked", "numbered", "remove", "unfinished_in", "whole", "whole_folder", "write"]
+__all__ = [
+    "filling",
+    "flushed",
+    "linked",
+    "locked",
+    "numbered",
+    "remove",
+    "unfinished_in",
+    "whole",
+    "whole_folder",
+    "write",
+]
 
 
 def write(path: str | os.PathLike[str], data: bytes | str) -> None:
@@ -87,6 +99,33 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         if isinstance(error, OSError) and error.errno is not None:
             raise OSError(error.errno, error.strerror, os.fspath(path)) from error
         raise
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike[str], patience: float) -> Iterator[None]:
+    """Holds the lock ``path``, a file that stays, until the block or the process ends; nothing where the file system
+    has no locks. TimeoutError where another holds it for longer than ``patience`` seconds.
+    """
+    import fcntl  # not on every system
+
+    with open(path, "a") as file:
+        end, held = time.monotonic() + patience, None
+        while held is None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = True
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):  # ENOSYS, ENOLCK, EOPNOTSUPP
+                    held = False
+                elif time.monotonic() >= end:
+                    raise TimeoutError(errno.ETIMEDOUT, "held by another", os.fspath(path)) from None
+                else:
+                    time.sleep(0.05)
+        try:
+            yield
+        finally:
+            if held:
+                fcntl.flock(file, fcntl.LOCK_UN)  # also for processes that were forked with it
 
 
 def flushed(path: Path) -> None:

@@ -100,8 +100,11 @@ EXAMPLES = {
 
 
 def run(name: str, iterations: int | None = None) -> None:
-    """One example, all methods; its pictures go to docs/images, its numbers to docs/trained/NAME.json."""
+    """One example, all methods; its pictures go to docs/images, its numbers to build/trained/NAME.json."""
     example, begun = EXAMPLES[name], time.perf_counter()
+    before = sum(
+        float(path.read_text()) for path in (RUNS / name).glob("*/minutes.txt")
+    )  # of training that was stopped
     training, held_out = split(open_images(example.data, flip=example.config.flip), example.held_out)
     judge = train_classifier(training, progress=True)
     x0, labels = held_out.batch(torch.arange(len(held_out)))
@@ -114,9 +117,11 @@ def run(name: str, iterations: int | None = None) -> None:
             config = dataclasses.replace(config, times_options=example.levels)
         if iterations is not None:
             config = dataclasses.replace(config, iterations=iterations)
-        start = time.perf_counter()
+        spent = RUNS / name / objective / "minutes.txt"  # of this method before it was stopped
+        minutes, start = float(spent.read_text()) if spent.exists() else 0.0, time.perf_counter()
         fitted = fit(None, training, config, out=RUNS / name / objective, held_out=held_out, progress=method)
-        minutes = (time.perf_counter() - start) / 60
+        minutes += (time.perf_counter() - start) / 60
+        spent.write_text(f"{minutes}\n")
         if fitted.stopped:
             raise SystemExit(f"stopped after {fitted.step} iterations; the same command goes on from there")
         with fitted.averages.used("0.100"):
@@ -144,7 +149,7 @@ def run(name: str, iterations: int | None = None) -> None:
         "images": len(training),
         "iterations": iterations or example.config.iterations,
         "batch": example.config.batch,
-        "minutes": (time.perf_counter() - begun) / 60,
+        "minutes": (time.perf_counter() - begun) / 60 + before,
         "machine": f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__.split('+')[0]}",
         "date": time.strftime("%Y-%m-%d"),
         "rows": rows,

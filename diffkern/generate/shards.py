@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["INDEX", "fingerprint", "read_shards", "write_shards"]
 
+LOCK, PATIENCE = ".lock", 5.0
+"""Seconds that a job waits for the end of another in its folder, which may just have been killed."""
 INDEX, KEY, FORMAT = "index.json", "diffkern_shards", 1
 IMAGES, CLASSES = "arr_0", "arr_1"
 """The arrays of a shard: uint8 [B, H, W, C] and int64 [B], named as in the archives of guided-diffusion's evaluator."""
@@ -81,10 +84,11 @@ def write_shards(
     says what was asked for. In a job of torch.distributed every rank makes its part of the shards, which have the same
     bytes for every number of ranks. Each is written whole or not at all, so that a job that was ended at any moment is
     taken up by calling it again: what is there is kept, what is missing made; with a larger ``n`` the job grows, and a
-    last file that was not full is made again. Memory does not grow with n.
+    last file that was not full is made again. One job at a time writes into a folder. Memory does not grow with n.
 
     ``shard``: a multiple of ``micro_batch``, about 1024 if None. Raises ValueError for a folder that holds another job
-    (another model, seed, plan, number ...) or other files, and RuntimeError for images that are not finite; in every
+    (another model, seed, plan, classes of the same images, a larger number ...) or other files, or that another job is
+    writing to, and RuntimeError for images that are not finite; in every
     rank.
     """
     micro_batch = integer("micro_batch", micro_batch, 1, 2**31 - 1, "in 1..2**31 - 1")
@@ -116,10 +120,12 @@ def write_shards(
         device=device,
     )
     files = job.files()
-    missing: list[str] = parallel.by_main(lambda: _missing(Path(folder), job, digest))
-    mine = [missing[i] for i in parallel.share(len(missing))]
-    bar = progress_bar(progress, plan.name, sum(len(files[name]) for name in mine), unit="image")
-    try:
+    with contextlib.ExitStack() as held:
+        missing: list[str] = parallel.by_main(lambda: _missing(Path(folder), job, digest, held))
+        mine = [missing[i] for i in parallel.share(len(missing))]
+        bar = progress_bar(progress, plan.name, sum(len(files[name]) for name in mine), unit="image")
+        if bar is not None:
+            held.callback(bar.close)
         for name in mine:
             numbers = files[name]
             asked = None if chosen is None else chosen[numbers.start - first : numbers.stop - first]
@@ -131,10 +137,7 @@ def write_shards(
                 if bar is not None:
                     bar.update(len(made[-1]))
             _write(Path(folder) / name, torch.cat(made), asked)
-    finally:
-        if bar is not None:
-            bar.close()
-    parallel.barrier()
+        parallel.barrier()
     return [Path(folder) / name for name in files]
 
 
@@ -165,9 +168,10 @@ def read_shards(
 def _parts(folder: Path, files: dict[str, range], micro_batch: int) -> Iterator[Part]:
     for name, numbers in files.items():
         with np.load(folder / name, allow_pickle=False) as arrays:
-            images = torch.from_numpy(arrays[IMAGES])
-            classes = torch.from_numpy(arrays[CLASSES]) if CLASSES in arrays else None
-        for i in range(0, len(images), micro_batch):
+            count = len(numbers)  # what was there when reading began
+            images = torch.from_numpy(arrays[IMAGES][:count])
+            classes = torch.from_numpy(arrays[CLASSES][:count]) if CLASSES in arrays else None
+        for i in range(0, count, micro_batch):
             x = from_bytes(images[i : i + micro_batch].movedim(-1, -3)).contiguous()
             yield Part(numbers.start + i, x, None if classes is None else classes[i : i + micro_batch])
 
@@ -192,11 +196,20 @@ def _bytes(part: Part) -> Tensor:
     return pictures.as_bytes(part.images)
 
 
-def _missing(folder: Path, job: _Job, digest: Callable[[int], str | None]) -> list[str]:
-    """The files that are to be made, in a folder that is this job's afterwards; ``digest`` of its first classes."""
+def _missing(folder: Path, job: _Job, digest: Callable[[int], str | None], held: contextlib.ExitStack) -> list[str]:
+    """The files that are to be made, in a folder that is this job's afterwards, and its alone while its lock is
+    ``held``; ``digest`` of its first classes."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} must be a folder, and is a file")
     folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / INDEX).exists():
+        names = sorted(path.name for path in folder.iterdir() if path.name != LOCK and not path.name.endswith(".part"))
+        if names:
+            raise ValueError(f"{folder} must be empty or hold the shards of this job, got {names[0]} without {INDEX}")
+    try:
+        held.enter_context(storage.locked(folder / LOCK, PATIENCE))
+    except TimeoutError:
+        raise ValueError(f"{folder} must be written to by one job at a time, and another is at it") from None
     if (folder / INDEX).exists():
         other = _read(folder / INDEX)
         before = dataclasses.replace(job, n=other.n, classes=digest(other.n)) if other.n < job.n else job
@@ -210,9 +223,6 @@ def _missing(folder: Path, job: _Job, digest: Callable[[int], str | None]) -> li
         if other.n < job.n:
             _write_index(folder, job)
     else:
-        names = sorted(path.name for path in folder.iterdir() if not path.name.endswith(".part"))
-        if names:
-            raise ValueError(f"{folder} must be empty or hold the shards of this job, got {names[0]} without {INDEX}")
         _write_index(folder, job)
     for left in folder.glob("*.part"):  # of a job that was ended while it wrote
         left.unlink(missing_ok=True)

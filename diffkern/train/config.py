@@ -70,8 +70,8 @@ class TrainConfig:
     times_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Its constants, where it is named: mean and std of "log_normal", which is EDM's own."""
     init: str | None = None
-    """A run or a saved model whose network and weights it starts from, with its objective, schedule, weight, times and
-    drop in place of those here."""
+    """A run or a saved model whose network and weights it starts from, with its objective, schedule, weight, times
+    (and their options) and drop in place of those here."""
     labels: bool = True
     """Whether the network is given the class; False trains without, also where the data have classes."""
     drop: float = 0.1

@@ -9,6 +9,7 @@ import math
 import os
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,8 @@ class Log:
             self._board = writer(str(folder / "tensorboard"), purge_step=step + 1)
         if config.wandb is not None:
             wandb = need("wandb", "wandb", "wandb")
-            run = folder / WANDB  # goes on there when it is resumed
-            if not run.exists():
+            run = folder / WANDB  # a run that is resumed goes on in it
+            if step == 0 or not run.exists():
                 storage.write(run, uuid.uuid4().hex)
             self._run = wandb.init(
                 project=config.wandb, dir=str(folder), config=config.to_dict(), id=run.read_text(), resume="allow"
@@ -56,11 +57,9 @@ class Log:
         It is in the file when this returns. OSError naming the file for a full disk."""
         found = {name: value for name, value in values.items() if value is not None}
         written = {name: value if math.isfinite(value) else None for name, value in found.items()}
-        try:
+        with self._named():
             self._file.write(json.dumps({"step": step, **written}, allow_nan=False) + "\n")
             self._file.flush()
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
         for name, value in found.items():
             if self._board is not None:
                 self._board.add_scalar(name, value, step)
@@ -69,16 +68,26 @@ class Log:
 
     def flush(self) -> None:
         """Has the system write the lines to the disk."""
-        os.fsync(self._file.fileno())
+        with self._named():
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Ends the files."""
-        with contextlib.suppress(OSError):  # of a line that could not be written, which `write` has said
-            self._file.close()
-        if self._board is not None:
-            self._board.close()
-        if self._run is not None:
-            self._run.finish()
+        with contextlib.ExitStack() as every:  # each, whatever becomes of the others
+            if self._run is not None:
+                every.callback(self._run.finish)
+            if self._board is not None:
+                every.callback(self._board.close)
+            with contextlib.suppress(OSError):  # of a line that could not be written, which `write` has said
+                self._file.close()
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors of the disk name the file."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
 
 def read_log(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -113,9 +113,9 @@ def _times(config: TrainConfig) -> TimeSampler | None:
     return None if name is None or name == "loss_second_moment" else _drawn(name, config.times_options)
 
 
-def _drawn(name: TimesName, options: dict[str, Any]) -> TimeSampler:
+def _drawn(name: TimesName, options: dict[str, Any], **fixed: Any) -> TimeSampler:
     try:
-        return get_time_sampler(name, **options)
+        return get_time_sampler(name, **fixed, **options)
     except TypeError as error:
         raise ValueError(f"TrainConfig.times_options must be constants of {name}, got: {error}") from error
 
@@ -126,6 +126,6 @@ def resampling(config: TrainConfig, diffusion: Diffusion) -> LossSecondMoment | 
         return None
     if not isinstance(diffusion.schedule, DiscreteSchedule):
         raise ValueError(f"TrainConfig.times 'loss_second_moment' needs a table, got {diffusion.schedule.name}")
-    found = _drawn(config.times, {"T": diffusion.schedule.T, **config.times_options})
+    found = _drawn(config.times, config.times_options, T=diffusion.schedule.T, device="cpu")
     assert isinstance(found, LossSecondMoment)
     return found

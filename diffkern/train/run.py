@@ -21,7 +21,7 @@ from diffkern.generate import described, recommended
 from diffkern.ops.flops import FLOP_FORMULAS
 from diffkern.plan import Plan
 from diffkern.schedules.discrete import DiscreteSchedule
-from diffkern.train import checkpoint
+from diffkern.train import _format, checkpoint
 from diffkern.train.config import TrainConfig
 from diffkern.train.ema import Averages
 from diffkern.train.learning_rate import learning_rate
@@ -66,7 +66,7 @@ class Run:
         self.shown: dict[str, str] = {}
         """What the progress bar says."""
         self._log: Log | None = None
-        self._lock: Any = None
+        self._held = contextlib.ExitStack()
         self._window = _Window()
         self._saved: int | None = None
         self._flops, self._rate = 0.0, 1.0
@@ -95,7 +95,13 @@ class Run:
     def _enter(self) -> None:
         assert self.folder is not None
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self.folder)
+        try:
+            self._held.enter_context(storage.locked(self.folder / LOCK, PATIENCE))
+        except TimeoutError:
+            raise ValueError(
+                f"the run in {self.folder} must be trained by one job at a time, and another is at it: stop it, or "
+                "give this one a folder of its own"
+            ) from None
 
     def _begin(self, step: int) -> None:
         assert self.folder is not None
@@ -108,7 +114,7 @@ class Run:
             diffusion=self.diffusion,
             averages=self.averages,
             optimizer=self.stepper.optimizer,
-            expect=self._same(),
+            expect=self._expected(path),
         )
         self.stepper.load_state(found.extra["stepper"])
         self._window = _Window(**found.extra["window"])
@@ -119,6 +125,15 @@ class Run:
         """What a run that is resumed has in common with itself, as JSON has it."""
         config = {name: value for name, value in self.config.to_dict().items() if name not in FREE}
         found: dict[str, Any] = json.loads(json.dumps({"config": config, "data": self.images.fingerprint}))
+        return found
+
+    def _expected(self, path: Path) -> dict[str, Any]:
+        """What the checkpoint has to have; of a configuration from before a field was added it is the default."""
+        found, stored = self._same(), _format.read(path).extra.get("config")
+        plain = TrainConfig().to_dict()
+        for name in [*found["config"]]:
+            if isinstance(stored, dict) and name not in stored and found["config"][name] == plain[name]:
+                del found["config"][name]
         return found
 
     def _measure(self) -> None:
@@ -253,26 +268,9 @@ class Run:
 
     def close(self) -> None:
         """Ends the log's files, and lets others write into the folder."""
-        if self._log is not None:
-            self._log.close()
-        if self._lock is not None:
-            self._lock.release()
-
-
-def _locked(folder: Path) -> Any:
-    """The lock on a run's folder, held until it is released or the process ends."""
-    filelock: Any = need("filelock", "filelock", "train")
-    lock = filelock.FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=PATIENCE)
-    except NotImplementedError:  # file systems without locks
-        return None
-    except filelock.Timeout:
-        raise ValueError(
-            f"the run in {folder} must be trained by one job at a time, and another is at it: stop it, or give this "
-            "one a folder of its own"
-        ) from None
-    return lock
+        with self._held:
+            if self._log is not None:
+                self._log.close()
 
 
 @dataclasses.dataclass

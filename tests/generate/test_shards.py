@@ -18,7 +18,7 @@ import torch
 from helpers.generate_cases import elementwise, in_turn, small_unet
 
 import diffkern
-from diffkern import parallel
+from diffkern import parallel, storage
 from diffkern.generate import fingerprint, generate, read_shards, shards, write_shards
 
 JOB: dict[str, Any] = {"sampler": "ddim", "steps": 2, "seed": 3, "classes": "even", "micro_batch": 2, "shard": 4}
@@ -30,7 +30,7 @@ def diffusion() -> diffkern.Diffusion:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != shards.LOCK}
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +134,23 @@ def test_a_job_grows_and_has_the_bytes_of_one_that_was_large_at_once(
         write_shards(tmp_path / "grown", diffusion, n, **job)
     write_shards(tmp_path / "at once", diffusion, then, **job)
     assert contents(tmp_path / "grown") == contents(tmp_path / "at once")
+
+
+def test_a_job_that_another_is_at_is_left_alone_and_a_reader_sees_what_it_opened(
+    diffusion: diffkern.Diffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_shards(tmp_path, diffusion, 5, **JOB)
+    before = contents(tmp_path)
+    monkeypatch.setattr(shards, "PATIENCE", 0.1)
+    with (
+        storage.locked(tmp_path / shards.LOCK, 0.0),
+        pytest.raises(ValueError, match="must be written to by one job at a time, and another is at it"),
+    ):
+        write_shards(tmp_path, diffusion, 8, **JOB)
+    assert contents(tmp_path) == before
+    reader = read_shards(tmp_path)
+    write_shards(tmp_path, diffusion, 8, **JOB)
+    assert [len(part.images) for part in reader] == [4, 1]
 
 
 def test_a_job_grows_by_the_same_classes_alone(diffusion: diffkern.Diffusion, tmp_path: Path) -> None:

@@ -36,6 +36,10 @@ def everywhere() -> dict[str, Any]:
         error = None
     except (OSError, ValueError) as caught:
         error = [type(caught).__name__, str(caught)]
+    try:
+        parallel.by_main(lambda: {1, 2})
+    except (TypeError, RuntimeError) as caught:
+        error = [*(error or ()), type(caught).__name__, str(caught)]
     return {
         "world": [parallel.world(), inside, parallel.world()],
         "rank": me,

@@ -151,6 +151,7 @@ def test_the_first_weights_come_from_the_seed_alone() -> None:
         ("sd-1", {}, "context_channels = 768"),
         ("digits", {"concat_channels": 3}, "concat_channels = 3"),
         ("digits", {"vector_channels": 5}, "vector_channels = 5"),
+        ("digits", {"ids": 2}, "ids = 2"),
     ],
 )
 def test_a_network_that_needs_more_than_classes_is_refused_before_it_is_built(
@@ -178,3 +179,7 @@ def test_the_constants_of_times_reach_their_sampler() -> None:
     found = resampling(table, make_diffusion(table, (1, 8, 8), 0))
     assert found is not None
     assert (found.T, found.history) == (1000, 3)
+    for name in ("T", "device"):
+        wrong = dataclasses.replace(table, times_options={name: 5})
+        with pytest.raises(ValueError, match=f"times_options must be constants of loss_second_moment, got: .*'{name}'"):
+            resampling(wrong, make_diffusion(table, (1, 8, 8), 0))

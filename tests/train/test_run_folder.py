@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -18,11 +20,12 @@ import torch
 from helpers.lazy import needs
 from helpers.tiny_run import TINY, tiny_data
 
+import diffkern
 from diffkern.train import TrainConfig, fit
 from diffkern.train import run as run_module
 from diffkern.train.log import Log, read_log
 
-pytestmark = needs("yaml", "safetensors", "matplotlib", "PIL", "filelock")
+pytestmark = needs("yaml", "safetensors", "matplotlib", "PIL")
 
 
 def run(config: TrainConfig, out: Path | None = None, **options: Any) -> Any:
@@ -31,8 +34,9 @@ def run(config: TrainConfig, out: Path | None = None, **options: Any) -> Any:
 
 # ---------------------------------------------------------------------------------------------------- one job at a time
 HOLDER = """
-import sys, filelock
-with filelock.FileLock(sys.argv[1]):
+import sys
+from diffkern import storage
+with storage.locked(sys.argv[1], 0.0):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -41,9 +45,10 @@ with filelock.FileLock(sys.argv[1]):
 def test_a_folder_that_another_job_trains_in_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(dataclasses.replace(TINY, iterations=3), tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    pipe = subprocess.PIPE
+    place = str(Path(diffkern.__file__).parent.parent)
+    pipe, environment = subprocess.PIPE, {**os.environ, "PYTHONPATH": place}
     with subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path / ".lock")], stdin=pipe, stdout=pipe, text=True
+        [sys.executable, "-c", HOLDER, str(tmp_path / ".lock")], stdin=pipe, stdout=pipe, text=True, env=environment
     ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
@@ -55,12 +60,29 @@ def test_a_folder_that_another_job_trains_in_is_left_alone(tmp_path: Path, monke
     assert run(dataclasses.replace(TINY, iterations=5), tmp_path).step == 5
 
 
-def test_file_systems_without_locks_are_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(*_: Any, **__: Any) -> None:
-        raise NotImplementedError("FileSystem does not appear to support flock")
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL])
+def test_file_systems_without_locks_are_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refused(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("filelock.FileLock.acquire", refused)
+    monkeypatch.setattr("fcntl.flock", refused)
     assert run(dataclasses.replace(TINY, iterations=2), tmp_path).step == 2
+
+
+def test_a_log_that_cannot_be_closed_leaves_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "PATIENCE", 0.0)
+
+    def broken(_: Log) -> None:
+        raise RuntimeError("no end")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Log, "close", broken)
+        with pytest.raises(RuntimeError, match="no end") as kept:
+            run(dataclasses.replace(TINY, iterations=2), tmp_path)
+    assert run(dataclasses.replace(TINY, iterations=3), tmp_path).step == 3
+    assert kept.traceback  # which holds the frames, and with them the run
 
 
 # ------------------------------------------------------------------------------------------------------------ full disk
@@ -86,6 +108,20 @@ def test_a_disk_that_fills_while_logging_ends_the_run_and_loses_no_checkpoint(
     assert rest.losses == whole.losses[3:]
     losses = [[entry["loss"] for entry in read_log(tmp_path / name)] for name in ("whole", "full")]
     assert losses[0] == losses[1]
+
+
+# ------------------------------------------------------------------------------------------------------- older versions
+def test_a_run_from_before_a_field_was_added_goes_on_with_its_default(tmp_path: Path) -> None:
+    whole = run(TINY, tmp_path / "whole")
+    run(dataclasses.replace(TINY, iterations=3), tmp_path / "old")
+    place = tmp_path / "old" / "checkpoints" / "00000003" / "training.json"
+    data = json.loads(place.read_text())
+    for name in ("times_options", "clip"):
+        del data["extra"]["config"][name]
+    place.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=r"config\.clip must be None, as in .*, got 0\.5"):
+        run(dataclasses.replace(TINY, clip=0.5), tmp_path / "old")
+    assert run(TINY, tmp_path / "old").losses == whole.losses[3:]
 
 
 # ------------------------------------------------------------------------------------------------ clocks and time zones
@@ -137,6 +173,11 @@ def test_a_resumed_run_goes_on_in_its_run_of_wandb(tmp_path: Path, monkeypatch: 
     run(config, tmp_path / "a")
     run(dataclasses.replace(config, iterations=4), tmp_path / "a")
     run(config, tmp_path / "b")
+    for path in (tmp_path / "b" / "checkpoints").iterdir():  # as one that was killed before its first checkpoint
+        shutil.rmtree(path)
+    run(config, tmp_path / "b")
+    assert began.pop()["id"] not in [given["id"] for given in began]
+    del logged[6:]
     assert [given["id"] for given in began[:2]] == [(tmp_path / "a" / "wandb_id").read_text()] * 2
     assert began[2]["id"] != began[0]["id"]
     assert all(given["resume"] == "allow" and given["project"] == "project" for given in began)
