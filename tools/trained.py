@@ -102,9 +102,7 @@ EXAMPLES = {
 def run(name: str, iterations: int | None = None) -> None:
     """One example, all methods; its pictures go to docs/images, its numbers to build/trained/NAME.json."""
     example, begun = EXAMPLES[name], time.perf_counter()
-    before = sum(
-        float(path.read_text()) for path in (RUNS / name).glob("*/minutes.txt")
-    )  # of training that was stopped
+    before = sum(float(path.read_text()) for path in (RUNS / name).glob("*/minutes.txt"))  # of one that was stopped
     training, held_out = split(open_images(example.data, flip=example.config.flip), example.held_out)
     judge = train_classifier(training, progress=True)
     x0, labels = held_out.batch(torch.arange(len(held_out)))
