@@ -228,7 +228,8 @@ with parallel.job(torch.device("cpu"), timeout=100.0):
 
 
 def written(folder: Path, but: str) -> dict[str, bytes]:
-    files = [path for path in folder.rglob("*") if path.is_file() and path.parent.name != but]
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    files = [path for path in files if path.parent.name != but]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
