@@ -88,8 +88,7 @@ def write_shards(
 
     ``shard``: a multiple of ``micro_batch``, about 1024 if None. Raises ValueError for a folder that holds another job
     (another model, seed, plan, classes of the same images, a larger number ...) or other files, or that another job is
-    writing to, and RuntimeError for images that are not finite; in every
-    rank.
+    writing to, and RuntimeError for images that are not finite; in every rank.
     """
     micro_batch = integer("micro_batch", micro_batch, 1, 2**31 - 1, "in 1..2**31 - 1")
     shard = -(-SHARD // micro_batch) * micro_batch if shard is None else integer("shard", shard, 1)
