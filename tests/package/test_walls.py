@@ -86,7 +86,7 @@ WALLS = {
     "brownian": "modes streams ops",
     "draws": "streams checks names ops",
     "samplers": "modes streams tableaus integers checks names signatures schedules plan brownian",
-    "nn": "modes integers checks names records storage _load ops",
+    "nn": "modes integers checks names records storage parallel _load ops",
     "objectives": "modes streams integers checks names records progress schedules ops draws",
     "guidance": "modes integers checks names schedules plan ops",
     "sampling": "modes streams tableaus integers checks names progress signatures schedules plan ops brownian draws "
