@@ -92,7 +92,7 @@ WALLS = {
     "sampling": "modes streams tableaus integers checks names progress signatures schedules plan ops brownian draws "
     "samplers",
     "simulate": "streams tableaus integers checks names schedules plan ops draws objectives",
-    "diffusion": "modes checks names records storage parallel schedules plan ops draws samplers nn objectives sampling "
+    "diffusion": "modes checks names records parallel schedules plan ops draws samplers nn objectives sampling "
     "simulate",
     "compat": "modes streams tableaus integers checks names schedules plan ops brownian samplers nn "
     "objectives sampling simulate diffkern",
