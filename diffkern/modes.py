@@ -5,18 +5,20 @@ serves every later call, wherever it was first asked for: under `torch.inference
 a transform of `torch.func`, or while torch.compile or torch.export traces, for which it is a constant. The default
 dtype is torch's one mode of the whole process, which is not touched: what is kept states its dtype.
 
-Values are looked at, to raise a clear error, where `readable` says so.
+Values are looked at, to raise a clear error, where `readable` says so. `evaluating` is a network's own mode.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar, cast
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -117,3 +119,49 @@ def fakes(device: torch.device | str) -> object:
     if torch.compiler.is_compiling() or str(device) == "cpu":
         return None
     return torch._C._get_dispatch_mode(_TRACERS[0])
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while, put back module by module, by the last of the threads that are at it."""
+    alone = torch.compiler.is_dynamo_compiling()  # which traces no locks
+    training = _begin(module) if alone else _first(module)
+    try:
+        yield
+    finally:
+        if alone:
+            _end(training)
+        else:
+            _last(module)
+
+
+def _begin(module: nn.Module) -> list[nn.Module]:
+    training = [inside for inside in module.modules() if inside.training]
+    module.eval()
+    return training
+
+
+def _end(training: list[nn.Module]) -> None:
+    for inside in training:
+        inside.training = True
+
+
+def _first(module: nn.Module) -> list[nn.Module]:
+    with _LOCK:
+        count, training = _RUNNING.get(module, (0, []))
+        training = training if count else _begin(module)
+        _RUNNING[module] = count + 1, training
+    return training
+
+
+def _last(module: nn.Module) -> None:
+    with _LOCK:
+        count, training = _RUNNING.pop(module)
+        if count > 1:
+            _RUNNING[module] = count - 1, training
+        else:
+            _end(training)
+
+
+_LOCK = threading.Lock()
+_RUNNING: WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = WeakKeyDictionary()

@@ -60,6 +60,12 @@ WeightingName = Literal[
 """What a loss is weighted by: `diffkern.objectives.weightings`."""
 TimesName = Literal["uniform", "stratified", "logit_normal", "mode", "cosmap", "log_normal", "loss_second_moment"]
 """How training times are drawn: `diffkern.objectives.time_sampling`."""
+AdversarialName = Literal["minimax", "non_saturating", "hinge", "least_squares", "wasserstein", "relativistic"]
+"""What generator and discriminator play for: `diffkern.objectives.adversarial`."""
+GradientPenalty = Literal["gradient", "r1", "r2", "r1_r2"]
+"""What holds a discriminator's slope: `diffkern.gan.GAN`."""
+DegradationName = Literal["super_resolution", "inpainting", "colourisation", "deblurring"]
+"""What is taken from an image: `diffkern.degradations`."""
 Reduction = Literal["none", "mean", "sum"]
 """Of a loss over the batch."""
 Activation = Literal["silu"]

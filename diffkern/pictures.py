@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,10 +139,12 @@ def loss_curve(
     *,
     iterations: Sequence[int] | None = None,
     what: str = "mean |eps - prediction|²",
+    beside: Mapping[str, tuple[Sequence[int], Sequence[float]]] | None = None,
 ) -> None:
-    """The training loss and its running mean over `window` values, on a logarithmic axis, as PNG.
+    """The training loss and its running mean over `window` values, as PNG; the axis is logarithmic where all are > 0.
 
-    ``iterations``: where each value stands, 0, 1, ... if None; ``what`` the loss is, for the axis.
+    ``iterations``: where each value stands, 0, 1, ... if None; ``what`` the loss is, for the axis. ``beside``: other
+    curves by their names, (iterations, values) each.
     """
     need("matplotlib", "matplotlib", EXTRA).use("Agg")
     plot = need("matplotlib.pyplot", "matplotlib", EXTRA)
@@ -154,7 +156,12 @@ def loss_curve(
     axes.plot(at, values, color="0.8", linewidth=0.8, label="loss")
     middle = (at[window - 1 :] + at[: len(smooth)]) / 2
     axes.plot(middle, smooth, color="C0", linewidth=2, label=f"mean of {window}")
-    axes.set_yscale("log")
+    every = [*values]
+    for name, (places, numbers) in (beside or {}).items():
+        axes.plot(places, numbers, linewidth=1, label=name)
+        every += numbers
+    if min(every) > 0.0:
+        axes.set_yscale("log")
     axes.set_xlabel("iteration")
     axes.set_ylabel(f"loss: {what}")
     axes.set_title(f"Training loss, {smooth[-1]:.4f} at the end")

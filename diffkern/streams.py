@@ -32,6 +32,16 @@ DEQUANTISATION = 9 << SHIFT
 """The uniform noise that makes integers continuous, one normal an element, before their likelihood is taken."""
 AUGMENTATION = 10 << SHIFT
 """``AUGMENTATION + k``: how a training image is flipped (0) and cropped (1)."""
+POSTERIOR = 11 << SHIFT
+"""The latents that are drawn from an autoencoder's posterior."""
+CODEBOOK = 12 << SHIFT
+"""``CODEBOOK + k``: which latents the codes that die at update k start again from."""
+ADVERSARIAL = 15 << SHIFT
+"""``ADVERSARIAL + k``: a generator's latents in the discriminator's step (0) and in its own (1), and the points between
+real and generated samples where a gradient is penalised (2)."""
+DEGRADATION = 20 << SHIFT
+"""``DEGRADATION + k``: of what an image is degraded by, the noise's level (0), the noise (1), whether the input is left
+out (2), and from 16 on the choices of a mask."""
 USER = 1024 << SHIFT
 """First stream that diffkern never uses itself."""
 
@@ -50,6 +60,10 @@ NAMES: dict[str, int] = {
     "data": DATA,
     "dequantisation": DEQUANTISATION,
     "augmentation": AUGMENTATION,
+    "posterior": POSTERIOR,
+    "codebook": CODEBOOK,
+    "adversarial": ADVERSARIAL,
+    "degradation": DEGRADATION,
 }
 
 

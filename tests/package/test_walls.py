@@ -78,6 +78,7 @@ WALLS = {
     "pictures": "records storage extras pixels",
     "parallel": "",
     "signatures": "checks",
+    "vocabulary": "checks records",
     "_load": "",
     "schedules": "modes integers checks names records",
     "plan": "modes streams names records schedules",
@@ -85,6 +86,7 @@ WALLS = {
     "ops": "integers checks names _load plan",
     "brownian": "modes streams ops",
     "draws": "streams checks names ops",
+    "degradations": "streams modes checks names records ops draws",
     "samplers": "modes streams tableaus integers checks names signatures schedules plan brownian",
     "nn": "modes integers checks names records storage parallel _load ops",
     "objectives": "modes streams integers checks names records progress schedules ops draws",
@@ -102,8 +104,8 @@ WALLS = {
     "objectives diffusion data generate",
     "generate": "integers names records storage progress pixels pictures parallel schedules plan ops samplers",
     "demo": "storage extras pictures ops objectives diffusion data metrics train generate",
-    "command": "checks records storage extras pictures parallel _load schedules plan samplers nn diffusion "
-    "data metrics generate train demo diffkern",
+    "command": "checks records storage extras pictures parallel _load schedules plan samplers nn diffusion data "
+    "metrics train generate demo diffkern",
     "diffkern": "streams _load schedules plan reference ops brownian samplers objectives guidance sampling simulate "
     "diffusion",
     "__main__": "",
