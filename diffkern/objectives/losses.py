@@ -358,6 +358,9 @@ def drop_condition(cond: Tensor, null: Tensor | float | int, p: float, seeds: Se
     """
     if not 0 <= p <= 1:
         raise ValueError(f"p must be in [0, 1], got {p}")
+    one = tuple(null.shape) if isinstance(null, Tensor) else ()
+    if len(one) >= cond.dim() or any(n not in (1, m) for n, m in zip(one[::-1], tuple(cond.shape)[::-1], strict=False)):
+        raise ValueError(f"cond must have the shape {['B', *one]} of its null, got {list(cond.shape)}")
     z = ops.randn([cond.shape[0], 1], ops.as_seeds(seeds, len(cond), cond.device), streams.DROPOUT)
     drop = 0.5 * torch.erfc(-z / math.sqrt(2)) < p
     return torch.where(drop.reshape(-1, *(1,) * (cond.dim() - 1)), null, cond)
