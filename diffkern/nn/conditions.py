@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -66,8 +66,26 @@ def weight_of(network: nn.Module) -> Tensor:
     raise ValueError("the network must have a floating-point parameter or buffer, got none")
 
 
-def embed_classes(table: nn.Module, most: int, classes: Any, batch: int, device: torch.device) -> Tensor:
-    """[B, E] of classes [B] in 0..most: another is a ValueError on the CPU, and NaN where values are not read."""
+def check_unconditional(cond: Any) -> None:
+    """ValueError for a condition, of a network that has no use for one."""
+    if cond is not None:
+        got = f"{cond.dtype} {tuple(cond.shape)}" if isinstance(cond, Tensor) else type(cond).__name__
+        raise ValueError(f"cond must be None for a network without condition, got {got}")
+
+
+def embed_classes(
+    table: Callable[[Tensor], Tensor],
+    most: int,
+    classes: Any,
+    batch: int,
+    device: torch.device,
+    *,
+    none: bool = True,
+) -> Tensor:
+    """[B, E] of classes [B] in 0..most: another is a ValueError on the CPU, and NaN where values are not read.
+
+    `none`: whether the last of them means no class.
+    """
     integer = isinstance(classes, Tensor) and not classes.is_floating_point() and classes.dtype != torch.bool
     if not integer or classes.shape != (batch,):
         got = f"{classes.dtype} {tuple(classes.shape)}" if isinstance(classes, Tensor) else type(classes).__name__
@@ -78,9 +96,9 @@ def embed_classes(table: nn.Module, most: int, classes: Any, batch: int, device:
     if readable(classes):
         if batch and not 0 <= int(classes.min()) <= int(classes.max()) <= most:
             odd = [int(c) for c in classes.tolist() if not 0 <= c <= most]
-            raise ValueError(f"cond must hold classes in 0..{most} ({most} means none), got {odd[0]}")
-        found: Tensor = table(classes)
-        return found
+            means = f" ({most} means none)" if none else ""
+            raise ValueError(f"cond must hold classes in 0..{most}{means}, got {odd[0]}")
+        return table(classes)
     outside = (classes < 0) | (classes > most)
     found = table(classes.clamp(0, most))
     return found.masked_fill(outside[:, None], float("nan"))
@@ -105,16 +123,16 @@ def expect(name: str, value: Any, shape: tuple[int | None, ...], x: Tensor) -> T
     return found
 
 
-def check_state(x: Any, channels: int, divisor: int, weight: Tensor) -> None:
-    """Raise ValueError unless x is [B, channels, H, W], H and W divisible, of the dtype and device of the weights."""
+def check_state(x: Any, channels: int, divisor: int, weight: Tensor, name: str = "x") -> None:
+    """Raise ValueError unless x is [B, channels, H, W], H and W divisible, of the weights' dtype and device."""
     if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[1] != channels:
         got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"x must have shape (B, {channels}, H, W), got {got}")
+        raise ValueError(f"{name} must have shape (B, {channels}, H, W), got {got}")
     if x.shape[2] % divisor or x.shape[3] % divisor or not x.shape[2] or not x.shape[3]:
-        raise ValueError(f"height and width of x must be divisible by {divisor}, got {tuple(x.shape)}")
+        raise ValueError(f"height and width of {name} must be divisible by {divisor}, got {tuple(x.shape)}")
     if x.device != weight.device:
-        raise ValueError(f"x must be on {weight.device}, the device of the weights, got {x.device}")
+        raise ValueError(f"{name} must be on {weight.device}, the device of the weights, got {x.device}")
     if not x.is_floating_point():
-        raise ValueError(f"x must be a floating-point tensor, got {x.dtype}")
+        raise ValueError(f"{name} must be a floating-point tensor, got {x.dtype}")
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise ValueError(f"x must have {weight.dtype}, the dtype of the weights, got {x.dtype}")
+        raise ValueError(f"{name} must have {weight.dtype}, the dtype of the weights, got {x.dtype}")

@@ -6,11 +6,12 @@ from dataclasses import replace
 from typing import Literal, overload
 
 from diffkern.checks import unknown
+from diffkern.nn.autoencoder_config import AutoencoderConfig
 from diffkern.nn.dit_config import DiTConfig
 from diffkern.nn.unet_config import UNetConfig
 from diffkern.nn.unet_presets import UNETS
 
-Config = UNetConfig | DiTConfig
+Config = UNetConfig | DiTConfig | AutoencoderConfig
 
 _DIT_SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 """Width, depth and heads: table 1 of Peebles & Xie 2023."""
@@ -52,6 +53,24 @@ _SD = UNetConfig(  # Rombach et al. 2022, Stable Diffusion 1.x: latents of 64 x 
     classes=0,
 )
 _SD2 = replace(_SD, heads=4, head_channels=64, context_channels=1024)
+_SD_VAE = AutoencoderConfig(  # Rombach et al. 2022, kl-f8 of Stable Diffusion 1.x and 2.x
+    image_size=512, channels=128, multipliers=(1, 2, 4, 4), blocks=2, latent_channels=4, scale=0.18215
+)
+_SD3_VAE = replace(  # Esser et al. 2024
+    _SD_VAE, image_size=1024, latent_channels=16, quant_conv=False, post_quant_conv=False, scale=1.5305, shift=0.0609
+)
+_VQ_F4 = replace(  # Rombach et al. 2022, vq-f4
+    _SD_VAE,
+    image_size=256,
+    multipliers=(1, 2, 4),
+    regularisation="vq",
+    latent_channels=3,
+    codes=8192,
+    code_channels=3,
+    decay=None,
+    scale=1.0,
+    upcast=False,
+)
 
 PRESETS: dict[str, Config] = {
     "digits": UNetConfig(embedding=128, time_channels=128),  # the demo's: 8 x 8 digits of ten classes
@@ -72,6 +91,11 @@ PRESETS: dict[str, Config] = {
         ids=6,
         id_channels=256,
     ),
+    "sd-vae": _SD_VAE,  # 83.7 M
+    "sdxl-vae": replace(_SD_VAE, image_size=1024, scale=0.13025),
+    "sd3-vae": _SD3_VAE,  # 83.8 M
+    "flux-vae": replace(_SD3_VAE, scale=0.3611, shift=0.1159),
+    "vq-f4": _VQ_F4,  # 55.3 M
     **UNETS,
     **{  # Peebles & Xie 2023, latents of 256 x 256 images: S 33 M, B 130 M, L 458 M, XL 675 M parameters
         f"DiT-{size}/{patch}": DiTConfig(width=width, depth=depth, heads=heads, patch=patch, learned_variance=True)
@@ -79,7 +103,7 @@ PRESETS: dict[str, Config] = {
         for patch in (2, 4, 8)
     },
 }
-"""A `UNetConfig` or `DiTConfig` for each name; ``dataclasses.replace`` changes what another data set needs."""
+"""A `UNetConfig`, `DiTConfig` or `AutoencoderConfig` for each name; ``dataclasses.replace`` changes a field."""
 
 
 @overload

@@ -35,13 +35,13 @@ def project(layer: Any, x: Tensor, *, silu: bool = False) -> Tensor:
     The layer is called as it is where it is more than a plain `nn.Linear` (a LoRA, hooks), where gradients are
     recorded, in transforms of torch.func, and in graphs that are traced, which then hold torch's own operators.
     """
-    if _is_eager() and is_plain(layer, nn.Linear) and _is_tensor(layer.weight) and _fits(layer, x):
+    if is_eager() and is_plain(layer, nn.Linear) and _is_tensor(layer.weight) and _fits(layer, x):
         return linear_rows(x, layer.weight, layer.bias, act="silu" if silu else None)
     found: Tensor = layer(F.silu(x) if silu else x)
     return found
 
 
-def _is_eager() -> bool:
+def is_eager() -> bool:
     traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
     derived = torch.is_grad_enabled() or forward_ad._current_level >= 0
     return not (traced or derived) and torch._C._functorch.peek_interpreter_stack() is None

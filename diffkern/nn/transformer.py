@@ -17,6 +17,7 @@ class TransformerBlock(nn.Module):
     The block of latent diffusion (Rombach et al. 2022; lecture 002 on text). ``block(tokens, context)``: tokens
     [B, N, C]; context [B, T, 2 C], keys then values as ``block.kv`` makes them of the context tokens [B, T, E], or None
     for a block without a context (`context_channels` 0). GEGLU (Shazeer 2020): value gelu(gate), four times as wide.
+    ``mask``: bool [B, 1, 1, N], the tokens that self-attention sees (by torch's kernel); None: all.
     """
 
     attention: Attention = "diffkern"
@@ -42,15 +43,17 @@ class TransformerBlock(nn.Module):
         """Whether the block attends to a context."""
         return hasattr(self, "kv")
 
-    def _attended(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attended(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """[B, N, C] of queries [B, N, C], and keys and values [B, T, C], split into heads where they lie."""
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        if mask is not None:
+            return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
         run = F.scaled_dot_product_attention if self.attention == "torch" else attention
         return run(q, k, v).transpose(1, 2).flatten(2)
 
-    def forward(self, tokens: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(self.norm1(tokens)).chunk(3, dim=-1)
-        tokens = tokens + self.dropout(self.out1(self._attended(q, k, v)))
+        tokens = tokens + self.dropout(self.out1(self._attended(q, k, v, mask)))
         if context is not None:
             k, v = context.chunk(2, dim=-1)
             tokens = tokens + self.dropout(self.out2(self._attended(self.q(self.norm2(tokens)), k, v)))

@@ -72,10 +72,11 @@ class _WrapperConfig:
 
 
 def _inside() -> dict[str, tuple[type[nn.Module], type]]:
-    """What can be wrapped, by name: our networks but for the wrappers."""
+    """What can be wrapped, by name: our networks of a time, but for the wrappers."""
     from diffkern.nn.networks import NETWORKS  # which has the wrappers too
 
-    return {name: pair for name, pair in NETWORKS.items() if not issubclass(pair[0], _Wrapper)}
+    timeless = ("Generator", "Discriminator")
+    return {n: pair for n, pair in NETWORKS.items() if n not in timeless and not issubclass(pair[0], _Wrapper)}
 
 
 def _data(config: Any) -> dict[str, Any]:

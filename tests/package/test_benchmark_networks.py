@@ -20,7 +20,7 @@ pytest.importorskip("benchmarks")
 pytest.importorskip("diffusers")
 
 from benchmarks import costs, timing
-from benchmarks.networks import command, contenders, counts, evaluation, own, page, peers, profiles, sampling
+from benchmarks.networks import command, contenders, counts, decoding, evaluation, own, page, peers, profiles, sampling
 
 F32, BF16 = torch.float32, torch.bfloat16
 TINY = peers.Network(
@@ -353,3 +353,18 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
         assert sum(f"| {contenders.OWN} |" in row for row in rows) == 1, part
     assert "AttributeError: module diffusers has no attribute NoSuchModel" in text
     assert "replace" in text
+
+
+def test_decoders_are_held_against_diffusers_before_they_are_timed() -> None:
+    rows = decoding.measure(16, 32, 1, 0.0, [*decoding.NAMES, "nobody"])
+    assert [row["name"] for row in rows] == [*decoding.NAMES, "nobody"]
+    for row in rows[:-1]:
+        assert row["error"] < 1e-5
+        assert row["time"] > 0.0
+        assert "why" not in row
+    assert ("eager" in rows[0]) != ("eager" in rows[1])  # the faster one is not its own ratio
+    assert rows[-1]["why"].startswith("ValueError: name must be one of diffusers, ")
+    rows[0]["memory"], rows[1]["memory"], rows[2]["memory"] = 4 << 20, 2 << 20, 1 << 20
+    lines = decoding.table(rows).splitlines()
+    assert lines[2].endswith("| 4 MiB | 2.00 |")
+    assert lines[4].endswith("| 1 MiB | 0.50 |")

@@ -141,6 +141,12 @@ CASES: dict[str, dict[str, Any]] = {
     "sliced_score_matching_loss": {"score": model, "x": numbers(1), "t": T, "seeds": SEEDS},
     "hybrid_loss": {**BOUND, "pred": 0.3 * numbers(3, (3, 4, 4)), "vlb_weight": 0.0},  # the bound's mean is held
     "vlb_loss": {**BOUND, "pred": 0.3 * numbers(3), "variance": "beta"},
+    "discriminator_loss": {"real": numbers(1), "fake": numbers(2)},
+    "generator_loss": {"fake": numbers(1), "kind": "relativistic", "real": numbers(2)},
+    "objectives.adversarial.optimal_discriminator": {"p": numbers(1).exp(), "q": numbers(2).exp()},
+    "objectives.adversarial.jensen_shannon": {
+        **{"p": numbers(1).exp(), "q": numbers(2).exp(), "weights": numbers(3).abs()},
+    },
     "objectives.variational.decoder_bits": {
         "x0": numbers(1).clamp(-0.9, 0.9),
         "mean": numbers(1).clamp(-0.9, 0.9) + 0.01 * numbers(2),

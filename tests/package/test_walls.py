@@ -88,7 +88,7 @@ WALLS = {
     "draws": "streams checks names ops",
     "degradations": "streams modes checks names records ops draws",
     "samplers": "modes streams tableaus integers checks names signatures schedules plan brownian",
-    "nn": "modes integers checks names records storage parallel _load ops",
+    "nn": "modes streams integers checks names records storage extras parallel vocabulary _load ops",
     "objectives": "modes streams integers checks names records progress schedules ops draws",
     "guidance": "modes integers checks names schedules plan ops",
     "sampling": "modes streams tableaus integers checks names progress signatures schedules plan ops brownian draws "

@@ -53,7 +53,7 @@ _PLACES = (  # where a block stands here and there
     (re.compile(r"middle\.0\.attention\."), r"mid_block.attentions.0."),
 )
 _RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_OLD = re.compile(r"(attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)")
+OLD = re.compile(r"(attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)")
 
 
 def keys(network: UNet, linear_projection: bool = False, null_class: bool = False) -> list[Key]:
@@ -98,7 +98,7 @@ def load(network: UNet, source: Source) -> None:
 
     ValueError that lists every name which is missing, unknown or of another shape; the network is untouched then.
     """
-    state = {_OLD.sub(_renamed, name): tensor for name, tensor in read_state(source).items()}
+    state = {OLD.sub(renamed, name): tensor for name, tensor in read_state(source).items()}
     classes = state.get("class_embedding.weight")
     fill(
         network,
@@ -111,7 +111,7 @@ def load(network: UNet, source: Source) -> None:
     )
 
 
-def _renamed(match: re.Match[str]) -> str:
+def renamed(match: re.Match[str]) -> str:
     return f"{match[1]}.{_RENAMED[match[2]]}.{match[3]}"
 
 

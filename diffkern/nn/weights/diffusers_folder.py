@@ -20,18 +20,20 @@ CONFIG, STEM = "config.json", "diffusion_pytorch_model"
 _Path: TypeAlias = "str | os.PathLike[str]"
 
 
-def read(path: _Path, subfolder: str | None = None, variant: str | None = None) -> tuple[Any, dict[str, Tensor]]:
+def read(
+    path: _Path, subfolder: str | None = None, variant: str | None = None, part: str = "unet"
+) -> tuple[Any, dict[str, Tensor]]:
     """(config.json, the tensors by name) of a folder, nothing of which is fetched from elsewhere.
 
-    ``subfolder`` of a pipeline; left out, that of a pipeline (model_index.json) is "unet". ``variant``: "fp16" for the
-    files that have it in their names; left out, files without, and those of fp16 where there are no others.
+    ``subfolder`` of a pipeline; left out, that of a pipeline (model_index.json) is the ``part``. ``variant``: "fp16"
+    for the files that have it in their names; left out, files without, and those of fp16 where there are no others.
     FileNotFoundError for a folder or file that is missing; ValueError for files that are no such ones.
     """
     folder = Path(path) if subfolder is None else Path(path) / subfolder
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}: download it first, as nothing is fetched here")
     if subfolder is None and not (folder / CONFIG).is_file() and (folder / "model_index.json").is_file():
-        return read(folder, "unet", variant)
+        return read(folder, part, variant)
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"there is no {CONFIG} in {folder}: diffusers' save_pretrained writes it")
     config = records.parse((folder / CONFIG).read_bytes(), "JSON", str(folder / CONFIG))
