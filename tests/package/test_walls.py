@@ -96,6 +96,7 @@ WALLS = {
     "simulate": "streams tableaus integers checks names schedules plan ops draws objectives",
     "diffusion": "modes checks names records parallel schedules plan ops draws samplers nn objectives sampling "
     "simulate",
+    "gan": "modes streams integers checks names records parallel ops draws nn objectives",
     "compat": "modes streams tableaus integers checks names schedules plan ops brownian samplers nn "
     "objectives sampling simulate diffkern",
     "data": "streams integers checks names records progress extras pixels parallel ops draws",
