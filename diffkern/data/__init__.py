@@ -13,9 +13,20 @@ processes, workers and micro-batches, and resumes anywhere.
 
 from __future__ import annotations
 
-from diffkern.data.images import Images, Subset, split
+from diffkern.data.images import Images, Retold, Subset, retold, split
 from diffkern.data.loading import Batch, loader
 from diffkern.data.opening import open_images
 from diffkern.data.stream import Stream, example_seeds
 
-__all__ = ["Batch", "Images", "Stream", "Subset", "example_seeds", "loader", "open_images", "split"]
+__all__ = [
+    "Batch",
+    "Images",
+    "Retold",
+    "Stream",
+    "Subset",
+    "example_seeds",
+    "loader",
+    "open_images",
+    "retold",
+    "split",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,12 +13,13 @@ import torch
 from torch import Tensor
 
 from diffkern.data._build import Entry, Source
+from diffkern.data._captions import as_text
 
-__all__ = ["Arrays", "as_array", "as_labels", "from_file", "joined", "source_of"]
+__all__ = ["Arrays", "are_texts", "as_array", "as_labels", "as_texts", "from_file", "joined", "source_of"]
 
 
 class Arrays:
-    """Images [N, c, H, W], uint8 or float32 in [-1, 1], with their labels and, of a file, what tells it from others."""
+    """Images [N, c, H, W], uint8 or float32 in [-1, 1], with labels or captions; of a file, what tells it from all."""
 
     def __init__(
         self,
@@ -26,9 +28,13 @@ class Arrays:
         name: str = "source",
         identity: Any = None,
         classes: tuple[str, ...] | None = None,
+        texts: Any = None,
     ) -> None:
         self.images = as_array(images, name)
+        if are_texts(labels):
+            labels, texts = None, labels
         self.labels = None if labels is None else as_labels(labels, len(self.images))
+        self.texts = None if texts is None else as_texts(texts, len(self.images))
         self.identity = identity
         self.classes = classes
 
@@ -81,11 +87,26 @@ def as_labels(given: Any, count: int, name: str = "labels") -> Tensor:
     return found
 
 
+def are_texts(given: Any) -> bool:
+    """Whether labels are captions: a list or an array of texts."""
+    if isinstance(given, np.ndarray):
+        return given.dtype.kind == "U"
+    return isinstance(given, list | tuple) and len(given) > 0 and all(isinstance(text, str) for text in given)
+
+
+def as_texts(given: Any, count: int) -> list[str]:
+    """So many captions, each on one line."""
+    if len(given) != count:
+        raise ValueError(f"labels must be captions [{count}], one an image, got {len(given)}")
+    return [as_text(str(text), "labels") for text in given]
+
+
 def from_file(path: Path) -> Arrays:
-    """A .npy of images, mapped, or a .npz of images and perhaps labels.
+    """A .npy of images, mapped, or a .npz of images and perhaps labels or captions.
 
     Of a .npz the images are what is called images, or else its one array of images; the labels what is called labels,
-    or else its one vector of as many integers.
+    or else its one vector of as many integers; the captions what is called texts, or else its one vector of as many
+    texts.
     """
     state = path.stat()
     identity = [path.name, state.st_size, state.st_mtime_ns]
@@ -106,7 +127,9 @@ def from_file(path: Path) -> Arrays:
         )
     count = len(found[images])
     labels = _one(found, ("labels", "label", "y"), lambda a: a.shape == (count,) and a.dtype.kind in "iu")
-    return Arrays(found[images], None if labels is None else found[labels], str(path), identity)
+    texts = _one(found, ("texts", "captions", "text"), lambda a: a.shape == (count,) and a.dtype.kind == "U")
+    own, told = (None if name is None else found[name] for name in (labels, texts))
+    return Arrays(found[images], own, str(path), identity, texts=told)
 
 
 def joined(parts: list[Arrays]) -> Arrays:
@@ -117,7 +140,9 @@ def joined(parts: list[Arrays]) -> Arrays:
     labels = [part.labels for part in parts if part.labels is not None]
     own = torch.cat(labels) if len(labels) == len(parts) else None
     identity = [part.identity for part in parts]
-    return Arrays(np.concatenate([part.images for part in parts]), own, identity=identity)
+    told = [part.texts for part in parts if part.texts is not None]
+    texts = list(itertools.chain(*told)) if len(told) == len(parts) else None
+    return Arrays(np.concatenate([part.images for part in parts]), own, identity=identity, texts=texts)
 
 
 def _one(arrays: Mapping[str, np.ndarray], called: Sequence[str], fits: Callable[[np.ndarray], bool]) -> str | None:
@@ -128,11 +153,13 @@ def _one(arrays: Mapping[str, np.ndarray], called: Sequence[str], fits: Callable
 
 def source_of(arrays: Arrays) -> Source:
     """uint8 images one by one, for `build`."""
-    labels = arrays.labels
+    labels, texts = arrays.labels, arrays.texts
     images = arrays.images
 
     def entries() -> Iterator[Entry]:
         for i, image in enumerate(images):
-            yield Entry(f"image {i}", image.__array__, None if labels is None else int(labels[i]))
+            label, text = None if labels is None else int(labels[i]), None if texts is None else texts[i]
+            yield Entry(f"image {i}", image.__array__, label, text)
 
-    return Source(entries(), len(images), arrays.classes, arrays.identity)
+    told = arrays.identity is not None and texts is not None  # kept anew, where the cache is from before captions
+    return Source(entries(), len(images), arrays.classes, [arrays.identity, "texts"] if told else arrays.identity)

@@ -28,6 +28,8 @@ class Entry(NamedTuple):
     load: Callable[[], Any]
     """Its picture, as `Fit` takes it."""
     label: int | None
+    text: str | None = None
+    """Its caption, of sources that are opened with captions."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +59,15 @@ class Table:
     """Of all pixels."""
     bad: list[str]
     """Names, each with its reason."""
+    texts: list[str] | None = None
+    """Captions, where all have one."""
 
 
 def build(source: Source, fit: Fit, file: BinaryIO, skip_bad: bool, progress: bool | str) -> Table:
     """Writes the pixels of all pictures to the file. ValueError for those that cannot be read, unless they are to be
     skipped, for pictures of different sizes where the fit has none, and for labels that some have and others lack."""
     content = hashlib.blake2b(digest_size=16)
-    shapes, labels, bad = [], [], []
+    shapes, labels, bad, texts = [], [], [], []
     first: tuple[str, tuple[int, ...]] | None = None
     bar = progress_bar(progress, "reading images", float("inf") if source.count is None else source.count, unit="image")
     with contextlib.nullcontext() if bar is None else contextlib.closing(bar):
@@ -82,6 +86,7 @@ def build(source: Source, fit: Fit, file: BinaryIO, skip_bad: bool, progress: bo
             file.write(data)
             shapes.append(found.shape)
             labels.append(-1 if entry.label is None else entry.label)
+            texts.append((entry.name, entry.text))
     if bad and not skip_bad:
         raise ValueError(unreadable(bad, len(bad) + len(shapes)))
     if not shapes:
@@ -90,7 +95,15 @@ def build(source: Source, fit: Fit, file: BinaryIO, skip_bad: bool, progress: bo
         raise ValueError(
             f"labels must belong to all images or to none, got {labels.count(-1)} of {len(labels)} without"
         )
-    return Table(np.array(shapes, np.int64).reshape(-1, 3), np.array(labels, np.int64), content.hexdigest(), bad)
+    told = [text for _, text in texts if text is not None]
+    if told and len(told) < len(texts):
+        first_without = next(name for name, text in texts if text is None)
+        raise ValueError(
+            f"captions must belong to all images or to none, got {len(texts) - len(told)} of {len(texts)} without: "
+            f"{first_without}"
+        )
+    table = np.array(shapes, np.int64).reshape(-1, 3), np.array(labels, np.int64)
+    return Table(*table, content.hexdigest(), bad, told or None)
 
 
 def unreadable(bad: list[str], count: int) -> str:

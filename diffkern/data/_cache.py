@@ -20,6 +20,7 @@ from diffkern.data._pixels import Fit
 
 __all__ = ["Laid", "folder_of", "laid"]
 
+TEXTS = "texts.json"
 FORMAT = 1
 """Of what is in a folder of the cache, and of how pictures become pixels: another number, another folder."""
 
@@ -97,6 +98,10 @@ def _write(place: Path, source: Source, fit: Fit, skip_bad: bool, progress: bool
             with open(part / name, "xb") as file:
                 np.save(file, array, allow_pickle=False)
                 _flush(file)
+        if table.texts is not None:
+            with open(part / TEXTS, "xb") as file:
+                file.write(json.dumps(table.texts).encode())
+                _flush(file)
         about = _About(table.digest, tuple(table.bad), source.classes)
         with open(part / "about.json", "xb") as file:
             file.write(json.dumps(dataclasses.asdict(about), indent=1).encode())
@@ -118,11 +123,14 @@ def _read(place: Path) -> Laid | None:
         about = records.record(_About, records.parse((place / "about.json").read_bytes()))
         shapes, labels = (_array(place / name) for name in ("shapes.bin", "labels.bin"))
         pixels = np.memmap(place / "pixels.bin", np.uint8, "r")
+        texts = records.parse((place / TEXTS).read_bytes()) if (place / TEXTS).is_file() else None
     except (OSError, ValueError):
         return None
     if len(labels) != len(shapes) or pixels.size != int(shapes.prod(1).sum()):
         return None
-    return Laid(pixels, Table(shapes, labels, about.digest, list(about.bad)), about.classes)
+    if texts is not None and len(texts) != len(labels):
+        return None
+    return Laid(pixels, Table(shapes, labels, about.digest, list(about.bad), texts), about.classes)
 
 
 def _array(path: Path) -> np.ndarray:

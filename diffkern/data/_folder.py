@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffkern.data._build import Entry, Source
+from diffkern.data._captions import Captions
 from diffkern.data._pixels import pillow
 
 __all__ = ["SUFFIXES", "names_in", "source_of"]
@@ -41,9 +42,11 @@ def names_in(folder: Path, suffixes: frozenset[str] = SUFFIXES) -> list[str]:
     return sorted(found)
 
 
-def source_of(folder: Path, names: list[str], numbers: list[int], labelled: bool = True) -> Source:
+def source_of(
+    folder: Path, names: list[str], numbers: list[int], labelled: bool = True, captioned: bool = False
+) -> Source:
     """Of the images of all ``names`` those at the ``numbers``; classes are the subfolders, in the order of their names,
-    where every image lies in one."""
+    where every image lies in one. ``captioned``: captions in their place."""
     classes: tuple[str, ...] | None = None
     if labelled and all("/" in name for name in names):
         classes = tuple(sorted({_top(name) for name in names}))
@@ -51,12 +54,15 @@ def source_of(folder: Path, names: list[str], numbers: list[int], labelled: bool
     names = [names[i] for i in numbers]
     states = [os.stat(folder / name) for name in names]
     identity = [[name, state.st_size, state.st_mtime_ns] for name, state in zip(names, states, strict=True)]
+    captions = Captions(folder) if captioned else None
+    told = [] if captions is None else [["captions", *map(captions.identity, names)]]
 
     def entries() -> Iterator[Entry]:
         for name in names:
-            yield Entry(name, functools.partial(_open, folder / name), label.get(_top(name)))
+            text = None if captions is None else captions.of(name)
+            yield Entry(name, functools.partial(_open, folder / name), label.get(_top(name)), text)
 
-    return Source(entries(), len(names), classes, ["folder", classes, identity], threads=True)
+    return Source(entries(), len(names), classes, ["folder", classes, identity, *told], threads=True)
 
 
 def _top(name: str) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from diffkern.data._build import Entry, Source
+from diffkern.data._captions import as_text
 from diffkern.data._pixels import pillow
 from diffkern.integers import as_integer
 
@@ -24,9 +25,10 @@ def is_dataset(value: Any) -> bool:
 def source_of(dataset: Any, numbers: list[int], labels: bool | str) -> Source:
     """The pictures of a data set at these ``numbers``.
 
-    Of `datasets`: the column of its type Image, and as labels the one that is called ``labels``, or else its only
-    ClassLabel. Of others: items (picture, label, ...), pictures, or mappings with "image" and "label"; labels where
-    they are integers, ``dataset.classes`` their names.
+    Of `datasets`: the column of its type Image, and as labels the one that is called ``labels`` (captions where it has
+    texts), or else its only ClassLabel. Of others: items (picture, label, ...), pictures, or mappings with "image" and
+    "label"; labels where they are integers, ``dataset.classes`` their names. With ``labels="text"`` captions: of items
+    the second, of mappings "text".
     """
     if hasattr(dataset, "features") and hasattr(dataset, "column_names"):
         return _of_columns(dataset, numbers, labels)
@@ -63,7 +65,8 @@ def _of_columns(dataset: Any, numbers: list[int], wanted: bool | str) -> Source:
 
     def entries() -> Iterator[Entry]:
         for row, (i, value) in enumerate(zip(numbers, values, strict=True)):
-            yield Entry(f"image {i}", functools.partial(picture, row), value)
+            number, text = (None, as_text(value, f"image {i}")) if isinstance(value, str) else (value, None)
+            yield Entry(f"image {i}", functools.partial(picture, row), number, text)
 
     return Source(entries(), len(numbers), classes, ["datasets", rows._fingerprint, label])
 
@@ -75,14 +78,17 @@ def _items(dataset: Any, numbers: list[int], labelled: bool | str) -> Iterator[E
         except Exception as error:  # an image that cannot be read is read by the data set itself
             yield Entry(f"image {i}", functools.partial(_raise, error), None)
             continue
-        picture, label = _parts(item)
+        picture, label = _parts(item, "text" if labelled == "text" else "label")
         loaded = functools.partial(_same, _picture(picture, i))  # a wrong kind is said of the first
-        yield Entry(f"image {i}", loaded, as_integer(label) if labelled else None)
+        if labelled == "text":
+            yield Entry(f"image {i}", loaded, None, as_text(label, f"image {i}") if isinstance(label, str) else None)
+        else:
+            yield Entry(f"image {i}", loaded, as_integer(label) if labelled else None)
 
 
-def _parts(item: Any) -> tuple[Any, Any]:
+def _parts(item: Any, second: str) -> tuple[Any, Any]:
     if isinstance(item, Mapping):
-        return item.get("image"), item.get("label")
+        return item.get("image"), item.get(second)
     if isinstance(item, tuple | list):
         return item[0], item[1] if len(item) > 1 else None
     return item, None

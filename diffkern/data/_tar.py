@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diffkern.data._build import Entry, Source
+from diffkern.data._captions import as_text
 from diffkern.data._folder import FORMATS
 from diffkern.data._pixels import pillow
 from diffkern.extras import need
@@ -32,18 +33,20 @@ def expanded(pattern: str) -> list[Path]:
     return found
 
 
-def source_of(paths: list[Path], labelled: bool = True) -> Source:
-    """The samples of the shards, in their order. A shard that is cut is a picture that cannot be read."""
+def source_of(paths: list[Path], labelled: bool = True, captioned: bool = False) -> Source:
+    """The samples of the shards, in their order. A shard that is cut is a picture that cannot be read. ``captioned``:
+    with the captions KEY.txt."""
     identity = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
 
     def entries() -> Iterator[Entry]:
         for path in paths:
-            yield from _shard(path, labelled)
+            yield from _shard(path, labelled, captioned)
 
-    return Source(entries(), None, None, ["webdataset", labelled, identity], threads=True)
+    kind = ["webdataset", labelled, *(["captions"] if captioned else []), identity]
+    return Source(entries(), None, None, kind, threads=True)
 
 
-def _shard(path: Path, labelled: bool) -> Iterator[Entry]:
+def _shard(path: Path, labelled: bool, captioned: bool) -> Iterator[Entry]:
     samples = need("webdataset", "webdataset", "data").tarfile_samples([{"url": str(path.resolve())}])
     while True:
         try:
@@ -56,7 +59,8 @@ def _shard(path: Path, labelled: bool) -> Iterator[Entry]:
         name = f"{path.name}: {sample['__key__']}"
         pictures = [key for key in sample if key.rpartition(".")[2] in PICTURES]
         label = sample.get("cls") if labelled else None
-        yield Entry(name, functools.partial(_open, [sample[key] for key in pictures]), _number(label, name))
+        text = as_text(sample["txt"], f"{name}.txt") if captioned and "txt" in sample else None
+        yield Entry(name, functools.partial(_open, [sample[key] for key in pictures]), _number(label, name), text)
 
 
 def _number(label: bytes | None, name: str) -> int | None:

@@ -6,6 +6,7 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from diffkern import ops
 from diffkern.integers import as_integer, integer
+from diffkern.vocabulary import Vocabulary
 
-__all__ = ["Images", "Subset", "check_indices", "digest", "drawn", "split"]
+__all__ = ["Images", "Retold", "Subset", "check_indices", "digest", "drawn", "retold", "split"]
 
 
 class Images(ABC):
@@ -29,16 +31,22 @@ class Images(ABC):
     classes: tuple[str, ...] | None = None
     """Names of the classes 0, 1, ...; None: no labels."""
     labels: Tensor | None = None
-    """int64 [N], on the CPU; None: no labels."""
+    """int64 [N], classes, or int64 [N, L], captions as tokens of the ``vocabulary``; on the CPU. None: no labels."""
+    vocabulary: Vocabulary | None = None
+    """The words of the captions, of images that have them."""
     skipped: int = 0
     """How many images of the source could not be read and were left out (``skip_bad``)."""
+    augmentation: tuple[str, ...] = ()
+    """What `batch` does by seeds: "flip", half of the images from left to right (stream AUGMENTATION), "crop" or other
+    words. A class of one's own says what it does, so that what is kept of its images (`latents.encoded`) is right."""
 
     @cached_property
     def fingerprint(self) -> str:
         """Hexadecimal, of what the data are: another means that a run resumes on other data. As long as a class sets no
         better one, of number, shape, classes and labels alone."""
         labels = None if self.labels is None else self.labels.numpy()
-        return digest(repr((len(self), self.shape, self.classes)), labels)
+        words = () if self.vocabulary is None else (self.vocabulary.words,)
+        return digest(repr((len(self), self.shape, self.classes, *words)), labels)
 
     @abstractmethod
     def __len__(self) -> int:
@@ -46,7 +54,8 @@ class Images(ABC):
 
     @abstractmethod
     def batch(self, indices: Tensor, seeds: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """The images of ``indices``, int64 [B]: x0 float32 [B, C, H, W] in [-1, 1], and their labels, int64 [B].
+        """The images of ``indices``, int64 [B]: x0 float32 [B, C, H, W] in [-1, 1], and their labels, int64 [B]
+        (of captions int64 [B, L]).
 
         ``seeds``, int64 [B]: random flips and crops, a function of each image's seed alone (stream AUGMENTATION); None:
         none of either, crops are at the centre.
@@ -65,6 +74,10 @@ def check_indices(indices: Tensor, seeds: Tensor | None, count: int) -> None:
         raise ValueError(f"seeds must be int64 [{len(indices)}], got {seeds.dtype} {list(seeds.shape)}")
 
 
+WHOLE = 4096
+"""Rows of an array that `digest` takes in, where there are more."""
+
+
 def digest(*parts: bytes | str | np.ndarray | None) -> str:
     """A hash of 32 hexadecimal digits. An array counts by its dtype, its shape, and its rows: all, or of many 4096 at
     even distances with the last."""
@@ -72,7 +85,7 @@ def digest(*parts: bytes | str | np.ndarray | None) -> str:
     for part in parts:
         if isinstance(part, np.ndarray):
             found.update(f"{part.dtype.str}{part.shape}".encode())
-            rows = part if part.ndim < 2 or len(part) <= 4096 else part[_spread(len(part), 4096)]
+            rows = part if part.ndim < 2 or len(part) <= WHOLE else part[_spread(len(part), WHOLE)]
             found.update(np.ascontiguousarray(rows).data)
         else:
             found.update(b"-" if part is None else part.encode() if isinstance(part, str) else part)
@@ -93,8 +106,10 @@ class Subset(Images):
         self.indices = indices
         self.shape = images.shape
         self.classes = images.classes
+        self.vocabulary = images.vocabulary
         self.labels = None if images.labels is None else images.labels[indices]
         self.skipped = images.skipped
+        self.augmentation = images.augmentation
         self.fingerprint = digest(images.fingerprint, indices.numpy())
 
     def __len__(self) -> int:
@@ -104,6 +119,42 @@ class Subset(Images):
         """Those of the whole."""
         check_indices(indices, seeds, len(self))
         return self.images.batch(self.indices[indices], seeds)
+
+
+class _Words(Protocol):
+    def tokens(self, texts: list[str], /) -> Tensor: ...
+
+
+class Retold(Images):
+    """The same images, their captions as tokens of other ``words``: a `Vocabulary`, or what else has ``tokens(texts)``,
+    such as a network that reads texts."""
+
+    def __init__(self, images: Images, words: _Words) -> None:
+        if images.vocabulary is None or images.labels is None:
+            raise ValueError("images must have captions to be retold, got none: open them with labels='text'")
+        self.images = images
+        self.shape = images.shape
+        self.skipped = images.skipped
+        self.augmentation = images.augmentation
+        self.vocabulary = words if isinstance(words, Vocabulary) else None
+        told, places = torch.unique(images.labels, dim=0, return_inverse=True)
+        self.labels = words.tokens(images.vocabulary.texts(told)).cpu()[places]
+        self.fingerprint = images.fingerprint
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, indices: Tensor, seeds: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Theirs, with the captions retold."""
+        x0, _ = self.images.batch(indices, seeds)
+        assert self.labels is not None
+        return x0, self.labels[indices]
+
+
+def retold(images: Images, words: _Words) -> Images:
+    """Images whose captions are tokens of these ``words``; ValueError for one that is none of them, as of `Vocabulary`,
+    and for images without captions."""
+    return images if images.vocabulary is not None and images.vocabulary == words else Retold(images, words)
 
 
 def drawn(count: int, n: int, seed: int = 0) -> Tensor:

@@ -25,7 +25,7 @@ class Batch(NamedTuple):
     x0: Tensor
     """float32 [B, C, H, W] in [-1, 1]."""
     labels: Tensor | None
-    """int64 [B]."""
+    """int64 [B], or captions int64 [B, L]."""
     seeds: Tensor
     """int64 [B]: `example_seeds`."""
     first: int

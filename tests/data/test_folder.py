@@ -56,6 +56,18 @@ def test_subfolders_are_classes_in_the_order_of_their_names(folder: Path) -> Non
     assert torch.equal(x0[0], torch.full((1, 4, 4), 30 / 127.5 - 1))
 
 
+def test_one_picture_is_a_source_without_a_label(folder: Path, tmp_path: Path) -> None:
+    place = tmp_path / "of" / "its own" / "a.PNG"
+    place.parent.mkdir(parents=True)
+    paint(place, 77, (6, 5))
+    images = open_images(str(place), cache=False)
+    assert (len(images), images.shape, images.labels) == (1, (1, 5, 6), None)
+    assert greys(images) == [77]
+    assert open_images(place, size=4, channels=3, cache=False).shape == (3, 4, 4)
+    with pytest.raises(ValueError, match=r"no.png: no such file"):
+        open_images(str(tmp_path / "no.png"), cache=False)
+
+
 def test_progress_is_shown_when_asked_for(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     opened(folder, progress="pictures", cache=False)
     assert "pictures" in (shown := capsys.readouterr().err)
@@ -128,8 +140,9 @@ def test_one_image_is_a_data_set_and_none_is_not(tmp_path: Path) -> None:
     assert (len(images), images.shape) == (1, (3, 4, 4))
     with pytest.raises(ValueError, match=r"^source must be a folder, .*, got .*nowhere: no such file$"):
         open_images(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"^source must be a folder, .*1.bmp: none of these$"):
-        open_images(tmp_path / "data" / "1.bmp")
+    (tmp_path / "data" / "1.txt").touch()
+    with pytest.raises(ValueError, match=r"^source must be a folder, .*1.txt: none of these$"):
+        open_images(tmp_path / "data" / "1.txt")
 
 
 def test_a_limit_takes_some_of_all_classes_and_the_same_ones_each_time(tmp_path: Path) -> None:

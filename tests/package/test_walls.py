@@ -99,7 +99,7 @@ WALLS = {
     "gan": "modes streams integers checks names records parallel ops draws nn objectives",
     "compat": "modes streams tableaus integers checks names schedules plan ops brownian samplers nn "
     "objectives sampling simulate diffkern",
-    "data": "streams integers checks names records progress extras pixels parallel ops draws",
+    "data": "streams integers checks names records progress extras pixels parallel vocabulary ops draws",
     "metrics": "checks records storage progress extras pixels pictures parallel",
     "train": "streams checks names records storage progress extras pictures parallel schedules plan ops draws nn "
     "objectives diffusion data generate",
