@@ -20,6 +20,8 @@ in wings:
 | `schedules` | alpha(t) and sigma(t); `schedules.grids`: spacings of steps; `schedules.predictions` |
 | `plan`, `samplers` | a sampler is a plan, which is data: `plan.Plan` holds it, `samplers` make it |
 | `diffusion` | `Diffusion`: network, schedule and prediction held together, trained, sampled and saved as one |
+| `gan` | `GAN`: a generator with its discriminator, trained, sampled and saved as one |
+| `degradations` | what images lose and a model gives back: super-resolution, inpainting, colourisation, deblurring |
 | `sampling` | runs plans, and samplers whose steps depend on the sample |
 | `objectives` | losses and bounds; `objectives.weightings`, `objectives.time_sampling` |
 | `guidance` | models that guide models |
@@ -49,7 +51,9 @@ from typing import TYPE_CHECKING, Any
 
 from diffkern import (
     brownian,
+    degradations,
     diffusion,
+    gan,
     guidance,
     objectives,
     ops,
@@ -63,6 +67,8 @@ from diffkern import (
 )
 from diffkern._load import build_info, cuda_status
 from diffkern.diffusion import Diffusion
+from diffkern.gan import GAN
+from diffkern.objectives.adversarial import discriminator_loss, generator_loss
 from diffkern.objectives.flow_matching import flow_matching_loss
 from diffkern.objectives.losses import (
     draw_seeds,
@@ -95,6 +101,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "GAN",
     "Diffusion",
     "Plan",
     "Row",
@@ -107,13 +114,17 @@ __all__ = [
     "convert",
     "cuda_status",
     "data",
+    "degradations",
     "denoising_score_matching_loss",
     "diffusion",
+    "discriminator_loss",
     "draw_seeds",
     "drop_condition",
     "edm_loss",
     "flow_matching_loss",
+    "gan",
     "generate",
+    "generator_loss",
     "guidance",
     "hybrid_loss",
     "implicit_score_matching_loss",

@@ -11,22 +11,24 @@ schedule, prediction and network, so that none of the three can be forgotten or 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, overload
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from diffkern.checks import unwrapped
-from diffkern.diffusion import _files, _fit, _plans
+from diffkern.diffusion import _fit, _plans
+from diffkern.diffusion._degraded import Restores, Without
 from diffkern.diffusion._rows import Network
+from diffkern.diffusion._storing import InFolders, Weight
 from diffkern.draws import draw_seeds
-from diffkern.names import Prediction, Reduction, SamplerName, TimesName, WeightingName
+from diffkern.modes import evaluating
+from diffkern.names import DegradationName, Prediction, Reduction, SamplerName, TimesName
 from diffkern.objectives.losses import drop_condition, noised, simple_loss
 from diffkern.objectives.time_sampling import TimeSampler, get_time_sampler
 from diffkern.objectives.variational import hybrid_loss
-from diffkern.objectives.weightings import Weighting, get_weighting
+from diffkern.objectives.weightings import get_weighting
 from diffkern.ops import Seeds, as_seeds
 from diffkern.plan import Plan
 from diffkern.sampling.options import Sampled
@@ -38,13 +40,15 @@ from diffkern.schedules.exploding import EDMSchedule
 from diffkern.schedules.predictions import convert, per_sample, prediction_of
 from diffkern.simulate.likelihood import LogLikelihood, log_likelihood
 
+if TYPE_CHECKING:
+    from diffkern.degradations import Degradation
+
 __all__ = ["Diffusion"]
 
 Sampler = SamplerName | Plan | Callable[..., Plan]
-Weight = WeightingName | Weighting | Callable[[Tensor, str], Tensor]
 
 
-class Diffusion(nn.Module):
+class Diffusion(Restores, InFolders):
     """A network, its noise schedule and its prediction, held together: trains, samples, scores and is saved as one.
 
     - ``model(x_t, t)``, or ``model(x_t, t, cond)`` where a condition is given, returns the ``prediction`` (the
@@ -54,13 +58,17 @@ class Diffusion(nn.Module):
       log-normal on an EDM schedule.
     - ``drop``: probability that a training sample loses its condition and gets ``null`` in its place, for
       classifier-free guidance (arXiv 2207.12598; lectures 000, 002). ``null`` is a number or one sample's tensor; a
-      `UNet` with classes brings its own.
+      `UNet` with classes brings its own, and a network of texts (`nn.TextConditioned`) the empty one.
     - ``shape``: of one sample, so that ``sample(16)`` knows it; that of a `UNet` if None.
     - ``time_scale``: the network is given ``time_scale * schedule.model_time(prediction, t)``. By default 1, but for
       networks of `diffkern.nn` on a schedule of continuous time what makes their sinusoids see a range of 1000:
       1000 / config.time_scale for t in [0, 1]. Integer times of a table are given as they are, int64.
     - ``learned_variance``: the network returns [B, 2C, ...], its prediction and what it says of the variance (a table
       only): trained by `hybrid_loss`, sampled by ``ddpm`` with its variance, by all others with its prediction.
+    - ``autoencoder``: a `diffkern.nn.Autoencoder` in whose latents the network works (latent diffusion, arXiv
+      2112.10752; lecture 002): `loss` encodes images, `sample` decodes. It is frozen. docs/latent.md.
+    - ``degradation``: what images lose and this model gives back (`diffkern.degradations`): `loss` makes the network's
+      further input of x0 itself, `sample` takes it as ``image``. docs/super-resolution.md.
 
     It is an `nn.Module`: ``.to``, DistributedDataParallel and torch.compile take it whole, `forward` is `loss`. Raises
     ValueError, naming argument, rule and value, for what does not fit.
@@ -82,6 +90,8 @@ class Diffusion(nn.Module):
         shape: Sequence[int] | None = None,
         time_scale: float | None = None,
         learned_variance: bool = False,
+        autoencoder: nn.Module | None = None,
+        degradation: DegradationName | Degradation | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -104,7 +114,9 @@ class Diffusion(nn.Module):
         self.times = get_time_sampler(times)
         self.time_scale = _fit.time_scale(model, schedule, self.prediction, time_scale)
         self.register_buffer("null", _fit.null_of(model, null, drop))
-        self.drop, self.shape = float(drop), _fit.shape_of(model, shape)
+        self.drop = float(drop)
+        self._hold(autoencoder, model, shape)
+        self._restore(degradation)
         self.learned_variance = learned_variance
         if learned_variance and not (isinstance(schedule, DiscreteSchedule) and weight is target is None):
             raise ValueError("learned_variance needs a table, and a loss of its own: no weight and no target")
@@ -141,7 +153,8 @@ class Diffusion(nn.Module):
         """E[x0 given x_t], the network's estimate of the clean sample: [B, ...] like x.
 
         x = alpha_t x0 + sigma_t eps; ``t`` is a time of the schedule (a table's index), a number or one a sample [B].
-        In the network's mode, with gradients where torch records them.
+        In the network's mode, with gradients where torch records them. With an autoencoder both are latents; see
+        `decode`.
         """
         t = as_time(t).to(x.device)
         scale = self.schedule.input_scale(self.prediction, t)
@@ -166,6 +179,7 @@ class Diffusion(nn.Module):
         seeds: Seeds | None = None,
         noise: Tensor | None = None,
         reduction: Reduction = "mean",
+        latents: bool | None = None,
         **model_kwargs: Any,
     ) -> Tensor:
         """The training loss of clean samples x0 [B, ...], about in [-1, 1]: `simple_loss` with all that this holds.
@@ -174,11 +188,18 @@ class Diffusion(nn.Module):
         address from ``seeds``, an integer or int64 [B]: fresh ones from torch's generator if None. ``noise`` replaces
         the noise. ``reduction`` "none" [B], "mean", "sum"; further arguments go to the network. Ho et al. 2020;
         lectures 000, 001, 002. Warns once if the range of x0 is far from [-1, 1].
+
+        With an autoencoder x0 are images, whose latents are sampled from the posterior by address, or latents; which of
+        both their shape says, or ``latents``. The loss is that of latents, also their range that is looked at.
         """
-        if not self._data_seen and _fit.check_data(x0):
-            self._data_seen = True
-        batch = x0.shape[0]
+        seen = self._data_seen or _fit.check_data(x0)
+        images, batch = x0, x0.shape[0]
         seeds = draw_seeds(batch, device=x0.device) if seeds is None else as_seeds(seeds, batch, x0.device)
+        if self.autoencoder is not None:
+            with torch.no_grad():
+                x0 = self.encode(x0, seeds, latents=latents)
+            seen = self._data_seen or _fit.check_data(x0)
+        self._data_seen = seen
         if t is None:
             t = self.times.sample(batch, self.schedule, seeds=seeds)
         if self.drop > 0.0 and self.training and cond is not None:
@@ -188,6 +209,7 @@ class Diffusion(nn.Module):
                 )
             assert self.null is not None
             cond = drop_condition(cond, self.null.to(cond.device, cond.dtype), self.drop, seeds)
+        cond = self.condition(images, cond, seeds)
 
         given: dict[str, Any] = {"seeds": seeds if noise is None else None, "noise": noise}
         if self.learned_variance:
@@ -257,6 +279,7 @@ class Diffusion(nn.Module):
         start: int | Tensor = ...,
         x0: Tensor | None = ...,
         dtype: torch.dtype = ...,
+        decode: bool = ...,
         **options: Any,
     ) -> Tensor: ...
 
@@ -275,6 +298,10 @@ class Diffusion(nn.Module):
         start: int | Tensor = 0,
         x0: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
+        decode: bool = True,
+        image: Tensor | None = None,
+        augmentation: float = 0.0,
+        without: Without | None = None,
         **options: Any,
     ) -> Tensor | Sampled:
         """n samples, or samples of the whole shape ``n`` = [B, ...], by a ``sampler`` (see `plan`): [B, ...].
@@ -288,6 +315,11 @@ class Diffusion(nn.Module):
         - ``options``: the sampler's (``eta``, ``clip``, ``spacing`` ...), and those of `diffkern.sample` (``mask`` and
           ``known``, ``callback``, ``trajectory``, ``logprob``, ``progress`` ...). ``noise``: tensors are the noise, a
           number is the sampler's.
+        - ``decode``: with an autoencoder, whether the samples are images or latents. ``n`` as a shape, ``x``, callbacks
+          and trajectories are of latents; ``x0``, ``known`` and ``mask`` may be of images (docs/latent.md).
+        - ``image``: with a degradation, the inputs [B, C', h, w] of the samples, or one for all, of any size that the
+          network takes; ``augmentation``: the level of noise that is added to them. ``without``: what guidance goes
+          away from, "class" (the null class, the image stays), "image" or "both".
 
         The network runs in evaluation mode, and is put back. No gradients are recorded.
         """
@@ -295,21 +327,33 @@ class Diffusion(nn.Module):
         plan = self.plan(sampler, steps, **given)
         if plan.init_scale == 0.0 and x is None:
             raise ValueError(f"x must be given for {plan.name}, which starts from data, got none")
-        shape = _fit.shape_wanted(n, self.shape)
+        shape = _fit.shape_wanted(n, self._own_shape(image))
         device, model_dtype = self._home(dtype)
         drawn = draw_seeds(shape[0]).to(device) if seeds is None else as_seeds(seeds, shape[0], device)
+        brought = self._brought({**own, "x0": x0}, shape, dtype)
+        x0, own = brought.pop("x0"), brought
         if x is None:
             x = initial(plan, shape, drawn, dtype, device=device, start=start, x0=x0)
         elif tuple(x.shape) != shape or x0 is not None:
             raise ValueError(f"x must have the shape {list(shape)}, and x0 be left out with it, got {list(x.shape)}")
         guided = guidance is not None or any(row.w != 0.0 for row in plan.rows)
-        if guided and uncond is None:
-            uncond = self._uncond(cond)
+        network, cond, uncond = self._conditioned(
+            Network(self, plan.learned_variance),
+            image,
+            shape,
+            drawn,
+            cond=cond,
+            uncond=uncond,
+            guided=guided,
+            augmentation=augmentation,
+            without=without,
+            dtype=dtype,
+        )
         by_tensor = own.get("noise") is not None and own.get("mask") is None
         own.setdefault("model_dtype", model_dtype)
-        with _fit.evaluating(self):
-            return run_plan(
-                Network(self, plan.learned_variance),
+        with evaluating(self):
+            found: Tensor | Sampled = run_plan(
+                network,
                 x,
                 plan,
                 seeds=None if by_tensor else drawn,
@@ -319,64 +363,21 @@ class Diffusion(nn.Module):
                 start=start,
                 **own,
             )
+            return self._decoded(found, decode)
 
     def log_likelihood(self, x: Tensor, *, cond: Any = None, **options: Any) -> LogLikelihood:
-        """ln p(x) in nats through the probability-flow ODE, `diffkern.log_likelihood` with its ``options``."""
+        """ln p(x) in nats through the probability-flow ODE, `diffkern.log_likelihood` with its ``options``.
+
+        With an autoencoder it is the density of latents, which compares with no density of images; images are encoded
+        (mode), latents taken as they are.
+        """
 
         def network(x: Tensor, time: Tensor) -> Tensor:
             return self._prediction(x, time, cond)
 
-        with _fit.evaluating(self):
+        with evaluating(self):
+            x = self.encode(x) if self.autoencoder is not None else x
             return log_likelihood(network, x, self.schedule, self.prediction, **options)
-
-    # ---------------------------------------------------------------------------------------------------- storing
-
-    def to_dict(self) -> dict[str, Any]:
-        """What ``config.json`` holds: plain data, functions and foreign networks by name alone."""
-        return _files.described(self)
-
-    def save_pretrained(
-        self,
-        folder: str | os.PathLike[str],
-        *,
-        weights: Mapping[str, Tensor] | None = None,
-        average: str | None = None,
-    ) -> None:
-        """Write ``config.json`` and ``model.safetensors`` into a folder, each whole or not at all.
-
-        A network of `diffkern.nn` is described in full; any other, and a schedule, weighting or time sampler made of
-        functions, is named only, and has to be given to `from_pretrained` again. ``weights`` are tensors to write for
-        those of the network that have their names, such as an average; ``average`` names what then is
-        ``average-NAME.safetensors``, beside the others. Needs safetensors. OSError for a disk that is full.
-        """
-        _files.save(self, folder, weights or {}, average)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: str | os.PathLike[str],
-        model: nn.Module | None = None,
-        *,
-        schedule: Schedule | None = None,
-        weight: Weight | None = None,
-        times: TimesName | TimeSampler | None = None,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype | None = None,
-        average: str | None = None,
-        **hub: Any,
-    ) -> Diffusion:
-        """What `save_pretrained` wrote, from a folder or a repository "owner/name" of the hub, in evaluation mode.
-
-        The folder of a training run gives its newest checkpoint; ``average`` which of its weights ("0.100",
-        "plain", "raw": as trained), the first average if None.
-
-        ``model``, ``schedule``, ``weight``, ``times``: what the file can only name. The schedule given must be the one
-        of the file. ``dtype`` is that of the weights in the file if None. ``hub`` (``revision``, ``subfolder``,
-        ``token`` ...) goes to huggingface_hub. Nothing that the file says is imported or run; ValueError in one
-        sentence for a file that does not fit.
-        """
-        found = _files.load(cls, path, model, schedule=schedule, weight=weight, times=times, average=average, hub=hub)
-        return found.to(device=device, dtype=dtype).eval()
 
     def extra_repr(self) -> str:
         """Schedule, prediction and what the network is given."""
@@ -390,9 +391,3 @@ class Diffusion(nn.Module):
             if parameter.is_floating_point():
                 return parameter.device, parameter.dtype
         return torch.device("cpu"), dtype
-
-    def _uncond(self, cond: Any) -> Tensor:
-        if not isinstance(cond, Tensor) or self.null is None:
-            got = f"cond = {type(cond).__name__}" + (" and no null" if self.null is None else "")
-            raise ValueError(f"guidance needs cond as a tensor, and uncond or Diffusion(..., null=), got {got}")
-        return self.null.to(cond.device, cond.dtype).expand(cond.shape)

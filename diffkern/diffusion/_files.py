@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from diffkern.diffusion import _autoencoder
+from diffkern.diffusion._autoencoder import StoredAutoencoder
 from diffkern.names import Prediction
 from diffkern.objectives.time_sampling import TimeSampler, get_time_sampler
 from diffkern.objectives.weightings import Weighting, get_weighting
@@ -48,6 +50,8 @@ class _Config:
     time_scale: float
     learned_variance: bool
     network: dict[str, Any]
+    autoencoder: StoredAutoencoder | None = None
+    degradation: dict[str, Any] | None = None
 
 
 class _Stored(nn.Module):
@@ -76,8 +80,14 @@ def described(diffusion: Diffusion) -> dict[str, Any]:
         time_scale=diffusion.time_scale,
         learned_variance=diffusion.learned_variance,
         network=stored.network_data(diffusion.model),
+        autoencoder=_autoencoder.described(diffusion),
+        degradation=None if diffusion.degradation is None else diffusion.degradation.to_dict(),
     )
-    return {KEY: FORMAT, **dataclasses.asdict(config)}
+    found = {KEY: FORMAT, **dataclasses.asdict(config)}
+    for name in ("autoencoder", "degradation"):  # the file of a model without is that of earlier versions
+        if found[name] is None:
+            del found[name]
+    return found
 
 
 def save(
@@ -100,14 +110,17 @@ def load(
     weight: Any,
     times: Any,
     average: str | None,
+    autoencoder: nn.Module | None,
     hub: dict[str, Any],
 ) -> Diffusion:
     """See `Diffusion.from_pretrained`."""
+    from diffkern import degradations
     from diffkern.nn import stored
 
     config_path, weights_path = stored.files(path, average, hub, "Diffusion")
     config = _config(config_path)
     found_in = stored.contents(weights_path)
+    encoder, preview = _autoencoder.restored(config.autoencoder, autoencoder, config_path.parent, hub, str(path))
     null = _place(config.null)
     ours = model is None
     if model is None:
@@ -124,7 +137,10 @@ def load(
         shape=config.shape,
         time_scale=config.time_scale,
         learned_variance=config.learned_variance,
+        autoencoder=encoder,
+        degradation=None if config.degradation is None else degradations.from_dict(config.degradation),
     )
+    found.preview_map = preview
     if ours and found_in.dtype is not None:
         model.to(found_in.dtype)
     stored.fill(_Stored(bare(model), found.null), weights_path)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-import threading
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -32,57 +29,14 @@ TOLERANCE = 1e-2
 """Relative difference of a plan's coefficients from the schedule's: other libraries' float32 tables differ by 3e-4."""
 
 
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while, put back module by module, by the last of the threads that are at it."""
-    alone = torch.compiler.is_dynamo_compiling()  # which traces no locks
-    training = _begin(module) if alone else _first(module)
-    try:
-        yield
-    finally:
-        if alone:
-            _end(training)
-        else:
-            _last(module)
-
-
-def _begin(module: nn.Module) -> list[nn.Module]:
-    training = [inside for inside in module.modules() if inside.training]
-    module.eval()
-    return training
-
-
-def _end(training: list[nn.Module]) -> None:
-    for inside in training:
-        inside.training = True
-
-
-def _first(module: nn.Module) -> list[nn.Module]:
-    with _LOCK:
-        count, training = _RUNNING.get(module, (0, []))
-        training = training if count else _begin(module)
-        _RUNNING[module] = count + 1, training
-    return training
-
-
-def _last(module: nn.Module) -> None:
-    with _LOCK:
-        count, training = _RUNNING.pop(module)
-        if count > 1:
-            _RUNNING[module] = count - 1, training
-        else:
-            _end(training)
-
-
-_LOCK = threading.Lock()
-_RUNNING: WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = WeakKeyDictionary()
-
-
 def null_of(model: nn.Module, null: float | Tensor | None, drop: float) -> Tensor | None:
-    """The condition that means none: the one given, or that of a network with classes."""
+    """The condition that means none: the one given, or that of a network with classes or with tokens of a text."""
     network = bare(model)
     if null is None and getattr(network, "classes", None) is not None:
         null = getattr(network, "null_class", None)
+    elif null is None:
+        own = getattr(network, "null", None)
+        null = own if isinstance(own, Tensor) and own.dtype == torch.int64 else None  # no learned vector of its own
     if not 0.0 <= drop < 1.0:
         raise ValueError(f"drop must lie in [0, 1), got {drop}")
     if drop > 0.0 and null is None:

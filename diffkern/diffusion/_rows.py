@@ -15,13 +15,20 @@ if TYPE_CHECKING:
 
 
 class Network:
-    """``network(x, time, cond)`` of the model, with what it says of the variance where ``whole``."""
+    """``network(x, time, cond)`` of the model, with what it says of the variance where ``whole``.
+
+    ``condition``: what makes the network's condition of that of a run; the same object each time for the same one.
+    """
 
     def __init__(self, diffusion: Diffusion, whole: bool) -> None:
         self.diffusion, self.whole = diffusion, whole
+        self.condition: Callable[[Any], Any] | None = None
 
     def __call__(self, x: Tensor, time: Tensor, cond: Any = None) -> Tensor:
-        return self._part(self.diffusion.network(x, time, cond), x)
+        return self._part(self.diffusion.network(x, time, self._given(cond)), x)
+
+    def _given(self, cond: Any) -> Any:
+        return cond if self.condition is None else self.condition(cond)
 
     def _part(self, m: Tensor, x: Tensor) -> Tensor:
         return m[:, : x.shape[1]] if self.diffusion.learned_variance and not self.whole else m
@@ -38,6 +45,7 @@ class Network:
         def predicted(i: int, x: Tensor, t: Tensor, cond: Any) -> Tensor:
             if diffusion.time_scale != scale or not diffusion.is_itself():
                 return self(x, t, cond)
-            return self._part(unwrapped(prepared.call(diffusion.model, i, x, diffusion.model_time(t), cond)), x)
+            given = self._given(cond)
+            return self._part(unwrapped(prepared.call(diffusion.model, i, x, diffusion.model_time(t), given)), x)
 
         return predicted

@@ -49,6 +49,8 @@ POOL: dict[str, tuple[list[Any], list[Any]]] = {
     **dict.fromkeys(
         ("x", "x0", "x1", "after", "noise", "known", "m"), ([values(0), values(1).double()], WRONG_TENSORS)
     ),
+    **dict.fromkeys(("real", "fake"), ([values(0), values(1).double()], WRONG_TENSORS)),
+    "kind": (["minimax", "hinge", "wasserstein", "relativistic"], WORDS),
     "pred": ([values(2), values(2, (2, 6, 4))], WRONG_TENSORS),
     "mask": ([values(3) > 0], WRONG_TENSORS),
     "cond": ([torch.tensor([0, 1])], [torch.tensor([0])]),

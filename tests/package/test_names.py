@@ -14,9 +14,9 @@ import torch
 from helpers.lazy import needs
 
 import diffkern
-from diffkern import data, draws, guidance, names, nn, objectives, ops, samplers, schedules
+from diffkern import data, degradations, draws, guidance, names, nn, objectives, ops, samplers, schedules
 from diffkern.compat.score_sde._ode import check_solver
-from diffkern.objectives import flow_matching, time_sampling, variational, weightings
+from diffkern.objectives import adversarial, flow_matching, time_sampling, variational, weightings
 from diffkern.ops import _attention, _common, _conv3x3
 from diffkern.plan import Plan
 from diffkern.sampling import _predictor_corrector
@@ -35,6 +35,8 @@ TAPS = torch.ones(2, 2, 3, 3)
         (names.SamplerName, samplers.SAMPLERS),
         (names.WeightingName, weightings.WEIGHTINGS),
         (names.TimesName, time_sampling.TIME_SAMPLERS),
+        (names.AdversarialName, adversarial.ADVERSARIAL),
+        (names.DegradationName, degradations.DEGRADATIONS),
         (names.Reduction, _common.REDUCTIONS),
         (names.LevelSpacing, grids.LEVELS),
         (names.Spacing, [*grids.SPACINGS, *grids.LEVELS]),
@@ -69,12 +71,25 @@ def rng(word: Any) -> object:
     return DDIMScheduler().diffkern(rng=word)
 
 
+def adversarial_losses(word: Any) -> object:
+    logits = X[:, 0, 0]
+    return diffkern.discriminator_loss(logits, logits, word), diffkern.generator_loss(logits, word, logits)
+
+
+def penalised(word: Any) -> object:
+    generator, discriminator = nn.gan_preset("dcgan-digits")
+    return diffkern.GAN(nn.Generator(generator), nn.Discriminator(discriminator), penalty=word)
+
+
 # For every type a function that takes its words and refuses others, by the argument's name.
 TAKERS: dict[str, tuple[Any, Callable[[Any], object]]] = {
     "Prediction": (names.Prediction, predictions.check_prediction),
     "SamplerName": (names.SamplerName, samplers.get_sampler),
     "WeightingName": (names.WeightingName, weightings.get_weighting),
     "TimesName": (names.TimesName, time_sampling.get_time_sampler),
+    "AdversarialName": (names.AdversarialName, adversarial_losses),
+    "GradientPenalty": (names.GradientPenalty, penalised),
+    "DegradationName": (names.DegradationName, degradations.get_degradation),
     "Reduction": (names.Reduction, lambda w: diffkern.prediction_loss(X, X, 3, S, seeds=0, reduction=w)),
     "TableSpacing": (names.TableSpacing, lambda w: grids.spaced_timesteps(20, 4, w)),
     "LevelSpacing": (names.LevelSpacing, lambda w: grids.levels(S, 4, w)),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffkern import brownian, draws, ops, plan, sampling, schedules, simulate
-from diffkern.objectives import flow_matching, losses, score_matching, time_sampling, variational
+from diffkern.objectives import adversarial, flow_matching, losses, score_matching, time_sampling, variational
 from diffkern.simulate import likelihood
 
 B, SHAPE = 3, (3, 2, 4, 4)
@@ -65,6 +65,7 @@ TAKERS: dict[str, Callable[[Any], Any]] = {
     "denoising": lambda s: score_matching.denoising_score_matching_loss(half, X, None, TABLE, seeds=s),
     "ncsn_loss": lambda s: score_matching.ncsn_loss(half, X, torch.tensor([1.0, 2.0]), seeds=s),
     "sliced": lambda s: score_matching.sliced_score_matching_loss(cube, X, seeds=s),
+    "gradient_penalty": lambda s: adversarial.gradient_penalty(lambda x: cube(x).sum((1, 2, 3)), X, -X, seeds=s),
     "hybrid_loss": lambda s: variational.hybrid_loss(both(X, T), X, T, TABLE, seeds=s),
     "vlb_loss": lambda s: variational.vlb_loss(both(X, T), X, T, TABLE, seeds=s),
     "variational bound": lambda s: variational.bits_per_dim(half, X, TABLE, seeds=s).total,

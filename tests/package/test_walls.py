@@ -94,8 +94,8 @@ WALLS = {
     "sampling": "modes streams tableaus integers checks names progress signatures schedules plan ops brownian draws "
     "samplers",
     "simulate": "streams tableaus integers checks names schedules plan ops draws objectives",
-    "diffusion": "modes checks names records parallel schedules plan ops draws samplers nn objectives sampling "
-    "simulate",
+    "diffusion": "modes checks names records storage parallel schedules plan ops draws degradations samplers nn "
+    "objectives sampling simulate",
     "gan": "modes streams integers checks names records parallel ops draws nn objectives",
     "compat": "modes streams tableaus integers checks names schedules plan ops brownian samplers nn "
     "objectives sampling simulate diffkern",
@@ -107,8 +107,8 @@ WALLS = {
     "demo": "storage extras pictures ops objectives diffusion data metrics train generate",
     "command": "checks records storage extras pictures parallel _load schedules plan samplers nn diffusion data "
     "metrics train generate demo diffkern",
-    "diffkern": "streams _load schedules plan reference ops brownian samplers objectives guidance sampling simulate "
-    "diffusion",
+    "diffkern": "streams _load schedules plan reference ops brownian degradations samplers objectives guidance "
+    "sampling simulate diffusion gan",
     "__main__": "",
 }
 LONGEST_CHAIN = 14
