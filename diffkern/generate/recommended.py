@@ -14,8 +14,9 @@ from diffkern.schedules.spacings import karras_sigmas
 
 if TYPE_CHECKING:
     from diffkern.diffusion import Diffusion
+    from diffkern.gan import GAN
 
-__all__ = ["DEFAULT_STEPS", "described", "recommended"]
+__all__ = ["DEFAULT_STEPS", "described", "planned", "recommended"]
 
 DEFAULT_STEPS = {
     **{"ddpm": 250, "ddim": 50, "euler": 30, "heun": 15, "midpoint": 15, "rk4": 8, "rk4_38": 8},
@@ -39,7 +40,7 @@ def recommended(
     """The plan of a ``sampler`` for images in [-1, 1]: `Diffusion.plan`, with these ``options`` where none are given.
 
     - ``steps``: `DEFAULT_STEPS`, on a table no more than it has.
-    - ``clip``: 1, so that the estimate of x0 stays in [-1, 1]; None for no clip (latents).
+    - ``clip``: 1, so that the estimate of x0 stays in [-1, 1]; None for no clip, as of a model in latents.
     - on a table, of DDPM and DDIM the times from the last one on ("trailing"), of the others the noise levels of
       Karras et al. 2022 (arXiv 2206.00364, eq. 5) from 80 to 0.01; on other schedules what the sampler takes itself.
 
@@ -56,7 +57,7 @@ def recommended(
     known = inspect.signature(make).parameters if callable(make) else {}
     name = getattr(make, "__name__", "")
     table, own_grid = diffusion.schedule, any(each in options for each in GRID)
-    given = {"clip": 1.0} | options if "clip" in known else options
+    given = {"clip": 1.0} | options if "clip" in known and diffusion.autoencoder is None else dict(options)
     if steps is None and "steps" in known and not {"sigmas", "timesteps"} & options.keys():
         steps = DEFAULT_STEPS.get(name)
         if steps is not None and isinstance(table, DiscreteSchedule):
@@ -73,7 +74,32 @@ def recommended(
     return diffusion.plan(make, steps, **given)
 
 
-def described(plan: Plan, guidance: float | None = None) -> str:
-    """The words above a picture of what the plan makes."""
+def planned(
+    model: Diffusion | GAN,
+    sampler: SamplerName | Plan | Callable[..., Plan] | None = None,
+    steps: int | None = None,
+    *,
+    guidance: Any = None,
+    **options: Any,
+) -> Plan | None:
+    """The plan that a model samples by, `recommended`; None of a `diffkern.GAN`, whose generator is called once.
+
+    ValueError for a GAN with a sampler, steps, guidance or options.
+    """
+    diffusion: Any = model
+    if hasattr(diffusion, "plan"):
+        return recommended(diffusion, sampler, steps, **options)
+    for name, value in {"sampler": sampler, "steps": steps, "guidance": guidance, **options}.items():
+        if value is not None:
+            raise ValueError(
+                f"{name} must be left out for a {type(model).__name__}, which needs no plan, got {value!r}"
+            )
+    return None
+
+
+def described(plan: Plan | None, guidance: float | None = None) -> str:
+    """The words above a picture of what the plan makes, or a generator without one."""
+    if plan is None:
+        return "a generator, one call"
     words = f"{plan.name}, {len(plan.steps)} steps, {plan.model_calls} model calls"
     return words if guidance is None else f"{words}, guidance {guidance:g}"

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from diffkern import parallel, pictures, records, storage
-from diffkern.generate.images import MICRO_BATCH, Part, classes_of, cuts, generate
-from diffkern.generate.recommended import recommended
+from diffkern.generate.images import MICRO_BATCH, Part, classes_of, cuts, generate, known_classes
+from diffkern.generate.recommended import planned
 from diffkern.integers import integer
 from diffkern.names import SamplerName
 from diffkern.pixels import from_bytes
@@ -28,6 +28,7 @@ from diffkern.progress import progress_bar
 
 if TYPE_CHECKING:
     from diffkern.diffusion import Diffusion
+    from diffkern.gan import GAN
 
 __all__ = ["INDEX", "fingerprint", "read_shards", "write_shards"]
 
@@ -56,6 +57,8 @@ class _Job:
     micro_batch: int
     shard: int
     device: str
+    length: int | None = None
+    """Tokens of a text; None: there are classes, or nothing."""
 
     def files(self) -> dict[str, range]:
         """The numbers of the images of each file."""
@@ -64,7 +67,7 @@ class _Job:
 
 def write_shards(
     folder: str | os.PathLike[str],
-    diffusion: Diffusion,
+    diffusion: Diffusion | GAN,
     n: int,
     sampler: SamplerName | Plan | Callable[..., Plan] | None = None,
     steps: int | None = None,
@@ -72,6 +75,7 @@ def write_shards(
     seed: int = 0,
     first: int = 0,
     classes: Tensor | Sequence[int] | Literal["even"] | None = None,
+    texts: str | Sequence[str] | None = None,
     guidance: float | None = None,
     micro_batch: int = MICRO_BATCH,
     shard: int | None = None,
@@ -80,11 +84,12 @@ def write_shards(
 ) -> list[Path]:
     """The images of `generate` as bytes, in files of ``shard`` images each; the files of all of them.
 
-    A shard is an uncompressed .npz of ``arr_0``, uint8 [B, H, W, C], and with classes ``arr_1``, int64 [B]; index.json
-    says what was asked for. In a job of torch.distributed every rank makes its part of the shards, which have the same
-    bytes for every number of ranks. Each is written whole or not at all, so that a job that was ended at any moment is
-    taken up by calling it again: what is there is kept, what is missing made; with a larger ``n`` the job grows, and a
-    last file that was not full is made again. One job at a time writes into a folder. Memory does not grow with n.
+    A shard is an uncompressed .npz of ``arr_0``, uint8 [B, H, W, C], and with classes ``arr_1``, int64 [B] (of texts
+    their tokens, int64 [B, L]); index.json says what was asked for. In a job of torch.distributed every rank makes its
+    part of the shards, which have the same bytes for every number of ranks. Each is written whole or not at all, so
+    that a job that was ended at any moment is taken up by calling it again: what is there is kept, what is missing
+    made; with a larger ``n`` the job grows, and a last file that was not full is made again. One job at a time writes
+    into a folder. Memory does not grow with n.
 
     ``shard``: a multiple of ``micro_batch``, about 1024 if None. Raises ValueError for a folder that holds another job
     (another model, seed, plan, classes of the same images, a larger number ...) or other files, or that another job is
@@ -94,10 +99,12 @@ def write_shards(
     shard = -(-SHARD // micro_batch) * micro_batch if shard is None else integer("shard", shard, 1)
     if shard % micro_batch:
         raise ValueError(f"shard must be a multiple of micro_batch = {micro_batch}, got {shard}")
-    plan = recommended(diffusion, sampler, steps, **options)
+    plan = planned(diffusion, sampler, steps, guidance=guidance, **options)
+    if plan is None and classes is None and known_classes(diffusion):
+        classes = "even"
     common: dict[str, Any] = {"seed": seed, "guidance": guidance, "micro_batch": micro_batch}
-    generate(diffusion, n, plan, first=first, classes=classes, **common)  # raises for what does not fit
-    chosen = classes_of(diffusion, classes, n, first)
+    generate(diffusion, n, plan, first=first, classes=classes, texts=texts, **common)  # raises for what does not fit
+    chosen = classes_of(diffusion, classes, n, first, texts)
     device = next((p.device.type for p in diffusion.parameters()), "cpu")
 
     def digest(count: int) -> str | None:
@@ -105,24 +112,25 @@ def write_shards(
 
     job = _Job(
         model=fingerprint(diffusion),
-        sampler=plan.name,
-        steps=len(plan.steps),
-        plan=hashlib.sha256(plan.to_json().encode()).hexdigest(),
+        sampler="generator" if plan is None else plan.name,
+        steps=0 if plan is None else len(plan.steps),
+        plan="" if plan is None else hashlib.sha256(plan.to_json().encode()).hexdigest(),
         seed=seed,
         first=first,
         n=n,
-        shape=tuple(diffusion.shape or ()),
+        shape=tuple(diffusion.image_shape or ()),
         classes=digest(n),
         guidance=None if guidance is None else float(guidance),
         micro_batch=micro_batch,
         shard=shard,
         device=device,
+        length=None if chosen is None or chosen.ndim == 1 else chosen.shape[1],
     )
     files = job.files()
     with contextlib.ExitStack() as held:
         missing: list[str] = parallel.by_main(lambda: _missing(Path(folder), job, digest, held))
         mine = [missing[i] for i in parallel.share(len(missing))]
-        bar = progress_bar(progress, plan.name, sum(len(files[name]) for name in mine), unit="image")
+        bar = progress_bar(progress, job.sampler, sum(len(files[name]) for name in mine), unit="image")
         if bar is not None:
             held.callback(bar.close)
         for name in mine:
@@ -175,8 +183,8 @@ def _parts(folder: Path, files: dict[str, range], micro_batch: int) -> Iterator[
             yield Part(numbers.start + i, x, None if classes is None else classes[i : i + micro_batch])
 
 
-def fingerprint(diffusion: Diffusion) -> str:
-    """SHA-256 of what a model is: `Diffusion.to_dict`, and every tensor with its name."""
+def fingerprint(diffusion: Diffusion | GAN) -> str:
+    """SHA-256 of what a model is: its ``to_dict``, and every tensor with its name."""
     found = hashlib.sha256(json.dumps(diffusion.to_dict()).encode())
     for name, tensor in diffusion.state_dict().items():
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -248,7 +256,7 @@ def _is_shard(path: Path, job: _Job, count: int) -> bool:
     channels, height, width = job.shape
     want: dict[str, tuple[Any, ...]] = {f"{IMAGES}.npy": ((count, height, width, channels), np.dtype(np.uint8))}
     if job.classes is not None:
-        want[f"{CLASSES}.npy"] = ((count,), np.dtype(np.int64))
+        want[f"{CLASSES}.npy"] = ((count,) if job.length is None else (count, job.length), np.dtype(np.int64))
     try:
         with zipfile.ZipFile(path) as archive:
             if set(archive.namelist()) != set(want):

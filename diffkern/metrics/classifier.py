@@ -165,11 +165,13 @@ def train_classifier(
     None. Turned, scaled and shifted a little, with a little noise, smoothed labels. A function of the images and the
     ``seed`` alone, on one machine with one number of threads. ``features``: D.
 
-    ValueError where there are no labels or fewer than two classes or 20 images.
+    ValueError where there are no labels, captions, or fewer than two classes or 20 images.
     """
     if images.labels is None:
         raise ValueError("images must have labels for a classifier, got none: give the extractor another network")
     labels = images.labels.cpu()
+    if labels.ndim != 1:
+        raise ValueError(f"images must have one class each for a classifier, got captions, labels {list(labels.shape)}")
     classes = int(labels.max()) + 1 if len(labels) else 0
     if len(images) < 20 or len(labels.unique()) < 2:
         raise ValueError(f"images must be at least 20, of at least 2 classes, got {len(images)} of {classes}")

@@ -32,6 +32,8 @@ class ClassScores:
     precision: float | None
     recall: float | None
     agreement: float | None
+    share: float | None = None
+    """Of all images, those that the classifier gives this class, whatever was asked for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +84,12 @@ class Scores:
             lines.append(f"{'':<30}  {few} images are few: FID falls with their number, so compare at equal numbers")
         if self.classes:
             wide = max(5, *(len(c.name) for c in self.classes))
-            lines += ["", f"{'class':<{wide}}  {'images':>7}  {'precision':>9}  {'recall':>7}  {'agreement':>9}"]
+            head = f"{'class':<{wide}}  {'images':>7}  {'precision':>9}  {'recall':>7}  {'agreement':>9}"
+            lines += ["", f"{head}  {'share':>7}" if self.classes[0].share is not None else head]
             for c in self.classes:
                 shares = [f"{'-' if v is None else format(v, '.3f')}" for v in (c.precision, c.recall, c.agreement)]
-                lines.append(f"{c.name:<{wide}}  {c.images:>7}  {shares[0]:>9}  {shares[1]:>7}  {shares[2]:>9}")
+                line = f"{c.name:<{wide}}  {c.images or '-':>7}  {shares[0]:>9}  {shares[1]:>7}  {shares[2]:>9}"
+                lines.append(line if c.share is None else f"{line}  {c.share:>7.3f}")
         return "\n".join(lines)
 
     def to_json(self) -> str:
@@ -195,6 +199,7 @@ def _scores(
     precision, recall = precision_recall(ours.to(device), theirs.to(device), k)
     distance = kid(real, fake)
     score = inception_score(fake, splits=min(10, fake.count)) if fake.has("logits") else None
+    shares = None if judged is None or judge is None else _shares(judged.logits)
     if judged is not None and not judged.has("labels"):
         judged = None
     return Scores(
@@ -215,7 +220,7 @@ def _scores(
         inception_score_std=None if score is None else score.std,
         agreement=None if judged is None else agreement(judged.logits, judged.labels),
         classifier_accuracy=None if judged is None or judge is None else judge.accuracy,
-        classes=_by_class(real, fake, judged, names, k, device),
+        classes=_by_class(real, fake, judged, names, k, device, shares),
     )
 
 
@@ -226,10 +231,13 @@ def _by_class(
     names: Sequence[str] | None,
     k: int,
     device: torch.device,
+    covered: list[float] | None,
 ) -> tuple[ClassScores, ...]:
-    """Where both have labels."""
+    """Where both have labels; of images without, what the classifier says."""
     if not (real.has("labels") and fake.has("labels")):
-        return ()
+        known = names if names is not None else [str(label) for label in range(len(covered or ()))]
+        rest = (0, None, None, None)
+        return tuple(ClassScores(name, *rest, share=share) for name, share in zip(known, covered or (), strict=False))
     classes = len(names) if names is not None else int(torch.maximum(real.labels.max(), fake.labels.max())) + 1
     ours, theirs = real.features.to(device), fake.features.to(device)
     shares = precision_recall_by_class(ours, real.labels, theirs, fake.labels, classes, k)
@@ -239,8 +247,15 @@ def _by_class(
         agreed = None if judged is None or not mine.any() else agreement(judged.logits[mine], judged.labels[mine])
         name = str(label) if names is None else names[label]
         precision, recall = (None, None) if share is None else share
-        found.append(ClassScores(name, int(mine.sum()), precision, recall, agreed))
+        share_of = covered[label] if covered is not None and label < len(covered) else None
+        found.append(ClassScores(name, int(mine.sum()), precision, recall, agreed, share_of))
     return tuple(found)
+
+
+def _shares(logits: Tensor) -> list[float]:
+    """Of all images, those that have their largest logit in each class: how many modes there are, and how even."""
+    classes = torch.bincount(logits.argmax(1), minlength=logits.shape[1])
+    return [count / len(logits) for count in classes.tolist()]
 
 
 def _measured(
@@ -257,6 +272,7 @@ def _measured(
     judged = None if judge is None or judge is extractor else Statistics(judge.name, keep=True)
     bar = progress_bar(progress if parallel.is_main() else False, name, count or 0, unit="image")
     for images, labels in batches:
+        labels = labels if labels is None or labels.ndim == 1 else None  # captions are no classes
         found.update(extractor(images), labels)
         if judged is not None and judge is not None:
             judged.update(judge(images), labels)

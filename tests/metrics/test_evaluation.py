@@ -100,6 +100,29 @@ def test_a_classifier_says_what_agrees() -> None:
     assert evaluate(fake.images, Drawn(20), Judge()).agreement is None
 
 
+def test_the_share_of_each_class_is_that_of_the_largest_logits(tmp_path: Path) -> None:
+    """Of all images, with labels and without: a class that a model never makes has none."""
+    judge = metrics.train_classifier(Drawn(60), steps=30)
+    data, only = Drawn(60), Drawn(40, seed=3)
+    chosen = only.images[only.labels == 0]
+    found = evaluate(chosen, data, judge, names=("dark", "bright"))
+    want = torch.bincount(judge(chosen).logits.argmax(1), minlength=2).double() / len(chosen)
+    assert [c.share for c in found.classes] == want.tolist()
+    assert [(c.name, c.images, c.precision, c.agreement) for c in found.classes] == [
+        ("dark", 0, None, None),
+        ("bright", 0, None, None),
+    ]
+    assert found.table().splitlines()[-1].split() == ["bright", "-", "-", "-", "-", f"{want[1]:.3f}"]
+    assert Scores.from_json(found.to_json()) == found
+    old = json.loads(found.to_json())
+    for c in old["classes"]:
+        del c["share"]  # as files from before have it
+    assert Scores.from_json(json.dumps(old)).classes[0].share is None
+    labelled = evaluate(only, data, judge)
+    assert sum(c.share or 0.0 for c in labelled.classes) == pytest.approx(1.0)
+    assert labelled.classes[0].images == int((only.labels == 0).sum())
+
+
 def test_scores_are_kept_as_json_and_shown_as_a_table(scores: Scores, tmp_path: Path) -> None:
     scores.save(tmp_path / "run" / "evaluation.json")
     text = (tmp_path / "run" / "evaluation.json").read_text()
