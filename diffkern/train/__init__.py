@@ -1,4 +1,4 @@
-"""Training a `diffkern.Diffusion`: configuration, loop, averages, checkpoints, on one machine or many."""
+"""Training a diffusion, a GAN or an autoencoder: configuration, loop, averages, checkpoints, on one machine or many."""
 
 from __future__ import annotations
 
@@ -8,5 +8,17 @@ from diffkern.train.ema import Averages
 from diffkern.train.fit import Fitted, fit
 from diffkern.train.objectives import OBJECTIVES, make_diffusion
 from diffkern.train.presets import PRESETS
+from diffkern.train.reconstruction import AutoencoderTraining
 
-__all__ = ["OBJECTIVES", "PRESETS", "Averages", "Fitted", "TrainConfig", "fit", "make_diffusion", "newest", "read_yaml"]
+__all__ = [
+    "OBJECTIVES",
+    "PRESETS",
+    "AutoencoderTraining",
+    "Averages",
+    "Fitted",
+    "TrainConfig",
+    "fit",
+    "make_diffusion",
+    "newest",
+    "read_yaml",
+]

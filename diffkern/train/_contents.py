@@ -18,7 +18,7 @@ from diffkern.train._tensors import Tensors, opened
 from diffkern.train.ema import Averages
 
 if TYPE_CHECKING:
-    from diffkern.diffusion import Diffusion
+    from diffkern.train.stepper import Trained
 
 __all__ = ["RAW", "SHARDS", "Group", "fill", "groups", "names_of", "random_state"]
 
@@ -28,13 +28,13 @@ OPTIMIZER, RANDOM, REST = "optimizer.safetensors", "random.safetensors", "rest.s
 Group = tuple[str, dict[str, Tensor]]
 
 
-def names_of(diffusion: Diffusion) -> dict[int, str]:
+def names_of(diffusion: Trained) -> dict[int, str]:
     """The names of the network's parameters, by their ids."""
     return {id(p): name for name, p in parallel.bare(diffusion.model).named_parameters()}
 
 
 def groups(
-    diffusion: Diffusion,
+    diffusion: Trained,
     averages: Averages | None,
     optimizer: Optimizer | None,
     random: dict[str, Tensor],
@@ -62,14 +62,15 @@ def groups(
     yield RANDOM, random
 
 
-def _weights(diffusion: Diffusion) -> dict[str, Tensor]:
+def _weights(diffusion: Trained) -> dict[str, Tensor]:
     """The tensors of model.safetensors, by their names there; a tied one once."""
     network = parallel.bare(diffusion.model)
     parameters = dict(network.named_parameters())
     twice = {name for name, _ in network.named_parameters(remove_duplicate=False)} - parameters.keys()
     state = network.state_dict(keep_vars=True)
     found = {f"model.{name}": t.detach() for name, t in state.items() if isinstance(t, Tensor) and name not in twice}
-    return found if diffusion.null is None else {**found, "null": diffusion.null}
+    null: Tensor | None = getattr(diffusion, "null", None)
+    return found if null is None else {**found, "null": null}
 
 
 def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -104,7 +105,7 @@ def _text(state: Tensor) -> str:
 
 def fill(
     path: Path,
-    diffusion: Diffusion,
+    diffusion: Trained,
     averages: Averages | None,
     optimizer: Optimizer | None,
     described: Mapping[str, Any],

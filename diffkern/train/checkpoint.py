@@ -8,6 +8,7 @@
         shards/                             in the place of "raw" and optimizer: parts, by process (``sharded``)
         training.json                       step, numbers of the optimizer, sizes of the files, and the caller's extra
     RUN/snapshots/00001000-0.050.safetensors    averages that outlive their checkpoint (`keep_every`)
+    RUN/autoencoder/                    that of a model in latents, once; config.json has its hash
 
 A checkpoint is written aside, flushed to the disk and renamed: whatever becomes of the process, the numbered folders
 are whole. Nothing is unpickled. Tensors are stored whole and by name, so that a run goes on with another number of
@@ -38,7 +39,7 @@ from diffkern.train.ema import Averages
 from diffkern.train.sharded import write as write_shards
 
 if TYPE_CHECKING:
-    from diffkern.diffusion import Diffusion
+    from diffkern.train.stepper import Trained
 
 __all__ = ["Loaded", "load", "newest", "save", "steps"]
 
@@ -74,7 +75,7 @@ def save(
     folder: str | os.PathLike[str],
     step: int,
     *,
-    diffusion: Diffusion,
+    diffusion: Trained,
     averages: Averages | None = None,
     optimizer: Optimizer | None = None,
     extra: Mapping[str, Any] | None = None,
@@ -83,6 +84,8 @@ def save(
     sharded: bool = False,
 ) -> Path:
     """Writes the checkpoint of a step into a run's folder, and returns its folder.
+
+    ``diffusion`` is one, or another thing that is trained (`diffkern.train.stepper.Trained`: a `diffkern.GAN`, say).
 
     To be called by every process of the job; the first one writes. ``extra`` is the caller's, anything that JSON holds
     (configuration, position in the data, gradient scaler). Afterwards the oldest are removed, so that the newest
@@ -100,7 +103,7 @@ def save(
     if keep is not None and keep < 1:
         raise ValueError(f"keep must be at least 1 or None, got {keep}")
     path = Path(folder) / "checkpoints" / f"{step:08d}"
-    parallel.reshard(diffusion)
+    parallel.reshard(diffusion.model)
     random = random_state()
     described = Training(
         step=step,
@@ -124,6 +127,8 @@ def save(
                 if sharded:
                     write_shards(next(contents)[1], unfinished / SHARDS)
                 if parallel.is_main():
+                    if hasattr(diffusion, "save_autoencoder"):  # of a model in latents, for all checkpoints
+                        diffusion.save_autoencoder(folder)
                     _write(unfinished, described, diffusion, contents)
         if parallel.is_main():
             _tidy(Path(folder), described, keep, keep_every)
@@ -176,15 +181,16 @@ def _begun(path: Path, together: bool) -> Iterator[Path]:
         yield unfinished
 
 
-def _write(unfinished: Path, described: Training, diffusion: Diffusion, contents: Iterator[Group]) -> None:
+def _write(unfinished: Path, described: Training, diffusion: Trained, contents: Iterator[Group]) -> None:
     """Everything but the parts of other processes."""
     save_file = need("safetensors.torch", "safetensors", "train").save_file
+    options: dict[str, Any] = {"autoencoder": False} if hasattr(diffusion, "save_autoencoder") else {}
     for name, tensors in contents:
         if name.endswith(".safetensors"):
             with storage.filling(unfinished):
                 save_file(tensors, str(unfinished / name))
         else:
-            diffusion.save_pretrained(unfinished, weights=tensors, average=name)
+            diffusion.save_pretrained(unfinished, weights=tensors, average=name, **options)
     first = [*described.averages, RAW][0]
     storage.linked(unfinished / f"average-{first}.safetensors", unfinished / "model.safetensors")
     files = {str(file.relative_to(unfinished)): file.stat().st_size for file in sorted(unfinished.rglob("*.*"))}
@@ -211,7 +217,7 @@ def _tidy(folder: Path, described: Training, keep: int | None, keep_every: int |
 def load(
     path: str | os.PathLike[str],
     *,
-    diffusion: Diffusion,
+    diffusion: Trained,
     averages: Averages | None = None,
     optimizer: Optimizer | None = None,
     expect: Mapping[str, Any] | None = None,
@@ -225,7 +231,7 @@ def load(
     """
     path = Path(path)
     found = _format.read(path)
-    parallel.reshard(diffusion)
+    parallel.reshard(diffusion.model)
     names = names_of(diffusion)
     same(parse((path / "config.json").read_bytes(), "JSON", str(path / "config.json")), diffusion.to_dict(), path)
     for key, value in (expect or {}).items():

@@ -12,14 +12,15 @@ from typing import Any, Literal
 from diffkern import records, storage
 from diffkern.checks import meant
 from diffkern.extras import need
-from diffkern.names import Crop, SamplerName, TimesName, WeightingName
+from diffkern.names import Crop, DegradationName, SamplerName, TimesName, WeightingName
 
-__all__ = ["Decay", "Objective", "Precision", "Shard", "TrainConfig"]
+__all__ = ["Decay", "Encoding", "Objective", "Precision", "Shard", "TrainConfig"]
 
-Objective = Literal["eps", "x0", "v", "edm", "flow", "ncsn", "hybrid"]
+Objective = Literal["eps", "x0", "v", "edm", "flow", "ncsn", "hybrid", "gan", "autoencoder"]
 Decay = Literal["constant", "cosine", "inverse_sqrt"]
 Precision = Literal["float32", "bfloat16", "float16"]
 Shard = Literal["ddp", "fsdp"]
+Encoding = Literal["cached", "on_the_fly"]
 
 _WHOLE = {  # least and largest value of what counts things
     "iterations": (1, 10**9),
@@ -54,11 +55,12 @@ class TrainConfig:
 
     objective: Objective = "eps"
     """"eps", "x0", "v" (a table's noise, image, or velocity), "edm", "flow" (flow matching), "ncsn" (denoising score
-    matching over geometric noise levels), "hybrid" (eps with learned variance)."""
+    matching over geometric noise levels), "hybrid" (eps with learned variance); "gan", "autoencoder": two networks."""
     network: str = "ddpm-cifar10"
-    """Name in `diffkern.nn.PRESETS`; size, channels and classes are those of the data."""
+    """Name in `diffkern.nn.PRESETS`, of "gan" in `diffkern.nn.GANS`; size, channels and classes are those of the
+    data."""
     network_options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Fields of that configuration to change."""
+    """Fields of that configuration to change; of "gan" the generator's."""
     schedule: str | None = None
     """Name in `diffkern.SCHEDULES`; the objective's own if None."""
     schedule_options: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -71,11 +73,29 @@ class TrainConfig:
     """Its constants, where it is named: mean and std of "log_normal", which is EDM's own."""
     init: str | None = None
     """A run or a saved model whose network and weights it starts from, with its objective, schedule, weight, times
-    (and their options) and drop in place of those here."""
+    (and their options), degradation and drop in place of those here."""
+    degradation: DegradationName | None = None
+    """What images lose and the model gives back: "super_resolution", "inpainting", "colourisation", "deblurring"."""
+    degradation_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Its fields, `diffkern.degradations`: factor and filter, mask and share, sigma; augmentation, drop."""
+    adversarial: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Of "gan" and "autoencoder": the discriminator and its loss, `diffkern.train.options.AdversarialOptions`."""
+    autoencoder: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Of "autoencoder": the loss's other terms, `diffkern.train.options.AutoencoderOptions`."""
     labels: bool = True
-    """Whether the network is given the class; False trains without, also where the data have classes."""
+    """Whether the network is given the class or the caption; False trains without, also where the data have them."""
+    text: bool = False
+    """Whether the data are opened with captions in place of classes: NAME.txt beside NAME.png, metadata.jsonl, KEY.txt
+    of tar files; the network, one with a context, is then given an encoder of their words."""
+    text_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of that encoder to change, `diffkern.nn.TextEncoderConfig`."""
     drop: float = 0.1
-    """Probability that an example loses its class, for classifier-free guidance."""
+    """Probability that an example loses its class or caption, for classifier-free guidance."""
+
+    latents: str | None = None
+    """A saved autoencoder, or a run that trained one: the network sees its latents; docs/latent.md. None: images."""
+    encode: Encoding = "cached"
+    """Whether images become latents once, in the cache, or in every step ("on_the_fly")."""
 
     data: str = ""
     """Folder, .npz, .npy, .tar, or a name; see `diffkern.data.open_images`."""
@@ -154,7 +174,7 @@ class TrainConfig:
     sample_n: int = 64
     """Images of a picture."""
     guidance: float | None = None
-    """Its weight in the pictures, where there are classes; None: none."""
+    """Its weight in the pictures, where there are classes or captions; None: none."""
     tensorboard: bool | None = None
     """Write its files; None: where it is installed."""
     wandb: str | None = None

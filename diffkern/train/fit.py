@@ -16,25 +16,23 @@ from diffkern import parallel
 from diffkern.data import Images, Stream, loader, open_images, split
 from diffkern.diffusion import Diffusion
 from diffkern.progress import progress_bar
-from diffkern.train.checkpoint import newest
 from diffkern.train.config import TrainConfig
 from diffkern.train.ema import Averages
-from diffkern.train.learning_rate import learning_rate
-from diffkern.train.objectives import make_diffusion, resampling
+from diffkern.train.parts import part_of
 from diffkern.train.run import Run, first_used
 from diffkern.train.sharded import shard
 from diffkern.train.signals import Stop
-from diffkern.train.steps import Stepper, in_mode, prepare
-from diffkern.train.validation import validate
+from diffkern.train.stepper import Trained, in_mode, prepare
 
 __all__ = ["Fitted", "fit"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """What training leaves: the diffusion with its last weights, their averages, and how far it came."""
+    """What training leaves: the model with its last weights, their averages, and how far it came."""
 
-    diffusion: Diffusion
+    trained: Any
+    """What was trained: a `diffkern.Diffusion`, or what another objective trains."""
     averages: Averages
     step: int
     """Iterations done."""
@@ -43,9 +41,16 @@ class Fitted:
     losses: list[float]
     """The mean loss of each iteration of this call."""
 
+    @property
+    def diffusion(self) -> Diffusion:
+        """``trained``, where it is one."""
+        if not isinstance(self.trained, Diffusion):
+            raise AttributeError(f"what was trained is no Diffusion, but a {type(self.trained).__name__}: .trained")
+        return self.trained
+
 
 def fit(
-    diffusion: Diffusion | None,
+    diffusion: Diffusion | Trained | None,
     data: Any,
     config: TrainConfig | None = None,
     *,
@@ -58,6 +63,7 @@ def fit(
 
     ``data`` is what `diffkern.data.open_images` takes, or `Images` that are open, with size and flips of their own.
     Their labels are given to the network where the diffusion has a ``null``, the condition that means none.
+    Of a diffusion in latents they are encoded (docs/latent.md).
     ``held_out`` images, or the share ``config.validation`` of the data, give the validation loss. Without a folder
     ``out`` nothing is written. ``callback(step, loss)`` is called after each step. Under torchrun every process calls
     this alike.
@@ -80,16 +86,18 @@ def fit(
         folder = None if out is None else Path(out)
         progress = progress if parallel.is_main() else False
         images, held_out = _images(data, config, held_out, progress)
-        diffusion = _diffusion(config, images, folder) if diffusion is None else diffusion
-        _check_images(diffusion, images)
-        opened.enter_context(in_mode(diffusion, training=True))
-        prepare(diffusion, config, device)
+        part = part_of(config, diffusion)
+        trained: Any = part.make(config, images, folder) if diffusion is None else diffusion
+        part.check(trained, config, images)
+        opened.enter_context(in_mode(trained, training=True))
+        prepare(trained, config, device)
         if config.shard == "fsdp":
-            shard(diffusion.model)
-        times = resampling(config, diffusion)
-        stepper = Stepper(diffusion, config, device, times)
-        averages = Averages(diffusion, config.averages, config.plain_average)
-        run = opened.enter_context(contextlib.closing(Run(folder, config, images, stepper, averages)))
+            shard(trained.model)
+        stepper = part(trained, config, device)
+        images = stepper.seen(images, folder, progress)
+        held_out = None if held_out is None else stepper.seen(held_out, folder, progress)
+        averages = Averages(stepper.averaged, config.averages, config.plain_average)
+        run = opened.enter_context(contextlib.closing(Run(folder, config, images, stepper, averages, held_out)))
         step = run.resume()
         losses: list[float] = []
         batches: Any = loader(
@@ -112,19 +120,19 @@ def fit(
             waited = time.perf_counter()
             micro_batches = next(batches)
             waited = time.perf_counter() - waited
-            every, stopped = stepper.gradient(micro_batches, step, stop.asked)
-            loss, norm = float(every.mean()), stepper.step(learning_rate(config, step))
+            done = stepper.iterate(micro_batches, step, stop.asked)
+            loss, stopped = float(done.losses.mean()), done.stopped
             if stepper.too_many_bad:
                 raise RuntimeError(run.bad_batch(step, micro_batches))
             step += 1
             averages.update(step)
             losses.append(loss)
-            run.note(step, loss, norm, waited)
+            run.note(step, done, waited)
             with run.aside():
                 if held_out is not None and _due(step, config.validate_every, config):
                     with first_used(averages):
-                        found = validate(diffusion, held_out)
-                    run.write(step, validation_loss=found.loss, bits_per_dim=found.bits_per_dim)
+                        found = stepper.validate(held_out)
+                    run.write(step, **found)
                 if config.sample_every is not None and _due(step, config.sample_every, config):
                     run.draw(step)
                 if stopped or _due(step, config.save_every, config):
@@ -134,8 +142,8 @@ def fit(
             if bar is not None:
                 bar.set_postfix(run.shown, refresh=False)
                 bar.update()
-        run.finish()
-        return Fitted(diffusion, averages, step, stopped and step < config.iterations, losses)
+        run.finish(step)
+        return Fitted(trained, averages, step, stopped and step < config.iterations, losses)
 
 
 @contextlib.contextmanager
@@ -148,31 +156,6 @@ def _surroundings(config: TrainConfig, device: torch.device) -> Iterator[None]:
             yield
         finally:
             torch.set_num_threads(threads)
-
-
-def _diffusion(config: TrainConfig, images: Images, folder: Path | None) -> Diffusion:
-    """What the configuration trains: what ``init`` says (of a run that goes on its own), or one that is made."""
-    if config.init is not None:
-        found = None if folder is None else newest(folder)
-        return Diffusion.from_pretrained(found or config.init)
-    classes = images.classes if config.labels and images.labels is not None else None
-    return make_diffusion(config, images.shape, 0 if classes is None else len(classes))
-
-
-def _check_images(diffusion: Diffusion, images: Images) -> None:
-    """ValueError for images of another shape than the diffusion's, and for labels that its network does not have."""
-    if diffusion.shape not in (None, images.shape):
-        raise ValueError(
-            f"data must have images of the diffusion's shape {list(diffusion.shape or ())}, got {list(images.shape)}"
-        )
-    null, labels = diffusion.null, images.labels
-    if null is None or labels is None or null.ndim > 0:
-        return
-    classes = getattr(parallel.bare(diffusion.model), "null_class", None)  # of diffkern.nn: the one after the last
-    wrong = labels[labels == null.to(labels.device)] if classes is None else labels[labels >= classes]
-    if len(wrong):
-        rule = "other labels than the diffusion's null" if classes is None else f"labels below {classes}, the network's"
-        raise ValueError(f"data must have {rule}, got {int(wrong[0])}")
 
 
 def _due(step: int, every: int | None, config: TrainConfig) -> bool:
@@ -195,6 +178,7 @@ def _images(
             cache=config.cache,
             skip_bad=config.skip_bad,
             limit=config.limit,
+            labels="text" if config.text else None,
             progress=progress if isinstance(data, str | os.PathLike) else False,
         )
     if config.validation and held_out is None:

@@ -19,9 +19,10 @@ from diffkern import pictures, records, storage
 from diffkern.extras import need
 from diffkern.train.config import TrainConfig
 
-__all__ = ["Log", "draw_curves", "matrix_rate", "read_log"]
+__all__ = ["CRITIC", "Log", "draw_curves", "matrix_rate", "read_log"]
 
 LOG, WANDB = "log.jsonl", "wandb_id"
+CRITIC = "discriminator_loss"
 
 
 class Log:
@@ -52,19 +53,20 @@ class Log:
                 project=config.wandb, dir=str(folder), config=config.to_dict(), id=run.read_text(), resume="allow"
             )
 
-    def write(self, step: int, **values: float | int | None) -> None:
+    def write(self, step: int, **values: float | int | str | None) -> None:
         """One line: the step and the values that are there; null for one that is not finite, which JSON does not have.
         It is in the file when this returns. OSError naming the file for a full disk."""
         found = {name: value for name, value in values.items() if value is not None}
-        written = {name: value if math.isfinite(value) else None for name, value in found.items()}
+        numbers = {name: value for name, value in found.items() if not isinstance(value, str)}
+        written = {**found, **{name: None for name, value in numbers.items() if not math.isfinite(value)}}
         with self._named():
             self._file.write(json.dumps({"step": step, **written}, allow_nan=False) + "\n")
             self._file.flush()
-        for name, value in found.items():
+        for name, value in numbers.items():
             if self._board is not None:
                 self._board.add_scalar(name, value, step)
         if self._run is not None:
-            self._run.log(found, step=step)
+            self._run.log(numbers, step=step)
 
     def flush(self) -> None:
         """Has the system write the lines to the disk."""
@@ -116,11 +118,13 @@ def read_log(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def draw_curves(folder: Path) -> None:
-    """``loss.png`` of the run: its training loss by the step."""
+    """``loss.png`` of the run: its training loss by the step, and the discriminator's where there is one."""
     entries = [entry for entry in read_log(folder) if entry.get("loss") is not None]
     if len(entries) > 1:
         values, steps = [entry["loss"] for entry in entries], [entry["step"] for entry in entries]
-        pictures.loss_curve(values, folder / "loss.png", iterations=steps, what="training objective")
+        other = [(entry["step"], entry[CRITIC]) for entry in entries if entry.get(CRITIC) is not None]
+        beside = {"discriminator": ([step for step, _ in other], [value for _, value in other])} if other else None
+        pictures.loss_curve(values, folder / "loss.png", iterations=steps, what="training objective", beside=beside)
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:

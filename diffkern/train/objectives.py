@@ -12,11 +12,22 @@ from diffkern import records
 from diffkern.checks import meant, unknown
 from diffkern.diffusion import Diffusion
 from diffkern.names import Prediction, SamplerName, TimesName
-from diffkern.nn import DiT, DiTConfig, UNet, preset
+from diffkern.nn import (
+    AutoencoderConfig,
+    DiT,
+    DiTConfig,
+    TextConditioned,
+    TextEncoderConfig,
+    UNet,
+    UNetConfig,
+    Vocabulary,
+    preset,
+)
 from diffkern.objectives.time_sampling import LossSecondMoment, TimeSampler, get_time_sampler
 from diffkern.schedules.discrete import DiscreteSchedule
 from diffkern.schedules.makers import SCHEDULES
 from diffkern.train.config import Objective, TrainConfig
+from diffkern.train.degraded import degradation_of, network_fields
 
 __all__ = ["OBJECTIVES", "ObjectiveParts", "make_diffusion", "make_network", "resampling"]
 
@@ -46,13 +57,23 @@ OBJECTIVES: dict[Objective, ObjectiveParts] = {
 """Schedule, prediction and sampler of every objective; a configuration may ask for another schedule."""
 
 
-def make_network(config: TrainConfig, shape: tuple[int, int, int], classes: int) -> UNet | DiT:
+def make_network(
+    config: TrainConfig,
+    shape: tuple[int, int, int],
+    classes: int,
+    images: tuple[int, int, int] | None = None,
+    vocabulary: Vocabulary | None = None,
+) -> UNet | DiT | TextConditioned:
     """The network ``config.network`` for images [C, H, W] of so many classes (0: none), with its first weights.
 
-    These come from ``config.seed`` alone. ValueError for options that its configuration does not have, and for a
-    network that needs more than classes.
+    ``images``: the shape of the images whose latents have the ``shape``. With a ``vocabulary`` it has an encoder of its
+    texts, ``config.text_options``, of the width of its context. Weights come from ``config.seed`` alone. ValueError for
+    options that its configuration does not have, for a network that needs more than classes or texts, and for one
+    without a context where there are texts.
     """
     base = preset(config.network)
+    if isinstance(base, AutoencoderConfig):
+        raise ValueError(f"TrainConfig.network must be a network of noise and time, got {config.network!r}")
     known = [field.name for field in dataclasses.fields(base)]
     for name in config.network_options:
         if name not in known:
@@ -60,6 +81,12 @@ def make_network(config: TrainConfig, shape: tuple[int, int, int], classes: int)
             hint = "" if near is None else f": did you mean {near!r}?"
             raise ValueError(f"TrainConfig.network_options must be fields of {type(base).__name__}, got {name!r}{hint}")
     channels, height, width = shape
+    concatenated = network_fields(degradation_of(config), images or shape, shape if images else None)
+    for name in concatenated:
+        if name not in known:
+            raise ValueError(
+                f"TrainConfig.network must be a UNet for a degradation, whose image it takes, got {config.network!r}"
+            )
     values: dict[str, Any] = {
         **base.to_dict(),
         "image_size": height if height == width else (height, width),
@@ -69,22 +96,48 @@ def make_network(config: TrainConfig, shape: tuple[int, int, int], classes: int)
     }
     if "out_channels" in values:
         values["out_channels"] = channels
+    values.update(concatenated)
     made = records.record(type(base), {**values, **config.network_options}, f"{type(base).__name__}.")
+    reads = vocabulary is not None
     for name in ("context_channels", "vector_channels", "ids", "concat_channels"):
-        if getattr(made, name, 0):
+        allowed = getattr(made, name, 0) if reads and name == "context_channels" else concatenated.get(name) or 0
+        if getattr(made, name, 0) != allowed:
             raise ValueError(
-                f"TrainConfig.network must need nothing but classes, got {config.network!r} with {name} = "
-                f"{getattr(made, name)}"
+                f"TrainConfig.network must need nothing but {'a context' if reads else 'classes'}, got "
+                f"{config.network!r} with {name} = {getattr(made, name)}"
             )
+    text = None if vocabulary is None else _encoder(config, made, vocabulary)
     with torch.random.fork_rng(devices=[]):  # the first weights come from torch's own generator
         torch.manual_seed(config.seed)
-        return DiT(made) if isinstance(made, DiTConfig) else UNet(made)
+        network = DiT(made) if isinstance(made, DiTConfig) else UNet(made)
+        return network if text is None else TextConditioned.of(network, text)
+
+
+def _encoder(config: TrainConfig, network: UNetConfig | DiTConfig, vocabulary: Vocabulary) -> TextEncoderConfig:
+    """The encoder of the texts that the network is given."""
+    context = getattr(network, "context_channels", 0)
+    if not context:
+        raise ValueError(
+            f"TrainConfig.network must have a context for the captions of the data, got {config.network!r} without: "
+            "network_options with context_channels and transformer_depth (of a UNet) give it one"
+        )
+    known = {**TextEncoderConfig.of(vocabulary, context_channels=context).to_dict(), **config.text_options}
+    return records.record(TextEncoderConfig, known, "TrainConfig.text_options: ")
 
 
 def make_diffusion(
-    config: TrainConfig, shape: tuple[int, int, int], classes: int = 0, network: nn.Module | None = None
+    config: TrainConfig,
+    shape: tuple[int, int, int],
+    classes: int = 0,
+    network: nn.Module | None = None,
+    autoencoder: nn.Module | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> Diffusion:
-    """The model object that the configuration trains on images [C, H, W] of so many classes; ``network``: one's own."""
+    """The model object that the configuration trains on images [C, H, W] of so many classes, or of captions of the
+    ``vocabulary``; ``network``: one's own.
+
+    With an ``autoencoder`` it is one of the latents of such images. ValueError for images that it does not take.
+    """
     parts = OBJECTIVES[config.objective]
     name = config.schedule or parts.schedule
     if name not in SCHEDULES:
@@ -93,15 +146,21 @@ def make_diffusion(
         schedule = SCHEDULES[name](**config.schedule_options)
     except TypeError as error:
         raise ValueError(f"TrainConfig.schedule_options must be arguments of {name}, got: {error}") from error
+    images = None
+    if autoencoder is not None:
+        encoder: Any = autoencoder
+        images, shape = shape, encoder.latent_shape(shape)
     return Diffusion(
-        make_network(config, shape, classes) if network is None else network,
+        make_network(config, shape, classes, images, vocabulary) if network is None else network,
         schedule,
         parts.prediction,
         weight=config.weight,
         times=_times(config),
-        drop=config.drop if classes else 0.0,
+        drop=config.drop if classes or vocabulary is not None else 0.0,
         shape=shape,
         learned_variance=parts.learned_variance,
+        autoencoder=autoencoder,
+        degradation=degradation_of(config),
     )
 
 

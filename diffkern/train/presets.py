@@ -2,9 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from diffkern.train.config import TrainConfig
 
 __all__ = ["PRESETS"]
+
+_AUTOENCODER = TrainConfig(
+    objective="autoencoder",
+    network_options={
+        "channels": 16,
+        "multipliers": (1, 2, 4),
+        "blocks": 1,
+        "groups": 8,
+        "latent_channels": 2,
+        "middle_attention": False,
+    },
+    data="mnist5k",
+    validation=500,
+    iterations=1200,
+    batch=32,
+    learning_rate=1e-3,
+    warmup=100,
+    decay="cosine",
+    final_rate=0.02,
+    betas=(0.9, 0.99),
+    averages=(),
+    plain_average=0.99,
+    save_every=300,
+)
 
 PRESETS: dict[str, TrainConfig] = {
     # 8 x 8 digits of ten classes in minutes on two cores
@@ -21,6 +47,27 @@ PRESETS: dict[str, TrainConfig] = {
         plain_average=0.99,
         averages=(),
         guidance=1.5,
+        log_every=10,
+        save_every=200,
+        validation=297,
+    ),
+    # the same with captions ("seven, thick") in place of classes
+    "digits-text": TrainConfig(
+        network="digits",
+        network_options={"transformer_depth": 1, "context_channels": 64},
+        schedule="cosine",
+        data="digits-text",
+        text=True,
+        iterations=400,
+        batch=64,
+        learning_rate=2e-3,
+        warmup=100,
+        decay="cosine",
+        final_rate=0.02,
+        betas=(0.9, 0.99),
+        plain_average=0.99,
+        averages=(),
+        guidance=3.0,
         log_every=10,
         save_every=200,
         validation=297,
@@ -88,6 +135,28 @@ PRESETS: dict[str, TrainConfig] = {
         precision="float16",
         save_every=10_000,
         sample_every=10_000,
+    ),
+    # the same digits by a GAN in less than five minutes: DCGAN's size, Radford et al. 2015, arXiv 1511.06434; without
+    # labels it makes all ten classes too
+    "gan-digits": TrainConfig(
+        objective="gan",
+        network="dcgan-digits",
+        data="digits",
+        iterations=3000,
+        batch=64,
+        learning_rate=4e-4,
+        warmup=0,
+        betas=(0.0, 0.99),
+        clip=None,
+        averages=(),
+        plain_average=0.995,
+        save_every=500,
+    ),
+    # 28 x 28 digits to latents of 7 x 7, f = 4, in a few minutes; the losses of Rombach et al. 2022, arXiv 2112.10752
+    "autoencoder-digits": _AUTOENCODER,
+    # the same with a codebook, van den Oord et al. 2017, arXiv 1711.00937
+    "vq-digits": dataclasses.replace(
+        _AUTOENCODER, network_options={**_AUTOENCODER.network_options, "regularisation": "vq", "codes": 128}
     ),
 }
 """The starting points of ``diffkern train --preset``."""

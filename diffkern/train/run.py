@@ -6,8 +6,9 @@ import contextlib
 import dataclasses
 import json
 import math
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffkern import parallel, pictures, storage
 from diffkern.data import Batch, Images
 from diffkern.extras import need
-from diffkern.generate import described, recommended
 from diffkern.ops.flops import FLOP_FORMULAS
-from diffkern.plan import Plan
-from diffkern.schedules.discrete import DiscreteSchedule
 from diffkern.train import _format, checkpoint
 from diffkern.train.config import TrainConfig
 from diffkern.train.ema import Averages
 from diffkern.train.learning_rate import learning_rate
-from diffkern.train.log import Log, draw_curves, matrix_rate
-from diffkern.train.objectives import OBJECTIVES
-from diffkern.train.steps import Stepper, examples, in_mode
+from diffkern.train.log import CRITIC, Log, draw_curves, matrix_rate
+from diffkern.train.stepper import Iteration, Stepper, in_mode
 
 __all__ = ["Run", "first_used"]
 
@@ -35,11 +32,22 @@ CONFIG, LOCK = "config.yaml", ".lock"
 PATIENCE = 15.0
 """Seconds until the reading processes of a job that was killed have ended too, which hold its lock as long."""
 FREE = {  # what a run may be resumed with another value of: no step's numbers come from it, but for their rounding
-    *("data", "cache", "skip_bad", "workers", "micro_batch", "checkpointing", "channels_last", "compile", "shard"),
+    *(
+        "data",
+        "cache",
+        "latents",
+        "encode",
+        "skip_bad",
+        "workers",
+        "micro_batch",
+        "checkpointing",
+        "channels_last",
+        "compile",
+        "shard",
+    ),
     *("log_every", "save_every", "keep", "snapshot_every", "validate_every", "sample_every", "sampler", "sample_steps"),
     *("sample_n", "guidance", "tensorboard", "wandb", "device", "threads", "bad_steps", "iterations", "init"),
 }
-PICTURE_SEED = 0
 
 
 def first_used(averages: Averages) -> contextlib.AbstractContextManager[None]:
@@ -60,9 +68,10 @@ class Run:
         images: Images,
         stepper: Stepper,
         averages: Averages,
+        held_out: Images | None = None,
     ) -> None:
-        self.folder, self.config, self.images = folder, config, images
-        self.stepper, self.averages, self.diffusion = stepper, averages, stepper.diffusion
+        self.folder, self.config, self.images, self.held_out = folder, config, images, held_out
+        self.stepper, self.averages, self.trained = stepper, averages, stepper.trained
         self.shown: dict[str, str] = {}
         """What the progress bar says."""
         self._log: Log | None = None
@@ -85,7 +94,7 @@ class Run:
                         f"got {self.config.iterations}"
                     )
             if self.config.sample_every is not None:
-                self._plan()
+                self.stepper.check_pictures()
             parallel.barrier()  # all have read before the main process writes
             parallel.by_main(lambda: self._begin(step))
         self._measure()
@@ -111,7 +120,7 @@ class Run:
     def _load(self, path: Path) -> int:
         found = checkpoint.load(
             path,
-            diffusion=self.diffusion,
+            diffusion=self.trained,
             averages=self.averages,
             optimizer=self.stepper.optimizer,
             expect=self._expected(path),
@@ -140,20 +149,20 @@ class Run:
         """How many operations an example costs (three times those of its forward pass), and a matrix product's rate."""
         if self.folder is None:
             return
-        diffusion, device = self.diffusion, self.stepper.device
-        x0, cond = examples(diffusion, *self.images.batch(torch.zeros(1, dtype=torch.int64)), device)
         counter: Any = FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS)
         eager = torch.compiler.set_stance("force_eager")  # no graph is compiled for a batch of one
-        still = in_mode(diffusion, training=False)  # a network's statistics stay as they are
+        still = in_mode(self.trained, training=False)  # a network's statistics stay as they are
         with eager, counter, torch.no_grad(), still:
-            diffusion.loss(x0, cond=cond, seeds=0)
+            self.stepper.once(self.images)
         self._flops = 3.0 * counter.get_total_flops()
-        self._rate = matrix_rate(device, self.stepper.dtype)
+        self._rate = matrix_rate(self.stepper.device, self.stepper.dtype)
 
-    def note(self, step: int, loss: float, norm: float, waited: float) -> None:
-        """Takes in a step: its loss, its gradient's norm and the seconds that its data took; logs when it is time."""
+    def note(self, step: int, done: Iteration, waited: float) -> None:
+        """Takes in a step, and the seconds that its data took; logs when it is time."""
         window, config = self._window, self.config
-        window.add(loss, norm, waited)
+        window.add(float(done.losses.mean()), done.norm, done.terms, waited)
+        if done.warning is not None:
+            self._warn(step, done.warning)
         if step % config.log_every and step != config.iterations:
             return
         seconds = window.seconds()
@@ -166,11 +175,20 @@ class Run:
             "data_share": window.waited / seconds,
             "matrix_share": self._flops * speed / (parallel.world() * self._rate) if self._flops else None,
             "skipped": self.stepper.skipped,
+            **window.means(),
         }
         self.write(step, **values)
         self.shown = {"loss": f"{values['loss']:.4f}", "images/s": f"{speed:.3g}"}
+        if CRITIC in values:
+            self.shown["discriminator"] = f"{values[CRITIC]:.4f}"
         self._window = _Window()
         self._window.begin()
+
+    def _warn(self, step: int, sentence: str) -> None:
+        """Into the log, and to whoever watches."""
+        self.write(step, warning=sentence)
+        if parallel.is_main():
+            print(f"warning: step {step}: {sentence}", file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
@@ -179,7 +197,7 @@ class Run:
         yield
         self._window.paused += time.perf_counter() - start
 
-    def write(self, step: int, **values: float | int | None) -> None:
+    def write(self, step: int, **values: float | int | str | None) -> None:
         """A line of the log."""
         if self._log is not None:
             self._log.write(step, **values)
@@ -196,7 +214,7 @@ class Run:
         checkpoint.save(
             self.folder,
             step,
-            diffusion=self.diffusion,
+            diffusion=self.trained,
             averages=self.averages,
             optimizer=self.stepper.optimizer,
             extra=extra,
@@ -206,45 +224,16 @@ class Run:
         )
         self._saved = step
 
-    def _plan(self) -> Plan:
-        """The plan of the pictures; made before the first step too, so that what it lacks is said then."""
-        config, diffusion = self.config, self.diffusion
-        parts, guided = OBJECTIVES[config.objective], config.guidance is not None and diffusion.null is not None
-        sampler, steps = config.sampler, config.sample_steps
-        if sampler is None and diffusion.prediction == parts.prediction:
-            sampler = parts.sampler
-        if config.sampler is None and diffusion.learned_variance and guided:
-            sampler = "ddim"  # guidance is of the prediction alone
-        if isinstance(diffusion.schedule, DiscreteSchedule):
-            steps = min(steps, diffusion.schedule.T)
-        plan = recommended(diffusion, sampler, steps)
-        if plan.learned_variance and guided:
-            raise ValueError(f"TrainConfig.sampler must be one without a learned variance for guidance, got {sampler}")
-        return plan
-
     def draw(self, step: int) -> None:
-        """``samples/STEP.png`` by the averaged weights, the same noise every time, and ``loss.png``."""
-        config, diffusion = self.config, self.diffusion
-        if self.folder is None or not (parallel.is_main() or config.shard == "fsdp"):
+        """``samples/STEP.png`` by the averaged weights, and ``loss.png``."""
+        if self.folder is None or not (parallel.is_main() or self.config.shard == "fsdp"):
             return
-        classes = None
-        if diffusion.null is not None and self.images.classes is not None:
-            classes = torch.arange(config.sample_n, device=self.stepper.device) % len(self.images.classes)
-        columns = 8 if classes is None else min(16, len(self.images.classes or ()))
-        plan = self._plan()
         with first_used(self.averages):
-            made = diffusion.sample(
-                [config.sample_n, *self.images.shape],
-                plan,
-                seeds=PICTURE_SEED,
-                cond=classes,
-                guidance=config.guidance if classes is not None else None,
-            )
+            rows, words, names = self.stepper.picture(self.images, self.held_out)
         if parallel.is_main():
-            title = f"step {step}: {described(plan, config.guidance if classes is not None else None)}"
-            rows = list(made.cpu().split(columns))
-            scale = pictures.default_scale(made.shape[-1])
-            pictures.write(pictures.grid(rows, title=title, scale=scale), self.folder / "samples" / f"{step:08d}.png")
+            scale, title = pictures.default_scale(rows[0].shape[-1]), f"step {step}: {words}"
+            grid = pictures.grid(rows, names=names, title=title, scale=scale)
+            pictures.write(grid, self.folder / "samples" / f"{step:08d}.png")
             draw_curves(self.folder)
 
     def bad_batch(self, step: int, micro_batches: list[Batch]) -> str:
@@ -261,9 +250,13 @@ class Run:
         storage.write(path, need("safetensors.torch", "safetensors", "train").save(found))
         return f"{text}; its examples are in {path}"
 
-    def finish(self) -> None:
-        """``loss.png``, where the loop came to its end."""
-        if self.folder is not None and parallel.is_main():
+    def finish(self, step: int) -> None:
+        """``loss.png``, and where the last iteration is done what the objective leaves."""
+        if self.folder is None:
+            return
+        if step == self.config.iterations:
+            self.stepper.finish(self.images, self.folder, self.averages)
+        if parallel.is_main():
             draw_curves(self.folder)
 
     def close(self) -> None:
@@ -282,6 +275,8 @@ class _Window:
     steps: int = 0
     waited: float = 0.0
     paused: float = 0.0
+    terms: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    """Of what an objective says beside its loss the sum, and of how many iterations it is."""
     steps_here: int = 0
     """Of this process: a resumed run's speed is that since it was resumed."""
     _started: float = 0.0
@@ -289,16 +284,23 @@ class _Window:
     def begin(self) -> None:
         self._started, self.waited, self.paused, self.steps_here = time.perf_counter(), 0.0, 0.0, 0
 
-    def add(self, loss: float, norm: float, waited: float) -> None:
-        if math.isfinite(loss) and math.isfinite(norm):
+    def add(self, loss: float, norm: float, terms: Mapping[str, float], waited: float) -> None:
+        if all(map(math.isfinite, (loss, norm, *terms.values()))):
             self.loss += loss
             self.norm += norm
             self.steps += 1
+            for name, value in terms.items():
+                before = self.terms.get(name, [0.0, 0])
+                self.terms[name] = [before[0] + value, before[1] + 1]
         self.waited += waited
         self.steps_here += 1
 
     def seconds(self) -> float:
         return max(1e-9, time.perf_counter() - self._started - self.paused)
 
-    def state(self) -> dict[str, float]:
-        return {"loss": self.loss, "norm": self.norm, "steps": self.steps}
+    def means(self) -> dict[str, float]:
+        return {name: total / count for name, (total, count) in self.terms.items()}
+
+    def state(self) -> dict[str, Any]:
+        found = {"loss": self.loss, "norm": self.norm, "steps": self.steps}
+        return {**found, "terms": self.terms} if self.terms else found

@@ -1,74 +1,37 @@
-"""One optimiser step, whatever the processes, micro-batches and precision: gradient, clipping, update."""
+"""One optimiser step of a `Diffusion`, whatever the processes and micro-batches: gradient, clipping, update."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-import math
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffkern import ops, parallel
-from diffkern.data import Batch
+from diffkern.data import Batch, Images
 from diffkern.diffusion import Diffusion
-from diffkern.objectives.time_sampling import LossSecondMoment
+from diffkern.generate import described, recommended
+from diffkern.plan import Plan
+from diffkern.schedules.discrete import DiscreteSchedule
+from diffkern.train import degraded
+from diffkern.train.captions import asked, told
+from diffkern.train.checkpoint import newest
 from diffkern.train.config import TrainConfig
+from diffkern.train.latents import autoencoder_of, check_latents, in_latents
+from diffkern.train.learning_rate import learning_rate
+from diffkern.train.objectives import OBJECTIVES, make_diffusion, resampling
+from diffkern.train.stepper import Iteration, Picture, Stepper, examples, in_mode, prepare
+from diffkern.train.validation import validate
 
-__all__ = ["Stepper", "examples", "in_mode", "prepare"]
+__all__ = ["DiffusionStepper", "examples", "in_mode", "prepare"]
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def prepare(diffusion: Diffusion, config: TrainConfig, device: torch.device) -> Diffusion:
-    """The same object, on the device and switched as the configuration says: layout, checkpointing, compilation."""
-    diffusion.to(device)
-    if config.channels_last:
-        diffusion.model.to(memory_format=torch.channels_last)  # convolutions run up to 2.5 times faster on a CPU
-        for weight in diffusion.model.parameters():
-            if weight.dim() == 4 and weight.shape[2:] == (1, 1):  # in either layout: with the strides of its gradient
-                weight.data = weight.data.flatten().view(weight.shape)
-    if config.checkpointing:
-        network: Any = diffusion.model
-        if hasattr(network, "enable_gradient_checkpointing"):  # diffusers
-            network.enable_gradient_checkpointing()
-        elif hasattr(network, "checkpointing"):
-            network.checkpointing = True
-        else:
-            raise ValueError(
-                "TrainConfig.checkpointing needs a network with a switch for it (`checkpointing`, or diffusers' "
-                f"enable_gradient_checkpointing), got {type(diffusion.model).__name__}"
-            )
-    if config.compile:
-        diffusion.model.compile()
-    return diffusion.train()
+PICTURE_SEED = 0
 
 
-@contextlib.contextmanager
-def in_mode(module: nn.Module, training: bool) -> Iterator[None]:
-    """Training or evaluation mode for a while, put back module by module: one that was frozen is so again."""
-    before = [(inside, inside.training) for inside in module.modules()]
-    module.train(training)
-    try:
-        yield
-    finally:
-        for inside, was in before:
-            inside.training = was
-
-
-def examples(
-    diffusion: Diffusion, x0: Tensor, labels: Tensor | None, device: torch.device
-) -> tuple[Tensor, Tensor | None]:
-    """Images as the network takes them, in the dtype of its weights, and its condition: the labels, where the diffusion
-    has a ``null`` for none."""
-    dtype = next((p.dtype for p in diffusion.parameters() if p.is_floating_point()), x0.dtype)
-    cond = None if labels is None or diffusion.null is None else labels.to(device, non_blocking=True)
-    return x0.to(device, dtype, non_blocking=True), cond
-
-
-class Stepper:
+class DiffusionStepper(Stepper):
     """Turns the micro-batches of an iteration into one step of AdamW.
 
     The loss of a batch is the mean over all its examples on all processes. Each example's noise, time and lost
@@ -77,18 +40,9 @@ class Stepper:
     around it; one that is cut into pieces (``fsdp``) brings its own communication.
     """
 
-    def __init__(
-        self,
-        diffusion: Diffusion,
-        config: TrainConfig,
-        device: torch.device,
-        resampling: LossSecondMoment | None = None,
-    ) -> None:
-        self.diffusion, self.config, self.device, self.resampling = diffusion, config, device, resampling
-        self.dtype = _DTYPES[config.precision]
-        self.skipped, self.bad = 0, 0
-        """Steps that were left out since the start, and the last ones in a row."""
-        self._check(config)
+    def __init__(self, diffusion: Diffusion, config: TrainConfig, device: torch.device) -> None:
+        super().__init__(diffusion, config, device)
+        self.diffusion, self.resampling = diffusion, resampling(config, diffusion)
         self.wrapped: nn.Module = diffusion
         if parallel.world() > 1 and config.shard == "ddp":
             ids = [device] if device.type == "cuda" else None
@@ -97,20 +51,46 @@ class Stepper:
             buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
             self.wrapped = wrap(diffusion, device_ids=ids, **{buffers: False})
         self.parameters = [p for p in diffusion.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=config.learning_rate,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-            fused=config.shard == "ddp",
-        )
-        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
 
-    def _check(self, config: TrainConfig) -> None:
-        world = parallel.world()
-        if config.batch < world or (config.shard == "fsdp" and config.batch % world):
-            rule = "divisible by" if config.shard == "fsdp" else "at least"
-            raise ValueError(f"TrainConfig.batch must be {rule} the {world} processes, got {config.batch}")
+    @classmethod
+    def make(cls, config: TrainConfig, images: Images, folder: Path | None) -> Diffusion:
+        """What ``init`` says (of a run that goes on its own), or one that is made."""
+        if config.init is not None:
+            found = None if folder is None else newest(folder)
+            return check_latents(config, Diffusion.from_pretrained(found or config.init))
+        labelled = config.labels and images.labels is not None
+        classes, vocabulary = (images.classes, images.vocabulary) if labelled else (None, None)
+        count, autoencoder = 0 if classes is None else len(classes), autoencoder_of(config, folder)
+        return make_diffusion(config, images.shape, count, autoencoder=autoencoder, vocabulary=vocabulary)
+
+    @classmethod
+    def check(cls, trained: Diffusion, config: TrainConfig, images: Images) -> None:
+        """Images of the diffusion's shape, labels that its network has."""
+        if trained.shape is not None and images.shape not in (trained.shape, trained.image_shape):
+            shape = list(trained.image_shape or ())
+            raise ValueError(f"data must have images of the diffusion's shape {shape}, got {list(images.shape)}")
+        told(trained, images)  # raises
+        null, labels = trained.null, images.labels
+        if null is None or labels is None or null.ndim > 0:
+            return
+        classes = getattr(parallel.bare(trained.model), "null_class", None)  # of diffkern.nn: the one after the last
+        wrong = labels[labels == null.to(labels.device)] if classes is None else labels[labels >= classes]
+        if len(wrong):
+            rule = (
+                "other labels than the diffusion's null"
+                if classes is None
+                else f"labels below {classes}, the network's"
+            )
+            raise ValueError(f"data must have {rule}, got {int(wrong[0])}")
+
+    def seen(self, images: Images, folder: Path | None, progress: bool | str) -> Images:
+        """Captions in the network's own words; latents, of a diffusion that has an autoencoder."""
+        return in_latents(self.diffusion, told(self.diffusion, images), self.config, folder, progress)
+
+    def iterate(self, micro_batches: list[Batch], iteration: int, stop: bool = False) -> Iteration:
+        """`gradient`, then `step` at the iteration's learning rate."""
+        losses, stopped = self.gradient(micro_batches, iteration, stop)
+        return Iteration(losses, self.step(learning_rate(self.config, iteration)), stopped)
 
     def seeds_and_times(self, iteration: int) -> tuple[Tensor, Tensor]:
         """Of the whole batch, [batch] each, the same on every process."""
@@ -179,39 +159,73 @@ class Stepper:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.scaler.unscale_(self.optimizer)
-        clip = math.inf if self.config.clip is None else self.config.clip
-        norm: Any = nn.utils.clip_grad_norm_(self.parameters, clip)
-        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # the pieces' norms together
-        finite = math.isfinite(norm)
-        self.bad = 0 if finite else self.bad + 1
-        self.skipped += not finite
-        if finite or self.scaler.is_enabled():  # the scaler leaves out what it found infinite
-            self.scaler.step(self.optimizer)
-        self.scaler.update()
+        norm, finite = self.update(self.parameters)
+        self.count(finite)
         return norm
-
-    @property
-    def too_many_bad(self) -> bool:
-        """Whether more steps in a row than the configuration allows had to be left out."""
-        return self.bad > self.config.bad_steps
 
     def state(self) -> dict[str, Any]:
         """What the next step depends on beside weights and optimiser, as plain data for JSON."""
         times = None if self.resampling is None else self.resampling.state_dict()
-        return {
-            "skipped": self.skipped,
-            "bad": self.bad,
-            "scaler": self.scaler.state_dict(),
-            "times": None if times is None else {name: value.tolist() for name, value in times.items()},
-        }
+        plain = None if times is None else {name: value.tolist() for name, value in times.items()}
+        return {**super().state(), "times": plain}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """What `state` gave."""
-        self.skipped, self.bad = state["skipped"], state["bad"]
-        if self.scaler.is_enabled() and state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
+        super().load_state(state)
         if self.resampling is not None and state["times"] is not None:
             dtypes = {name: value.dtype for name, value in self.resampling.state_dict().items()}
             times = {name: torch.tensor(value, dtype=dtypes[name]) for name, value in state["times"].items()}
             self.resampling.load_state_dict(times)
+
+    # ------------------------------------------------------------------------------------------------------- looked at
+
+    def once(self, images: Images) -> None:
+        """The loss of one image."""
+        x0, cond = examples(self.diffusion, *images.batch(torch.zeros(1, dtype=torch.int64)), self.device)
+        shape, degradation = self.diffusion.shape, self.diffusion.degradation
+        if shape is not None and degradation is None:
+            x0 = x0.new_zeros(1, *shape)  # the encoder has no backward pass to be counted
+        self.diffusion.loss(x0, cond=cond, seeds=0)
+
+    def validate(self, images: Images) -> dict[str, float | None]:
+        """See `diffkern.train.validation.validate`."""
+        found = validate(self.diffusion, images)
+        return {"validation_loss": found.loss, "bits_per_dim": found.bits_per_dim}
+
+    def check_pictures(self) -> None:
+        """The plan is one for this diffusion."""
+        self._plan()
+
+    def _plan(self) -> Plan:
+        config, diffusion = self.config, self.diffusion
+        parts, guided = OBJECTIVES[config.objective], config.guidance is not None and diffusion.null is not None
+        sampler, steps = config.sampler, config.sample_steps
+        if sampler is None and diffusion.prediction == parts.prediction:
+            sampler = parts.sampler
+        if config.sampler is None and diffusion.learned_variance and guided:
+            sampler = "ddim"  # guidance is of the prediction alone
+        if isinstance(diffusion.schedule, DiscreteSchedule):
+            steps = min(steps, diffusion.schedule.T)
+        plan = recommended(diffusion, sampler, steps)
+        if plan.learned_variance and guided:
+            raise ValueError(f"TrainConfig.sampler must be one without a learned variance for guidance, got {sampler}")
+        return plan
+
+    def picture(self, images: Images, held_out: Images | None) -> Picture:
+        """Samples, of the classes in turn or of some captions; with a degradation of inputs, of images kept apart where
+        there are any."""
+        config, diffusion = self.config, self.diffusion
+        wanted = asked(diffusion, images, config.sample_n, self.device)
+        plan, guidance = self._plan(), None if wanted.cond is None else config.guidance
+        if diffusion.degradation is not None:
+            rows = degraded.picture(diffusion, plan, held_out or images, config.sample_n, guidance)
+            return Picture(rows, described(plan, guidance))
+        made = diffusion.sample(
+            [config.sample_n, *(diffusion.shape or images.shape)],
+            plan,
+            seeds=PICTURE_SEED,
+            cond=wanted.cond,
+            guidance=guidance,
+        )
+        rows = list(made.cpu().split(wanted.columns))
+        return Picture(rows, described(plan, guidance), tuple(wanted.names))

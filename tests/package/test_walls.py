@@ -101,8 +101,8 @@ WALLS = {
     "objectives sampling simulate diffkern",
     "data": "streams integers checks names records progress extras pixels parallel vocabulary ops draws",
     "metrics": "checks records storage progress extras pixels pictures parallel",
-    "train": "streams checks names records storage progress extras pictures parallel schedules plan ops draws nn "
-    "objectives diffusion data generate",
+    "train": "streams checks names records storage progress extras pictures parallel schedules plan ops draws "
+    "degradations nn objectives diffusion gan data metrics generate",
     "generate": "integers names records storage progress pixels pictures parallel schedules plan ops samplers",
     "demo": "storage extras pictures ops objectives diffusion data metrics train generate",
     "command": "checks records storage extras pictures parallel _load schedules plan samplers nn diffusion data "

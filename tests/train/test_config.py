@@ -11,6 +11,7 @@ import pytest
 
 from diffkern.train.config import TrainConfig
 from diffkern.train.learning_rate import learning_rate
+from diffkern.train.objectives import OBJECTIVES
 from diffkern.train.presets import PRESETS
 
 
@@ -40,7 +41,10 @@ def test_a_part_of_a_configuration_leaves_the_rest_at_its_defaults(tmp_path: Pat
         ("batch: many", "TrainConfig.batch must be an integer, got 'many'"),
         ("batch: 0", "TrainConfig.batch must be in 1..16777216, got 0"),
         ("clip: 0.0", "TrainConfig.clip must be positive and finite, got 0.0"),
-        ("objective: gan", "TrainConfig.objective must be one of 'eps', 'x0', 'v', 'edm', 'flow', 'ncsn', 'hybrid'"),
+        (
+            "objective: gans",
+            "TrainConfig.objective must be one of 'eps', 'x0', 'v', 'edm', 'flow', 'ncsn', 'hybrid', 'gan'",
+        ),
         ("averages: [0.3]", "TrainConfig.averages must be in (0, 0.28)"),
         ("averages: [0.1, 0.1]", "TrainConfig.averages must be different from each other"),
         ("drop: 1.0", "TrainConfig.drop must be in [0, 1), got 1.0"),
@@ -92,16 +96,38 @@ def test_the_learning_rate_rises_and_falls_as_it_says() -> None:
     assert learning_rate(TrainConfig(warmup=0, decay="inverse_sqrt"), 3) == pytest.approx(1e-4)  # sqrt(1/4)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+DIFFUSIONS = [name for name, config in PRESETS.items() if config.objective in OBJECTIVES]
+
+
+def test_a_preset_of_two_networks_makes_them() -> None:
+    import torch
+
+    from diffkern.train.adversarial import make_gan
+    from diffkern.train.reconstruction import make_autoencoder
+
+    with torch.device("meta"):
+        gan = make_gan(PRESETS["gan-digits"], (1, 8, 8), 10)
+        plain = make_gan(PRESETS["gan-digits"], (1, 8, 8), 0)
+        made = {n: make_autoencoder(PRESETS[n], (1, 28, 28)).autoencoder for n in ("autoencoder-digits", "vq-digits")}
+    assert (gan.shape, gan.classes, plain.classes) == ((1, 8, 8), 10, 0)
+    assert {n: a.latent_shape((1, 28, 28)) for n, a in made.items()} == dict.fromkeys(made, (2, 7, 7))
+    assert [a.config.regularisation for a in made.values()] == ["kl", "vq"]
+    assert sorted(PRESETS.keys() - {*DIFFUSIONS}) == ["autoencoder-digits", "gan-digits", "vq-digits"]
+
+
+@pytest.mark.parametrize("name", DIFFUSIONS)
 def test_a_preset_makes_a_model(name: str) -> None:
     import torch
 
-    from diffkern.train.objectives import OBJECTIVES, make_diffusion
+    from diffkern.train.objectives import make_diffusion
+    from diffkern.vocabulary import Vocabulary
 
     config = PRESETS[name]
-    size = config.size or (8 if name == "digits" else 32)
+    size = config.size or (8 if name.startswith("digits") else 32)
+    words = Vocabulary.of(["seven, thick"]) if config.text else None
     with torch.device("meta"):
-        diffusion = make_diffusion(config, (3, size, size), 10 if config.labels else 0)
+        classes = 10 if config.labels and words is None else 0
+        diffusion = make_diffusion(config, (3, size, size), classes, vocabulary=words)
     assert diffusion.shape == (3, size, size)
     assert diffusion.prediction == OBJECTIVES[config.objective].prediction
     assert diffusion.drop == (0.1 if config.labels else 0.0)
@@ -165,6 +191,13 @@ def test_a_network_that_needs_more_than_classes_is_refused_before_it_is_built(
         ValueError, match=f"TrainConfig.network must need nothing but classes, got '{network}' with {wrong}"
     ):
         objectives.make_network(config, (4, 64, 64), 0)
+
+
+def test_an_autoencoder_is_no_network_of_diffusion() -> None:
+    from diffkern.train import objectives
+
+    with pytest.raises(ValueError, match=r"^TrainConfig\.network must be a network of noise and time, got 'sd-vae'$"):
+        objectives.make_network(TrainConfig(network="sd-vae"), (3, 64, 64), 0)
 
 
 def test_the_constants_of_times_reach_their_sampler() -> None:

@@ -18,7 +18,7 @@ import diffkern
 from diffkern.data import Batch
 from diffkern.train import TrainConfig, fit, make_diffusion
 from diffkern.train.log import read_log
-from diffkern.train.steps import Stepper, prepare
+from diffkern.train.steps import DiffusionStepper, prepare
 
 pytestmark = needs("yaml", "safetensors", "matplotlib", "PIL")
 
@@ -115,7 +115,7 @@ def test_micro_batches_add_up_to_the_gradient_of_the_batch() -> None:
         torch.testing.assert_close(found[cut][1], found[8][1], rtol=1e-4, atol=1e-6)
 
 
-def first_step(config: TrainConfig, network: nn.Module | None = None) -> tuple[Stepper, list[Batch]]:
+def first_step(config: TrainConfig, network: nn.Module | None = None) -> tuple[DiffusionStepper, list[Batch]]:
     from diffkern.data import Stream, loader, open_images
 
     images = open_images(tiny_data())
@@ -125,7 +125,7 @@ def first_step(config: TrainConfig, network: nn.Module | None = None) -> tuple[S
         for p in diffusion.parameters():  # a network that starts at zero would have gradients of zero
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
     batches = loader(images, Stream(len(images), 0), batch=config.batch, seed=0, micro_batch=config.micro_batch)
-    return Stepper(diffusion, config, torch.device("cpu")), next(batches)
+    return DiffusionStepper(diffusion, config, torch.device("cpu")), next(batches)
 
 
 def test_the_gradient_is_clipped_to_its_norm() -> None:
