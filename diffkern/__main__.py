@@ -36,6 +36,10 @@ _commands: dict[str, Command] = {
     "train": Command("train a model on a folder of images", "diffkern.command.train:run", own_parser=True),
     "demo": Command("train a small model on handwritten digits and sample from it", "diffkern.command.demo:add_demo"),
     "sample": Command("images from a trained model", "diffkern.command.sample:add_command"),
+    "reconstruct": Command(
+        "images through a trained autoencoder and back, beside what they were",
+        "diffkern.command.reconstruct:add_command",
+    ),
     "evaluate": Command("how good a model's images are, against real ones", "diffkern.command.evaluate:add_command"),
     "plan": Command("print a sampler's plan, compare two, write one as JSON", "diffkern.command.plan:add_command"),
 }

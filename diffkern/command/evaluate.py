@@ -1,5 +1,7 @@
 """`diffkern evaluate`: how good a model's images are, against a folder of real ones; a table, JSON, and a picture.
 
+Of a model that gives back what images have lost, those of its run kept apart are the truth.
+
 Under torchrun the processes share sampling and features; the scores are those of one process.
 """
 
@@ -17,12 +19,15 @@ from torch import Tensor
 
 from diffkern import parallel, pictures, storage
 from diffkern.command._arguments import MOST_IMAGES, add_machine, check_count, check_device, output_folder, use_threads
-from diffkern.command._model import add_model, make_plan, open_model
-from diffkern.generate import Part, described, generate, known_classes, read_shards, write_shards
+from diffkern.command._model import add_model, diffusion_plan, make_plan, open_model
+from diffkern.command._restoration import MOST as MOST_RESTORED
+from diffkern.command._restoration import evaluate_restored
+from diffkern.generate import Part, described, generate, known_classes, read_shards, reads, write_shards
 
 if TYPE_CHECKING:
     from diffkern.data import Images
     from diffkern.diffusion import Diffusion
+    from diffkern.gan import GAN
     from diffkern.metrics import Extractor
 
 __all__ = ["add_command"]
@@ -75,7 +80,7 @@ class _Evaluation:
 
         self.arguments, self.device = arguments, device
         self.bars = not arguments.quiet and parallel.is_main()
-        self.diffusion: Diffusion | None = None
+        self.diffusion: Diffusion | GAN | None = None
         self.images: Images | None = None
         if arguments.images is not None:
             self.images = open_images(arguments.images, progress=self.bars)
@@ -84,7 +89,7 @@ class _Evaluation:
                 raise ValueError("--out must be given where there is no --run, the folder for the results, got none")
         else:
             self.diffusion = open_model(arguments, arguments.device)
-            shape = self.diffusion.shape or ()
+            shape = self.diffusion.image_shape or ()
             self.plan = make_plan(self.diffusion, arguments)
         self.data = self._data(shape)
         self.out = Path(arguments.out if arguments.out is not None else arguments.folder)
@@ -96,8 +101,10 @@ class _Evaluation:
 
         arguments = self.arguments
         output_folder(self.out)
+        if getattr(self.diffusion, "degradation", None) is not None:
+            return self._restored(self.diffusion)
         extractor = self._extractor()
-        judge = self._classifier() if arguments.agreement and self.data.labels is not None else None
+        judge = self._classifier() if arguments.agreement and self._classed() else None
         reference = reference_statistics(
             self.data, extractor, self.out / "reference.safetensors", progress="real images" if self.bars else False
         )
@@ -126,10 +133,33 @@ class _Evaluation:
             print(f"{'bits per dimension':<20}{bits:>10.4f}  bound on {min(BOUND, len(self.data))} of the real images")
         print(f"{self._words()}; evaluation.json and evaluation.png are in {self.out}", flush=True)
 
+    def _restored(self, diffusion: Any) -> None:
+        """Of a model with a degradation."""
+        from diffkern.metrics import inception_weights
+
+        arguments = self.arguments
+        if arguments.shards is not None or arguments.agreement:
+            raise ValueError("--shards and --agreement must be left out for a model that is given images, got one")
+        known = arguments.features is not None or self._classed() or inception_weights().is_file()
+        evaluate_restored(
+            diffusion,
+            diffusion_plan(diffusion, arguments),
+            self.data,
+            self.count,
+            self._extractor if known else None,
+            self.out,
+            seed=arguments.seed,
+            guidance=arguments.guidance,
+            micro_batch=arguments.micro_batch,
+            progress=self.bars,
+            ink=arguments.ink,
+            source=str(arguments.folder),
+        )
+
     # ------------------------------------------------------------------------------------------------ what is compared
 
     def _data(self, shape: tuple[int, ...]) -> Images:
-        """The real images, of the shape of the others."""
+        """The real images, of the shape of the others; `all` of them where some are kept apart."""
         from diffkern.data import open_images
 
         if len(shape) != 3:
@@ -141,6 +171,7 @@ class _Evaluation:
         elif source != options.get("data"):
             options = {}
         options.pop("data", None)
+        apart = options.pop("validation", None)
         if self.arguments.limit is not None:
             options["limit"] = check_count("--limit", self.arguments.limit)
         data = open_images(
@@ -152,7 +183,16 @@ class _Evaluation:
         )
         if data.shape != shape:
             raise ValueError(f"--data must be images of shape {shape}, as those to compare, got {data.shape}")
-        return data
+        self.all = data
+        return data if apart is None else self._kept_apart(data, apart)
+
+    def _kept_apart(self, data: Images, share: float) -> Images:
+        """Of a model that gives back what images have lost, those that its run was not trained on."""
+        from diffkern.data import split
+
+        if getattr(self.diffusion, "degradation", None) is None or share == 0.0:  # a GAN has none either
+            return data
+        return split(data, share if share < 1.0 else int(share))[1]
 
     def _run_options(self) -> dict[str, Any]:
         """How the run opened its data, from its config.yaml; a ValueError where neither that nor --data says them."""
@@ -164,8 +204,10 @@ class _Evaluation:
                 raise ValueError("--data must be given, the real images, where no run's config.yaml says it, got none")
             return {}
         config = TrainConfig.from_dict(read_yaml(path))
-        labels = None if config.labels else False
-        return {"data": config.data, "limit": config.limit, "skip_bad": config.skip_bad, "labels": labels}
+        needed = config.labels or self.arguments.features == "classifier"  # which needs classes
+        labels = ("text" if config.text else None) if needed else False
+        options = {"data": config.data, "limit": config.limit, "skip_bad": config.skip_bad, "labels": labels}
+        return {**options, "validation": config.validation}
 
     def _wanted(self) -> tuple[int, Tensor | None]:
         """How many images, and of which classes: as often as in the data, one class after the other."""
@@ -176,8 +218,15 @@ class _Evaluation:
             return count, self.images.labels
         assert self.diffusion is not None
         asked = self.arguments.n
-        count = min(MOST, len(self.data)) if asked is None else check_count("--n", asked, MOST_IMAGES)
+        most = MOST if getattr(self.diffusion, "degradation", None) is None else MOST_RESTORED
+        count = min(most, len(self.data)) if asked is None else check_count("--n", asked, MOST_IMAGES)
+        if reads(self.diffusion):
+            from diffkern.train.captions import told
+
+            self.data = told(self.diffusion, self.data)
         known, labels = known_classes(self.diffusion), self.data.labels
+        if reads(self.diffusion) and labels is not None:  # the captions of the data, from the first to the last
+            return count, labels[torch.arange(count) * len(labels) // count]
         if known is None:
             return count, None
         if labels is None:
@@ -214,7 +263,7 @@ class _Evaluation:
             if weights is not None:
                 raise ValueError(f"--weights must go with --features, got {weights!r} alone")
             name = "inception" if inception_weights().is_file() else "classifier"
-            if name == "classifier" and self.data.labels is None:
+            if name == "classifier" and not self._classed():
                 raise ValueError(
                     f"--features must be given: the data have no classes to train a classifier on, and Inception's "
                     f"weights are not in {inception_weights()}, got none"
@@ -223,22 +272,27 @@ class _Evaluation:
             return self._classifier()
         return extractor(name, weights, self.device)
 
+    def _classed(self) -> bool:
+        """Whether the data have classes; captions are none."""
+        return self.data.labels is not None and self.data.labels.ndim == 1
+
     def _classifier(self) -> Any:
         """Of these data: trained once, kept in the folder of the results."""
         from diffkern.metrics import Classifier, train_classifier
 
-        place = self.out / f"classifier-{self.data.fingerprint[:12]}"
+        place = self.out / f"classifier-{self.all.fingerprint[:12]}"
         if parallel.is_main() and not place.with_name(place.name + ".json").is_file():
-            train_classifier(self.data, device=self.device, progress=self.bars).save(place)
+            train_classifier(self.all, device=self.device, progress=self.bars).save(place)
         parallel.barrier()
         return Classifier.load(place, self.device)
 
     def _bits(self) -> float | None:
-        """The bound in bits per dimension, of a model on a table."""
+        """The bound in bits per dimension, of a model of images on a table."""
         from diffkern.data import Subset
+        from diffkern.diffusion import Diffusion
         from diffkern.train.validation import validate
 
-        if self.diffusion is None:
+        if not isinstance(self.diffusion, Diffusion) or self.diffusion.autoencoder is not None:
             return None
         count = min(BOUND, len(self.data))
         some = Subset(self.data, torch.arange(count) * len(self.data) // count)
@@ -250,7 +304,8 @@ class _Evaluation:
         """The numbers of the images in the picture: of as many classes as there are."""
         if self.classes is None:
             return list(range(min(SHOWN, self.count)))
-        found = [torch.nonzero(self.classes == c)[:, 0].tolist() for c in self.classes.unique().tolist()]
+        classes = torch.unique(self.classes, dim=0, return_inverse=True)[1]  # of texts too
+        found = [torch.nonzero(classes == c)[:, 0].tolist() for c in classes.unique().tolist()]
         if len(found) > SHOWN:
             found = [found[i * len(found) // SHOWN] for i in range(SHOWN)]
         return [of[i] for i in range(SHOWN) for of in found if i < len(of)][:SHOWN]
@@ -261,7 +316,8 @@ class _Evaluation:
             return {"source": str(self.arguments.images)}
         arguments, plan = self.arguments, self.plan
         words = {name: getattr(arguments, name) for name in ("average", "guidance", "seed", "micro_batch")}
-        return {"run": str(arguments.folder), "sampler": plan.name, "steps": len(plan.steps), **words}
+        sampler, steps = ("generator", 0) if plan is None else (plan.name, len(plan.steps))
+        return {"run": str(arguments.folder), "sampler": sampler, "steps": steps, **words}
 
     def _words(self) -> str:
         if self.images is not None:

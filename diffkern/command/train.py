@@ -35,9 +35,12 @@ def run(argv: Sequence[str]) -> int:
     if main_process():
         state = "stopped after" if fitted.stopped else "trained"
         print(f"{state} {fitted.step} of {config.iterations} iterations; in {out}: checkpoints, log.jsonl, config.yaml")
-        again = (
-            f"diffkern train --out {out}" if fitted.stopped else f"diffkern sample --run {out} --n 64 --out grid.png"
-        )
+        use = f"sample --run {out} --n 64 --out grid.png"
+        if config.objective == "autoencoder":
+            use = f"reconstruct --run {out} --n 32 --out pairs.png"
+        elif getattr(fitted.trained, "degradation", None) is not None:
+            use = f"evaluate --run {out}"  # a sample needs an input
+        again = f"diffkern train --out {out}" if fitted.stopped else f"diffkern {use}"
         print(f"  {again}", flush=True)
     return 0
 
@@ -62,9 +65,15 @@ def chosen(argv: Sequence[str]) -> TrainConfig:
         values.update(given)
     flags = parsed(argv, defaults=False)
     given = {field.name: flags[field.name] for field in dataclasses.fields(TrainConfig) if field.name in flags}
-    for name in ("network_options", "schedule_options", "times_options"):
+    for name in (
+        *("network_options", "schedule_options", "times_options", "degradation_options", "text_options"),
+        *("adversarial", "autoencoder"),
+    ):
         if name in given:
             given[name] = {**values[name], **_plain(given[name])}
+            if name == "adversarial":  # whose entry is a dictionary, of which a flag names one value
+                within = {key: values[name].get(key) for key, part in given[name].items() if isinstance(part, dict)}
+                given[name] |= {key: {**(old or {}), **given[name][key]} for key, old in within.items()}
     return TrainConfig.from_dict({**values, **given})
 
 
@@ -117,7 +126,20 @@ def tidied(argv: Sequence[str]) -> list[str]:
 
 
 def _plain(value: Any) -> dict[str, Any]:
-    return dict(value) if isinstance(value, dict) else dict(vars(value))
+    """A flag's dictionary; of entries that are dictionaries themselves the parser leaves names with dots, and text."""
+    found: dict[str, Any] = {}
+    for name, entry in (value if isinstance(value, dict) else vars(value)).items():
+        head, dot, tail = name.partition(".")
+        if dot or isinstance(entry, dict):
+            inside = found.setdefault(head, {})
+            inside.update(_plain({tail: entry}) if dot else {key: _read(part) for key, part in entry.items()})
+        else:
+            found[name] = entry
+    return found
+
+
+def _read(value: Any) -> Any:
+    return need("yaml", "PyYAML", "train").safe_load(value) if isinstance(value, str) else value
 
 
 def main_process() -> bool:

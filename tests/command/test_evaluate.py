@@ -106,7 +106,10 @@ def test_a_model_without_classes_on_data_without_labels(tmp_path: Path) -> None:
     job = ("--run", tmp_path / "run", "--n", 6, "--sampler", "ddim", "--steps", 1)
     assert command(*job, "--data", tmp_path / "labelled.npz", "--features", "classifier") == 0
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
-    assert (found["scores"]["agreement"], found["scores"]["classes"]) == (None, [])
+    assert found["scores"]["agreement"] is None
+    classes = found["scores"]["classes"]
+    assert all(c["precision"] is c["recall"] is c["agreement"] is None and c["images"] == 0 for c in classes)
+    assert sum(c["share"] for c in classes) == pytest.approx(1.0)
     assert command(*job, "--data", tmp_path / "data.npy", "--features", "classifier") == 2
 
 

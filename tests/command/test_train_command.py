@@ -55,7 +55,11 @@ def test_flags_go_over_the_file_and_the_file_over_the_preset(tmp_path: Path) -> 
         (["--learnin-rate", "1"], "--learnin_rate is no flag of diffkern train: did you mean --learning_rate?"),
         (["--batch", "many"], "Parser key \"batch\": Expected a <class 'int'>. Got value: many"),
         (["--batch", "0"], "TrainConfig.batch must be in 1..16777216, got 0"),
-        (["--preset", "ddpm"], "--preset must be one of digits, ddpm-cifar10, edm, flow, ncsn, adm-64, got 'ddpm'"),
+        (
+            ["--preset", "ddpm"],
+            "--preset must be one of digits, digits-text, ddpm-cifar10, edm, flow, ncsn, adm-64, gan-digits, "
+            "autoencoder-digits, vq-digits, got 'ddpm'",
+        ),
         (["--config", "nowhere.yaml"], "No such file or directory: 'nowhere.yaml'"),
         ([], "--data must be given: a folder of images, a file or a name, got none"),
         (["--data", "nowhere"], "nowhere"),

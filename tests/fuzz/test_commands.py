@@ -20,7 +20,7 @@ from diffkern.__main__ import _commands, main
 from diffkern.command import demo, evaluate
 from diffkern.diffusion import Diffusion
 from diffkern.generate import DEFAULT_STEPS
-from diffkern.nn import UNet, UNetConfig
+from diffkern.nn import Autoencoder, AutoencoderConfig, UNet, UNetConfig
 from diffkern.samplers import SAMPLERS
 from diffkern.schedules.makers import SCHEDULES, cosine
 
@@ -36,6 +36,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     where = tmp_path_factory.mktemp("fuzz")
     for name in ("run", "changed"):
         Diffusion(UNet(TINY), cosine(10)).save_pretrained(where / name)
+    small = AutoencoderConfig(8, 1, 8, (1, 2), 1, groups=4, middle_attention=False)
+    Autoencoder(small).save_pretrained(where / "autoencoder")
     blobs(where / "data.npz")
     (where / "plan.json").write_text('{"diffkern_plan": 1, "name": "p", "rows": [{"a": 1.0}]}')
     (where / "text").write_text("no plan")
@@ -66,7 +68,7 @@ def words(*flags: str) -> st.SearchStrategy[list[str]]:
 
 
 def test_every_command_is_here() -> None:
-    assert set(_commands) == {"info", "train", "plan", "demo", "sample", "evaluate"}
+    assert set(_commands) == {"info", "train", "plan", "demo", "sample", "reconstruct", "evaluate"}
 
 
 @fuzz(10, arguments=st.lists(st.sampled_from(["--json", *JUNK]), max_size=2))
@@ -114,8 +116,18 @@ def test_sample(folder: Path, data: st.DataObject) -> None:
     arguments = ["--run", data.draw(st.sampled_from(runs)), "--steps=2", "--classes=1,2", "--scale=1", "--quiet"]
     arguments += ["--sampler", data.draw(st.sampled_from([*DEFAULT_STEPS, *CALLS, "nonsense"])), "--threads=1"]
     outs = [["--out", "x.png"], ["--out-dir", "all"], ["--out", "."], ["--out-dir", "text"], ["--out", "text/x.png"]]
+    outs += [["--input", "data.npz"], ["--then", "run"], ["--text", "a"], ["--mask", "x.png"], ["--input", "text"]]
     outs += [["--shards", "shards"], ["--shards", "run"], ["--shards", "text"], ["--shards", ""]]
     run(["sample", *arguments, *data.draw(st.sampled_from(outs)), *data.draw(words(*FLAGS, "--scale"))], folder)
+
+
+@fuzz(30, data=st.data())
+def test_reconstruct(folder: Path, data: st.DataObject) -> None:
+    runs = ["autoencoder", "autoencoder", "run", "text", "none", ".", "", "\x00"]
+    images = data.draw(st.sampled_from(["data.npz", "data.npz", "text", "none", ""]))
+    arguments = ["--run", data.draw(st.sampled_from(runs)), "--data", images, "--threads=1", "--quiet"]
+    outs = [["--out", "x.png"], ["--out-dir", "all"], ["--out", "."], ["--out-dir", "text"], ["--out", "text/x.png"]]
+    run(["reconstruct", *arguments, *data.draw(st.sampled_from(outs)), *data.draw(words("--n", "--scale"))], folder)
 
 
 @fuzz(60, data=st.data())

@@ -105,8 +105,8 @@ WALLS = {
     "degradations nn objectives diffusion gan data metrics generate",
     "generate": "integers names records storage progress pixels pictures parallel schedules plan ops samplers",
     "demo": "storage extras pictures ops objectives diffusion data metrics train generate",
-    "command": "checks records storage extras pictures parallel _load schedules plan samplers nn diffusion data "
-    "metrics train generate demo diffkern",
+    "command": "checks records storage extras pictures parallel _load schedules plan ops degradations samplers nn "
+    "diffusion gan data metrics train generate demo diffkern",
     "diffkern": "streams _load schedules plan reference ops brownian degradations samplers objectives guidance "
     "sampling simulate diffusion gan",
     "__main__": "",
