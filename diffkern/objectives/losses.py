@@ -354,12 +354,15 @@ def edm_loss(
 def drop_condition(cond: Tensor, null: Tensor | float | int, p: float, seeds: Seeds) -> Tensor:
     """Condition dropout for classifier-free guidance: sample b gets `null` with probability p (lectures 000, 002).
 
-    cond [B, ...]; by address (stream DROPOUT), so that sample b's fate is a function of its seed. Ho and Salimans 2022.
+    cond [B, ...], null of one sample [...] or of each, [B, ...] (not of cond [B], where it would be taken for one);
+    by address (stream DROPOUT), so that sample b's fate is a function of its seed. Ho and Salimans 2022.
     """
     if not 0 <= p <= 1:
         raise ValueError(f"p must be in [0, 1], got {p}")
     one = tuple(null.shape) if isinstance(null, Tensor) else ()
-    if len(one) >= cond.dim() or any(n not in (1, m) for n, m in zip(one[::-1], tuple(cond.shape)[::-1], strict=False)):
+    of_each = cond.dim() > 1 and one == tuple(cond.shape)
+    fits = all(n in (1, m) for n, m in zip(one[::-1], tuple(cond.shape)[::-1], strict=False))
+    if not of_each and (len(one) >= cond.dim() or not fits):
         raise ValueError(f"cond must have the shape {['B', *one]} of its null, got {list(cond.shape)}")
     z = ops.randn([cond.shape[0], 1], ops.as_seeds(seeds, len(cond), cond.device), streams.DROPOUT)
     drop = 0.5 * torch.erfc(-z / math.sqrt(2)) < p

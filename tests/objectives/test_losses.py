@@ -236,6 +236,7 @@ def test_condition_dropout_has_its_probability_and_is_an_address() -> None:
     assert (losses.drop_condition(cond, -1, 1.0, seeds) == -1).all()
     null, every = torch.tensor([1, 0, 0]), torch.full((4, 3), 2)
     assert torch.equal(losses.drop_condition(every, null, 1.0, 0), null.expand(4, 3))
+    assert torch.equal(losses.drop_condition(every, every + 1, 1.0, 0), every + 1)  # one of each sample
     for wrong in (torch.arange(3), torch.arange(4), torch.zeros(3, 4, dtype=torch.int64)):
         with pytest.raises(ValueError, match=r"cond must have the shape \['B', 3\] of its null, got \[[34]"):
             losses.drop_condition(wrong, null, 0.5, 0)
