@@ -27,6 +27,7 @@ from diffkern.integers import integer
 from diffkern.modes import evaluating
 from diffkern.names import AdversarialName, GradientPenalty, Reduction
 from diffkern.objectives import adversarial
+from diffkern.objectives.reduction import reduced
 from diffkern.ops import Seeds, as_seeds
 from diffkern.parallel import bare
 
@@ -168,7 +169,7 @@ class GAN(nn.Module):
         loss = terms.adversarial
         if terms.penalty is not None:
             loss = loss + self.penalty_weight * terms.penalty
-        return _reduced(loss, reduction)
+        return reduced(loss, reduction)
 
     def discriminator_terms(self, x0: Tensor, cond: Any = None, seeds: Seeds | None = None) -> Terms:
         """The parts of `discriminator_loss`, and the logits: for a log and `CollapseWatch`."""
@@ -187,7 +188,7 @@ class GAN(nn.Module):
         Other latents than those of `discriminator_loss` with the same seeds; everything else as there. No gradient in
         the discriminator's parameters.
         """
-        return _reduced(self.generator_terms(x0, cond, seeds).adversarial, reduction)
+        return reduced(self.generator_terms(x0, cond, seeds).adversarial, reduction)
 
     def generator_terms(self, x0: Tensor, cond: Any = None, seeds: Seeds | None = None) -> Terms:
         """The loss of `generator_loss` and the logits."""
@@ -324,12 +325,6 @@ def _seeds(x0: Tensor, seeds: Seeds | None) -> Tensor:
     need_tensor("x0", x0)
     batch = x0.shape[0]
     return draw_seeds(batch, device=x0.device) if seeds is None else as_seeds(seeds, batch, x0.device)
-
-
-def _reduced(values: Tensor, reduction: Reduction) -> Tensor:
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(unknown("reduction", reduction, ("none", "mean", "sum")))
-    return values if reduction == "none" else values.mean() if reduction == "mean" else values.sum()
 
 
 @contextmanager

@@ -44,6 +44,7 @@ from diffkern.objectives._optimal import (
     optimal_logits,
     saturation,
 )
+from diffkern.objectives.reduction import reduced
 from diffkern.ops import Seeds, as_seeds
 
 __all__ = [
@@ -96,7 +97,7 @@ def discriminator_loss(
         loss = F.softplus(fake - real)
     else:
         raise ValueError(unknown("kind", kind, ADVERSARIAL))
-    return _reduce(_mean_of_each(loss), reduction)
+    return reduced(_mean_of_each(loss), reduction)
 
 
 def generator_loss(
@@ -128,7 +129,7 @@ def generator_loss(
         loss = F.softplus(real - fake)
     else:
         raise ValueError(unknown("kind", kind, ADVERSARIAL))
-    return _reduce(_mean_of_each(loss), reduction)
+    return reduced(_mean_of_each(loss), reduction)
 
 
 # --------------------------------------------------------------------------------------------------------- penalties
@@ -160,7 +161,7 @@ def gradient_penalty(
     u = uniform_by_address(seeds, streams.ADVERSARIAL + 2).to(real.dtype).reshape(-1, *[1] * (real.dim() - 1))
     gradient = _slope(discriminator, torch.lerp(fake.detach(), real.detach(), u))
     norm = torch.linalg.vector_norm(gradient, dim=1)  # whose gradient at 0 torch takes as 0
-    return _reduce(_kept((norm - target).square()), reduction)
+    return reduced(_kept((norm - target).square()), reduction)
 
 
 def r1_penalty(discriminator: Discriminator, real: Tensor, *, reduction: Reduction = "mean") -> Tensor:
@@ -190,7 +191,7 @@ def slope_penalty(
 
 def _zero_centred(discriminator: Discriminator, name: str, x: Tensor, reduction: Reduction) -> Tensor:
     _check_samples(name, x)
-    return _reduce(_kept(0.5 * _slope(discriminator, x).square().sum(1)), reduction)
+    return reduced(_kept(0.5 * _slope(discriminator, x).square().sum(1)), reduction)
 
 
 def _slope(discriminator: Discriminator, x: Tensor) -> Tensor:
@@ -286,9 +287,3 @@ def _check_samples(name: str, value: Tensor) -> None:
 
 def _mean_of_each(values: Tensor) -> Tensor:
     return values if values.dim() == 1 else values.flatten(1).mean(1)
-
-
-def _reduce(values: Tensor, reduction: Reduction) -> Tensor:
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(unknown("reduction", reduction, ("none", "mean", "sum")))
-    return values if reduction == "none" else values.mean() if reduction == "mean" else values.sum()

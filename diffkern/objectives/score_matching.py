@@ -32,6 +32,7 @@ from diffkern.modes import readable
 from diffkern.names import Projection, Reduction, TimesName
 from diffkern.objectives._time_sampler import TimeSampler
 from diffkern.objectives.losses import Weight, simple_loss
+from diffkern.objectives.reduction import reduced
 from diffkern.objectives.time_sampling import get_time_sampler
 from diffkern.objectives.weightings import UniformIn
 from diffkern.ops import Seeds, as_seeds
@@ -151,7 +152,7 @@ def implicit_score_matching_loss(
             loss = loss + pulled(along_d)[:, d]
         return loss
 
-    return _reduce(_differentiated(loss_of, score, x, t, None, model_kwargs), reduction)
+    return reduced(_differentiated(loss_of, score, x, t, None, model_kwargs), reduction)
 
 
 def sliced_score_matching_loss(
@@ -184,7 +185,7 @@ def sliced_score_matching_loss(
             loss = loss + (term if variance_reduced else term + 0.5 * along.square()) / n_projections
         return loss
 
-    return _reduce(_differentiated(loss_of, score, x, t, seeds, model_kwargs), reduction)
+    return reduced(_differentiated(loss_of, score, x, t, seeds, model_kwargs), reduction)
 
 
 def _differentiated(
@@ -250,9 +251,3 @@ def _gradient(s: Tensor, x: Tensor, v: Tensor, keep: bool) -> Tensor:
     if gradient is None:
         raise ValueError("score must be differentiable in x, got an output without a gradient in x")
     return gradient.flatten(1).to(s.dtype)
-
-
-def _reduce(values: Tensor, reduction: Reduction) -> Tensor:
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"reduction must be one of none, mean, sum, got {reduction!r}")
-    return values if reduction == "none" else values.mean() if reduction == "mean" else values.sum()
