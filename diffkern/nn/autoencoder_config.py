@@ -9,6 +9,7 @@ from typing import Any, Literal
 from diffkern import records
 from diffkern.names import Attention
 from diffkern.nn.heads import count_heads
+from diffkern.nn.levels import Levels
 
 LARGEST = 1 << 20
 """Of every size in a configuration, and of the channels of a level."""
@@ -19,7 +20,7 @@ _SIZES = ("in_channels", "channels", "blocks", "latent_channels", "groups", "cod
 
 
 @dataclasses.dataclass(frozen=True)
-class AutoencoderConfig:
+class AutoencoderConfig(Levels):
     """Everything that decides the shape of an `Autoencoder`, as plain data. Published ones: `diffkern.nn.PRESETS`.
 
     Images and levels:
@@ -165,24 +166,6 @@ class AutoencoderConfig:
     def factor(self) -> int:
         """f: an image of H x W pixels has H / f x W / f latents; both must be divisible by it."""
         return int(2 ** (len(self.multipliers) - 1))
-
-    @property
-    def size(self) -> tuple[int, int] | None:
-        """(height, width) that the network is made for."""
-        size = self.image_size
-        return (size, size) if isinstance(size, int) else size
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of an image; ValueError for a network that is made for no size."""
-        if self.size is None:
-            raise ValueError("AutoencoderConfig.image_size must be given, got None")
-        return self.in_channels, *self.size
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Channels of every level."""
-        return tuple(self.channels * multiplier for multiplier in self.multipliers)
 
     @property
     def z_channels(self) -> int:

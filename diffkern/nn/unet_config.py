@@ -10,6 +10,7 @@ from diffkern import records
 from diffkern.checks import unknown
 from diffkern.names import Attention
 from diffkern.nn.heads import check_attention, count_heads
+from diffkern.nn.levels import Levels
 
 Block = Literal["residual", "convnext"]
 Modulation = Literal["scale_shift", "add"]
@@ -46,7 +47,7 @@ _WORDS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class UNetConfig:
+class UNetConfig(Levels):
     """Everything that decides the shape of a `UNet`, as plain data. Presets of the papers: `diffkern.nn.PRESETS`.
 
     Images and levels:
@@ -255,24 +256,6 @@ class UNetConfig:
     def divisor(self) -> int:
         """What height and width must be divisible by."""
         return int(2 ** (len(self.multipliers) - 1))
-
-    @property
-    def size(self) -> tuple[int, int] | None:
-        """(height, width) that the network is made for."""
-        size = self.image_size
-        return (size, size) if isinstance(size, int) else size
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of x_t; ValueError for a network that is made for no size."""
-        if self.size is None:
-            raise ValueError("UNetConfig.image_size must be given, got None")
-        return self.in_channels, *self.size
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Channels of every level."""
-        return tuple(self.channels * multiplier for multiplier in self.multipliers)
 
     @property
     def block_counts(self) -> tuple[int, ...]:
