@@ -18,7 +18,7 @@ from diffkern import records
 from diffkern.data._build import Source, Table, build, unreadable
 from diffkern.data._pixels import Fit
 
-__all__ = ["Laid", "folder_of", "laid"]
+__all__ = ["Laid", "folder_of", "laid", "unwritable"]
 
 TEXTS = "texts.json"
 FORMAT = 1
@@ -53,6 +53,14 @@ def folder_of(cache: str | os.PathLike[str] | bool | None) -> Path | None:
     return Path(cache)
 
 
+def unwritable(error: OSError, folder: Path) -> OSError:
+    """The error of a cache that cannot be written, as it is raised."""
+    wrong = f"{error.strerror or error} at {error.filename or folder}"
+    return OSError(
+        error.errno, f"cache must be a folder that can be written and has room, got {wrong}: give another, or False"
+    )
+
+
 def laid(source: Source, fit: Fit, folder: Path | None, skip_bad: bool, progress: bool | str) -> Laid:
     """The pictures as pixels: from the cache, or built into it; in memory where there is no folder or no identity.
 
@@ -73,10 +81,7 @@ def laid(source: Source, fit: Fit, folder: Path | None, skip_bad: bool, progress
                 _write(place, source, fit, skip_bad, progress)
                 found = _read(place)
     except OSError as error:
-        wrong = f"{error.strerror or error} at {error.filename or folder}"
-        raise OSError(
-            error.errno, f"cache must be a folder that can be written and has room, got {wrong}: give another, or False"
-        ) from error
+        raise unwritable(error, folder) from error
     assert found is not None
     if found.table.bad and not skip_bad:
         raise ValueError(unreadable(found.table.bad, len(found.table.bad) + len(found.table.labels)))

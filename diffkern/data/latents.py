@@ -26,7 +26,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from diffkern import ops, parallel, records, streams
-from diffkern.data._cache import folder_of
+from diffkern.data._cache import folder_of, unwritable
 from diffkern.data.images import Images, Retold, Subset, check_indices
 from diffkern.data.stored import ArrayImages, received, sent
 from diffkern.draws import uniform_by_address
@@ -121,10 +121,7 @@ def encoded(
                 _alone(job, place)
             found = job.read(place)
     except OSError as error:
-        wrong = f"{error.strerror or error} at {error.filename or folder}"
-        raise OSError(
-            error.errno, f"cache must be a folder that can be written and has room, got {wrong}: give another, or False"
-        ) from error
+        raise unwritable(error, folder) from error
     assert found is not None
     return found
 
