@@ -3,7 +3,7 @@
     python tools/degradations.py super_resolution         # 4 x 4 times as many pixels: 8 x 8 to 32 x 32 in colour
     python tools/degradations.py inpainting               # colourisation, deblurring
     python tools/degradations.py super_resolution --seconds 300
-    python tools/degradations.py super_resolution --iterations 5 --out /tmp/try    # pictures and table there
+    python tools/degradations.py super_resolution --iterations 5 --out build/try    # pictures and table there
 
 About twelve minutes each on two cores, nothing from the network. The data are the photographs that scikit-image ships:
 trained on their left parts, measured on their right ones, which share no pixel. A run that was stopped goes on
@@ -37,6 +37,7 @@ from diffkern.train import TrainConfig, fit
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from scaling import processor_name
+from trained import COMMON, NETWORK
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "super-resolution.md"
@@ -54,29 +55,8 @@ SEEN, SAMPLES, ROWS = 256, 3, 8
 ITERATIONS = 2000
 MEASURED = 20
 """Iterations that tell how many fit into --seconds."""
-CONFIG = TrainConfig(
-    objective="flow",
-    network="digits",
-    network_options={
-        "channels": 32,
-        "multipliers": [1, 2, 2],
-        "attention_levels": [2],
-        "heads": 2,
-        "blocks": 1,
-        "resample": "conv",
-    },
-    times="logit_normal",
-    labels=False,
-    flip=True,
-    batch=32,
-    learning_rate=2e-3,
-    warmup=100,
-    decay="cosine",
-    final_rate=0.02,
-    betas=(0.9, 0.99),
-    averages=(0.05, 0.1),
-    save_every=200,
-    tensorboard=False,
+CONFIG = dataclasses.replace(
+    COMMON, objective="flow", network_options=NETWORK, times="logit_normal", labels=False, flip=True
 )
 SAMPLER, STEPS = "heun", 18
 

@@ -3,7 +3,7 @@
     python tools/trained_models.py latent     # digits of 32 x 32 pixels in latents of 8 x 8: docs/trained-latent.md
     python tools/trained_models.py gan        # a GAN against diffusion, digits of 28 x 28: docs/trained-gan.md
     python tools/trained_models.py vq         # KL, VQ and FSQ autoencoders of photographs: docs/trained-vq.md
-    python tools/trained_models.py latent --iterations 5 --out /tmp/try      # everything there, in a minute
+    python tools/trained_models.py latent --iterations 5 --out build/try      # everything there, in a minute
 
 Each takes up to 20 minutes on two cores and nothing from the network. A run that was stopped goes on (build/trained).
 """
